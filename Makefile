@@ -1,0 +1,48 @@
+# One verb, one line each. `make demo` and `make test` need nothing but Python 3.11 or 3.12, a C++17
+# compiler and a package index; everything is installed into .venv.
+
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+NATIVE := $(shell find fluxion_core/kernels/native -type f 2>/dev/null)
+
+.PHONY: demo test lint format bench protos native clean
+
+demo: $(VENV)/.installed  ## ask a question about a 7,000-token document, through two processes
+	$(BIN)/fluxion demo
+
+test: $(VENV)/.tested  ## the whole test suite
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.tested  ## formatting, lint, types, import contract, stubs fresh
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python protos/regenerate.py --check
+
+format: $(VENV)/.tested
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.installed  ## figures of this machine
+	$(BIN)/fluxion bench handoff
+
+protos: $(VENV)/.tested  ## stubs from the .proto files
+	$(BIN)/python protos/regenerate.py
+
+native: $(VENV)/.installed  ## rebuild the extension
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt $(NATIVE) | $(VENV)/bin/python
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --disable-pip-version-check -q -e .
+	@touch $@
+
+$(VENV)/.tested: $(VENV)/.installed
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --disable-pip-version-check -q -e '.[test]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

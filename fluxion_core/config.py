@@ -1,0 +1,234 @@
+"""Settings shared by both nodes, and the one place where they are read.
+
+A setting comes, in falling precedence, from a flag (`--store.host-kv-bytes 8GiB`), an environment
+variable (`FLUXION_STORE__HOST_KV_BYTES=8GiB`), a TOML file (`--config FILE`, or `FLUXION_CONFIG`)
+or its default. Nothing else in the project reads `argv`, the environment or settings files.
+Each node's own root model lives with the node: services/prefill/config.py, services/decode/config.py.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from fluxion_core.errors import ConfigError
+
+_BYTE_UNITS = {
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "KIB": 1 << 10,
+    "MIB": 1 << 20,
+    "GIB": 1 << 30,
+    "TIB": 1 << 40,
+}
+
+
+def parse_bytes(value: object) -> object:
+    """Turn "8GiB", "512 MB" or a plain number into bytes; leave the rest to pydantic."""
+    if not isinstance(value, str):
+        return value
+    text = value.strip()
+    digits = text.rstrip("BbKkMmGgTtIi ")
+    unit = text[len(digits) :].strip().upper() or "B"
+    if unit not in _BYTE_UNITS:
+        raise ValueError(f"{value!r} has an unknown unit; use one of {', '.join(_BYTE_UNITS)}")
+    try:
+        return int(float(digits) * _BYTE_UNITS[unit])
+    except ValueError:
+        raise ValueError(f"{value!r} is not a size; write for example 8GiB") from None
+
+
+ByteCount = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0)]
+"""A size in bytes, written as a number or with a unit: 512MiB, 8GiB."""
+
+
+class Section(BaseModel):
+    """A group of settings. Immutable; unknown names are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ServerSettings(Section):
+    """Where a node listens, and its limits."""
+
+    listen: str = "127.0.0.1:0"
+    """host:port for gRPC; port 0 takes a free one."""
+    metrics_listen: str = ""
+    """host:port of the Prometheus endpoint; empty for none."""
+    max_request_bytes: ByteCount = 16 << 20
+    """Largest request message. A million token ids take about 3 MiB; text takes more."""
+    grace_seconds: float = Field(default=30.0, ge=0)
+    """After SIGTERM, running requests have this long to finish."""
+    tls_certificate: Path | None = None
+    """PEM chain of this node; with tls_key turns TLS on."""
+    tls_key: Path | None = None
+    """PEM key of tls_certificate."""
+    tls_client_authority: Path | None = None
+    """PEM authority that clients must be signed by (mutual TLS)."""
+    bearer_token_file: Path | None = None
+    """File whose content every call must send as `authorization: Bearer …`."""
+
+
+class ClientSettings(Section):
+    """How a node, or the command, calls another."""
+
+    connect_seconds: float = Field(default=5.0, gt=0)
+    """Time to reach a node before it counts as unavailable."""
+    tls_authority: Path | None = None
+    """PEM authority of the server's certificate; turns TLS on."""
+    tls_certificate: Path | None = None
+    """PEM chain shown to the server (mutual TLS)."""
+    tls_key: Path | None = None
+    """PEM key of tls_certificate."""
+    bearer_token_file: Path | None = None
+    """File whose content is sent as the bearer token."""
+
+
+class ModelSettings(Section):
+    """Which model, and how it is held."""
+
+    model: str = "smollm2-135m"
+    """Name that `fluxion pull` knows, or a path: a GGUF file or a safetensors directory."""
+    models_dir: Path | None = None
+    """Where pulled models are; none for the user's data directory."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes CUDA where there is a device, else the CPU."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of weights and activations; auto is float32 on a CPU, bfloat16 on CUDA."""
+    threads: int = Field(default=0, ge=0)
+    """Threads of the dense part on a CPU; 0 for one per core."""
+
+
+class LogSettings(Section):
+    """What the node prints."""
+
+    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    """Lowest level printed."""
+
+
+class NodeSettings(BaseSettings):
+    """Root of a node's settings; subclasses add sections. Read it with `load_settings`."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="FLUXION_",
+        env_nested_delimiter="__",
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        cli_kebab_case=True,
+        cli_avoid_json=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+        cli_exit_on_error=False,
+        nested_model_default_partial_update=True,
+    )
+
+    server: ServerSettings = ServerSettings()
+    """Listening address and limits."""
+    model: ModelSettings = ModelSettings()
+    """The model and its device."""
+    log: LogSettings = LogSettings()
+    """Logging."""
+
+
+SettingsT = TypeVar("SettingsT", bound=NodeSettings)
+
+_SHORTHANDS = {
+    "--listen": "--server.listen",
+    "--metrics-listen": "--server.metrics-listen",
+    "--model": "--model.model",
+    "--models-dir": "--model.models-dir",
+    "--device": "--model.device",
+    "--prefill-addresses": "--prefill.addresses",
+}
+"""Short flags for what is given most; each stands for one setting."""
+
+
+def load_settings(
+    settings_type: type[SettingsT], arguments: Sequence[str], *, program: str
+) -> SettingsT:
+    """Read flags, environment and a TOML file into one checked object.
+
+    Args:
+        settings_type: a subclass of NodeSettings.
+        arguments: command line without the program's name.
+        program: name for `--help`.
+
+    Raises:
+        ConfigError: a value is missing, malformed or out of range, a name is unknown, or the
+            file cannot be read; the text names every setting that is wrong.
+        SystemExit: `--help` was asked for.
+    """
+    config_file, flags = _split_config_flag(arguments)
+
+    class Loaded(settings_type):  # type: ignore[misc, valid-type]
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            del dotenv_settings, file_secret_settings
+            flag_source: CliSettingsSource[object] = CliSettingsSource(
+                settings_cls, cli_prog_name=program, cli_parse_args=flags
+            )
+            sources: list[PydanticBaseSettingsSource] = [init_settings, flag_source, env_settings]
+            if config_file is not None:
+                sources.append(TomlConfigSettingsSource(settings_cls, toml_file=config_file))
+            return tuple(sources)
+
+    Loaded.__name__, Loaded.__doc__ = settings_type.__name__, settings_type.__doc__
+    try:
+        return Loaded()
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(map(str, item['loc'])) or 'settings'}: {item['msg']}"
+            for item in error.errors()
+        )
+        raise ConfigError(f"{problems} (see `{program} --help`)") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"settings cannot be read: {error}") from None
+
+
+def _split_config_flag(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """Take `--config FILE` out of the flags, and expand the shorthands in the rest."""
+    config = os.environ.get("FLUXION_CONFIG")
+    flags: list[str] = []
+    pending = iter(arguments)
+    for argument in pending:
+        name, equals, value = argument.partition("=")
+        if name == "--config":
+            config = value if equals else next(pending, None)
+            if not config:
+                raise ConfigError("--config needs a file name")
+        else:
+            flags.append(_SHORTHANDS.get(name, name) + equals + value)
+    if config is None:
+        return None, flags
+    path = Path(config)
+    if not path.is_file():
+        raise ConfigError(f"--config {config}: no such file")
+    return path, flags
+
+
+def exit_on_config_error(error: ConfigError, program: str) -> None:
+    """Print one sentence to stderr and leave with status 2."""
+    print(f"{program}: {error}", file=sys.stderr)
+    raise SystemExit(2)

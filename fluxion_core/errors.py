@@ -1,0 +1,157 @@
+"""Every error that Fluxion raises on purpose, in one tree.
+
+    FluxionError
+    ├── InvalidRequestError         the caller asked for something that cannot be; do not retry
+    │   ├── ContextLengthError      prompt, or prompt + new tokens, beyond the model's context
+    │   └── SamplingError           a sampling value out of its range
+    ├── CapacityError               the node is full; retry later or elsewhere
+    ├── LayoutMismatchError         two nodes disagree on the model or the KV layout
+    ├── HandoffError                the KV stream is damaged; nothing of it was committed
+    │   ├── FrameFormatError        bad magic, version, kind or length
+    │   ├── FrameChecksumError      CRC32C differs
+    │   ├── FrameOrderError         a gap, a repeat or an overlap
+    │   └── StreamTruncatedError    the stream ended before its trailer
+    ├── PeerUnavailableError        the other node is gone or refuses
+    ├── DrainingError               this node is going away
+    ├── DeadlineError               the deadline passed
+    ├── RequestCancelledError       the caller went away
+    ├── AuthenticationError         missing or wrong credentials
+    ├── ModelError                  a model cannot be used
+    │   ├── ModelNotFoundError      no such file, directory or name
+    │   ├── ModelFileError          truncated or malformed file
+    │   └── UnsupportedModelError   an architecture or option that is not implemented
+    ├── ConfigError                 a setting is missing or wrong
+    └── ShapeError                  tensors disagree; a bug in the calling code
+
+`fluxion_core.wire.status` is the one place that maps these to gRPC statuses.
+"""
+
+from __future__ import annotations
+
+
+class FluxionError(Exception):
+    """Root of every error raised on purpose."""
+
+
+class InvalidRequestError(FluxionError):
+    """The request can never succeed as it stands."""
+
+
+class ContextLengthError(InvalidRequestError):
+    """The prompt, with the tokens asked for, does not fit the model's context."""
+
+    def __init__(self, *, prompt_tokens: int, max_new_tokens: int, context_tokens: int) -> None:
+        self.prompt_tokens = prompt_tokens
+        self.max_new_tokens = max_new_tokens
+        self.context_tokens = context_tokens
+        super().__init__(
+            f"prompt of {prompt_tokens} tokens plus {max_new_tokens} new tokens exceeds the "
+            f"context of {context_tokens} tokens; shorten the prompt or lower max_new_tokens"
+        )
+
+
+class SamplingError(InvalidRequestError):
+    """A sampling value is out of its range."""
+
+    def __init__(self, field: str, value: object, allowed: str) -> None:
+        self.field, self.value, self.allowed = field, value, allowed
+        super().__init__(f"sampling.{field} is {value!r}; allowed: {allowed}")
+
+
+class CapacityError(FluxionError):
+    """The node is full. Retrying elsewhere, or later, may work."""
+
+    def __init__(self, resource: str, *, needed: int, free: int, unit: str, remedy: str) -> None:
+        self.resource, self.needed, self.free, self.unit = resource, needed, free, unit
+        super().__init__(f"{resource}: need {needed} {unit}, {free} {unit} free; {remedy}")
+
+
+class LayoutMismatchError(FluxionError):
+    """Two nodes disagree on the model or on the layout of its KV."""
+
+    def __init__(self, field: str, *, expected: object, found: object) -> None:
+        self.field, self.expected, self.found = field, expected, found
+        super().__init__(
+            f"KV layout differs in {field}: this node has {expected!r}, the peer has {found!r}; "
+            f"serve the same model revision with the same settings on both nodes"
+        )
+
+
+class HandoffError(FluxionError):
+    """The KV stream is damaged. Nothing of it was committed."""
+
+
+class FrameFormatError(HandoffError):
+    """A frame's header or length is not what the specification allows."""
+
+
+class FrameChecksumError(HandoffError):
+    """A frame's payload does not match its CRC32C."""
+
+    def __init__(self, *, layer: int, first_token: int, expected: int, found: int) -> None:
+        self.layer, self.first_token = layer, first_token
+        self.expected, self.found = expected, found
+        super().__init__(
+            f"frame of layer {layer} at token {first_token}: CRC32C {found:#010x}, "
+            f"header says {expected:#010x}"
+        )
+
+
+class FrameOrderError(HandoffError):
+    """A frame came out of order: a gap, a repeat or an overlap."""
+
+    def __init__(self, *, layer: int, expected_token: int, found_token: int) -> None:
+        self.layer, self.expected_token, self.found_token = layer, expected_token, found_token
+        kind = "a gap" if found_token > expected_token else "a repeat or an overlap"
+        super().__init__(
+            f"layer {layer}: expected the frame at token {expected_token}, "
+            f"got one at token {found_token} ({kind})"
+        )
+
+
+class StreamTruncatedError(HandoffError):
+    """The stream ended before every layer was whole and the trailer had come."""
+
+
+class PeerUnavailableError(FluxionError):
+    """The other node is gone, unreachable or refuses."""
+
+
+class DrainingError(FluxionError):
+    """This node is shutting down and takes no new work."""
+
+
+class DeadlineError(FluxionError):
+    """The request's deadline passed."""
+
+
+class RequestCancelledError(FluxionError):
+    """The caller went away, or asked to stop."""
+
+
+class AuthenticationError(FluxionError):
+    """Credentials are missing or wrong."""
+
+
+class ModelError(FluxionError):
+    """A model cannot be used."""
+
+
+class ModelNotFoundError(ModelError):
+    """There is no model by this name or at this path."""
+
+
+class ModelFileError(ModelError):
+    """A model file is truncated, malformed or contradicts itself."""
+
+
+class UnsupportedModelError(ModelError):
+    """The model is well formed, but asks for something not implemented."""
+
+
+class ConfigError(FluxionError):
+    """A setting is missing or wrong."""
+
+
+class ShapeError(FluxionError):
+    """Tensors disagree in shape or dtype: a bug in the calling code."""

@@ -1,0 +1,38 @@
+"""Logging as key=value lines, and clocks. Metrics names live with the node that counts them."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+
+
+class KeyValueFormatter(logging.Formatter):
+    """`2026-01-31T12:00:00.123Z INFO decode request finished request_id=… tokens=64`."""
+
+    def __init__(self, node: str) -> None:
+        super().__init__(
+            fmt=f"%(asctime)s.%(msecs)03dZ %(levelname)s {node} %(message)s",
+            datefmt="%Y-%m-%dT%H:%M:%S",
+        )
+
+    converter = time.gmtime
+
+
+def configure_logging(node: str, level: str) -> None:
+    """Send every log line of this process to stderr, marked with the node's name."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(KeyValueFormatter(node))
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+
+
+def event(message: str, **fields: object) -> str:
+    """Render an event with its fields as `message key=value …`; floats get three decimals.
+
+    Never pass prompts, generated text or credentials.
+    """
+    parts = [message]
+    for key, value in fields.items():
+        text = f"{value:.3f}" if isinstance(value, float) else str(value)
+        parts.append(f'{key}="{text}"' if " " in text else f"{key}={text}")
+    return " ".join(parts)

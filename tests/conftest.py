@@ -1,0 +1,30 @@
+"""Fixtures that many tests share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """The embedded model's GGUF file, pulled once if it is not there yet.
+
+    FLUXION_TEST_MODEL names a file to use instead.
+    """
+    given = os.environ.get("FLUXION_TEST_MODEL")
+    if given:
+        return Path(given)
+    from rich.console import Console  # noqa: PLC0415
+
+    from fluxion_core.models.locate import default_models_dir, locate_model  # noqa: PLC0415
+    from services.cli.pull import pull_model  # noqa: PLC0415
+
+    models_dir = default_models_dir()
+    pull_model("smollm2-135m", models_dir, Console(stderr=True))
+    return locate_model("smollm2-135m", models_dir)
