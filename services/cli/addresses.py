@@ -1,0 +1,73 @@
+"""Where nodes listen on this machine: the default address, and ports that are free."""
+
+from __future__ import annotations
+
+import socket
+
+from fluxion_core.errors import ConfigError
+
+DEFAULT_DECODE_ADDRESS = "127.0.0.1:7420"
+"""Where `fluxion generate` looks for a decode node, and where `fluxion up` puts one if it can."""
+
+_DIAL_HOSTS = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}
+
+
+def choose_listen_address(wanted: str | None, *, preferred: str, flag: str) -> str:
+    """Settle on a HOST:PORT that can be bound now.
+
+    Another process may still take the port before the node does; the node then says so.
+
+    Args:
+        wanted: what the user asked for; port 0 for any free one; None for no wish.
+        preferred: taken if nothing was wished for and it is free.
+        flag: the flag's name, for the error's remedy.
+
+    Raises:
+        ConfigError: the wish is malformed, in use, or not an address of this machine.
+    """
+    if wanted is None:
+        free_port = _bindable_port(*split_address(preferred, flag=flag))
+        return preferred if free_port else choose_listen_address(
+            preferred.rpartition(":")[0] + ":0", preferred=preferred, flag=flag
+        )
+    host, port = split_address(wanted, flag=flag)
+    free_port = _bindable_port(host, port)
+    if free_port is None:
+        raise ConfigError(
+            f"{flag} {wanted}: this address is in use or not of this machine; "
+            f"give another, or port 0 for a free one"
+        )
+    return f"{host}:{free_port}"
+
+
+def dial_address(listen: str) -> str:
+    """The address at which a node that listens on `listen` is reached from this machine."""
+    host, _, port = listen.rpartition(":")
+    return f"{_DIAL_HOSTS.get(host, host)}:{port}"
+
+
+def split_address(address: str, *, flag: str) -> tuple[str, int]:
+    """Take HOST:PORT apart; the host of an IPv6 address keeps its brackets.
+
+    Raises:
+        ConfigError: there is no host, no port, or the port is not in 0..65535.
+    """
+    host, _, port_text = address.rpartition(":")
+    if not host or not port_text.isascii() or not port_text.isdigit() or int(port_text) > 65535:
+        raise ConfigError(f"{flag} {address!r} is not HOST:PORT; write for example 127.0.0.1:0")
+    return host, int(port_text)
+
+
+def _bindable_port(host: str, port: int) -> int | None:
+    """The port if it can be bound now (for 0, one that can), else None."""
+    is_ipv6 = host.startswith("[")
+    family = socket.AF_INET6 if is_ipv6 else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        # As gRPC does: a port whose last connections are still in TIME_WAIT counts as free.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host.strip("[]"), port))
+        except OSError:
+            return None
+        bound: int = probe.getsockname()[1]
+        return bound

@@ -1,0 +1,111 @@
+"""`fluxion generate`: a prompt in, tokens out as they arrive, timings on stderr."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TextIO
+
+from rich.console import Console
+from rich.table import Table
+
+from fluxion_core.config import ClientSettings
+from fluxion_core.errors import InvalidRequestError
+from services.cli.client import Generation, GenerationOptions, stream_generation
+
+
+def read_prompt(prompt: str | None, file: Path | None, stdin: TextIO) -> str:
+    """The prompt from the argument, from `file` followed by the argument, or from `stdin`.
+
+    Raises:
+        InvalidRequestError: there is none, it is empty, or it is not UTF-8 text.
+    """
+    try:
+        if file is not None:
+            text = file.read_text(encoding="utf-8")
+            text = text if prompt is None else f"{text.rstrip()}\n\n{prompt}"
+        elif prompt is not None and prompt != "-":
+            text = prompt
+        elif stdin.isatty():
+            raise InvalidRequestError(
+                "no prompt; give one as an argument, with --file FILE, or on standard input"
+            )
+        else:
+            text = stdin.read()
+    except UnicodeDecodeError as error:
+        raise InvalidRequestError(
+            f"{file or 'standard input'} is not UTF-8 text (byte {error.start}); convert it first"
+        ) from None
+    except OSError as error:
+        raise InvalidRequestError(
+            f"--file {file}: {error.strerror}; give a text file that can be read"
+        ) from None
+    if not text.strip():
+        raise InvalidRequestError("the prompt is empty; give at least one word")
+    return text
+
+
+async def run_generate(
+    options: GenerationOptions, address: str, client: ClientSettings, *, show_timings: bool
+) -> None:
+    """Stream the answer to stdout; if `show_timings`, a table to stderr at the end.
+
+    Raises:
+        FluxionError: see `stream_generation`.
+    """
+    generation = await stream_generation(options, address, client, write_now)
+    if not generation.text.endswith("\n"):
+        write_now("\n")
+    if show_timings:
+        Console(stderr=True).print(timings_table(generation))
+
+
+def write_now(text: str) -> None:
+    """Write to stdout without waiting for a line to be full."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def timings_table(generation: Generation) -> Table:
+    """The request's figures: seconds as the client saw them, and as the node accounts for them."""
+    usage = generation.usage
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    table.add_column(style="dim")
+    cached = f"{usage.cached_tokens:,} of them already held" if usage.cached_tokens else ""
+    table.add_row("prompt", f"{usage.prompt_tokens:,} tokens", cached)
+    table.add_row(
+        "generated", f"{usage.generated_tokens:,} tokens", f"ended by {generation.finish_reason}"
+    )
+    table.add_row(
+        "time to first token",
+        f"{generation.first_token_seconds:.2f} s",
+        f"queue {usage.queue_seconds:.2f} s, prefill {usage.prefill_seconds:.2f} s",
+    )
+    if generation.seconds_per_token is not None:
+        table.add_row(
+            "time per output token",
+            f"{generation.seconds_per_token * 1000:.1f} ms",
+            f"{1 / max(generation.seconds_per_token, 1e-9):.1f} tokens/s",
+        )
+    table.add_row("hand-off", *handoff_cells(generation))
+    table.add_row(
+        "KV in host memory",
+        f"{usage.kv_bytes_in_host_memory / 1e6:.1f} MB",
+        f"{usage.kv_bytes_read_per_token / 1e6:.1f} MB read per token",
+    )
+    table.add_row("total", f"{generation.total_seconds:.2f} s", "")
+    return table
+
+
+def handoff_cells(generation: Generation) -> tuple[str, str]:
+    """Rate of the KV hand-off, and what it is made of."""
+    usage = generation.usage
+    if not usage.handoff_bytes or not usage.handoff_seconds:
+        return "none", "the node held all of the prompt's KV"
+    rate = usage.handoff_bytes / usage.handoff_seconds
+    return (
+        f"{rate / 1e9:.2f} GB/s",
+        f"{usage.handoff_bytes / 1e6:.1f} MB in {usage.handoff_seconds:.2f} s",
+    )

@@ -1,0 +1,258 @@
+"""The `fluxion` command: its subcommands, their flags and how it fails.
+
+Each subcommand's work lives in a module of its own, imported when it runs, so that `--help` loads
+neither torch nor grpc. A FluxionError becomes one sentence on stderr and exit status 1; wrong
+usage is status 2; Ctrl-C is 130.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from fluxion_core.errors import FluxionError
+from services.cli.addresses import DEFAULT_DECODE_ADDRESS
+
+
+class _OneSentenceGroup(TyperGroup):
+    """Turns errors raised on purpose into one sentence; anything else stays a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except FluxionError as error:
+            typer.secho(f"fluxion: {error}", err=True, fg="red")
+            raise typer.Exit(1) from None
+        except BrokenPipeError:
+            # The reader of our output has gone (`| head`); nothing is left to say to it.
+            sys.stdout = None  # type: ignore[assignment]
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    cls=_OneSentenceGroup,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Long-context generation with the KV cache in host memory.",
+)
+bench_app = typer.Typer(
+    no_args_is_help=True, help="Measure this machine; every figure beside its limit."
+)
+app.add_typer(bench_app, name="bench")
+
+
+class Quality(StrEnum):
+    """Quality levels of a request, best first."""
+
+    EXACT = "exact"
+    ACCURATE = "accurate"
+    BALANCED = "balanced"
+    FAST = "fast"
+
+
+ModelOption = Annotated[
+    str, typer.Option("--model", help="A pulled model's name, a GGUF file or a model directory.")
+]
+ModelsDirOption = Annotated[
+    Path | None,
+    typer.Option("--models-dir", help="Where pulled models are; the user's data directory if not."),
+]
+AddressOption = Annotated[str, typer.Option("--address", help="HOST:PORT of the decode node.")]
+TlsAuthorityOption = Annotated[
+    Path | None, typer.Option(help="PEM authority of the node's certificate; turns TLS on.")
+]
+TlsCertificateOption = Annotated[
+    Path | None, typer.Option(help="PEM chain shown to the node (mutual TLS).")
+]
+TlsKeyOption = Annotated[Path | None, typer.Option(help="PEM key of --tls-certificate.")]
+TokenFileOption = Annotated[
+    Path | None, typer.Option(help="File whose content is sent as the bearer token.")
+]
+ConnectSecondsOption = Annotated[
+    float, typer.Option(min=0.1, help="Time to reach the node before giving up, s.")
+]
+
+
+@app.command()
+def demo(
+    models_dir: ModelsDirOption = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=1024, help="Longest answer.")] = 64,
+    logs: Annotated[bool, typer.Option("--logs", help="Show the nodes' logs as well.")] = False,
+) -> None:
+    """Ask a question about a 7,000-token document, through two processes on this machine."""
+    from services.cli.demo import DemoOptions, run_demo
+
+    options = DemoOptions(models_dir=models_dir, max_new_tokens=max_new_tokens, show_logs=logs)
+    raise typer.Exit(asyncio.run(run_demo(options)))
+
+
+@app.command()
+def up(
+    model: ModelOption = "smollm2-135m",
+    models_dir: ModelsDirOption = None,
+    decode_listen: Annotated[
+        str | None,
+        typer.Option(
+            help=f"HOST:PORT of the decode node; port 0 takes a free one. Without it, "
+            f"{DEFAULT_DECODE_ADDRESS} if that is free.",
+        ),
+    ] = None,
+    prefill_listen: Annotated[
+        str, typer.Option(help="HOST:PORT of the prefill node; port 0 takes a free one.")
+    ] = "127.0.0.1:0",
+    decode_config: Annotated[
+        Path | None, typer.Option(help="TOML file with more of the decode node's settings.")
+    ] = None,
+    prefill_config: Annotated[
+        Path | None, typer.Option(help="TOML file with more of the prefill node's settings.")
+    ] = None,
+    ready_seconds: Annotated[
+        float, typer.Option(min=1, help="Time for both nodes to get ready, s.")
+    ] = 300.0,
+) -> None:
+    """Run a prefill node and a decode node on this machine until Ctrl-C."""
+    from services.cli.up import UpOptions, run_up
+
+    options = UpOptions(
+        model=model,
+        models_dir=models_dir,
+        decode_listen=decode_listen,
+        prefill_listen=prefill_listen,
+        decode_config=decode_config,
+        prefill_config=prefill_config,
+        ready_seconds=ready_seconds,
+    )
+    asyncio.run(run_up(options))
+
+
+@app.command()
+def generate(
+    prompt: Annotated[
+        str | None, typer.Argument(help="The prompt. Without it and --file, standard input.")
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option("--file", "-f", help="Read a text from FILE; PROMPT then follows it."),
+    ] = None,
+    chat: Annotated[
+        bool,
+        typer.Option("--chat/--raw", help="Through the model's chat template, or as it stands."),
+    ] = True,
+    system: Annotated[str | None, typer.Option(help="System message, with --chat.")] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, max=2**31)] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(min=0, max=2**31, help="Keep the K likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Keep this much probability.")] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="Drop tokens below this share of the likeliest's.")
+    ] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="1 is none.")] = None,
+    presence_penalty: Annotated[float | None, typer.Option(help="0 is none.")] = None,
+    frequency_penalty: Annotated[float | None, typer.Option(help="0 is none.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=2**64 - 1, help="The same seed gives the same text.")
+    ] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Stop before this text; may be repeated.")
+    ] = None,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Go on past the end-of-text token.")
+    ] = False,
+    quality: Annotated[
+        Quality | None, typer.Option(help="How much of the KV is read; the node's default if not.")
+    ] = None,
+    deadline_seconds: Annotated[
+        float | None, typer.Option(min=0.001, help="Fail if it takes longer, s.")
+    ] = None,
+    timings: Annotated[
+        bool, typer.Option("--timings/--no-timings", help="Print timings on stderr.")
+    ] = True,
+    address: AddressOption = DEFAULT_DECODE_ADDRESS,
+    connect_seconds: ConnectSecondsOption = 5.0,
+    tls_authority: TlsAuthorityOption = None,
+    tls_certificate: TlsCertificateOption = None,
+    tls_key: TlsKeyOption = None,
+    bearer_token_file: TokenFileOption = None,
+) -> None:
+    """Stream a completion to stdout, token by token; timings go to stderr."""
+    from fluxion_core.config import ClientSettings
+    from services.cli.client import GenerationOptions
+    from services.cli.generate import read_prompt, run_generate
+
+    options = GenerationOptions(
+        prompt=read_prompt(prompt, file, sys.stdin),
+        chat=chat,
+        system=system,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        seed=seed,
+        stop_strings=tuple(stop or ()),
+        ignore_eos=ignore_eos,
+        quality=None if quality is None else quality.name,
+        deadline_seconds=deadline_seconds,
+    )
+    client = ClientSettings(
+        connect_seconds=connect_seconds,
+        tls_authority=tls_authority,
+        tls_certificate=tls_certificate,
+        tls_key=tls_key,
+        bearer_token_file=bearer_token_file,
+    )
+    asyncio.run(run_generate(options, address, client, show_timings=timings))
+
+
+@app.command()
+def pull(
+    name: Annotated[str, typer.Argument(help="smollm2-135m, or ORG/NAME of the Hugging Face Hub.")],
+    models_dir: ModelsDirOption = None,
+) -> None:
+    """Fetch a model, check it, and keep it for the nodes."""
+    from rich.console import Console
+
+    from fluxion_core.models.locate import default_models_dir
+    from services.cli.pull import pull_model
+
+    pull_model(name, models_dir or default_models_dir(), Console(stderr=True))
+
+
+@app.command()
+def health(
+    address: Annotated[str, typer.Argument(help="HOST:PORT of a prefill or decode node.")],
+    connect_seconds: ConnectSecondsOption = 5.0,
+    tls_authority: TlsAuthorityOption = None,
+    tls_certificate: TlsCertificateOption = None,
+    tls_key: TlsKeyOption = None,
+    bearer_token_file: TokenFileOption = None,
+) -> None:
+    """Say whether a node is alive and ready; exit status 0 only if it is both."""
+    from fluxion_core.config import ClientSettings
+    from services.cli.health import run_health
+
+    client = ClientSettings(
+        connect_seconds=connect_seconds,
+        tls_authority=tls_authority,
+        tls_certificate=tls_certificate,
+        tls_key=tls_key,
+        bearer_token_file=bearer_token_file,
+    )
+    raise typer.Exit(asyncio.run(run_health(address, client)))
+
+
+def run() -> None:
+    """Entry point of the installed command."""
+    app(prog_name="fluxion")
