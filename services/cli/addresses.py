@@ -27,8 +27,12 @@ def choose_listen_address(wanted: str | None, *, preferred: str, flag: str) -> s
     """
     if wanted is None:
         free_port = _bindable_port(*split_address(preferred, flag=flag))
-        return preferred if free_port else choose_listen_address(
-            preferred.rpartition(":")[0] + ":0", preferred=preferred, flag=flag
+        return (
+            preferred
+            if free_port
+            else choose_listen_address(
+                preferred.rpartition(":")[0] + ":0", preferred=preferred, flag=flag
+            )
         )
     host, port = split_address(wanted, flag=flag)
     free_port = _bindable_port(host, port)

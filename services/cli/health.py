@@ -80,7 +80,8 @@ async def wait_until_ready(
     """
     try:
         async with asyncio.timeout(seconds):
-            while not await _is_ready(address, service, client):
+            # A node that is not up yet can announce nothing: asking again is all there is.
+            while not await _is_ready(address, service, client):  # noqa: ASYNC110
                 await asyncio.sleep(_RETRY_SECONDS)
     except TimeoutError:
         raise PeerUnavailableError(

@@ -84,6 +84,7 @@ ConnectSecondsOption = Annotated[
 
 @app.command()
 def demo(
+    *,
     models_dir: ModelsDirOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, max=1024, help="Longest answer.")] = 64,
     logs: Annotated[bool, typer.Option("--logs", help="Show the nodes' logs as well.")] = False,
@@ -97,6 +98,7 @@ def demo(
 
 @app.command()
 def up(
+    *,
     model: ModelOption = "smollm2-135m",
     models_dir: ModelsDirOption = None,
     decode_listen: Annotated[
@@ -139,6 +141,7 @@ def generate(
     prompt: Annotated[
         str | None, typer.Argument(help="The prompt. Without it and --file, standard input.")
     ] = None,
+    *,
     file: Annotated[
         Path | None,
         typer.Option("--file", "-f", help="Read a text from FILE; PROMPT then follows it."),
@@ -150,7 +153,9 @@ def generate(
     system: Annotated[str | None, typer.Option(help="System message, with --chat.")] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, max=2**31)] = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_k: Annotated[int | None, typer.Option(min=0, max=2**31, help="Keep the K likeliest tokens.")] = None,
+    top_k: Annotated[
+        int | None, typer.Option(min=0, max=2**31, help="Keep the K likeliest tokens.")
+    ] = None,
     top_p: Annotated[float | None, typer.Option(help="Keep this much probability.")] = None,
     min_p: Annotated[
         float | None, typer.Option(help="Drop tokens below this share of the likeliest's.")
@@ -233,6 +238,7 @@ def pull(
 @app.command()
 def health(
     address: Annotated[str, typer.Argument(help="HOST:PORT of a prefill or decode node.")],
+    *,
     connect_seconds: ConnectSecondsOption = 5.0,
     tls_authority: TlsAuthorityOption = None,
     tls_certificate: TlsCertificateOption = None,

@@ -146,9 +146,7 @@ def ended_early(node: NodeProcess, when: str) -> PeerUnavailableError:
     return PeerUnavailableError(f"the {node.name} node ended with {how} {when}{said}")
 
 
-def _node_command(
-    node: str, model_path: Path, listen: str, config: Path | None
-) -> tuple[str, ...]:
+def _node_command(node: str, model_path: Path, listen: str, config: Path | None) -> tuple[str, ...]:
     config_flags = () if config is None else ("--config", str(config))
     return (
         *(sys.executable, "-m", f"services.{node}"),
@@ -160,6 +158,4 @@ def _node_command(
 def _announce(address: str, console: Console) -> None:
     default = "" if address == DEFAULT_DECODE_ADDRESS else f" --address {address}"
     console.print(f"Ready at {address}. In another terminal:", style="bold green")
-    console.print(
-        f'  fluxion generate{default} "Why is the sky dark at night?"', highlight=False
-    )
+    console.print(f'  fluxion generate{default} "Why is the sky dark at night?"', highlight=False)
