@@ -11,7 +11,7 @@ from fluxion_proto.v1 import generate_pb2, generate_pb2_grpc
 
 from fluxion_core.config import ClientSettings
 from fluxion_core.errors import StreamTruncatedError
-from fluxion_core.wire.channel import open_channel
+from services.cli.connection import connect
 from fluxion_core.wire.status import error_from_rpc
 
 Clock = Callable[[], float]
@@ -121,7 +121,7 @@ async def stream_generation(
     token_ids: list[int] = []
     arrivals: list[float] = []
     last: generate_pb2.GenerateResponse | None = None
-    async with open_channel(address, client) as channel:
+    async with connect(address, client) as channel:
         stub = generate_pb2_grpc.GenerationStub(channel)
         started = clock()
         try:

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from fluxion_core.config import ClientSettings
 from fluxion_core.errors import FluxionError, PeerUnavailableError
-from fluxion_core.wire.channel import open_channel
+from services.cli.connection import connect
 from fluxion_core.wire.status import error_from_rpc
 
 DECODE_SERVICE = "fluxion.v1.Generation"
@@ -33,7 +33,7 @@ async def run_health(address: str, client: ClientSettings) -> int:
         FluxionError: the node cannot be reached within client.connect_seconds, or it refuses.
     """
     rows: list[tuple[str, str]] = []
-    async with open_channel(address, client) as channel:
+    async with connect(address, client) as channel:
         live = await check_service(channel, "", seconds=client.connect_seconds)
         rows.append(("node", live or "UNKNOWN"))
         for service in (DECODE_SERVICE, PREFILL_SERVICE):
@@ -55,13 +55,11 @@ async def check_service(channel: grpc.aio.Channel, service: str, *, seconds: flo
         SERVING or NOT_SERVING; None if the node does not know the service.
 
     Raises:
-        FluxionError: the node cannot be reached within `seconds`, or it refuses.
+        FluxionError: the node does not answer within `seconds`, or it refuses.
     """
     stub = health_pb2_grpc.HealthStub(channel)
     try:
-        response = await stub.Check(
-            health_pb2.HealthCheckRequest(service=service), timeout=seconds, wait_for_ready=True
-        )
+        response = await stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=seconds)
     except grpc.aio.AioRpcError as error:
         if error.code() == grpc.StatusCode.NOT_FOUND:
             return None
@@ -91,8 +89,10 @@ async def wait_until_ready(
 
 async def _is_ready(address: str, service: str, client: ClientSettings) -> bool:
     """One question on a channel of its own: an old one would sit out its reconnection delay."""
-    async with open_channel(address, client) as channel:
-        try:
-            return await check_service(channel, service, seconds=1.0) == "SERVING"
-        except FluxionError:
-            return False
+    try:
+        async with connect(address, client) as channel:
+            return (
+                await check_service(channel, service, seconds=client.connect_seconds) == "SERVING"
+            )
+    except FluxionError:
+        return False

@@ -34,7 +34,9 @@ def test_a_taken_wish_is_refused_with_a_remedy(taken_address: str):
         choose_listen_address(taken_address, preferred="127.0.0.1:1", flag="--listen")
 
 
-@pytest.mark.parametrize("address", ["", "7420", ":7420", "host:", "host:port", "host:65536", "h:²"])
+@pytest.mark.parametrize(
+    "address", ["", "7420", ":7420", "host:", "host:port", "host:65536", "h:²"]
+)
 def test_what_is_not_host_and_port_is_refused(address: str):
     with pytest.raises(ConfigError, match="is not HOST:PORT"):
         split_address(address, flag="--listen")

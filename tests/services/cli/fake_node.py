@@ -1,0 +1,91 @@
+"""A node without a model: answers Generate with a script of its own, and health as told.
+
+Run as a program it is a child for `up` and `demo`; imported it serves inside the test's process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+from fluxion_proto.v1 import generate_pb2, generate_pb2_grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+USAGE = generate_pb2.Usage(
+    prompt_tokens=7000,
+    cached_tokens=512,
+    generated_tokens=3,
+    queue_seconds=0.25,
+    prefill_seconds=2.5,
+    handoff_seconds=0.5,
+    decode_seconds=0.75,
+    time_to_first_token_seconds=3.0,
+    handoff_bytes=1_000_000_000,
+    kv_bytes_read_per_token=20e6,
+    kv_bytes_in_host_memory=160_000_000,
+)
+
+
+class FakeGeneration(generate_pb2_grpc.GenerationServicer):
+    """Streams `deltas`, one token each, then the last message; or fails as told."""
+
+    def __init__(self, deltas: tuple[str, ...] = ("The ", "answer", ".")) -> None:
+        self.deltas = deltas
+        self.requests: list[generate_pb2.GenerateRequest] = []
+        self.failure: tuple[grpc.StatusCode, str] | None = None
+        self.sends_last_message = True
+
+    def Generate(
+        self, request: generate_pb2.GenerateRequest, context: grpc.ServicerContext
+    ) -> Iterator[generate_pb2.GenerateResponse]:
+        self.requests.append(request)
+        for token_id, delta in enumerate(self.deltas):
+            yield generate_pb2.GenerateResponse(text=delta, token_ids=[token_id])
+        if self.failure is not None:
+            context.abort(*self.failure)
+        if self.sends_last_message:
+            yield generate_pb2.GenerateResponse(
+                finish_reason=generate_pb2.FINISH_REASON_STOP, usage=USAGE
+            )
+
+
+def serve(
+    generation: FakeGeneration, statuses: dict[str, int], address: str
+) -> tuple[grpc.Server, int]:
+    """Start a server in this process; returns it and its port."""
+    server = grpc.server(ThreadPoolExecutor(max_workers=4))
+    generate_pb2_grpc.add_GenerationServicer_to_server(generation, server)
+    health_servicer = health.HealthServicer()
+    for service, status in statuses.items():
+        health_servicer.set(service, status)
+    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+    port = server.add_insecure_port(address)
+    server.start()
+    return server, port
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--listen", required=True)
+    parser.add_argument("--service", required=True)
+    parser.add_argument("--answer", default="An answer.")
+    arguments = parser.parse_args()
+    stopping = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stopping.set())
+    statuses = {"": SERVING, arguments.service: SERVING}
+    server, _ = serve(FakeGeneration((arguments.answer,)), statuses, arguments.listen)
+    print(f"serving, pid {os.getpid()}")
+    stopping.wait()
+    server.stop(None).wait()
+    print("drained")
+
+
+if __name__ == "__main__":
+    main()

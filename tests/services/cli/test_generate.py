@@ -1,0 +1,147 @@
+"""`fluxion generate` against a fake decode node on loopback."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from types import SimpleNamespace
+
+import grpc
+import pytest
+from typer.testing import CliRunner
+
+from fluxion_core.errors import InvalidRequestError
+from services.cli.generate import read_prompt
+from services.cli.main import app
+
+QUALITY_ACCURATE = 2
+runner = CliRunner()
+
+
+def generate(node: SimpleNamespace, *arguments: str, stdin: str | None = None):
+    return runner.invoke(app, ["generate", "--address", node.address, *arguments], input=stdin)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_answer_is_on_stdout_and_the_figures_are_on_stderr(decode_node: SimpleNamespace):
+    result = generate(decode_node, "Why?")
+    assert result.exit_code == 0, result.output
+    assert result.stdout == "The answer.\n"
+    for figure in ("7,000 tokens", "512 of them already held", "2.00 GB/s", "160.0 MB", "stop"):
+        assert figure in result.stderr
+
+
+def test_no_timings_leaves_stderr_empty(decode_node: SimpleNamespace):
+    result = generate(decode_node, "Why?", "--no-timings")
+    assert result.stderr == ""
+    assert result.stdout == "The answer.\n"
+
+
+def test_a_flag_that_is_not_given_is_not_sent(decode_node: SimpleNamespace):
+    generate(decode_node, "Why?")
+    (request,) = decode_node.generation.requests
+    assert [(m.role, m.content) for m in request.chat.messages] == [("user", "Why?")]
+    assert request.sampling.temperature == 0
+    assert request.quality == 0
+    for name in ("top_k", "top_p", "min_p", "repetition_penalty", "seed"):
+        assert not request.sampling.HasField(name)
+
+
+def test_every_flag_arrives(decode_node: SimpleNamespace):
+    flags = (
+        "--temperature 0.5 --top-k 7 --top-p 0.75 --min-p 0.25 --repetition-penalty 1.5 "
+        "--presence-penalty 0.5 --frequency-penalty -0.5 --seed 18446744073709551615 "
+        "--max-new-tokens 9 --stop END --stop . --ignore-eos --quality accurate --system Terse."
+    )
+    result = generate(decode_node, "Why?", *flags.split())
+    assert result.exit_code == 0, result.output
+    (request,) = decode_node.generation.requests
+    sampling = request.sampling
+    assert (sampling.temperature, sampling.top_k, sampling.top_p) == (0.5, 7, 0.75)
+    assert (sampling.min_p, sampling.repetition_penalty) == (0.25, 1.5)
+    assert (sampling.presence_penalty, sampling.frequency_penalty) == (0.5, -0.5)
+    assert sampling.seed == 2**64 - 1
+    assert (request.max_new_tokens, list(request.stop_strings)) == (9, ["END", "."])
+    assert request.ignore_eos
+    assert request.quality == QUALITY_ACCURATE
+    assert [m.role for m in request.chat.messages] == ["system", "user"]
+
+
+def test_raw_sends_standard_input_as_it_stands(decode_node: SimpleNamespace):
+    generate(decode_node, "--raw", stdin="  Once upon\n")
+    assert decode_node.generation.requests[0].text == "  Once upon\n"
+
+
+def test_a_file_comes_before_the_question(decode_node: SimpleNamespace, tmp_path: Path):
+    document = tmp_path / "document.txt"
+    document.write_text("A long text.\n", encoding="utf-8")
+    generate(decode_node, "--file", str(document), "--raw", "And the question?")
+    assert decode_node.generation.requests[0].text == "A long text.\n\nAnd the question?"
+
+
+@pytest.mark.parametrize(
+    ("code", "name"),
+    [
+        (grpc.StatusCode.INVALID_ARGUMENT, "prompt is empty"),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, "no room"),
+        (grpc.StatusCode.UNAVAILABLE, "draining"),
+    ],
+)
+def test_a_refusal_is_one_sentence(decode_node: SimpleNamespace, code: grpc.StatusCode, name: str):
+    decode_node.generation.deltas = ()
+    decode_node.generation.failure = (code, name)
+    result = generate(decode_node, "Why?")
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr.startswith("fluxion: ")
+    assert name in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_stream_without_its_last_message_is_an_error(decode_node: SimpleNamespace):
+    decode_node.generation.sends_last_message = False
+    result = generate(decode_node, "Why?")
+    assert result.exit_code == 1
+    assert "may be cut short" in result.stderr
+
+
+def test_no_node_is_one_sentence_with_the_address():
+    result = runner.invoke(app, ["generate", "--address", "127.0.0.1:1", "Why?"])
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert "no node accepts connections at 127.0.0.1:1; start one with" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "flags", [["--quality", "perfect"], ["--max-new-tokens", "0"], ["--top-k", "-1"], ["--seed=-1"]]
+)
+def test_wrong_usage_is_status_2(flags: list[str]):
+    result = runner.invoke(app, ["generate", *flags, "Why?"])
+    assert result.exit_code == 2
+
+
+def test_a_prompt_is_never_waited_for_at_a_terminal():
+    with pytest.raises(InvalidRequestError, match="no prompt; give one"):
+        read_prompt(None, None, Terminal())
+
+
+@pytest.mark.parametrize("blank", ["", " \n\t"])
+def test_a_blank_prompt_is_refused(blank: str):
+    with pytest.raises(InvalidRequestError, match="empty"):
+        read_prompt(None, None, io.StringIO(blank))
+
+
+def test_a_file_that_is_not_text_is_refused(tmp_path: Path):
+    binary = tmp_path / "binary"
+    binary.write_bytes(b"ok \xff")
+    with pytest.raises(InvalidRequestError, match=r"not UTF-8 text \(byte 3\)"):
+        read_prompt(None, binary, io.StringIO())
+
+
+def test_a_file_that_is_not_there_is_refused(tmp_path: Path):
+    with pytest.raises(InvalidRequestError, match="No such file"):
+        read_prompt(None, tmp_path / "absent", io.StringIO())
