@@ -1,0 +1,107 @@
+"""The hand-off's nouns: the layout both nodes must share, and frames.
+
+The bytes of a frame are specified in protos/README.md and made in wire/codec.py; what order frames
+may come in is kvstream/assembler.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from enum import IntEnum
+
+from fluxion_core.errors import LayoutMismatchError
+from fluxion_core.geometry import BLOCK_TOKENS, KvGeometry, ceil_div
+
+FRAME_PAYLOAD_BYTES = 1 << 20
+"""What a KV frame aims at: large enough that Python's cost per message is small (FACTS: 64 KiB
+messages move 0.65 GB/s, 1 MiB 1.0), small enough that flow control still has a grip."""
+
+
+class FrameKind(IntEnum):
+    """What a frame's payload is."""
+
+    HEADER = 1
+    """HandoffHeader message; first frame of a stream, once."""
+    CHUNK = 2
+    """KV of one layer for a run of tokens."""
+    TRAILER = 3
+    """HandoffTrailer message; last frame of a stream, once."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One frame, its checksum already verified. `payload` is valid as long as its buffer."""
+
+    kind: FrameKind
+    payload: memoryview
+    layer: int = 0
+    """CHUNK only."""
+    first_token: int = 0
+    """CHUNK only: absolute position, a multiple of 16."""
+    num_tokens: int = 0
+    """CHUNK only: a multiple of 16, but for the prompt's last tokens."""
+
+
+@dataclass(frozen=True)
+class KvLayout:
+    """What KV means: the model that made it and how it lies. Equal on both nodes, or no hand-off."""
+
+    model_name: str
+    """For people; not compared."""
+    revision_hash: str
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float
+    tokenizer_fingerprint: str
+    kv_dtype: str = "bfloat16"
+    block_tokens: int = BLOCK_TOKENS
+
+    def check_compatible(self, peer: KvLayout) -> None:
+        """Raise LayoutMismatchError naming the first field in which `peer` differs."""
+        for field in fields(self):
+            if field.name == "model_name":
+                continue
+            ours, theirs = getattr(self, field.name), getattr(peer, field.name)
+            if ours != theirs:
+                raise LayoutMismatchError(field.name, expected=ours, found=theirs)
+
+    def payload_bytes(self, num_tokens: int) -> int:
+        """Bytes of a CHUNK of `num_tokens` tokens: whole blocks, the last one zero padded."""
+        block_bytes = 2 * BLOCK_TOKENS * self.head_dim * 2
+        return self.num_kv_heads * ceil_div(num_tokens, BLOCK_TOKENS) * block_bytes
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a stream announces before its first byte of KV."""
+
+    layout: KvLayout
+    num_tokens: int
+    """Of the prompt."""
+    kv_from_token: int
+    """First token whose KV follows; the receiver holds what comes before."""
+
+
+@dataclass(frozen=True)
+class Trailer:
+    """What a stream says once all KV is out."""
+
+    first_token_id: int
+    """Sampled from the logits of the prompt's last token."""
+    queue_seconds: float
+    prefill_seconds: float
+    num_chunks: int
+    payload_bytes: int
+    """Of all CHUNK frames."""
+
+
+def frame_tokens(geometry: KvGeometry) -> int:
+    """Tokens of one layer in a frame of about FRAME_PAYLOAD_BYTES; a multiple of 16."""
+    blocks = FRAME_PAYLOAD_BYTES // (geometry.num_kv_heads * geometry.block_bytes)
+    return max(1, blocks) * BLOCK_TOKENS
+
+
+def max_frame_payload_bytes(geometry: KvGeometry) -> int:
+    """Largest CHUNK payload that this layout allows; frames above it are refused."""
+    return max(FRAME_PAYLOAD_BYTES, geometry.num_kv_heads * geometry.block_bytes)

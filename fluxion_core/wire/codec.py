@@ -1,0 +1,188 @@
+"""Bytes to frames and messages to dataclasses, and back. Specified in protos/README.md."""
+
+from __future__ import annotations
+
+import struct
+
+import google_crc32c
+from fluxion_proto.v1 import handoff_pb2
+from google.protobuf.message import DecodeError
+
+from fluxion_core.errors import FrameChecksumError, FrameFormatError
+from fluxion_core.kvstream.handoff import Frame, FrameKind, Header, KvLayout, Trailer
+
+MAGIC = 0x4E585546
+"""The bytes F U X N."""
+
+VERSION = 1
+
+# magic u32 | version u16 | kind u16 | layer u32 | first_token u32 | num_tokens u32 |
+# payload_bytes u32 | crc32c u32 | reserved u32, all little-endian
+_PREFIX = struct.Struct("<IHHIIIIII")
+
+PREFIX_BYTES = _PREFIX.size
+
+MAX_FRAME_PAYLOAD_BYTES = 4 << 20
+"""No frame is larger, whatever the layout: four times what a sender aims at, for models whose
+single block row of all heads is over 1 MiB."""
+
+MAX_CONTROL_PAYLOAD_BYTES = 1 << 20
+"""HEADER and TRAILER are messages of a few hundred bytes; room for head estimates in the trailer."""
+
+
+def encode_frame(frame: Frame) -> bytes:
+    """Prefix and payload as one message. Copies the payload once.
+
+    Raises:
+        FrameFormatError: the payload is above its limit.
+    """
+    _check_payload_bytes(frame.kind, frame.payload.nbytes)
+    payload = frame.payload.cast("B")
+    prefix = _PREFIX.pack(
+        MAGIC,
+        VERSION,
+        frame.kind,
+        frame.layer,
+        frame.first_token,
+        frame.num_tokens,
+        payload.nbytes,
+        google_crc32c.value(payload),
+        0,
+    )
+    return b"".join((prefix, payload))
+
+
+def decode_frame(message: bytes) -> Frame:
+    """Check one message and return its frame; the payload is a view into `message`.
+
+    Raises:
+        FrameFormatError: too short, wrong magic, version, kind, reserved bits or length.
+        FrameChecksumError: CRC32C of the payload differs from the prefix.
+    """
+    if len(message) < PREFIX_BYTES:
+        raise FrameFormatError(
+            f"frame of {len(message)} B is shorter than its {PREFIX_BYTES} B prefix"
+        )
+    magic, version, kind, layer, first_token, num_tokens, payload_bytes, crc32c, reserved = (
+        _PREFIX.unpack_from(message)
+    )
+    if magic != MAGIC:
+        raise FrameFormatError(f"frame begins with {magic:#010x}; need {MAGIC:#010x}")
+    if version != VERSION:
+        raise FrameFormatError(f"frame has version {version}; this node speaks {VERSION}")
+    if kind not in FrameKind.__members__.values():
+        raise FrameFormatError(f"frame has kind {kind}; known: 1 HEADER, 2 CHUNK, 3 TRAILER")
+    if reserved:
+        raise FrameFormatError(f"frame's reserved field is {reserved:#x}; must be 0")
+    if payload_bytes != len(message) - PREFIX_BYTES:
+        raise FrameFormatError(
+            f"frame says {payload_bytes} B of payload; {len(message) - PREFIX_BYTES} B came"
+        )
+    frame_kind = FrameKind(kind)
+    _check_payload_bytes(frame_kind, payload_bytes)
+    if frame_kind is not FrameKind.CHUNK and (layer or first_token or num_tokens):
+        raise FrameFormatError(f"{frame_kind.name} frame with a layer or tokens; must be 0")
+    payload = memoryview(message)[PREFIX_BYTES:]
+    found = google_crc32c.value(payload)
+    if found != crc32c:
+        raise FrameChecksumError(layer=layer, first_token=first_token, expected=crc32c, found=found)
+    return Frame(frame_kind, payload, layer, first_token, num_tokens)
+
+
+def _check_payload_bytes(kind: FrameKind, payload_bytes: int) -> None:
+    limit = MAX_FRAME_PAYLOAD_BYTES if kind is FrameKind.CHUNK else MAX_CONTROL_PAYLOAD_BYTES
+    if payload_bytes > limit:
+        raise FrameFormatError(f"{kind.name} frame of {payload_bytes} B; the limit is {limit}")
+
+
+def layout_to_proto(layout: KvLayout) -> handoff_pb2.Layout:
+    """The message of a layout."""
+    return handoff_pb2.Layout(
+        model_name=layout.model_name,
+        revision_hash=layout.revision_hash,
+        kv_dtype=layout.kv_dtype,
+        num_layers=layout.num_layers,
+        num_kv_heads=layout.num_kv_heads,
+        head_dim=layout.head_dim,
+        block_tokens=layout.block_tokens,
+        rope_theta=layout.rope_theta,
+        tokenizer_fingerprint=layout.tokenizer_fingerprint,
+    )
+
+
+def layout_from_proto(message: handoff_pb2.Layout) -> KvLayout:
+    """The layout of a message."""
+    return KvLayout(
+        model_name=message.model_name,
+        revision_hash=message.revision_hash,
+        num_layers=message.num_layers,
+        num_kv_heads=message.num_kv_heads,
+        head_dim=message.head_dim,
+        rope_theta=message.rope_theta,
+        tokenizer_fingerprint=message.tokenizer_fingerprint,
+        kv_dtype=message.kv_dtype,
+        block_tokens=message.block_tokens,
+    )
+
+
+def header_frame(header: Header) -> Frame:
+    """The first frame of a stream."""
+    message = handoff_pb2.HandoffHeader(
+        layout=layout_to_proto(header.layout),
+        num_tokens=header.num_tokens,
+        kv_from_token=header.kv_from_token,
+    )
+    return Frame(FrameKind.HEADER, memoryview(message.SerializeToString()))
+
+
+def trailer_frame(trailer: Trailer) -> Frame:
+    """The last frame of a stream."""
+    message = handoff_pb2.HandoffTrailer(
+        first_token_id=trailer.first_token_id,
+        queue_seconds=trailer.queue_seconds,
+        prefill_seconds=trailer.prefill_seconds,
+        num_chunks=trailer.num_chunks,
+        payload_bytes=trailer.payload_bytes,
+    )
+    return Frame(FrameKind.TRAILER, memoryview(message.SerializeToString()))
+
+
+def parse_header(frame: Frame) -> Header:
+    """The announcement in a HEADER frame.
+
+    Raises:
+        FrameFormatError: not a HEADER, or not a HandoffHeader message.
+    """
+    message = handoff_pb2.HandoffHeader()
+    _parse(frame, FrameKind.HEADER, message)
+    return Header(layout_from_proto(message.layout), message.num_tokens, message.kv_from_token)
+
+
+def parse_trailer(frame: Frame) -> Trailer:
+    """The figures in a TRAILER frame.
+
+    Raises:
+        FrameFormatError: not a TRAILER, or not a HandoffTrailer message.
+    """
+    message = handoff_pb2.HandoffTrailer()
+    _parse(frame, FrameKind.TRAILER, message)
+    return Trailer(
+        first_token_id=message.first_token_id,
+        queue_seconds=message.queue_seconds,
+        prefill_seconds=message.prefill_seconds,
+        num_chunks=message.num_chunks,
+        payload_bytes=message.payload_bytes,
+    )
+
+
+def _parse(
+    frame: Frame,
+    kind: FrameKind,
+    message: handoff_pb2.HandoffHeader | handoff_pb2.HandoffTrailer,
+) -> None:
+    if frame.kind is not kind:
+        raise FrameFormatError(f"expected a {kind.name} frame, got {frame.kind.name}")
+    try:
+        message.ParseFromString(bytes(frame.payload))
+    except DecodeError as error:
+        raise FrameFormatError(f"{kind.name} frame holds no valid message: {error}") from None
