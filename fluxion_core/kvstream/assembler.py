@@ -18,7 +18,7 @@ class KvSink(Protocol):
     """Where KV goes: the host KV store's reservation for one sequence."""
 
     def write_blocks(
-        self, layer: int, first_token: int, num_tokens: int, payload: memoryview
+        self, layer: int, first_token: int, num_tokens: int, payload: bytes
     ) -> None:
         """Copy `[kv_head][block][K 16 x D | V 16 x D]` bf16 of one layer into place."""
 
@@ -80,7 +80,7 @@ class HandoffAssembler:
         self._sink.write_blocks(frame.layer, frame.first_token, frame.num_tokens, frame.payload)
         self._next_token[frame.layer] = frame.first_token + frame.num_tokens
         self.num_chunks += 1
-        self.payload_bytes += frame.payload.nbytes
+        self.payload_bytes += len(frame.payload)
 
     def take_trailer(self, trailer: Trailer) -> None:
         """Accept the end of the stream.
@@ -139,7 +139,7 @@ class HandoffAssembler:
                 f"of {BLOCK_TOKENS}"
             )
         expected = self._layout.payload_bytes(count)
-        if frame.payload.nbytes != expected:
+        if len(frame.payload) != expected:
             raise FrameFormatError(
-                f"CHUNK of {count} tokens has {frame.payload.nbytes} B of payload; needs {expected}"
+                f"CHUNK of {count} tokens has {len(frame.payload)} B of payload; needs {expected}"
             )

@@ -30,10 +30,10 @@ class FrameKind(IntEnum):
 
 @dataclass(frozen=True)
 class Frame:
-    """One frame, its checksum already verified. `payload` is valid as long as its buffer."""
+    """One frame, its checksum already verified."""
 
     kind: FrameKind
-    payload: memoryview
+    payload: bytes
     layer: int = 0
     """CHUNK only."""
     first_token: int = 0

@@ -36,8 +36,8 @@ def encode_frame(frame: Frame) -> bytes:
     Raises:
         FrameFormatError: the payload is above its limit.
     """
-    _check_payload_bytes(frame.kind, frame.payload.nbytes)
-    payload = frame.payload.cast("B")
+    payload = frame.payload
+    _check_payload_bytes(frame.kind, len(payload))
     prefix = _PREFIX.pack(
         MAGIC,
         VERSION,
@@ -45,7 +45,7 @@ def encode_frame(frame: Frame) -> bytes:
         frame.layer,
         frame.first_token,
         frame.num_tokens,
-        payload.nbytes,
+        len(payload),
         google_crc32c.value(payload),
         0,
     )
@@ -53,7 +53,10 @@ def encode_frame(frame: Frame) -> bytes:
 
 
 def decode_frame(message: bytes) -> Frame:
-    """Check one message and return its frame; the payload is a view into `message`.
+    """Check one message and return its frame.
+
+    The payload is a copy: the checksum library takes nothing but bytes, and a copy costs 0.05 s
+    per GB where the stream itself takes 1.
 
     Raises:
         FrameFormatError: too short, wrong magic, version, kind, reserved bits or length.
@@ -82,7 +85,7 @@ def decode_frame(message: bytes) -> Frame:
     _check_payload_bytes(frame_kind, payload_bytes)
     if frame_kind is not FrameKind.CHUNK and (layer or first_token or num_tokens):
         raise FrameFormatError(f"{frame_kind.name} frame with a layer or tokens; must be 0")
-    payload = memoryview(message)[PREFIX_BYTES:]
+    payload = message[PREFIX_BYTES:]
     found = google_crc32c.value(payload)
     if found != crc32c:
         raise FrameChecksumError(layer=layer, first_token=first_token, expected=crc32c, found=found)
@@ -132,7 +135,7 @@ def header_frame(header: Header) -> Frame:
         num_tokens=header.num_tokens,
         kv_from_token=header.kv_from_token,
     )
-    return Frame(FrameKind.HEADER, memoryview(message.SerializeToString()))
+    return Frame(FrameKind.HEADER, message.SerializeToString())
 
 
 def trailer_frame(trailer: Trailer) -> Frame:
@@ -144,7 +147,7 @@ def trailer_frame(trailer: Trailer) -> Frame:
         num_chunks=trailer.num_chunks,
         payload_bytes=trailer.payload_bytes,
     )
-    return Frame(FrameKind.TRAILER, memoryview(message.SerializeToString()))
+    return Frame(FrameKind.TRAILER, message.SerializeToString())
 
 
 def parse_header(frame: Frame) -> Header:
@@ -183,6 +186,6 @@ def _parse(
     if frame.kind is not kind:
         raise FrameFormatError(f"expected a {kind.name} frame, got {frame.kind.name}")
     try:
-        message.ParseFromString(bytes(frame.payload))
+        message.ParseFromString(frame.payload)
     except DecodeError as error:
         raise FrameFormatError(f"{kind.name} frame holds no valid message: {error}") from None

@@ -31,7 +31,7 @@ class _OneSentenceGroup(TyperGroup):
             raise typer.Exit(1) from None
         except BrokenPipeError:
             # The reader of our output has gone (`| head`); nothing is left to say to it.
-            sys.stdout = None  # type: ignore[assignment]
+            sys.stdout = None
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
             raise typer.Exit(130) from None

@@ -149,7 +149,8 @@ def ended_early(node: NodeProcess, when: str) -> PeerUnavailableError:
 def _node_command(node: str, model_path: Path, listen: str, config: Path | None) -> tuple[str, ...]:
     config_flags = () if config is None else ("--config", str(config))
     return (
-        *(sys.executable, "-m", f"services.{node}"),
+        # -P: a directory called `services` where the command is run must not be imported.
+        *(sys.executable, "-P", "-m", f"services.{node}"),
         *config_flags,
         *("--listen", listen, "--model", str(model_path)),
     )

@@ -159,7 +159,10 @@ def test_children_end_when_the_supervisor_is_killed(tmp_path: Path):
     # The child holds the pipe's write end open: it is closed when the child is gone.
     pipe = tmp_path / "held_by_child"
     os.mkfifo(pipe)
-    child = f"import signal; held = open({str(pipe)!r}, 'w'); held.write('up'); held.flush(); signal.pause()"
+    child = (
+        f"import signal; held = open({str(pipe)!r}, 'w')\n"
+        "held.write('up'); held.flush(); signal.pause()"
+    )
     supervisor = f"""
 import asyncio
 from services.cli.processes import NodeGroup
@@ -169,9 +172,12 @@ async def main():
         await asyncio.Event().wait()
 asyncio.run(main())
 """
-    with subprocess.Popen(python(supervisor), cwd=ROOT) as process:
+    process = subprocess.Popen(python(supervisor), cwd=ROOT)
+    try:
         with pipe.open() as reader:
             assert reader.read(2) == "up"
             process.kill()
             assert reader.read() == ""
-    assert process.returncode == -signal.SIGKILL
+    finally:
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
