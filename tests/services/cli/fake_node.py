@@ -34,18 +34,25 @@ USAGE = generate_pb2.Usage(
 
 
 class FakeGeneration(generate_pb2_grpc.GenerationServicer):
-    """Streams `deltas`, one token each, then the last message; or fails as told."""
+    """Streams `deltas`, one token each, then the last message; or does what it is told."""
 
     def __init__(self, deltas: tuple[str, ...] = ("The ", "answer", ".")) -> None:
         self.deltas = deltas
         self.requests: list[generate_pb2.GenerateRequest] = []
         self.failure: tuple[grpc.StatusCode, str] | None = None
         self.sends_last_message = True
+        self.never_answers = False
+        self.called = threading.Event()
+        self.was_cancelled = threading.Event()
 
     def Generate(
         self, request: generate_pb2.GenerateRequest, context: grpc.ServicerContext
     ) -> Iterator[generate_pb2.GenerateResponse]:
         self.requests.append(request)
+        self.called.set()
+        if self.never_answers:
+            context.add_callback(self.was_cancelled.set)
+            self.was_cancelled.wait()
         for token_id, delta in enumerate(self.deltas):
             yield generate_pb2.GenerateResponse(text=delta, token_ids=[token_id])
         if self.failure is not None:

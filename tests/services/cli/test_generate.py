@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -113,7 +116,47 @@ def test_no_node_is_one_sentence_with_the_address():
     result = runner.invoke(app, ["generate", "--address", "127.0.0.1:1", "Why?"])
     assert result.exit_code == 1
     assert result.stdout == ""
-    assert "no node accepts connections at 127.0.0.1:1; start one with" in result.stderr
+    assert "no node accepts connections at 127.0.0.1:1 (Connection refused)" in result.stderr
+
+
+def test_a_token_file_that_is_not_there_is_one_sentence(
+    decode_node: SimpleNamespace, tmp_path: Path
+):
+    result = generate(decode_node, "--bearer-token-file", str(tmp_path / "absent"), "Why?")
+    assert result.exit_code == 1
+    assert "absent: No such file" in result.stderr
+
+
+def start_command(*arguments: str) -> subprocess.Popen[str]:
+    """The command as a process of its own, as the installed script runs it."""
+    return subprocess.Popen(
+        [sys.executable, "-c", "from services.cli.main import run; run()", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_ctrl_c_cancels_the_request_and_is_status_130(decode_node: SimpleNamespace):
+    decode_node.generation.never_answers = True
+    with start_command("generate", "--address", decode_node.address, "Why?") as process:
+        assert decode_node.generation.called.wait(60)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate()
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert decode_node.generation.was_cancelled.wait(60)
+
+
+def test_a_reader_that_leaves_ends_the_command_without_a_traceback(decode_node: SimpleNamespace):
+    decode_node.generation.deltas = ("word ",) * 10
+    with start_command("generate", "--address", decode_node.address, "Why?") as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stderr is not None
+        errors = process.stderr.read()
+    assert process.returncode == 1
+    assert errors == ""
 
 
 @pytest.mark.parametrize(

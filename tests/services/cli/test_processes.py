@@ -86,12 +86,17 @@ async def test_leaving_the_group_ends_the_last_started_first():
 
 async def test_an_error_inside_the_block_still_ends_the_children():
     recorder = Recorder()
-    with pytest.raises(RuntimeError, match="inside"):
+    started = []
+
+    async def fail_inside() -> None:
         async with NodeGroup(recorder) as nodes:
-            node = await nodes.start("decode", python(SERVE_UNTIL_SIGTERM))
+            started.append(await nodes.start("decode", python(SERVE_UNTIL_SIGTERM)))
             await recorder.wait_for("decode", "ready")
             raise RuntimeError("inside")
-    assert node.exit_status == 0
+
+    with pytest.raises(RuntimeError, match="inside"):
+        await fail_inside()
+    assert [node.exit_status for node in started] == [0]
 
 
 async def test_a_node_that_ignores_sigterm_is_killed_after_the_grace_period():
@@ -104,12 +109,14 @@ async def test_a_node_that_ignores_sigterm_is_killed_after_the_grace_period():
 
 async def test_only_its_own_children_are_ended():
     recorder = Recorder()
-    with subprocess.Popen(python("input()"), stdin=subprocess.PIPE) as outsider:
-        async with NodeGroup(recorder) as nodes:
-            await nodes.start("decode", python(SERVE_UNTIL_SIGTERM))
-            await recorder.wait_for("decode", "ready")
-        assert outsider.poll() is None
-        outsider.communicate(b"\n")
+    outsider = await asyncio.create_subprocess_exec(
+        *python("input()"), stdin=asyncio.subprocess.PIPE
+    )
+    async with NodeGroup(recorder) as nodes:
+        await nodes.start("decode", python(SERVE_UNTIL_SIGTERM))
+        await recorder.wait_for("decode", "ready")
+    assert outsider.returncode is None
+    await outsider.communicate(b"\n")
     assert outsider.returncode == 0
 
 
