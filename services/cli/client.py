@@ -11,8 +11,8 @@ from fluxion_proto.v1 import generate_pb2, generate_pb2_grpc
 
 from fluxion_core.config import ClientSettings
 from fluxion_core.errors import StreamTruncatedError
-from services.cli.connection import connect
 from fluxion_core.wire.status import error_from_rpc
+from services.cli.connection import connect
 
 Clock = Callable[[], float]
 """Monotonic seconds."""

@@ -92,8 +92,11 @@ async def _ask(nodes: NodeGroup, options: DemoOptions, console: Console) -> Gene
     with console.status("Starting a prefill node and a decode node …"):
         await bring_up(nodes, plans, ready_seconds=_READY_SECONDS)
     prefill, decode = plans
-    console.print(f"prefill node at {prefill.address}, decode node at {decode.address}")
-    console.print(f"Document: {len(document.split()):,} words, from “{document.splitlines()[0]}”")
+    console.print(
+        f"Prefill node at {prefill.address}, decode node at {decode.address}", highlight=False
+    )
+    title = document.splitlines()[0].lstrip("# ")
+    console.print(f"Document: {title}, {len(document.split()):,} words", highlight=False)
     console.print(f"Question: {QUESTION}", style="bold", highlight=False)
     status = console.status("The prefill node reads the document, and its KV streams over …")
 

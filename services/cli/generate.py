@@ -100,12 +100,16 @@ def timings_table(generation: Generation) -> Table:
 
 
 def handoff_cells(generation: Generation) -> tuple[str, str]:
-    """Rate of the KV hand-off, and what it is made of."""
+    """Rate of the KV hand-off, and what it is made of.
+
+    Frames leave while later layers are computed, so the rate is the slower of prefill and wire;
+    `fluxion bench handoff` measures the wire alone.
+    """
     usage = generation.usage
     if not usage.handoff_bytes or not usage.handoff_seconds:
         return "none", "the node held all of the prompt's KV"
     rate = usage.handoff_bytes / usage.handoff_seconds
     return (
-        f"{rate / 1e9:.2f} GB/s",
-        f"{usage.handoff_bytes / 1e6:.1f} MB in {usage.handoff_seconds:.2f} s",
+        f"{rate / 1e9:.3g} GB/s",
+        f"{usage.handoff_bytes / 1e6:.1f} MB in {usage.handoff_seconds:.2f} s, as prefill made it",
     )

@@ -12,8 +12,8 @@ from rich.text import Text
 
 from fluxion_core.config import ClientSettings
 from fluxion_core.errors import FluxionError, PeerUnavailableError
-from services.cli.connection import connect
 from fluxion_core.wire.status import error_from_rpc
+from services.cli.connection import connect
 
 DECODE_SERVICE = "fluxion.v1.Generation"
 """Serving when a decode node has its model loaded and is not draining."""
