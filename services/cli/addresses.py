@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import random
 import socket
 
 from fluxion_core.errors import ConfigError
 
 DEFAULT_DECODE_ADDRESS = "127.0.0.1:7420"
 """Where `fluxion generate` looks for a decode node, and where `fluxion up` puts one if it can."""
+
+_PORTS_NOT_HANDED_OUT = range(20_000, 32_000)
+"""Below what Linux (32768) and IANA (49152) hand to outgoing connections and to port 0."""
 
 _DIAL_HOSTS = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}
 
@@ -26,16 +30,14 @@ def choose_listen_address(wanted: str | None, *, preferred: str, flag: str) -> s
         ConfigError: the wish is malformed, in use, or not an address of this machine.
     """
     if wanted is None:
-        free_port = _bindable_port(*split_address(preferred, flag=flag))
-        return (
-            preferred
-            if free_port
-            else choose_listen_address(
-                preferred.rpartition(":")[0] + ":0", preferred=preferred, flag=flag
-            )
-        )
+        if _is_bindable(*split_address(preferred, flag=flag)):
+            return preferred
+        wanted = f"{split_address(preferred, flag=flag)[0]}:0"
     host, port = split_address(wanted, flag=flag)
-    free_port = _bindable_port(host, port)
+    if port == 0:
+        free_port = _free_port(host)
+    else:
+        free_port = port if _is_bindable(host, port) else None
     if free_port is None:
         raise ConfigError(
             f"{flag} {wanted}: this address is in use or not of this machine; "
@@ -62,16 +64,24 @@ def split_address(address: str, *, flag: str) -> tuple[str, int]:
     return host, int(port_text)
 
 
-def _bindable_port(host: str, port: int) -> int | None:
-    """The port if it can be bound now (for 0, one that can), else None."""
-    is_ipv6 = host.startswith("[")
-    family = socket.AF_INET6 if is_ipv6 else socket.AF_INET
+def _free_port(host: str) -> int | None:
+    """A port that can be bound now and that nobody is handed by chance before the node binds it.
+
+    A port of the system's choosing (bind to 0) may go to any outgoing connection meanwhile.
+    """
+    for port in random.sample(_PORTS_NOT_HANDED_OUT, k=64):
+        if _is_bindable(host, port):
+            return port
+    return None
+
+
+def _is_bindable(host: str, port: int) -> bool:
+    family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         # As gRPC does: a port whose last connections are still in TIME_WAIT counts as free.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host.strip("[]"), port))
         except OSError:
-            return None
-        bound: int = probe.getsockname()[1]
-        return bound
+            return False
+    return True
