@@ -1,0 +1,102 @@
+"""KV into slabs, with digests built on the way. Native; the GIL is released."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fluxion_core.errors import ShapeError
+from fluxion_core.geometry import BLOCK_TOKENS, KvGeometry
+from fluxion_core.kernels import _native
+from fluxion_core.kernels.isa import native_layout
+
+
+def ingest_blocks(
+    geometry: KvGeometry,
+    slab_address: int,
+    layer: int,
+    first_token_in_slab: int,
+    num_tokens: int,
+    payload_address: int,
+    payload_head_bytes: int,
+) -> None:
+    """Copy blocks of one layer into a slab and digest every complete one at all block sizes.
+
+    A ragged last block is copied whole (zero padded by the sender) and not digested. Blocks of a
+    layer must come in order: a coarse digest begins with its first 16-token block.
+
+    Args:
+        geometry: layout of the slab.
+        slab_address: start of the slab.
+        layer: 0 to num_layers - 1.
+        first_token_in_slab: a multiple of 16.
+        num_tokens: tokens to take, at most to the slab's end.
+        payload_address: `[kv_head][block][K 16 x D | V 16 x D]` bf16, at the first block to take.
+        payload_head_bytes: from one head of the payload to the next.
+
+    Raises:
+        ShapeError: the run does not lie on blocks inside the slab.
+
+    Cost: reads and writes the payload once, K twice; writes 11.7 % of it as digests.
+    """
+    if (
+        first_token_in_slab % BLOCK_TOKENS
+        or num_tokens <= 0
+        or not 0 <= first_token_in_slab <= geometry.slab_tokens - num_tokens
+        or not 0 <= layer < geometry.num_layers
+    ):
+        raise ShapeError(
+            f"tokens {first_token_in_slab} to {first_token_in_slab + num_tokens} of layer {layer} "
+            f"are no blocks of a slab of {geometry.slab_tokens} tokens"
+        )
+    _native.ingest_blocks(
+        native_layout(geometry),
+        slab_address,
+        layer,
+        first_token_in_slab,
+        num_tokens,
+        payload_address,
+        payload_head_bytes,
+    )
+
+
+def append_tokens(
+    geometry: KvGeometry,
+    slab_addresses: Tensor,
+    tokens_in_slab: Tensor,
+    layer: int,
+    key: Tensor,
+    value: Tensor,
+) -> None:
+    """Write one token's K and V of one layer for every sequence of a batch.
+
+    A block that becomes complete is digested.
+
+    Args:
+        geometry: layout of the slabs.
+        slab_addresses: [batch] int64; the slab that takes each sequence's token.
+        tokens_in_slab: [batch] int64; position within that slab.
+        layer: 0 to num_layers - 1.
+        key: [batch, kv_heads, head_dim] bfloat16, contiguous, on the CPU.
+        value: like key.
+
+    Raises:
+        ShapeError: shapes or dtypes differ from the above.
+    """
+    shape = (slab_addresses.numel(), geometry.num_kv_heads, geometry.head_dim)
+    for tensor in (key, value):
+        if tuple(tensor.shape) != shape or tensor.dtype != torch.bfloat16:
+            raise ShapeError(f"expected {shape} bfloat16, got {tuple(tensor.shape)} {tensor.dtype}")
+        if not tensor.is_contiguous() or tensor.device.type != "cpu":
+            raise ShapeError("key and value must be contiguous and on the CPU")
+    if not 0 <= layer < geometry.num_layers:
+        raise ShapeError(f"layer {layer} of {geometry.num_layers}")
+    _native.append_tokens(
+        native_layout(geometry),
+        slab_addresses.data_ptr(),
+        tokens_in_slab.data_ptr(),
+        shape[0],
+        layer,
+        key.data_ptr(),
+        value.data_ptr(),
+    )
