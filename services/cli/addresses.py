@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import socket
+from collections.abc import Collection
 
 from fluxion_core.errors import ConfigError
 
@@ -16,7 +17,9 @@ _PORTS_NOT_HANDED_OUT = range(20_000, 32_000)
 _DIAL_HOSTS = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}
 
 
-def choose_listen_address(wanted: str | None, *, preferred: str, flag: str) -> str:
+def choose_listen_address(
+    wanted: str | None, *, preferred: str, flag: str, promised: Collection[int] = ()
+) -> str:
     """Settle on a HOST:PORT that can be bound now.
 
     Another process may still take the port before the node does; the node then says so.
@@ -25,22 +28,18 @@ def choose_listen_address(wanted: str | None, *, preferred: str, flag: str) -> s
         wanted: what the user asked for; port 0 for any free one; None for no wish.
         preferred: taken if nothing was wished for and it is free.
         flag: the flag's name, for the error's remedy.
+        promised: ports given to nodes that have not bound them yet.
 
     Raises:
         ConfigError: the wish is malformed, in use, or not an address of this machine.
     """
-    if wanted is None:
-        if _is_bindable(*split_address(preferred, flag=flag)):
-            return preferred
-        wanted = f"{split_address(preferred, flag=flag)[0]}:0"
-    host, port = split_address(wanted, flag=flag)
-    if port == 0:
-        free_port = _free_port(host)
-    else:
-        free_port = port if _is_bindable(host, port) else None
+    host, port = split_address(preferred if wanted is None else wanted, flag=flag)
+    free_port = _bindable_port(host, port, promised)
+    if free_port is None and wanted is None:
+        free_port = _bindable_port(host, 0, promised)
     if free_port is None:
         raise ConfigError(
-            f"{flag} {wanted}: this address is in use or not of this machine; "
+            f"{flag} {wanted or preferred}: this address is in use or not of this machine; "
             f"give another, or port 0 for a free one"
         )
     return f"{host}:{free_port}"
@@ -64,14 +63,16 @@ def split_address(address: str, *, flag: str) -> tuple[str, int]:
     return host, int(port_text)
 
 
-def _free_port(host: str) -> int | None:
-    """A port that can be bound now and that nobody is handed by chance before the node binds it.
+def _bindable_port(host: str, port: int, promised: Collection[int]) -> int | None:
+    """The port if it can be bound now, for port 0 one that can; None if that fails.
 
-    A port of the system's choosing (bind to 0) may go to any outgoing connection meanwhile.
+    A port of the system's choosing (bind to 0) may go to any outgoing connection before the node
+    binds it, so port 0 takes one that nobody is handed.
     """
-    for port in random.sample(_PORTS_NOT_HANDED_OUT, k=64):
-        if _is_bindable(host, port):
-            return port
+    candidates = random.sample(_PORTS_NOT_HANDED_OUT, k=64) if port == 0 else [port]
+    for candidate in candidates:
+        if candidate not in promised and _is_bindable(host, candidate):
+            return candidate
     return None
 
 

@@ -16,7 +16,12 @@ from rich.console import Console
 
 from fluxion_core.config import ClientSettings
 from fluxion_core.errors import PeerUnavailableError
-from services.cli.addresses import DEFAULT_DECODE_ADDRESS, choose_listen_address, dial_address
+from services.cli.addresses import (
+    DEFAULT_DECODE_ADDRESS,
+    choose_listen_address,
+    dial_address,
+    split_address,
+)
 from services.cli.health import DECODE_SERVICE, PREFILL_SERVICE, wait_until_ready
 from services.cli.logs import LogPrinter
 from services.cli.processes import NodeGroup, NodeProcess, finished_before, stop_signals
@@ -94,7 +99,10 @@ def plan_nodes(options: UpOptions) -> tuple[NodePlan, NodePlan]:
         options.prefill_listen, preferred=options.prefill_listen, flag="--prefill-listen"
     )
     decode_listen = choose_listen_address(
-        options.decode_listen, preferred=DEFAULT_DECODE_ADDRESS, flag="--decode-listen"
+        options.decode_listen,
+        preferred=DEFAULT_DECODE_ADDRESS,
+        flag="--decode-listen",
+        promised=(split_address(prefill_listen, flag="--prefill-listen")[1],),
     )
     prefill_address = dial_address(prefill_listen)
     prefill = _node_command("prefill", model_path, prefill_listen, options.prefill_config)
