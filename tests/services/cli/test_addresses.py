@@ -46,3 +46,10 @@ def test_a_wildcard_is_dialled_on_loopback():
     assert dial_address("0.0.0.0:7420") == "127.0.0.1:7420"
     assert dial_address("[::]:7420") == "[::1]:7420"
     assert dial_address("10.0.0.7:7420") == "10.0.0.7:7420"
+
+
+def test_a_port_promised_to_another_node_counts_as_taken():
+    address = choose_listen_address("127.0.0.1:0", preferred="127.0.0.1:1", flag="--listen")
+    _, port = split_address(address, flag="--listen")
+    with pytest.raises(ConfigError, match="in use"):
+        choose_listen_address(address, preferred=address, flag="--listen", promised=(port,))
