@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import os
 import signal
 import sys
@@ -26,7 +25,14 @@ RECENT_LINES = 30
 """Lines of output kept per node, to be shown when it fails."""
 
 _READ_BYTES = 1 << 16
-_PR_SET_PDEATHSIG = 1  # from <sys/prctl.h>
+_LAUNCHER = """
+import ctypes, os, signal, sys
+PR_SET_PDEATHSIG = 1  # from <sys/prctl.h>
+ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+if os.getppid() != int(sys.argv[1]):
+    sys.exit("the command that started this node has already ended")
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
 
 ResultT = TypeVar("ResultT")
 
@@ -115,12 +121,11 @@ class NodeGroup:
     async def start(self, name: str, command: Sequence[str]) -> NodeProcess:
         """Start one node; its standard output and error both go to `on_line`."""
         process = await asyncio.create_subprocess_exec(
-            *command,
+            *_ending_with_this_process(command),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=_end_with_parent_hook(),
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
         )
         node = NodeProcess(name, process, self._on_line)
@@ -192,16 +197,12 @@ async def finished_before(work: asyncio.Task[ResultT], stop_requested: asyncio.E
     return not work.cancelled()
 
 
-def _end_with_parent_hook() -> Callable[[], None] | None:
-    """What runs in the child before it becomes the node; None where the system cannot do it.
+def _ending_with_this_process(command: Sequence[str]) -> list[str]:
+    """The command, behind a launcher that asks the kernel to end it when this process ends.
 
-    Looked up here, in the parent: between fork and exec nothing may import or take a lock.
+    A launcher rather than a hook between fork and exec, where Python code may deadlock. It leaves
+    no trace: the node replaces it in the same process.
     """
     if sys.platform != "linux":
-        return None
-    prctl = ctypes.CDLL(None).prctl
-
-    def end_with_parent() -> None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-    return end_with_parent
+        return list(command)
+    return [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), *command]
