@@ -1,0 +1,340 @@
+"""The store's accounting adds up whatever happens, and what is in it is what was written."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+
+from fluxion_core.errors import (
+    CapacityError,
+    FluxionError,
+    FrameFormatError,
+    StreamTruncatedError,
+)
+from fluxion_core.geometry import BLOCK_SIZES, BLOCK_TOKENS, KvGeometry, ceil_div
+from fluxion_core.kernels.block_digest import reference
+from fluxion_core.kvstore.digest_index import gather_digests, gather_kv
+from fluxion_core.kvstore.store import HostKvStore, SequenceKv, StepAppend
+
+GEOMETRY = KvGeometry(num_layers=2, num_kv_heads=2, head_dim=32, slab_tokens=128)
+
+
+def make_store(num_slabs: int, geometry: KvGeometry = GEOMETRY) -> HostKvStore:
+    return HostKvStore(geometry, num_slabs * (geometry.slab_bytes + 4096), model_key=b"toy")
+
+
+def kv_of(token_ids: list[int], geometry: KvGeometry = GEOMETRY) -> torch.Tensor:
+    """KV that depends on the tokens so far: [layers, kv_heads, 2, tokens, head_dim] bfloat16."""
+    shape = (geometry.num_layers, geometry.num_kv_heads, 2, 1, geometry.head_dim)
+    columns, state = [], 0
+    for token in token_ids:
+        state = (state * 31 + token + 1) % 1_000_003
+        columns.append(torch.randn(shape, generator=torch.Generator().manual_seed(state)))
+    return torch.cat(columns, dim=3).bfloat16()
+
+
+def payload(kv: torch.Tensor, layer: int, first: int, count: int) -> bytes:
+    """The wire's bytes of a run of tokens: [kv_head][block][K | V], zero padded."""
+    heads, _, _, dim = kv.shape[1:]
+    blocks = ceil_div(count, BLOCK_TOKENS)
+    padded = torch.zeros(heads, 2, blocks * BLOCK_TOKENS, dim, dtype=torch.bfloat16)
+    padded[:, :, :count] = kv[layer, :, :, first : first + count]
+    blocked = padded.unflatten(2, (blocks, BLOCK_TOKENS)).transpose(1, 2).contiguous()
+    return blocked.view(torch.uint8).numpy().tobytes()
+
+
+def ingest(sequence: SequenceKv, kv: torch.Tensor, step: int = 64) -> None:
+    layers, end = kv.shape[0], kv.shape[3]
+    for first in range(sequence.shared_tokens, end, step):
+        count = min(step, end - first)
+        for layer in range(layers):
+            sequence.write_blocks(layer, first, count, payload(kv, layer, first, count))
+
+
+def stored(store: HostKvStore, token_ids: list[int], new_tokens: int = 0) -> SequenceKv:
+    sequence = store.reserve(token_ids, new_tokens)
+    ingest(sequence, kv_of(token_ids))
+    sequence.commit()
+    return sequence
+
+
+def check_content(sequence: SequenceKv, kv: torch.Tensor) -> None:
+    for layer in range(GEOMETRY.num_layers):
+        for head in range(GEOMETRY.num_kv_heads):
+            keys, values = gather_kv(sequence, layer, head)
+            assert torch.equal(keys, kv[layer, head, 0])
+            assert torch.equal(values, kv[layer, head, 1])
+            # Digests cover complete 16-token blocks only, also inside a coarse block.
+            digested = keys[: len(keys) // BLOCK_TOKENS * BLOCK_TOKENS]
+            for level, block_size in enumerate(BLOCK_SIZES):
+                low, high = gather_digests(sequence, layer, head, level)
+                if len(low):
+                    expected = reference.digest(digested[: len(low) * block_size], block_size)
+                    assert torch.equal(low, expected[0])
+                    assert torch.equal(high, expected[1])
+
+
+def check_accounting(store: HostKvStore) -> None:
+    stats = store.statistics()
+    parts = stats.free_bytes, stats.reserved_bytes, stats.used_bytes, stats.cached_bytes
+    assert sum(parts) == stats.capacity_bytes
+    assert min(parts) >= 0
+
+
+@pytest.mark.parametrize("num_tokens", [1, 15, 16, 17, 127, 128, 129, 300])
+def test_what_was_streamed_is_what_is_read(num_tokens: int):
+    store = make_store(4)
+    tokens = list(range(num_tokens))
+    sequence = stored(store, tokens)
+    check_content(sequence, kv_of(tokens))
+
+
+def test_appended_tokens_are_stored_and_digested_like_the_prompt():
+    store = make_store(4)
+    tokens = list(range(100))
+    sequence = stored(store, tokens, new_tokens=200)
+    kv = kv_of(list(range(300)))
+    for position in range(100, 300):
+        step = StepAppend(GEOMETRY, [sequence])
+        for layer in range(GEOMETRY.num_layers):
+            column = kv[layer, :, :, position]
+            step.append(layer, column[None, :, 0].contiguous(), column[None, :, 1].contiguous())
+        step.advance()
+    assert sequence.num_tokens == 300
+    check_content(sequence, kv)
+    # A coarse block of which only a part is complete bounds that part.
+    low, _ = gather_digests(sequence, 1, 1, 0)
+    assert len(low) == 300 // 16
+
+
+def test_sequences_of_one_step_do_not_mix():
+    store = make_store(8)
+    prompts = [[1] * 40, [2] * 200, [3] * 16]
+    sequences = [stored(store, prompt, new_tokens=20) for prompt in prompts]
+    streams = [kv_of(prompt + [9] * 20) for prompt in prompts]
+    for offset in range(20):
+        step = StepAppend(GEOMETRY, sequences)
+        for layer in range(GEOMETRY.num_layers):
+            columns = torch.stack(
+                [kv[layer, :, :, len(p) + offset] for kv, p in zip(streams, prompts, strict=True)]
+            )
+            step.append(layer, columns[:, :, 0].contiguous(), columns[:, :, 1].contiguous())
+        step.advance()
+    for sequence, kv in zip(sequences, streams, strict=True):
+        check_content(sequence, kv)
+
+
+def test_a_repeated_prompt_is_not_stored_twice():
+    store = make_store(8)
+    tokens = list(range(300))
+    first = stored(store, tokens)
+    used = store.statistics().used_bytes
+    second = store.reserve(tokens, 0)
+    assert second.shared_tokens == 256
+    ingest(second, kv_of(tokens))
+    second.commit()
+    # Two full slabs are shared; only the ragged third is stored again.
+    assert store.statistics().used_bytes == used + store.slab_stride_bytes
+    assert store.statistics().shared_slabs == 2
+    assert first.slabs[:2] == second.slabs[:2]
+    first.release()
+    check_content(second, kv_of(tokens))
+
+
+def test_prompts_that_arrive_together_are_stored_once():
+    store = make_store(8)
+    tokens = list(range(257))
+    both = [store.reserve(tokens, 0), store.reserve(tokens, 0)]
+    for sequence in both:
+        assert sequence.shared_tokens == 0
+        ingest(sequence, kv_of(tokens))
+    for sequence in both:
+        sequence.commit()
+        check_content(sequence, kv_of(tokens))
+    assert both[0].slabs[:2] == both[1].slabs[:2]
+    assert store.statistics().used_bytes == 4 * store.slab_stride_bytes
+    for sequence in both:
+        sequence.release()
+    check_accounting(store)
+
+
+def test_a_prompt_of_whole_slabs_leaves_a_token_to_compute():
+    store = make_store(8)
+    tokens = list(range(256))
+    stored(store, tokens).release()
+    assert store.reserve(tokens, 0).shared_tokens == 128
+
+
+def test_another_model_shares_nothing():
+    tokens = list(range(200))
+    store = make_store(4)
+    stored(store, tokens).release()
+    other = HostKvStore(GEOMETRY, 4 * (GEOMETRY.slab_bytes + 4096), model_key=b"other")
+    assert store._prefix_keys(tokens) != other._prefix_keys(tokens)
+
+
+def test_cached_prefixes_give_way_oldest_first():
+    store = make_store(3)
+    stored(store, [1] * 128).release()
+    stored(store, [2] * 128).release()
+    assert store.statistics().cached_bytes == 2 * store.slab_stride_bytes
+    stored(store, [3] * 250).release()
+    assert store.reserve([2] * 129, 0).shared_tokens == 128
+    # Two slabs were needed and one was free: the older prefix went.
+    assert store.reserve([1] * 100, 0).shared_tokens == 0
+
+
+def test_what_does_not_fit_is_refused_whole():
+    store = make_store(3)
+    held = store.reserve(list(range(128)), 128)
+    with pytest.raises(CapacityError) as refusal:
+        store.reserve(list(range(200)), 0)
+    assert refusal.value.needed == 2 * store.slab_stride_bytes
+    assert refusal.value.free == store.slab_stride_bytes
+    check_accounting(store)
+    held.release()
+    store.reserve(list(range(200)), 0).release()
+    with pytest.raises(CapacityError):
+        store.check_can_ever_hold(3 * 128 + 1)
+
+
+def test_a_store_smaller_than_a_slab_is_refused():
+    with pytest.raises(CapacityError, match="host_kv_bytes"):
+        HostKvStore(GEOMETRY, GEOMETRY.slab_bytes - 1, model_key=b"toy")
+
+
+def test_incomplete_prompts_cannot_be_committed():
+    store = make_store(2)
+    tokens = list(range(40))
+    sequence = store.reserve(tokens, 8)
+    with pytest.raises(StreamTruncatedError):
+        sequence.commit()
+    with pytest.raises(FluxionError):
+        StepAppend(GEOMETRY, [sequence])
+    sequence.release()
+    sequence.release()
+    assert store.statistics().free_bytes == store.statistics().capacity_bytes
+
+
+@pytest.mark.parametrize(
+    ("layer", "first", "count", "size"),
+    [
+        (2, 0, 16, None),
+        (0, 16, 16, None),
+        (0, 0, 8, None),
+        (0, 0, 48, None),
+        (0, 0, 0, 0),
+        (0, 0, 16, 100),
+    ],
+)
+def test_blocks_that_do_not_fit_are_refused(layer: int, first: int, count: int, size: int | None):
+    sequence = make_store(2).reserve(list(range(40)), 0)
+    right = GEOMETRY.num_kv_heads * ceil_div(count, 16) * GEOMETRY.block_bytes
+    with pytest.raises(FrameFormatError):
+        sequence.write_blocks(layer, first, count, bytes(right if size is None else size))
+
+
+def test_a_restarted_hand_off_writes_again():
+    store = make_store(2)
+    tokens = list(range(40))
+    sequence = store.reserve(tokens, 0)
+    sequence.write_blocks(0, 0, 16, bytes(2 * GEOMETRY.block_bytes))
+    sequence.restart()
+    ingest(sequence, kv_of(tokens))
+    sequence.commit()
+    check_content(sequence, kv_of(tokens))
+
+
+def test_appending_beyond_the_reservation_is_refused():
+    store = make_store(2)
+    sequence = stored(store, list(range(128)), new_tokens=0)
+    with pytest.raises(FluxionError, match="reservation"):
+        StepAppend(GEOMETRY, [sequence])
+
+
+class StoreMachine(RuleBasedStateMachine):
+    """Any order of reserve, ingest, commit, append and release."""
+
+    live = Bundle("live")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.store = make_store(6)
+        self.tokens: dict[SequenceKv, list[int]] = {}
+        self.room: dict[SequenceKv, int] = {}
+
+    @rule(
+        target=live,
+        family=st.integers(0, 1),
+        length=st.integers(1, 400),
+        room=st.integers(0, 200),
+    )
+    def reserve(self, family: int, length: int, room: int) -> SequenceKv | None:
+        tokens = [family] * length
+        try:
+            sequence = self.store.reserve(tokens, room)
+        except CapacityError:
+            return None
+        self.tokens[sequence], self.room[sequence] = tokens, room
+        return sequence
+
+    @rule(sequence=live)
+    def commit(self, sequence: SequenceKv | None) -> None:
+        if sequence in self.tokens and not sequence.num_tokens:
+            sequence.restart()
+            ingest(sequence, kv_of(self.tokens[sequence]), step=128)
+            sequence.commit()
+
+    @rule(sequence=live, count=st.integers(1, 40))
+    def append(self, sequence: SequenceKv | None, count: int) -> None:
+        if sequence not in self.tokens or not sequence.num_tokens:
+            return
+        for _ in range(min(count, self.room[sequence])):
+            self.room[sequence] -= 1
+            self.tokens[sequence].append(7)
+            column = kv_of(self.tokens[sequence])[:, :, :, -1]
+            step = StepAppend(GEOMETRY, [sequence])
+            for layer in range(GEOMETRY.num_layers):
+                step.append(
+                    layer,
+                    column[layer, None, :, 0].contiguous(),
+                    column[layer, None, :, 1].contiguous(),
+                )
+            step.advance()
+
+    @rule(sequence=consumes(live))
+    def release(self, sequence: SequenceKv | None) -> None:
+        if sequence is not None:
+            sequence.release()
+            self.tokens.pop(sequence, None)
+
+    @invariant()
+    def the_accounting_adds_up(self) -> None:
+        check_accounting(self.store)
+        stats = self.store.statistics()
+        held = {slab for sequence in self.tokens for slab in sequence.slabs}
+        assert stats.used_bytes == len(held) * self.store.slab_stride_bytes
+        assert stats.sequences == len(self.tokens)
+        assert not held & set(self.store._free)
+        assert not held & set(self.store._cached)
+
+    def teardown(self) -> None:
+        for sequence, tokens in self.tokens.items():
+            if sequence.num_tokens:
+                check_content(sequence, kv_of(tokens))
+        for sequence in self.tokens:
+            sequence.release()
+        stats = self.store.statistics()
+        assert (stats.reserved_bytes, stats.used_bytes, stats.sequences) == (0, 0, 0)
+
+
+TestStoreMachine = StoreMachine.TestCase
+TestStoreMachine.settings = settings(
+    max_examples=25,
+    stateful_step_count=15,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
