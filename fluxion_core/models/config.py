@@ -1,0 +1,82 @@
+"""What a decoder's weights need to be told: sizes, rotary settings, special tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fluxion_core.errors import ModelFileError
+
+Architecture = Literal["llama", "qwen2"]
+
+
+@dataclass(frozen=True)
+class Llama3Scaling:
+    """Rotary frequencies stretched as Llama 3.1 does; lengths in tokens."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_context_tokens: int
+
+
+@dataclass(frozen=True)
+class LinearScaling:
+    """All rotary frequencies divided by one factor."""
+
+    factor: float
+
+
+@dataclass(frozen=True)
+class FactorScaling:
+    """A divisor per rotary frequency, as GGUF files store it; head_dim / 2 of them."""
+
+    factors: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding over the whole head, halves rotated against each other."""
+
+    theta: float
+    scaling: Llama3Scaling | LinearScaling | FactorScaling | None = None
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder of the Llama family. `qwen2` differs by biases on q, k and v."""
+
+    architecture: Architecture
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    rms_norm_eps: float
+    rope: RopeConfig
+    context_tokens: int
+    tie_word_embeddings: bool
+    attention_bias: bool
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        sizes = {
+            name: getattr(self, name)
+            for name in (
+                *("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads"),
+                *("head_dim", "intermediate_size", "context_tokens"),
+            )
+        }
+        for name, value in sizes.items():
+            if value <= 0:
+                raise ModelFileError(f"model config: {name} is {value}; must be positive")
+        if self.num_heads % self.num_kv_heads:
+            raise ModelFileError(
+                f"model config: {self.num_heads} heads are no multiple of "
+                f"{self.num_kv_heads} KV heads"
+            )
+        if self.head_dim % 2:
+            raise ModelFileError(f"model config: head_dim {self.head_dim} is odd")

@@ -1,0 +1,49 @@
+"""Where a model's files are: by path, or by the name under which `fluxion pull` put them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from fluxion_core.errors import ModelNotFoundError
+
+SMOLLM2_NAME = "smollm2-135m"
+SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def default_models_dir() -> Path:
+    """The user's data directory: $XDG_DATA_HOME/fluxion/models, or ~/.local/share/…"""
+    data_home = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    return Path(data_home) / "fluxion" / "models"
+
+
+def locate_model(name_or_path: str, models_dir: Path) -> Path:
+    """A GGUF file or a safetensors directory.
+
+    Args:
+        name_or_path: an existing file or directory, "smollm2-135m", or ORG/NAME.
+        models_dir: where pulled models are.
+
+    Raises:
+        ModelNotFoundError: nothing is there; the text says how to get it.
+    """
+    if not name_or_path:
+        raise ModelNotFoundError("model name is empty; give a path or a name for `fluxion pull`")
+    path = Path(name_or_path).expanduser()
+    if path.is_file() or (path / "config.json").is_file():
+        return path
+    pulled = models_dir / name_or_path
+    if not pulled.resolve().is_relative_to(models_dir.resolve()):
+        raise ModelNotFoundError(f"no model at {name_or_path}")
+    if (pulled / "config.json").is_file():
+        return pulled
+    files = sorted(pulled.glob("*.gguf")) if pulled.is_dir() else []
+    if len(files) == 1:
+        return files[0]
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files)
+        raise ModelNotFoundError(f"{pulled} holds several GGUF files ({names}); name one by path")
+    raise ModelNotFoundError(
+        f"no model {name_or_path!r}: no such file or directory, and not in {models_dir}; "
+        f"run `fluxion pull {name_or_path}`"
+    )
