@@ -37,8 +37,6 @@ def gather_digests(
 
 def gather_kv(sequence: SequenceKv, layer: int, kv_head: int) -> tuple[Tensor, Tensor]:
     """Keys and values of every token: each [num_tokens, head_dim] bfloat16, copies."""
-    blocks = torch.cat(
-        [sequence.store.slab_kv(slab)[layer, kv_head] for slab in sequence.slabs]
-    )
+    blocks = torch.cat([sequence.store.slab_kv(slab)[layer, kv_head] for slab in sequence.slabs])
     keys, values = blocks[:, 0].flatten(0, 1), blocks[:, 1].flatten(0, 1)
     return keys[: sequence.num_tokens], values[: sequence.num_tokens]

@@ -421,9 +421,7 @@ class StepAppend:
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Write one layer. key, value: [batch, kv_heads, head_dim] bfloat16, contiguous, CPU."""
-        block_digest.append_tokens(
-            self._geometry, self._slabs, self._tokens, layer, key, value
-        )
+        block_digest.append_tokens(self._geometry, self._slabs, self._tokens, layer, key, value)
 
     def advance(self) -> None:
         """Count the token, after the last layer."""

@@ -93,7 +93,9 @@ class DeviceWindow:
         self._copy(slot, sequence, range(min(spec.sink_tokens, num_tokens)))
         self._copy(slot, sequence, range(spec.recent_start(num_tokens), num_tokens))
 
-    def append(self, layer: int, slots: Tensor, entries: Tensor, key: Tensor, value: Tensor) -> None:
+    def append(
+        self, layer: int, slots: Tensor, entries: Tensor, key: Tensor, value: Tensor
+    ) -> None:
         """Write one token of every sequence of a step.
 
         Args:

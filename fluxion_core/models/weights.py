@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fluxion_core.errors import ModelFileError, ModelNotFoundError
+from fluxion_core.gguf_index import open_gguf
 from fluxion_core.models import gguf_file, safetensors_dir
 from fluxion_core.models.config import ModelConfig
 from fluxion_core.models.decoder import Decoder
@@ -45,7 +46,7 @@ def load_model(path: Path, *, device: torch.device, dtype: torch.dtype) -> Loade
         tensors = safetensors_dir.read_tensors(path, config)
         revision = safetensors_dir.revision_hash(path)
     elif path.is_file():
-        reader = gguf_file.open_gguf(path)
+        reader = open_gguf(path)
         config = gguf_file.read_config(reader, path)
         tensors = gguf_file.read_tensors(reader, config)
         revision = gguf_file.revision_hash(path)

@@ -23,9 +23,7 @@ def window_bias(mask: Tensor) -> Tensor:
     return bias.masked_fill_(~mask[:, None, None, :], -math.inf)
 
 
-def attend_window(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor
-) -> tuple[Tensor, Tensor]:
+def attend_window(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """Attention of one token per sequence over its window.
 
     Args:
@@ -45,9 +43,7 @@ def attend_window(
     if heads % kv_heads or key.shape[0] != batch:
         raise ShapeError(f"query {tuple(query.shape)} does not fit key {tuple(key.shape)}")
     group = heads // kv_heads
-    output, lse = _flash(
-        query.view(batch, kv_heads, group, head_dim), key, value, attn_mask=bias
-    )
+    output, lse = _flash(query.view(batch, kv_heads, group, head_dim), key, value, attn_mask=bias)
     return output.reshape(batch, heads, head_dim), lse.reshape(batch, heads)
 
 

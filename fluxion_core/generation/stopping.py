@@ -1,0 +1,100 @@
+"""When generation ends, and what of its text may be shown before that is known.
+
+A stop string may arrive in pieces, so text that could be its beginning is held back until it is
+clear. Neither a stop string nor the text of a stop token is ever shown.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class StopSettings:
+    """What ends a generation."""
+
+    max_new_tokens: int
+    """Including a stop token."""
+    stop_strings: tuple[str, ...] = ()
+    """None of them empty."""
+    stop_token_ids: frozenset[int] = frozenset()
+    """Beside the model's own."""
+    eos_token_ids: frozenset[int] = frozenset()
+    """The model's end-of-text tokens."""
+    ignore_eos: bool = False
+    """Go on past the model's end of text."""
+
+    @property
+    def ending_token_ids(self) -> frozenset[int]:
+        """Tokens that end this generation."""
+        if self.ignore_eos:
+            return self.stop_token_ids
+        return self.stop_token_ids | self.eos_token_ids
+
+
+class StopChecker:
+    """Follows one generation, token by token."""
+
+    def __init__(self, settings: StopSettings) -> None:
+        self._settings = settings
+        self._ending_token_ids = settings.ending_token_ids
+        self._held = ""
+        self._num_tokens = 0
+        self.finish_reason: FinishReason | None = None
+        """None while generation goes on."""
+
+    def is_ending_token(self, token_id: int) -> bool:
+        """Whether this token ends the generation; its text must not be shown."""
+        return token_id in self._ending_token_ids
+
+    def push(self, token_id: int, text: str) -> str:
+        """Take a token and the text that became final with it.
+
+        Returns:
+            Text that may be shown now. Once `finish_reason` is set, nothing is held back any more,
+            and no further token may follow.
+        """
+        assert self.finish_reason is None, "generation has ended"
+        self._num_tokens += 1
+        if self.is_ending_token(token_id):
+            self.finish_reason = "stop"
+            return self.flush()
+        shown = self._take_text(text)
+        if self.finish_reason is None and self._num_tokens >= self._settings.max_new_tokens:
+            self.finish_reason = "length"
+        return shown
+
+    def push_text(self, text: str) -> str:
+        """Take text that came without a token, when a detokeniser is flushed at the end."""
+        was = self.finish_reason
+        if was == "stop":
+            return text
+        shown = self._take_text(text)
+        return shown + self.flush()
+
+    def flush(self) -> str:
+        """Text held back, when nothing will follow."""
+        held, self._held = self._held, ""
+        return held
+
+    def _take_text(self, text: str) -> str:
+        text = self._held + text
+        found = [at for stop in self._settings.stop_strings if (at := text.find(stop)) >= 0]
+        if found:
+            self.finish_reason = "stop"
+            self._held = ""
+            return text[: min(found)]
+        keep = max((_overlap(text, stop) for stop in self._settings.stop_strings), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a beginning of `stop`, shorter than it."""
+    for length in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0
