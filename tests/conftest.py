@@ -20,10 +20,10 @@ def smollm2_path() -> Path:
     given = os.environ.get("FLUXION_TEST_MODEL")
     if given:
         return Path(given)
-    from rich.console import Console  # noqa: PLC0415
+    from rich.console import Console
+    from services.cli.pull import pull_model
 
-    from fluxion_core.models.locate import default_models_dir, locate_model  # noqa: PLC0415
-    from services.cli.pull import pull_model  # noqa: PLC0415
+    from fluxion_core.models.locate import default_models_dir, locate_model
 
     models_dir = default_models_dir()
     pull_model("smollm2-135m", models_dir, Console(stderr=True))

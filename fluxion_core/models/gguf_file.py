@@ -102,7 +102,7 @@ def read_tensors(reader: gguf.GGUFReader, config: ModelConfig) -> Iterator[tuple
             array = gguf.dequantize(stored.data, stored.tensor_type)
         except (ValueError, NotImplementedError) as error:
             raise ModelFileError(f"tensor {stored.name}: {error}") from None
-        tensor = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+        tensor = torch.from_numpy(np.require(array, np.float32, ["C", "W"]))
         if config.architecture == "llama" and ".self_attn.q_proj." in name:
             tensor = _halves(tensor, config.num_heads)
         elif config.architecture == "llama" and ".self_attn.k_proj." in name:

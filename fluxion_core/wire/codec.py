@@ -5,10 +5,11 @@ from __future__ import annotations
 import struct
 
 import google_crc32c
-from fluxion_proto.v1 import handoff_pb2
+from fluxion_proto.v1 import generate_pb2, handoff_pb2
 from google.protobuf.message import DecodeError
 
 from fluxion_core.errors import FrameChecksumError, FrameFormatError
+from fluxion_core.generation.sampling import SamplingParams
 from fluxion_core.kvstream.handoff import Frame, FrameKind, Header, KvLayout, Trailer
 
 MAGIC = 0x4E585546
@@ -27,7 +28,7 @@ MAX_FRAME_PAYLOAD_BYTES = 4 << 20
 single block row of all heads is over 1 MiB."""
 
 MAX_CONTROL_PAYLOAD_BYTES = 1 << 20
-"""HEADER and TRAILER are messages of a few hundred bytes; room for head estimates in the trailer."""
+"""HEADER and TRAILER are messages of a few hundred bytes; room for more in the trailer."""
 
 
 def encode_frame(frame: Frame) -> bytes:
@@ -189,3 +190,27 @@ def _parse(
         message.ParseFromString(frame.payload)
     except DecodeError as error:
         raise FrameFormatError(f"{kind.name} frame holds no valid message: {error}") from None
+
+
+def sampling_to_proto(params: SamplingParams) -> generate_pb2.Sampling:
+    """The message of sampling parameters, every field set."""
+    return generate_pb2.Sampling(
+        temperature=params.temperature,
+        top_k=params.top_k,
+        top_p=params.top_p,
+        min_p=params.min_p,
+        repetition_penalty=params.repetition_penalty,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        seed=params.seed,
+    )
+
+
+def sampling_from_proto(message: generate_pb2.Sampling) -> SamplingParams:
+    """Sampling parameters of a message; what it leaves out keeps its default.
+
+    Raises:
+        SamplingError: a value is out of its range.
+    """
+    given = {field.name: value for field, value in message.ListFields()}
+    return SamplingParams(**given)

@@ -19,7 +19,12 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from fluxion_core.config import ServerSettings
-from fluxion_core.errors import AuthenticationError, ConfigError, FluxionError
+from fluxion_core.errors import (
+    AuthenticationError,
+    ConfigError,
+    FluxionError,
+    PeerUnavailableError,
+)
 from fluxion_core.telemetry import event
 from fluxion_core.wire.channel import KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS
 from fluxion_core.wire.codec import MAX_FRAME_PAYLOAD_BYTES, PREFIX_BYTES
@@ -41,7 +46,9 @@ class NodeServer:
         service_name: fully qualified name whose health says "ready"; "" says "live".
         reflected: names of further services in the committed .proto files, for reflection.
 
-    Register services on `grpc_server` before `start`.
+    Services are registered on this object as on a gRPC server (`add_…Servicer_to_server(service,
+    node_server)`), also after `start`, once what they need is there. Until `set_ready`, and again
+    while draining, calls other than health and reflection are refused with UNAVAILABLE.
     """
 
     def __init__(
@@ -49,13 +56,16 @@ class NodeServer:
     ) -> None:
         self._settings = settings
         self._service_name = service_name
-        interceptors: list[grpc.aio.ServerInterceptor] = [_ErrorsToStatuses()]
+        self._gate = _Gate()
+        interceptors: list[grpc.aio.ServerInterceptor] = [self._gate, _ErrorsToStatuses()]
         if settings.bearer_token_file is not None:
             token = settings.bearer_token_file.read_text().strip()
             if not token:
                 raise ConfigError(f"server.bearer_token_file {settings.bearer_token_file} is empty")
             interceptors.insert(0, _RequireBearerToken(token))
-        self.grpc_server = grpc.aio.server(
+        self._late = _LateHandlers()
+        self._server = grpc.aio.server(
+            handlers=(self._late,),
             interceptors=interceptors,
             options=(
                 ("grpc.max_receive_message_length", settings.max_request_bytes),
@@ -68,9 +78,18 @@ class NodeServer:
             ),
         )
         self._health = health.aio.HealthServicer()
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc_server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = {*reflected, _HEALTH_SERVICE, reflection.SERVICE_NAME}
-        reflection.enable_server_reflection(sorted(names), self.grpc_server)
+        reflection.enable_server_reflection(sorted(names), self._server)
+
+    def add_generic_rpc_handlers(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
+        """Register handlers; what the generated `add_…_to_server` functions call."""
+        self._late.handlers += handlers
+
+    def add_registered_method_handlers(
+        self, service_name: str, method_handlers: dict[str, grpc.RpcMethodHandler]
+    ) -> None:
+        """The same methods again, by name, which a server that has started does not take."""
 
     async def start(self) -> str:
         """Listen; live but not yet ready. Returns host:port as bound.
@@ -82,24 +101,25 @@ class NodeServer:
         try:
             credentials = self._credentials()
             if credentials is None:
-                port = self.grpc_server.add_insecure_port(self._settings.listen)
+                port = self._server.add_insecure_port(self._settings.listen)
             else:
-                port = self.grpc_server.add_secure_port(self._settings.listen, credentials)
+                port = self._server.add_secure_port(self._settings.listen, credentials)
         except (RuntimeError, OSError) as error:
             raise ConfigError(f"server.listen {self._settings.listen}: {error}") from None
         await self._set(self._service_name, is_serving=False)
         await self._set("", is_serving=True)
-        await self.grpc_server.start()
+        await self._server.start()
         return f"{host}:{port}"
 
     async def set_ready(self, *, is_ready: bool) -> None:
         """Whether the service takes requests: model loaded, warmed up, not draining."""
+        self._gate.is_open = is_ready
         await self._set(self._service_name, is_serving=is_ready)
 
     async def stop(self, grace_seconds: float) -> None:
         """Take no new calls; running ones have `grace_seconds`, then are cancelled."""
         await self._health.enter_graceful_shutdown()
-        await self.grpc_server.stop(grace_seconds)
+        await self._server.stop(grace_seconds)
 
     async def _set(self, name: str, *, is_serving: bool) -> None:
         statuses = health_pb2.HealthCheckResponse
@@ -117,6 +137,34 @@ class NodeServer:
             [(settings.tls_key.read_bytes(), settings.tls_certificate.read_bytes())],
             root_certificates=authority.read_bytes() if authority else None,
             require_client_auth=authority is not None,
+        )
+
+
+class _LateHandlers(grpc.GenericRpcHandler):  # type: ignore[misc]
+    """Handlers that may come after the server has started."""
+
+    def __init__(self) -> None:
+        self.handlers: list[grpc.GenericRpcHandler] = []
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
+        for handler in self.handlers:
+            if (found := handler.service(handler_call_details)) is not None:
+                return found
+        return None
+
+
+class _Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Refuses calls while the node is not ready."""
+
+    def __init__(self) -> None:
+        self.is_open = False
+
+    async def intercept_service(self, continuation, call):  # type: ignore[no-untyped-def]
+        handler = await continuation(call)
+        if self.is_open or call.method.startswith(("/grpc.health.", "/grpc.reflection.")):
+            return handler
+        return _refusing(
+            handler, PeerUnavailableError("this node is not ready: it is starting or draining")
         )
 
 
@@ -187,14 +235,12 @@ def _guard_stream(method: _Method, name: str) -> _Method:
     return guarded
 
 
-def _refusing(handler: grpc.RpcMethodHandler, error: FluxionError) -> grpc.RpcMethodHandler:
+def _refusing(handler: grpc.RpcMethodHandler | None, error: FluxionError) -> grpc.RpcMethodHandler:
     async def refuse(request: object, context: grpc.aio.ServicerContext) -> object:
         del request
         return await context.abort(status_of(error), str(error))
 
-    if handler.unary_stream is not None:
-        return grpc.unary_stream_rpc_method_handler(refuse)
-    if handler.stream_stream is not None:
+    if handler is not None and handler.stream_stream is not None:
         return grpc.stream_stream_rpc_method_handler(refuse)
     return grpc.unary_unary_rpc_method_handler(refuse)
 

@@ -1,0 +1,106 @@
+"""Start a decode node: `python -m services.decode --help`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+
+from fluxion_proto.v1 import generate_pb2_grpc
+
+from fluxion_core.geometry import WindowSpec
+from fluxion_core.hybrid_attention import HybridAttention
+from fluxion_core.kvstore.store import HostKvStore
+from fluxion_core.kvstore.window import DeviceWindow
+from fluxion_core.telemetry import event
+from fluxion_core.wire.server import NodeServer
+from services.decode.admission import Admission
+from services.decode.config import DecodeSettings
+from services.decode.engine import DecodeEngine
+from services.decode.kv_ingest import KvIngest
+from services.decode.service import GENERATION_SERVICE, GenerationService
+from services.node import NodeModel, load_node_model, run_node
+
+_log = logging.getLogger(__name__)
+
+
+async def serve(settings: DecodeSettings, ending: asyncio.Event) -> None:
+    """Load the model, serve Generate until `ending`, then drain."""
+    server = NodeServer(settings.server, GENERATION_SERVICE)
+    address = await server.start()
+    _log.info(event("listening", address=address))
+    engine: DecodeEngine | None = None
+    ingest: KvIngest | None = None
+    try:
+        model = await asyncio.to_thread(load_node_model, settings.model)
+        store, window = make_store(settings, model)
+        engine = DecodeEngine(model.loaded.decoder, HybridAttention(store, window))
+        ingest = KvIngest(
+            settings.prefill.addresses,
+            settings.prefill.client,
+            model.layout,
+            vocab_size=model.loaded.config.vocab_size,
+        )
+        admission = Admission(store, window, max_waiting=settings.engine.max_waiting_requests)
+        service = GenerationService(
+            model,
+            store,
+            window,
+            admission,
+            ingest,
+            engine,
+            default_max_new_tokens=settings.engine.default_max_new_tokens,
+        )
+        engine.start()
+        generate_pb2_grpc.add_GenerationServicer_to_server(service, server)
+        await server.set_ready(is_ready=True)
+        _log.info(
+            event(
+                "ready",
+                address=address,
+                model=model.loaded.name,
+                host_kv_bytes=store.statistics().capacity_bytes,
+                prefill=",".join(settings.prefill.addresses) or "none",
+            )
+        )
+        await ending.wait()
+        _log.info(event("draining", grace_seconds=settings.server.grace_seconds))
+        service.is_draining = True
+        admission.drain()
+        await server.set_ready(is_ready=False)
+        await server.stop(settings.server.grace_seconds)
+    finally:
+        # In this order: no calls, then no steps, then no channels; memory goes with the process.
+        await server.stop(0)
+        if engine is not None:
+            await asyncio.to_thread(engine.stop)
+        if ingest is not None:
+            await ingest.close()
+        _log.info(event("stopped"))
+
+
+def make_store(settings: DecodeSettings, model: NodeModel) -> tuple[HostKvStore, DeviceWindow]:
+    """The host KV store and the device window that the settings ask for.
+
+    Raises:
+        CapacityError: the host memory asked for does not hold one slab, or is not there.
+        ShapeError: impossible slab or window sizes.
+    """
+    geometry = model.geometry(settings.store.slab_tokens)
+    store = HostKvStore(
+        geometry,
+        settings.store.host_kv_bytes,
+        model_key=model.loaded.revision_hash.encode(),
+        populate=settings.store.populate,
+    )
+    window = DeviceWindow(
+        geometry,
+        WindowSpec(settings.store.sink_tokens, settings.store.recent_tokens),
+        settings.engine.max_running_sequences,
+        device=model.loaded.decoder.embedding.device,
+    )
+    return store, window
+
+
+if __name__ == "__main__":
+    sys.exit(run_node("decode", DecodeSettings, sys.argv[1:], serve))

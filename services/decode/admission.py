@@ -1,0 +1,130 @@
+"""Admission: a request gets all the memory it can ever need, waits for it, or is refused.
+
+Before any work is done for a request, it holds host KV for its prompt and every token it may
+generate, and a window slot on the device. An admitted request therefore never fails for lack of
+room. Requests wait in the order they came; nobody overtakes.
+
+Not here: what the memory is used for. Runs on the event loop only; not thread-safe.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from fluxion_core.errors import CapacityError, DrainingError
+from fluxion_core.kvstore.store import HostKvStore, SequenceKv
+from fluxion_core.kvstore.window import DeviceWindow
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """What a request holds while it runs."""
+
+    sequence: SequenceKv
+    """Host KV for the prompt and all tokens that may follow."""
+    slot: int
+    """Window slot on the device."""
+
+
+@dataclass(frozen=True)
+class AdmissionStatistics:
+    """Requests that hold memory, and requests that wait for it."""
+
+    admitted: int
+    waiting: int
+
+
+class Admission:
+    """First come, first served over one host KV store and one device window.
+
+    Args:
+        store: where host KV is reserved.
+        window: where slots are taken.
+        max_waiting: requests that may wait; the next one is refused.
+    """
+
+    def __init__(self, store: HostKvStore, window: DeviceWindow, *, max_waiting: int) -> None:
+        self._store = store
+        self._window = window
+        self._max_waiting = max_waiting
+        self._queue: deque[asyncio.Event] = deque()
+        self._admitted = 0
+        self._draining = False
+
+    def statistics(self) -> AdmissionStatistics:
+        """Requests admitted and waiting now."""
+        return AdmissionStatistics(admitted=self._admitted, waiting=len(self._queue))
+
+    def drain(self) -> None:
+        """Refuse every request from now on, those that wait included."""
+        self._draining = True
+        for waiter in self._queue:
+            waiter.set()
+
+    @asynccontextmanager
+    async def admit(self, token_ids: Sequence[int], max_new_tokens: int) -> AsyncIterator[Admitted]:
+        """Hold memory for one request; everything is given back on the way out.
+
+        Raises:
+            CapacityError: it can never fit, or too many wait already.
+            DrainingError: the node is shutting down.
+        """
+        admitted = await self._wait_for_room(token_ids, max_new_tokens)
+        self._admitted += 1
+        try:
+            yield admitted
+        finally:
+            admitted.sequence.release()
+            self._window.free_slot(admitted.slot)
+            self._admitted -= 1
+            self._wake_first()
+
+    async def _wait_for_room(self, token_ids: Sequence[int], max_new_tokens: int) -> Admitted:
+        self._refuse_when_draining()
+        self._store.check_can_ever_hold(len(token_ids) + max_new_tokens)
+        if not self._queue and (admitted := self._try_take(token_ids, max_new_tokens)):
+            return admitted
+        if len(self._queue) >= self._max_waiting:
+            raise CapacityError(
+                "request queue",
+                needed=1,
+                free=0,
+                unit="places",
+                remedy=f"{len(self._queue)} requests wait already; retry later or elsewhere",
+            )
+        turn = asyncio.Event()
+        self._queue.append(turn)
+        try:
+            while True:
+                # Only the head of the queue looks; it is woken whenever memory comes back.
+                if self._queue[0] is turn and (
+                    admitted := self._try_take(token_ids, max_new_tokens)
+                ):
+                    return admitted
+                await turn.wait()
+                turn.clear()
+                self._refuse_when_draining()
+        finally:
+            self._queue.remove(turn)
+            self._wake_first()
+
+    def _try_take(self, token_ids: Sequence[int], max_new_tokens: int) -> Admitted | None:
+        if not self._window.num_free_slots:
+            return None
+        try:
+            sequence = self._store.reserve(token_ids, max_new_tokens)
+        except CapacityError:
+            return None
+        return Admitted(sequence, self._window.take_slot())
+
+    def _wake_first(self) -> None:
+        if self._queue:
+            self._queue[0].set()
+
+    def _refuse_when_draining(self) -> None:
+        if self._draining:
+            raise DrainingError("this node is shutting down; send the request to another node")

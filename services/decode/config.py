@@ -1,0 +1,53 @@
+"""Settings of a decode node. Read by `services.decode.__main__`; see fluxion_core/config.py."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from fluxion_core.config import ByteCount, ClientSettings, NodeSettings, Section
+
+
+class StoreSettings(Section):
+    """The host KV store."""
+
+    host_kv_bytes: ByteCount = 4 << 30
+    """Host memory for KV and digests; one arena, reserved as address space at start."""
+    slab_tokens: int = Field(default=512, ge=128)
+    """Tokens of a slab, a power of two: the unit of allocation and of prefix sharing."""
+    populate: bool = False
+    """Touch every page at start, so that no request pays for it."""
+    sink_tokens: int = Field(default=64, gt=0)
+    """First tokens of every sequence that stay on the device."""
+    recent_tokens: int = Field(default=256, ge=128)
+    """Last tokens of every sequence that stay on the device."""
+
+
+class EngineSettings(Section):
+    """The step loop."""
+
+    max_running_sequences: int = Field(default=16, gt=0)
+    """Sequences decoded together, and window slots on the device."""
+    max_waiting_requests: int = Field(default=256, ge=0)
+    """Requests that may wait for room; the next one is refused."""
+    default_max_new_tokens: int = Field(default=256, gt=0)
+    """For requests that do not say."""
+
+
+class PrefillSettings(Section):
+    """The prefill nodes that this node pulls KV from."""
+
+    addresses: tuple[str, ...] = ()
+    """host:port of each prefill node."""
+    client: ClientSettings = ClientSettings()
+    """How they are called."""
+
+
+class DecodeSettings(NodeSettings):
+    """A Fluxion decode node: serves Generate over gRPC, keeps the KV cache in host memory."""
+
+    store: StoreSettings = StoreSettings()
+    """Host KV store and default window."""
+    engine: EngineSettings = EngineSettings()
+    """Batching and queue."""
+    prefill: PrefillSettings = PrefillSettings()
+    """Where KV comes from."""

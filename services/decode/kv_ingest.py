@@ -1,0 +1,202 @@
+"""Pull a prompt's KV from a prefill node into the host KV store.
+
+One hand-off stream per attempt. The stream's life is the lease: when it breaks, nothing is
+committed. Frames are read one at a time, so that HTTP/2 flow control holds the prefill node back
+while this node is busy. A node that fails is followed by the next one; what was written is written
+again, and nothing is decoded before every layer is whole.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import grpc
+from fluxion_proto.v1 import handoff_pb2
+
+from fluxion_core.config import ClientSettings
+from fluxion_core.errors import (
+    CapacityError,
+    DrainingError,
+    FluxionError,
+    FrameFormatError,
+    HandoffError,
+    PeerUnavailableError,
+    RequestCancelledError,
+)
+from fluxion_core.generation.sampling import SamplingParams
+from fluxion_core.kvstore.store import SequenceKv
+from fluxion_core.kvstream.assembler import HandoffAssembler
+from fluxion_core.kvstream.handoff import FrameKind, KvLayout, Trailer
+from fluxion_core.telemetry import event
+from fluxion_core.wire import codec
+from fluxion_core.wire.channel import open_channel
+from fluxion_core.wire.status import RemoteCapacityError, RemoteError, error_from_rpc
+
+_log = logging.getLogger(__name__)
+
+_METHOD = "/fluxion.v1.Handoff/Prefill"
+
+# What another prefill node may do better. Anything else is the request's own fault, or the client's.
+_WORTH_ANOTHER_NODE = (
+    HandoffError,
+    PeerUnavailableError,
+    DrainingError,
+    CapacityError,
+    RemoteError,
+)
+
+
+@dataclass(frozen=True)
+class Prefilled:
+    """What a finished hand-off brought, beside the KV that is now in the store."""
+
+    trailer: Trailer
+    handoff_seconds: float
+    """From the first KV frame to the commit, on this node."""
+    handoff_bytes: int
+    """Payload of all KV frames."""
+    prefill_address: str
+
+
+class KvIngest:
+    """Hands prompts to prefill nodes, and takes their KV in.
+
+    Args:
+        addresses: host:port of the prefill nodes.
+        client: how they are called.
+        layout: what this node serves.
+        vocab_size: first tokens are below it.
+    """
+
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        client: ClientSettings,
+        layout: KvLayout,
+        *,
+        vocab_size: int,
+    ) -> None:
+        self._layout = layout
+        self._vocab_size = vocab_size
+        self._channels = {address: open_channel(address, client) for address in addresses}
+        self._next = 0
+
+    async def close(self) -> None:
+        """Close all channels; streams that still run are cancelled."""
+        for channel in self._channels.values():
+            await channel.close()
+
+    async def fetch(
+        self,
+        request_id: str,
+        token_ids: Sequence[int],
+        sampling: SamplingParams,
+        sequence: SequenceKv,
+        *,
+        deadline_seconds: float | None,
+    ) -> Prefilled:
+        """Have a prompt computed and stored; commits the sequence.
+
+        Prefill nodes are tried in turn, each once. The call runs until it is cancelled or the
+        deadline passes, whichever comes first.
+
+        Args:
+            request_id: for both nodes' logs.
+            token_ids: the prompt.
+            sampling: for the first token.
+            sequence: the reservation that takes the KV; committed on return.
+            deadline_seconds: time left, or None.
+
+        Raises:
+            PeerUnavailableError: no prefill node is configured, or none could do it; the text
+                says what each answered.
+            LayoutMismatchError: a prefill node serves another model or layout.
+            InvalidRequestError: the prefill node finds the request wrong.
+            DeadlineError: the deadline passed.
+        """
+        if not self._channels:
+            raise PeerUnavailableError(
+                "no prefill node is configured; start this node with --prefill-addresses HOST:PORT"
+            )
+        message = handoff_pb2.HandoffRequest(
+            request_id=request_id,
+            token_ids=token_ids,
+            sampling=codec.sampling_to_proto(sampling),
+            layout=codec.layout_to_proto(self._layout),
+            kv_from_token=sequence.shared_tokens,
+        ).SerializeToString()
+        started = time.monotonic()
+        failures: list[tuple[str, FluxionError]] = []
+        for address in self._in_turn():
+            left = None
+            if deadline_seconds is not None:
+                left = max(0.0, deadline_seconds - (time.monotonic() - started))
+            try:
+                return await self._attempt(address, message, sequence, left)
+            except _WORTH_ANOTHER_NODE as error:
+                failures.append((address, error))
+                _log.warning(
+                    event("hand-off failed", request_id=request_id, node=address, error=str(error))
+                )
+        if len(failures) == 1:
+            raise failures[0][1]
+        answers = "; ".join(f"{address}: {error}" for address, error in failures)
+        raise PeerUnavailableError(f"no prefill node could compute the prompt: {answers}")
+
+    async def _attempt(
+        self, address: str, message: bytes, sequence: SequenceKv, deadline_seconds: float | None
+    ) -> Prefilled:
+        sequence.restart()
+        assembler = HandoffAssembler(
+            sequence,
+            self._layout,
+            num_tokens=sequence.num_prompt_tokens,
+            kv_from_token=sequence.shared_tokens,
+        )
+        call = self._channels[address].unary_stream(_METHOD)(message, timeout=deadline_seconds)
+        first_chunk: float | None = None
+        try:
+            async for frame_bytes in call:
+                frame = codec.decode_frame(frame_bytes)
+                match frame.kind:
+                    case FrameKind.HEADER:
+                        assembler.take_header(codec.parse_header(frame))
+                    case FrameKind.CHUNK:
+                        first_chunk = first_chunk or time.perf_counter()
+                        assembler.take_chunk(frame)
+                    case FrameKind.TRAILER:
+                        assembler.take_trailer(codec.parse_trailer(frame))
+        except grpc.aio.AioRpcError as error:
+            raise _of_node(error_from_rpc(error), address) from None
+        finally:
+            # Ends the stream on the other side too, however this attempt ended.
+            call.cancel()
+        trailer = assembler.finish()
+        if trailer.first_token_id >= self._vocab_size:
+            raise FrameFormatError(
+                f"TRAILER has first token {trailer.first_token_id}; the vocabulary has "
+                f"{self._vocab_size}"
+            )
+        sequence.commit()
+        seconds = 0.0 if first_chunk is None else time.perf_counter() - first_chunk
+        return Prefilled(trailer, seconds, assembler.payload_bytes, address)
+
+    def _in_turn(self) -> list[str]:
+        """All addresses, beginning with another one each time."""
+        addresses = list(self._channels)
+        self._next = (self._next + 1) % len(addresses)
+        return addresses[self._next :] + addresses[: self._next]
+
+
+def _of_node(error: FluxionError, address: str) -> FluxionError:
+    """What a prefill node's failure means here, with the node's address."""
+    if isinstance(error, RemoteCapacityError) and "larger than max" in str(error):
+        # Our own limit, told by gRPC as if the peer were full.
+        return FrameFormatError(f"prefill node {address} sent an oversized frame: {error}")
+    if isinstance(error, PeerUnavailableError | RequestCancelledError):
+        # We cancel by leaving the task; a cancellation that arrives as a status is the peer's.
+        return PeerUnavailableError(f"prefill node {address} is not available: {error}")
+    return error

@@ -1,0 +1,152 @@
+"""A Generate request, checked: what the decode node must know before any work is done.
+
+Everything a client can get wrong is found here and named: the field, the limit, the remedy. Not
+here: memory (admission.py) and answers (service.py).
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from fluxion_proto.v1 import generate_pb2
+
+from fluxion_core.errors import ContextLengthError, InvalidRequestError
+from fluxion_core.generation.chat import ChatMessage
+from fluxion_core.generation.sampling import MAX_SEED, SamplingParams
+from fluxion_core.generation.stopping import StopSettings
+from fluxion_core.generation.tokenizer import Tokenizer
+from fluxion_core.models.config import ModelConfig
+from fluxion_core.wire import codec
+
+MAX_STOP_STRINGS = 16
+MAX_STOP_STRING_CHARACTERS = 256
+MAX_STOP_TOKEN_IDS = 256
+MAX_REQUEST_ID_CHARACTERS = 128
+
+SERVED_LEVELS = (generate_pb2.QUALITY_LEVEL_EXACT,)
+"""Quality levels that this node serves."""
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One checked request."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    stop: StopSettings
+
+
+def check_request(
+    message: generate_pb2.GenerateRequest,
+    tokenizer: Tokenizer,
+    config: ModelConfig,
+    *,
+    default_max_new_tokens: int,
+) -> GenerationRequest:
+    """Turn a message into a request that can be run.
+
+    Raises:
+        InvalidRequestError: whatever is wrong with it, by field.
+    """
+    request_id = message.request_id or secrets.token_hex(8)
+    if len(request_id) > MAX_REQUEST_ID_CHARACTERS or not request_id.isprintable():
+        raise InvalidRequestError(
+            f"request_id must be printable and at most {MAX_REQUEST_ID_CHARACTERS} characters"
+        )
+    _check_quality(message.quality)
+    sampling = codec.sampling_from_proto(message.sampling)
+    if not message.sampling.HasField("seed"):
+        sampling = replace(sampling, seed=secrets.randbelow(MAX_SEED + 1))
+    prompt = prompt_token_ids(message, tokenizer)
+    max_new_tokens = _max_new_tokens(message, len(prompt), config, default_max_new_tokens)
+    _check_prompt(prompt, max_new_tokens, config)
+    return GenerationRequest(
+        request_id, prompt, sampling, _stop_settings(message, config, tokenizer, max_new_tokens)
+    )
+
+
+def prompt_token_ids(
+    message: generate_pb2.GenerateRequest | generate_pb2.TokenizeRequest, tokenizer: Tokenizer
+) -> list[int]:
+    """The prompt's tokens, whichever way it was given.
+
+    Raises:
+        InvalidRequestError: none was given, or the model has no chat template.
+    """
+    match message.WhichOneof("prompt"):
+        case "text":
+            return tokenizer.encode(message.text)
+        case "token_ids" if isinstance(message, generate_pb2.GenerateRequest):
+            return list(message.token_ids.ids)
+        case "chat":
+            messages = [ChatMessage(m.role, m.content) for m in message.chat.messages]
+            # The template writes the beginning-of-text token itself where the model wants one.
+            return tokenizer.encode(tokenizer.render_chat(messages), add_special_tokens=False)
+        case _:
+            raise InvalidRequestError("no prompt; set text, token_ids or chat")
+
+
+def _check_quality(quality: int) -> None:
+    levels = generate_pb2.QualityLevel
+    if quality == levels.QUALITY_LEVEL_UNSPECIFIED or quality in SERVED_LEVELS:
+        return
+    name = levels.Name(quality) if quality in levels.values() else str(quality)
+    served = ", ".join(levels.Name(level) for level in SERVED_LEVELS)
+    raise InvalidRequestError(f"quality {name} is not served by this node; served: {served}")
+
+
+def _max_new_tokens(
+    message: generate_pb2.GenerateRequest, prompt_tokens: int, config: ModelConfig, default: int
+) -> int:
+    """What was asked for; left out, the default, as far as the context has room."""
+    if not message.HasField("max_new_tokens"):
+        return max(1, min(default, config.context_tokens - prompt_tokens))
+    if message.max_new_tokens == 0:
+        raise InvalidRequestError("max_new_tokens is 0; must be at least 1, or left out")
+    return int(message.max_new_tokens)
+
+
+def _check_prompt(token_ids: Sequence[int], max_new_tokens: int, config: ModelConfig) -> None:
+    if not token_ids:
+        raise InvalidRequestError("the prompt is empty; send at least one token")
+    if (highest := max(token_ids)) >= config.vocab_size:
+        raise InvalidRequestError(
+            f"token_ids holds {highest}; the vocabulary has ids 0 to {config.vocab_size - 1}"
+        )
+    if len(token_ids) + max_new_tokens > config.context_tokens:
+        raise ContextLengthError(
+            prompt_tokens=len(token_ids),
+            max_new_tokens=max_new_tokens,
+            context_tokens=config.context_tokens,
+        )
+
+
+def _stop_settings(
+    message: generate_pb2.GenerateRequest,
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    max_new_tokens: int,
+) -> StopSettings:
+    if len(message.stop_strings) > MAX_STOP_STRINGS:
+        raise InvalidRequestError(
+            f"{len(message.stop_strings)} stop_strings; at most {MAX_STOP_STRINGS}"
+        )
+    for stop in message.stop_strings:
+        if not 0 < len(stop) <= MAX_STOP_STRING_CHARACTERS:
+            raise InvalidRequestError(
+                f"a stop string of {len(stop)} characters; 1 to {MAX_STOP_STRING_CHARACTERS}"
+            )
+    if len(message.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+        raise InvalidRequestError(
+            f"{len(message.stop_token_ids)} stop_token_ids; at most {MAX_STOP_TOKEN_IDS}"
+        )
+    return StopSettings(
+        max_new_tokens=max_new_tokens,
+        stop_strings=tuple(message.stop_strings),
+        stop_token_ids=frozenset(message.stop_token_ids),
+        eos_token_ids=frozenset(config.eos_token_ids) | tokenizer.eos_token_ids,
+        ignore_eos=message.ignore_eos,
+    )

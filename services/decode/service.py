@@ -1,0 +1,321 @@
+"""The decode node's gRPC side: Generate, Tokenize, GetModelInfo, GetLoad.
+
+Life of a request: checked (request.py), admitted (admission.py), its prompt's KV pulled into the
+store (kv_ingest.py), decoded (engine.py) while tokens stream out, and then everything given back,
+whichever way it ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import grpc
+from fluxion_proto.v1 import generate_pb2, generate_pb2_grpc
+
+from fluxion_core.errors import FluxionError
+from fluxion_core.generation.stopping import StopChecker
+from fluxion_core.generation.tokenizer import IncrementalDetokenizer
+from fluxion_core.kvstore.store import HostKvStore
+from fluxion_core.kvstore.window import DeviceWindow
+from fluxion_core.telemetry import event
+from services.decode.admission import Admission, Admitted
+from services.decode.engine import DecodeEngine, DecodeSequence
+from services.decode.kv_ingest import KvIngest, Prefilled
+from services.decode.request import (
+    SERVED_LEVELS,
+    GenerationRequest,
+    check_request,
+    prompt_token_ids,
+)
+from services.node import NodeModel
+
+_log = logging.getLogger(__name__)
+
+GENERATION_SERVICE = "fluxion.v1.Generation"
+
+_FINISH_REASONS = {
+    "stop": generate_pb2.FINISH_REASON_STOP,
+    "length": generate_pb2.FINISH_REASON_LENGTH,
+}
+
+
+@dataclass(frozen=True)
+class _Delta:
+    """What one token added."""
+
+    token_id: int
+    text: str
+
+
+@dataclass(frozen=True)
+class _Ended:
+    """The engine has let go of the sequence."""
+
+    error: BaseException | None
+
+
+class TokenStream:
+    """Turns one sequence's tokens into text deltas; bridges the engine's thread to the event loop.
+
+    `take` runs on whichever thread has the next token, one at a time; `next` on the event loop.
+    """
+
+    def __init__(
+        self,
+        request: GenerationRequest,
+        detokenizer: IncrementalDetokenizer,
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        self._detokenizer = detokenizer
+        self._stop = StopChecker(request.stop)
+        self._loop = loop
+        self._items: asyncio.Queue[_Delta | _Ended] = asyncio.Queue()
+
+    @property
+    def finish_reason(self) -> str | None:
+        """stop or length, once known."""
+        return self._stop.finish_reason
+
+    def take(self, token_id: int) -> bool:
+        """Take a new token; returns whether generation goes on."""
+        if self._stop.is_ending_token(token_id):
+            text = self._stop.push_text(self._detokenizer.flush())
+            if self._stop.finish_reason is None:
+                text += self._stop.push(token_id, "")
+        else:
+            text = self._stop.push(token_id, self._detokenizer.push(token_id))
+            if self._stop.finish_reason == "length":
+                text += self._stop.push_text(self._detokenizer.flush())
+        self._put(_Delta(token_id, text))
+        return self._stop.finish_reason is None
+
+    def end(self, error: BaseException | None) -> None:
+        """The engine is done with the sequence."""
+        self._put(_Ended(error))
+
+    async def next(self) -> _Delta | _Ended:
+        """The next token's delta, or the end."""
+        return await self._items.get()
+
+    def _put(self, item: _Delta | _Ended) -> None:
+        self._loop.call_soon_threadsafe(self._items.put_nowait, item)
+
+
+class GenerationService(generate_pb2_grpc.GenerationServicer):  # type: ignore[misc]
+    """Serves Generate over one model, one store and one engine.
+
+    Args:
+        model: for requests, text and model info.
+        store: for load figures and held bytes.
+        window: filled for every admitted sequence.
+        admission: gives memory to requests.
+        ingest: gets prompts computed.
+        engine: decodes.
+        default_max_new_tokens: for requests that do not say.
+    """
+
+    def __init__(
+        self,
+        model: NodeModel,
+        store: HostKvStore,
+        window: DeviceWindow,
+        admission: Admission,
+        ingest: KvIngest,
+        engine: DecodeEngine,
+        *,
+        default_max_new_tokens: int,
+    ) -> None:
+        self._model = model
+        self._store = store
+        self._window = window
+        self._admission = admission
+        self._ingest = ingest
+        self._engine = engine
+        self._default_max_new_tokens = default_max_new_tokens
+        self.is_draining = False
+
+    async def Generate(  # noqa: N802 - the rpc's name
+        self, message: generate_pb2.GenerateRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[generate_pb2.GenerateResponse]:
+        """Stream tokens as they are made; the last message has the reason and the usage."""
+        arrived = time.perf_counter()
+        request = check_request(
+            message,
+            self._model.tokenizer,
+            self._model.loaded.config,
+            default_max_new_tokens=self._default_max_new_tokens,
+        )
+        outcome = "cancelled"
+        try:
+            admission = self._admission.admit(
+                request.prompt_token_ids, request.stop.max_new_tokens
+            )
+            async with admission as admitted:
+                admitted_after = time.perf_counter() - arrived
+                prefilled = await self._ingest.fetch(
+                    request.request_id,
+                    request.prompt_token_ids,
+                    request.sampling,
+                    admitted.sequence,
+                    deadline_seconds=context.time_remaining(),
+                )
+                async for response in self._decode(
+                    request, admitted, prefilled, arrived, admitted_after
+                ):
+                    yield response
+            outcome = "finished"
+        except FluxionError as error:
+            outcome = type(error).__name__
+            raise
+        finally:
+            _log.info(
+                event(
+                    "request",
+                    request_id=request.request_id,
+                    outcome=outcome,
+                    prompt_tokens=len(request.prompt_token_ids),
+                    seconds=time.perf_counter() - arrived,
+                )
+            )
+
+    async def Tokenize(  # noqa: N802 - the rpc's name
+        self, message: generate_pb2.TokenizeRequest, context: grpc.aio.ServicerContext
+    ) -> generate_pb2.TokenizeResponse:
+        """Token ids of a prompt as Generate would see it."""
+        del context
+        return generate_pb2.TokenizeResponse(
+            token_ids=prompt_token_ids(message, self._model.tokenizer)
+        )
+
+    async def GetModelInfo(  # noqa: N802 - the rpc's name
+        self, message: generate_pb2.GetModelInfoRequest, context: grpc.aio.ServicerContext
+    ) -> generate_pb2.GetModelInfoResponse:
+        """What does not change while the node runs."""
+        del message, context
+        loaded, tokenizer = self._model.loaded, self._model.tokenizer
+        config = loaded.config
+        return generate_pb2.GetModelInfoResponse(
+            name=loaded.name,
+            architecture=config.architecture,
+            revision_hash=loaded.revision_hash,
+            context_tokens=config.context_tokens,
+            vocab_size=config.vocab_size,
+            num_layers=config.num_layers,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            kv_bytes_per_token=self._store.geometry.token_bytes,
+            quality_levels=SERVED_LEVELS,
+            has_chat_template=tokenizer.has_chat_template,
+            eos_token_ids=sorted({*config.eos_token_ids, *tokenizer.eos_token_ids}),
+            tokenizer_fingerprint=tokenizer.fingerprint,
+            device=str(loaded.decoder.embedding.device),
+        )
+
+    async def GetLoad(  # noqa: N802 - the rpc's name
+        self, message: generate_pb2.GetLoadRequest, context: grpc.aio.ServicerContext
+    ) -> generate_pb2.GetLoadResponse:
+        """Requests and host memory now."""
+        del message, context
+        store, queue = self._store.statistics(), self._admission.statistics()
+        return generate_pb2.GetLoadResponse(
+            running_requests=queue.admitted,
+            waiting_requests=queue.waiting,
+            host_kv_capacity_bytes=store.capacity_bytes,
+            host_kv_free_bytes=store.free_bytes,
+            host_kv_reserved_bytes=store.reserved_bytes,
+            host_kv_used_bytes=store.used_bytes,
+            host_kv_cached_bytes=store.cached_bytes,
+            generated_tokens_total=self._engine.statistics().tokens,
+            is_draining=self.is_draining,
+        )
+
+    async def _decode(
+        self,
+        request: GenerationRequest,
+        admitted: Admitted,
+        prefilled: Prefilled,
+        arrived: float,
+        admitted_after: float,
+    ) -> AsyncIterator[generate_pb2.GenerateResponse]:
+        """Stream a committed sequence. The engine has let go of it when this ends, however."""
+        stream = TokenStream(
+            request,
+            IncrementalDetokenizer(self._model.tokenizer),
+            asyncio.get_running_loop(),
+        )
+        first_token_id = prefilled.trailer.first_token_id
+        sequence = DecodeSequence(
+            request_id=request.request_id,
+            kv=admitted.sequence,
+            slot=admitted.slot,
+            prompt_token_ids=request.prompt_token_ids,
+            generated_token_ids=[first_token_id],
+            sampling=request.sampling,
+            on_token=stream.take,
+            on_end=stream.end,
+        )
+        num_tokens, first_token_after = 0, 0.0
+        is_running = stream.take(first_token_id)
+        if is_running:
+            self._window.fill(admitted.slot, admitted.sequence)
+            self._engine.submit(sequence)
+        else:
+            stream.end(None)
+        try:
+            while True:
+                item = await stream.next()
+                if isinstance(item, _Ended):
+                    is_running = False
+                    if item.error is not None:
+                        raise item.error
+                    break
+                num_tokens += 1
+                first_token_after = first_token_after or time.perf_counter() - arrived
+                yield generate_pb2.GenerateResponse(
+                    request_id=request.request_id, text=item.text, token_ids=[item.token_id]
+                )
+        finally:
+            if is_running:
+                await self._reclaim(sequence, stream)
+        assert stream.finish_reason is not None
+        yield generate_pb2.GenerateResponse(
+            request_id=request.request_id,
+            finish_reason=_FINISH_REASONS[stream.finish_reason],
+            usage=generate_pb2.Usage(
+                prompt_tokens=len(request.prompt_token_ids),
+                cached_tokens=admitted.sequence.shared_tokens,
+                generated_tokens=num_tokens,
+                queue_seconds=admitted_after + prefilled.trailer.queue_seconds,
+                prefill_seconds=prefilled.trailer.prefill_seconds,
+                handoff_seconds=prefilled.handoff_seconds,
+                decode_seconds=sequence.decode_seconds,
+                time_to_first_token_seconds=first_token_after,
+                handoff_bytes=prefilled.handoff_bytes,
+                kv_bytes_read_per_token=sequence.kv_bytes_read / max(1, sequence.steps),
+                kv_bytes_in_host_memory=admitted.sequence.held_bytes,
+            ),
+        )
+
+    async def _reclaim(self, sequence: DecodeSequence, stream: TokenStream) -> None:
+        """Wait until the engine has let go of a sequence that nobody wants any more.
+
+        Its memory must not be freed before: a step may be reading it. At most one step passes.
+        """
+        self._engine.cancel(sequence)
+
+        async def until_ended() -> None:
+            while not isinstance(await stream.next(), _Ended):
+                pass
+
+        waiting = asyncio.ensure_future(until_ended())
+        while not waiting.done():
+            try:
+                await asyncio.shield(waiting)
+            except asyncio.CancelledError:
+                # Cancelled again while cleaning up: the memory is still the engine's.
+                continue

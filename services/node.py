@@ -1,0 +1,116 @@
+"""What starting either node has in common: its model, its layout, its event loop, its end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import uvloop
+
+from fluxion_core.config import ModelSettings, SettingsT, exit_on_config_error, load_settings
+from fluxion_core.errors import ConfigError, FluxionError
+from fluxion_core.generation.tokenizer import Tokenizer
+from fluxion_core.geometry import KvGeometry
+from fluxion_core.kvstream.handoff import KvLayout
+from fluxion_core.models.locate import default_models_dir, locate_model
+from fluxion_core.models.weights import LoadedModel, load_model
+from fluxion_core.telemetry import configure_logging, event
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class NodeModel:
+    """A loaded model with its tokenizer, and the KV layout that they make."""
+
+    loaded: LoadedModel
+    tokenizer: Tokenizer
+    layout: KvLayout
+
+    def geometry(self, slab_tokens: int = 512) -> KvGeometry:
+        """KV geometry of this model."""
+        config = self.loaded.config
+        return KvGeometry(config.num_layers, config.num_kv_heads, config.head_dim, slab_tokens)
+
+
+def load_node_model(settings: ModelSettings) -> NodeModel:
+    """Find and load the model that the settings name. Takes seconds; call it off the event loop.
+
+    Raises:
+        ModelError: it is not there, damaged or not supported, or its tokenizer does not fit.
+        ConfigError: the device asked for is not there.
+    """
+    started = time.perf_counter()
+    path = locate_model(settings.model, settings.models_dir or default_models_dir())
+    device = _device(settings)
+    torch.set_num_threads(settings.threads or len(os.sched_getaffinity(0)))
+    tokenizer = Tokenizer.load(path)
+    loaded = load_model(path, device=device, dtype=_dtype(settings, device))
+    tokenizer.check_fits(loaded.config.vocab_size)
+    layout = KvLayout(
+        model_name=loaded.name,
+        revision_hash=loaded.revision_hash,
+        num_layers=loaded.config.num_layers,
+        num_kv_heads=loaded.config.num_kv_heads,
+        head_dim=loaded.config.head_dim,
+        rope_theta=loaded.config.rope.theta,
+        tokenizer_fingerprint=tokenizer.fingerprint,
+    )
+    seconds = time.perf_counter() - started
+    _log.info(event("model loaded", model=loaded.name, device=device, seconds=seconds))
+    return NodeModel(loaded, tokenizer, layout)
+
+
+def run_node(
+    kind: str,
+    settings_type: type[SettingsT],
+    arguments: Sequence[str],
+    serve: Callable[[SettingsT, asyncio.Event], Awaitable[None]],
+) -> int:
+    """Run a node until SIGTERM or SIGINT; returns its exit status.
+
+    Args:
+        kind: "prefill" or "decode".
+        settings_type: root of its settings.
+        arguments: command line without the program's name.
+        serve: runs the node; the event is set when it is to end.
+    """
+    program = f"python -m services.{kind}"
+    try:
+        settings = load_settings(settings_type, arguments, program=program)
+    except ConfigError as error:
+        exit_on_config_error(error, program)
+    configure_logging(kind, settings.log.level)
+
+    async def run() -> None:
+        ending = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for signal_number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(signal_number, ending.set)
+        await serve(settings, ending)
+
+    try:
+        uvloop.run(run())
+    except FluxionError as error:
+        _log.error(event("cannot run", error=str(error)))
+        return 1
+    return 0
+
+
+def _device(settings: ModelSettings) -> torch.device:
+    has_cuda = torch.cuda.is_available()
+    if settings.device == "cuda" and not has_cuda:
+        raise ConfigError("model.device is cuda, but this machine has no CUDA device")
+    return torch.device("cuda" if settings.device != "cpu" and has_cuda else "cpu")
+
+
+def _dtype(settings: ModelSettings, device: torch.device) -> torch.dtype:
+    if settings.dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return torch.float32 if settings.dtype == "float32" else torch.bfloat16

@@ -1,0 +1,87 @@
+"""Start a prefill node: `python -m services.prefill --help`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+
+import torch
+from fluxion_proto.v1 import handoff_pb2_grpc
+
+from fluxion_core.telemetry import event
+from fluxion_core.wire.server import NodeServer
+from services.node import NodeModel, load_node_model, run_node
+from services.prefill.config import PrefillNodeSettings
+from services.prefill.engine import PrefillEngine
+from services.prefill.kv_capture import KvCapture
+from services.prefill.service import (
+    HANDOFF_SERVICE,
+    PREFILL_NODE_SERVICE,
+    HandoffService,
+    PrefillNodeService,
+)
+
+_log = logging.getLogger(__name__)
+
+
+async def serve(settings: PrefillNodeSettings, ending: asyncio.Event) -> None:
+    """Load the model, answer hand-offs until `ending`, then drain."""
+    server = NodeServer(settings.server, HANDOFF_SERVICE, reflected=[PREFILL_NODE_SERVICE])
+    address = await server.start()
+    _log.info(event("listening", address=address))
+    engine: PrefillEngine | None = None
+    try:
+        model = await asyncio.to_thread(load_node_model, settings.model)
+        engine = PrefillEngine(
+            model.loaded.decoder,
+            model.geometry(),
+            chunk_tokens=settings.engine.chunk_tokens,
+            max_running=settings.engine.max_running_prompts,
+            max_waiting=settings.engine.max_waiting_prompts,
+        )
+        await asyncio.to_thread(warm_up, model)
+        engine.start()
+        handoff = HandoffService(
+            engine,
+            model.layout,
+            vocab_size=model.loaded.config.vocab_size,
+            context_tokens=model.loaded.config.context_tokens,
+            outgoing_bytes=settings.engine.outgoing_bytes,
+        )
+        node = PrefillNodeService(engine, model.layout)
+        server.add_generic_rpc_handlers((handoff.generic_handler(),))
+        handoff_pb2_grpc.add_PrefillNodeServicer_to_server(node, server)
+        await server.set_ready(is_ready=True)
+        _log.info(event("ready", address=address, model=model.loaded.name))
+        await ending.wait()
+        _log.info(event("draining", grace_seconds=settings.server.grace_seconds))
+        node.is_draining = True
+        await server.set_ready(is_ready=False)
+        await server.stop(settings.server.grace_seconds)
+    finally:
+        await server.stop(0)
+        if engine is not None:
+            engine.stop()
+        _log.info(event("stopped"))
+
+
+@torch.inference_mode()
+def warm_up(model: NodeModel) -> None:
+    """Compute a few tokens, so that no request pays for first-time work."""
+    decoder = model.loaded.decoder
+    device = decoder.embedding.device
+    tokens = torch.zeros(16, dtype=torch.int64, device=device)
+    capture = KvCapture(
+        model.geometry(),
+        num_tokens=16,
+        kv_from_token=0,
+        emit=lambda frame: None,
+        is_cancelled=lambda: False,
+        device=device,
+    )
+    decoder(tokens, torch.arange(16, device=device), capture)
+
+
+if __name__ == "__main__":
+    sys.exit(run_node("prefill", PrefillNodeSettings, sys.argv[1:], serve))

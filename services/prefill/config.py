@@ -1,0 +1,28 @@
+"""Settings of a prefill node. Read by `services.prefill.__main__`; see fluxion_core/config.py."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from fluxion_core.config import ByteCount, NodeSettings, Section
+
+
+class EngineSettings(Section):
+    """How prompts are computed."""
+
+    chunk_tokens: int = Field(default=512, ge=16, multiple_of=16)
+    """Tokens computed at a time: bounds the memory of activations, and how long one prompt keeps
+    the others waiting."""
+    max_running_prompts: int = Field(default=8, gt=0)
+    """Prompts computed in turns, a chunk each."""
+    max_waiting_prompts: int = Field(default=64, ge=0)
+    """Prompts that may wait for a place; the next one is refused."""
+    outgoing_bytes: ByteCount = 64 << 20
+    """KV of one prompt that may wait for a slow receiver; then the prompt pauses, others go on."""
+
+
+class PrefillNodeSettings(NodeSettings):
+    """A Fluxion prefill node: computes prompts and streams their KV to decode nodes."""
+
+    engine: EngineSettings = EngineSettings()
+    """Chunking and queue."""

@@ -1,0 +1,235 @@
+"""The prefill engine: one thread that computes prompts in turns, a chunk at a time.
+
+Life of a prompt: `submit`; chunks, each through all layers, its KV handed out layer by layer; the
+first token sampled from the last position's logits; `on_end`. A prompt whose outgoing KV is not
+taken pauses and the others go on. `cancel` takes effect before the next layer.
+
+`on_frame` and `on_end` run on the engine's thread and must not block. The engine knows frames, not
+gRPC.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from fluxion_core.errors import CapacityError, DrainingError, FluxionError, RequestCancelledError
+from fluxion_core.generation.sampling import SamplingParams, sample
+from fluxion_core.geometry import KvGeometry
+from fluxion_core.kvstream.handoff import Frame, Trailer
+from fluxion_core.models.decoder import Decoder
+from fluxion_core.telemetry import event
+from services.prefill.kv_capture import KvCapture
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class Prompt:
+    """One prompt in the engine. Its fields are the engine's from `submit` to `on_end`."""
+
+    request_id: str
+    token_ids: list[int]
+    kv_from_token: int
+    sampling: SamplingParams
+    on_frame: Callable[[Frame], None]
+    """Takes each CHUNK frame."""
+    on_end: Callable[[Trailer | BaseException], None]
+    """Called once, with the trailer or with what went wrong."""
+    has_room: Callable[[], bool]
+    """Whether another chunk's KV may be handed out now."""
+    submitted: float = field(default_factory=time.perf_counter)
+    is_cancelled: bool = False
+    num_computed: int = 0
+    capture: KvCapture | None = None
+    queue_seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    num_chunks: int = 0
+    payload_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class PrefillLoad:
+    """What the engine has to do."""
+
+    running_prompts: int
+    waiting_prompts: int
+    pending_tokens: int
+
+
+class PrefillEngine:
+    """Computes prompts on a thread of its own.
+
+    Args:
+        decoder: the model.
+        geometry: of its KV.
+        chunk_tokens: tokens at a time.
+        max_running: prompts computed in turns.
+        max_waiting: prompts that may wait beside them.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        geometry: KvGeometry,
+        *,
+        chunk_tokens: int,
+        max_running: int,
+        max_waiting: int,
+    ) -> None:
+        self._decoder = decoder
+        self._geometry = geometry
+        self._chunk_tokens = chunk_tokens
+        self._max_running = max_running
+        self._max_waiting = max_waiting
+        self._device = decoder.embedding.device
+        self._changed = threading.Condition()
+        self._waiting: deque[Prompt] = deque()
+        self._running: deque[Prompt] = deque()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="prefill-engine", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread; prompts not finished end with an error. Idempotent."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def submit(self, prompt: Prompt) -> None:
+        """Queue a prompt.
+
+        Raises:
+            CapacityError: too many wait already.
+            DrainingError: the engine is stopping.
+        """
+        with self._changed:
+            if self._stopping:
+                raise DrainingError("this prefill node is shutting down; use another one")
+            if len(self._waiting) >= self._max_waiting + self._num_free_places():
+                raise CapacityError(
+                    "prefill queue",
+                    needed=1,
+                    free=0,
+                    unit="places",
+                    remedy="retry later or on another prefill node",
+                )
+            self._waiting.append(prompt)
+            self._changed.notify()
+
+    def cancel(self, prompt: Prompt) -> None:
+        """Give a prompt up; `on_end` follows before its next layer."""
+        prompt.is_cancelled = True
+        self.wake()
+
+    def wake(self) -> None:
+        """Look again: a prompt has been cancelled, or has room for more KV."""
+        with self._changed:
+            self._changed.notify()
+
+    def load(self) -> PrefillLoad:
+        """What there is to do now."""
+        with self._changed:
+            prompts = [*self._waiting, *self._running]
+            return PrefillLoad(
+                running_prompts=len(self._running),
+                waiting_prompts=len(self._waiting),
+                pending_tokens=sum(len(p.token_ids) - p.num_computed for p in prompts),
+            )
+
+    def _num_free_places(self) -> int:
+        return max(0, self._max_running - len(self._running))
+
+    def _run(self) -> None:
+        while (prompt := self._next_prompt()) is not None:
+            outcome: Trailer | BaseException | None
+            try:
+                outcome = self._compute_chunk(prompt)
+            except FluxionError as error:
+                outcome = error
+            except Exception as error:
+                _log.exception(event("prefill failed", request_id=prompt.request_id))
+                outcome = error
+            with self._changed:
+                if outcome is None:
+                    # To the end of the round: the others have their turn.
+                    self._running.rotate(-1)
+                else:
+                    self._running.remove(prompt)
+            if outcome is not None:
+                prompt.capture = None
+                prompt.on_end(outcome)
+        for prompt in [*self._running, *self._waiting]:
+            prompt.on_end(DrainingError("this prefill node is shutting down; use another one"))
+
+    def _next_prompt(self) -> Prompt | None:
+        """Put the next prompt that can go on first in the round; None: stop."""
+        with self._changed:
+            while not self._stopping:
+                while self._waiting and len(self._running) < self._max_running:
+                    prompt = self._waiting.popleft()
+                    prompt.queue_seconds = time.perf_counter() - prompt.submitted
+                    self._running.append(prompt)
+                for _ in range(len(self._running)):
+                    if self._running[0].is_cancelled or self._running[0].has_room():
+                        return self._running[0]
+                    self._running.rotate(-1)
+                self._changed.wait()
+            return None
+
+    @torch.inference_mode()
+    def _compute_chunk(self, prompt: Prompt) -> Trailer | None:
+        """One chunk through all layers; the trailer, if it was the last."""
+        if prompt.is_cancelled:
+            raise RequestCancelledError("the receiver ended the hand-off")
+        started = time.perf_counter()
+        if prompt.capture is None:
+            prompt.capture = self._new_capture(prompt)
+        first = prompt.num_computed
+        piece = prompt.token_ids[first : first + self._chunk_tokens]
+        token_ids = torch.tensor(piece, device=self._device)
+        positions = torch.arange(first, first + len(piece), device=self._device)
+        prompt.capture.begin_chunk(first)
+        hidden = self._decoder(token_ids, positions, prompt.capture)
+        prompt.num_computed += len(piece)
+        first_token_id = -1
+        is_last = prompt.num_computed == len(prompt.token_ids)
+        if is_last:
+            logits = self._decoder.logits(hidden[-1:])[0].cpu()
+            first_token_id = sample(logits, prompt.sampling, prompt.token_ids, [], position=0)
+        prompt.prefill_seconds += time.perf_counter() - started
+        if not is_last:
+            return None
+        return Trailer(
+            first_token_id=first_token_id,
+            queue_seconds=prompt.queue_seconds,
+            prefill_seconds=prompt.prefill_seconds,
+            num_chunks=prompt.num_chunks,
+            payload_bytes=prompt.payload_bytes,
+        )
+
+    def _new_capture(self, prompt: Prompt) -> KvCapture:
+        def emit(frame: Frame) -> None:
+            prompt.num_chunks += 1
+            prompt.payload_bytes += len(frame.payload)
+            prompt.on_frame(frame)
+
+        return KvCapture(
+            self._geometry,
+            num_tokens=len(prompt.token_ids),
+            kv_from_token=prompt.kv_from_token,
+            emit=emit,
+            is_cancelled=lambda: prompt.is_cancelled,
+            device=self._device,
+        )

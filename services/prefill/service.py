@@ -1,0 +1,209 @@
+"""The prefill node's gRPC side: requests in, frames out as they are computed.
+
+`/fluxion.v1.Handoff/Prefill` is a raw method: its request is a HandoffRequest, its responses are the
+frames of protos/README.md. A request's stream is its life: when it ends, the prompt is given up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+
+import grpc
+from fluxion_proto.v1 import handoff_pb2, handoff_pb2_grpc
+from google.protobuf.message import DecodeError
+
+from fluxion_core.errors import ContextLengthError, InvalidRequestError
+from fluxion_core.geometry import BLOCK_TOKENS
+from fluxion_core.kvstream.handoff import Frame, Header, KvLayout, Trailer
+from fluxion_core.telemetry import event
+from fluxion_core.wire import codec
+from services.prefill.engine import PrefillEngine, Prompt
+
+_log = logging.getLogger(__name__)
+
+HANDOFF_SERVICE = "fluxion.v1.Handoff"
+PREFILL_NODE_SERVICE = "fluxion.v1.PrefillNode"
+
+
+class Outbox:
+    """Frames on their way from the engine's thread to the event loop, bounded in bytes.
+
+    The bound is kept by the engine: it starts a chunk of a prompt only while `has_room`.
+    """
+
+    def __init__(self, limit_bytes: int, loop: asyncio.AbstractEventLoop) -> None:
+        self._limit_bytes = limit_bytes
+        self._loop = loop
+        self._arrived = asyncio.Event()
+        self._items: deque[Frame | Trailer | BaseException] = deque()
+        # One writer each: the engine's thread, and the event loop.
+        self._put_bytes = 0
+        self._taken_bytes = 0
+
+    def has_room(self) -> bool:
+        """Whether less than the limit waits. From any thread."""
+        return self._put_bytes - self._taken_bytes < self._limit_bytes
+
+    def put(self, item: Frame | Trailer | BaseException) -> None:
+        """From the engine's thread; never blocks."""
+        if isinstance(item, Frame):
+            self._put_bytes += len(item.payload)
+        self._loop.call_soon_threadsafe(self._take_in, item)
+
+    def _take_in(self, item: Frame | Trailer | BaseException) -> None:
+        self._items.append(item)
+        self._arrived.set()
+
+    async def get(self) -> Frame | Trailer | BaseException:
+        """The next item, on the event loop."""
+        while not self._items:
+            self._arrived.clear()
+            await self._arrived.wait()
+        return self._items.popleft()
+
+    def taken(self, frame: Frame) -> None:
+        """The receiver has taken a frame."""
+        self._taken_bytes += len(frame.payload)
+
+
+class HandoffService:
+    """Streams KV to decode nodes.
+
+    Args:
+        engine: computes prompts.
+        layout: what this node serves.
+        vocab_size: ids are below it.
+        context_tokens: the model's context.
+        outgoing_bytes: bound on KV of one prompt that waits for its receiver.
+    """
+
+    def __init__(
+        self,
+        engine: PrefillEngine,
+        layout: KvLayout,
+        *,
+        vocab_size: int,
+        context_tokens: int,
+        outgoing_bytes: int,
+    ) -> None:
+        self._engine = engine
+        self._layout = layout
+        self._vocab_size = vocab_size
+        self._context_tokens = context_tokens
+        self._outgoing_bytes = outgoing_bytes
+
+    async def prefill(
+        self, message: bytes, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[bytes]:
+        """One hand-off: HEADER, CHUNKs as they are computed, TRAILER.
+
+        Raises:
+            InvalidRequestError: the request is malformed or cannot be computed.
+            LayoutMismatchError: the decode node expects another model or layout.
+            CapacityError: too many prompts wait.
+        """
+        del context
+        request = self._parse(message)
+        outbox = Outbox(self._outgoing_bytes, asyncio.get_running_loop())
+        prompt = Prompt(
+            request_id=request.request_id,
+            token_ids=list(request.token_ids),
+            kv_from_token=request.kv_from_token,
+            sampling=codec.sampling_from_proto(request.sampling),
+            on_frame=outbox.put,
+            on_end=outbox.put,
+            has_room=outbox.has_room,
+        )
+        self._engine.submit(prompt)
+        outcome = "cancelled"
+        try:
+            header = Header(self._layout, len(prompt.token_ids), prompt.kv_from_token)
+            yield codec.encode_frame(codec.header_frame(header))
+            while True:
+                item = await outbox.get()
+                if isinstance(item, Frame):
+                    yield codec.encode_frame(item)
+                    # The write above returned: flow control let the frame go.
+                    outbox.taken(item)
+                    self._engine.wake()
+                elif isinstance(item, Trailer):
+                    yield codec.encode_frame(codec.trailer_frame(item))
+                    outcome = "finished"
+                    return
+                else:
+                    outcome = type(item).__name__
+                    raise item
+        finally:
+            self._engine.cancel(prompt)
+            _log.info(
+                event(
+                    "prompt",
+                    request_id=prompt.request_id,
+                    outcome=outcome,
+                    tokens=len(prompt.token_ids),
+                    kv_from_token=prompt.kv_from_token,
+                    queue_seconds=prompt.queue_seconds,
+                    prefill_seconds=prompt.prefill_seconds,
+                    payload_bytes=prompt.payload_bytes,
+                )
+            )
+
+    def generic_handler(self) -> grpc.GenericRpcHandler:
+        """The raw method, for registration: bytes in, bytes out."""
+        return grpc.method_handlers_generic_handler(
+            HANDOFF_SERVICE, {"Prefill": grpc.unary_stream_rpc_method_handler(self.prefill)}
+        )
+
+    def _parse(self, message: bytes) -> handoff_pb2.HandoffRequest:
+        request = handoff_pb2.HandoffRequest()
+        try:
+            request.ParseFromString(message)
+        except DecodeError as error:
+            raise InvalidRequestError(f"not a HandoffRequest: {error}") from None
+        self._layout.check_compatible(codec.layout_from_proto(request.layout))
+        self._check_tokens(request.token_ids, request.kv_from_token)
+        return request
+
+    def _check_tokens(self, token_ids: Sequence[int], kv_from_token: int) -> None:
+        count = len(token_ids)
+        if not count:
+            raise InvalidRequestError("prompt is empty; send at least one token id")
+        if count > self._context_tokens:
+            raise ContextLengthError(
+                prompt_tokens=count, max_new_tokens=0, context_tokens=self._context_tokens
+            )
+        if (highest := max(token_ids)) >= self._vocab_size:
+            raise InvalidRequestError(
+                f"token id {highest} is not in the vocabulary of {self._vocab_size}"
+            )
+        if kv_from_token % BLOCK_TOKENS or kv_from_token >= count:
+            raise InvalidRequestError(
+                f"kv_from_token is {kv_from_token}; need a multiple of {BLOCK_TOKENS} below the "
+                f"prompt's {count} tokens"
+            )
+
+
+class PrefillNodeService(handoff_pb2_grpc.PrefillNodeServicer):  # type: ignore[misc]
+    """Tells decode nodes how busy this node is."""
+
+    def __init__(self, engine: PrefillEngine, layout: KvLayout) -> None:
+        self._engine = engine
+        self._layout = layout
+        self.is_draining = False
+
+    async def GetPrefillLoad(  # noqa: N802 - the rpc's name
+        self, request: handoff_pb2.GetPrefillLoadRequest, context: grpc.aio.ServicerContext
+    ) -> handoff_pb2.GetPrefillLoadResponse:
+        """Prompts and tokens still to be computed."""
+        del request, context
+        load = self._engine.load()
+        return handoff_pb2.GetPrefillLoadResponse(
+            running_prompts=load.running_prompts,
+            waiting_prompts=load.waiting_prompts,
+            pending_tokens=load.pending_tokens,
+            layout=codec.layout_to_proto(self._layout),
+            is_draining=self.is_draining,
+        )

@@ -1,0 +1,112 @@
+"""Two real processes, a prefill and a decode node, on free ports of this machine."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+ROOT = Path(__file__).parents[2]
+READY_SECONDS = 120
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class Node:
+    """One node as a child process."""
+
+    kind: str
+    flags: list[str]
+    log_path: Path
+    address: str = field(default_factory=lambda: f"127.0.0.1:{free_port()}")
+    process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> Node:
+        """Start the process; `wait_ready` waits for it."""
+        command = [sys.executable, "-m", f"services.{self.kind}", "--listen", self.address]
+        environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'protos'}"}
+        with self.log_path.open("ab") as log:
+            self.process = subprocess.Popen(
+                command + self.flags, cwd=ROOT, env=environment, stdout=log, stderr=log
+            )
+        return self
+
+    def wait_ready(self) -> Node:
+        """Return once the node's health service says SERVING for "" (live)."""
+        deadline = time.monotonic() + READY_SECONDS
+        with grpc.insecure_channel(self.address) as channel:
+            health = health_pb2_grpc.HealthStub(channel)
+            while time.monotonic() < deadline:
+                assert self.process is not None
+                assert self.process.poll() is None, self.log()
+                try:
+                    answer = health.Check(
+                        health_pb2.HealthCheckRequest(service=self.service), timeout=5
+                    )
+                    if answer.status == health_pb2.HealthCheckResponse.SERVING:
+                        return self
+                except grpc.RpcError:
+                    pass
+                time.sleep(0.1)
+        raise AssertionError(f"{self.kind} was not ready in {READY_SECONDS} s:\n{self.log()}")
+
+    @property
+    def service(self) -> str:
+        """Name of the service whose health means ready."""
+        return "fluxion.v1.Handoff" if self.kind == "prefill" else "fluxion.v1.Generation"
+
+    def log(self) -> str:
+        """Everything the node printed."""
+        return self.log_path.read_text(errors="replace")
+
+    def stop(self, how: signal.Signals = signal.SIGTERM) -> int:
+        """End the process and return its exit status."""
+        assert self.process is not None
+        if self.process.poll() is None:
+            self.process.send_signal(how)
+        return self.process.wait(timeout=60)
+
+
+@dataclass
+class Cluster:
+    """A decode node and the prefill node that it pulls from."""
+
+    prefill: Node
+    decode: Node
+
+
+@pytest.fixture(scope="session")
+def cluster(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Both nodes with SmolLM2-135M-Instruct, for tests that leave them as they were."""
+    logs = tmp_path_factory.mktemp("nodes")
+    prefill = Node("prefill", ["--model", str(smollm2_path)], logs / "prefill.log").start()
+    decode = Node(
+        "decode",
+        [
+            *("--model", str(smollm2_path)),
+            *("--prefill-addresses", prefill.address),
+            *("--store.host-kv-bytes", "2GiB"),
+        ],
+        logs / "decode.log",
+    ).start()
+    try:
+        yield Cluster(prefill.wait_ready(), decode.wait_ready())
+    finally:
+        statuses = [decode.stop(), prefill.stop()]
+    assert statuses == [0, 0], decode.log() + prefill.log()
