@@ -3,7 +3,7 @@
 A setting comes, in falling precedence, from a flag (`--store.host-kv-bytes 8GiB`), an environment
 variable (`FLUXION_STORE__HOST_KV_BYTES=8GiB`), a TOML file (`--config FILE`, or `FLUXION_CONFIG`)
 or its default. Nothing else in the project reads `argv`, the environment or settings files.
-Each node's own root model lives with the node: services/prefill/config.py, services/decode/config.py.
+Each node's own root model lives with the node: services/{prefill,decode}/config.py.
 """
 
 from __future__ import annotations

@@ -120,10 +120,12 @@ class KvGeometry:
 
     @property
     def head_kv_bytes(self) -> int:
+        """KV of one head and layer in a slab."""
         return self.slab_blocks * self.block_bytes
 
     @property
     def layer_kv_bytes(self) -> int:
+        """KV of one layer in a slab."""
         return self.num_kv_heads * self.head_kv_bytes
 
     @property
@@ -149,14 +151,17 @@ class KvGeometry:
 
     @property
     def head_digest_bytes(self) -> int:
+        """Digests of one head and layer, all levels."""
         return self.level_offset(len(BLOCK_SIZES))
 
     @property
     def layer_digest_bytes(self) -> int:
+        """Digests of one layer in a slab."""
         return self.num_kv_heads * self.head_digest_bytes
 
     @property
     def digest_bytes(self) -> int:
+        """Digests of a slab."""
         return self.num_layers * self.layer_digest_bytes
 
     @property

@@ -1,4 +1,4 @@
-"""Open a GGUF file and look things up in its metadata; weights and vocabulary are read elsewhere."""
+"""Open a GGUF file and look things up in its metadata. Weights are models/gguf_file.py's."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ class KeyValueFormatter(logging.Formatter):
             datefmt="%Y-%m-%dT%H:%M:%S",
         )
 
-    converter = time.gmtime
+    converter = time.gmtime  # type: ignore[assignment]
 
 
 def configure_logging(node: str, level: str) -> None:

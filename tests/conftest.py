@@ -21,9 +21,9 @@ def smollm2_path() -> Path:
     if given:
         return Path(given)
     from rich.console import Console
-    from services.cli.pull import pull_model
 
     from fluxion_core.models.locate import default_models_dir, locate_model
+    from services.cli.pull import pull_model
 
     models_dir = default_models_dir()
     pull_model("smollm2-135m", models_dir, Console(stderr=True))

@@ -9,6 +9,7 @@ Order: penalties, temperature, then min-p, top-k and top-p on the tempered distr
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -110,13 +111,14 @@ def penalise(
     """Logits with all penalties applied: a copy, [vocab]."""
     logits = logits.clone()
     if params.repetition_penalty != 1.0:
-        seen = torch.tensor([*prompt_token_ids, *generated_token_ids], dtype=torch.int64).unique()
+        seen = torch.tensor(sorted({*prompt_token_ids, *generated_token_ids}))
         values = logits[seen]
         factor = params.repetition_penalty
         logits[seen] = torch.where(values > 0, values / factor, values * factor)
     if generated_token_ids and (params.presence_penalty or params.frequency_penalty):
-        tokens, counts = torch.tensor(generated_token_ids).unique(return_counts=True)
-        logits[tokens] -= params.presence_penalty + params.frequency_penalty * counts
+        times = Counter(generated_token_ids)
+        penalties = [params.presence_penalty + params.frequency_penalty * n for n in times.values()]
+        logits[torch.tensor(list(times))] -= torch.tensor(penalties)
     return logits
 
 

@@ -76,15 +76,12 @@ class Tokenizer:
 
         With `add_special_tokens`, the beginning-of-text token comes first where the model has one.
         """
-        ids = cast(list[int], self._backend.encode(text, add_special_tokens=False).ids)
+        ids = self._backend.encode(text, add_special_tokens=False).ids
         return self._bos + ids if add_special_tokens else ids
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids; bytes that are no character become U+FFFD."""
-        return cast(
-            str,
-            self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens),
-        )
+        return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
     def render_chat(
         self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = True

@@ -187,11 +187,12 @@ class HostKvStore:
         )
         offset = geometry.level_offset(level)
         tile = geometry.tile_blocks(level)
-        return (
-            heads[..., offset : offset + geometry.level_bytes(level)]
-            .view(torch.bfloat16)
-            .unflatten(-1, (geometry.level_blocks(level) // tile, geometry.head_dim, tile, 2))
+        level_bytes = heads[..., offset : offset + geometry.level_bytes(level)]
+        tiles = geometry.level_blocks(level) // tile
+        digests: Tensor = torch.unflatten(
+            level_bytes.view(torch.bfloat16), -1, (tiles, geometry.head_dim, tile, 2)
         )
+        return digests
 
     def take_reserved(self) -> int:
         """Turn one reserved slab into a used one. For SequenceKv."""

@@ -44,7 +44,7 @@ class Frame:
 
 @dataclass(frozen=True)
 class KvLayout:
-    """What KV means: the model that made it and how it lies. Equal on both nodes, or no hand-off."""
+    """What KV means: the model that made it and how it lies. Both nodes share it."""
 
     model_name: str
     """For people; not compared."""

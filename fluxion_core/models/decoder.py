@@ -52,7 +52,7 @@ class Decoder(nn.Module):
         self.embedding = nn.Parameter(
             torch.empty(config.vocab_size, config.hidden_size, device=device, dtype=dtype), False
         )
-        self.layers = nn.ModuleList(Layer(config, device, dtype) for _ in range(config.num_layers))
+        self.layers = [Layer(config, device, dtype) for _ in range(config.num_layers)]
         self.final_norm = nn.Parameter(
             torch.empty(config.hidden_size, device=device, dtype=dtype), False
         )
@@ -138,7 +138,6 @@ class Decoder(nn.Module):
             return self.head
         _, _, index, part = name.split(".", 3)
         layer = self.layers[int(index)]
-        assert isinstance(layer, Layer)
         q_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         rows = {
             "q": slice(0, q_rows),

@@ -5,12 +5,12 @@ from __future__ import annotations
 import struct
 
 import google_crc32c
-from fluxion_proto.v1 import generate_pb2, handoff_pb2
 from google.protobuf.message import DecodeError
 
 from fluxion_core.errors import FrameChecksumError, FrameFormatError
 from fluxion_core.generation.sampling import SamplingParams
 from fluxion_core.kvstream.handoff import Frame, FrameKind, Header, KvLayout, Trailer
+from fluxion_proto.v1 import generate_pb2, handoff_pb2
 
 MAGIC = 0x4E585546
 """The bytes F U X N."""
@@ -28,7 +28,7 @@ MAX_FRAME_PAYLOAD_BYTES = 4 << 20
 single block row of all heads is over 1 MiB."""
 
 MAX_CONTROL_PAYLOAD_BYTES = 1 << 20
-"""HEADER and TRAILER are messages of a few hundred bytes; room for more in the trailer."""
+"""HEADER and TRAILER are messages of a few hundred bytes; this leaves room for more."""
 
 
 def encode_frame(frame: Frame) -> bytes:

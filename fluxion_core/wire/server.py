@@ -146,7 +146,9 @@ class _LateHandlers(grpc.GenericRpcHandler):  # type: ignore[misc]
     def __init__(self) -> None:
         self.handlers: list[grpc.GenericRpcHandler] = []
 
-    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
+    def service(
+        self, handler_call_details: grpc.HandlerCallDetails
+    ) -> grpc.RpcMethodHandler | None:
         for handler in self.handlers:
             if (found := handler.service(handler_call_details)) is not None:
                 return found

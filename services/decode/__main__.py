@@ -6,14 +6,13 @@ import asyncio
 import logging
 import sys
 
-from fluxion_proto.v1 import generate_pb2_grpc
-
 from fluxion_core.geometry import WindowSpec
 from fluxion_core.hybrid_attention import HybridAttention
 from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.kvstore.window import DeviceWindow
 from fluxion_core.telemetry import event
 from fluxion_core.wire.server import NodeServer
+from fluxion_proto.v1 import generate_pb2_grpc
 from services.decode.admission import Admission
 from services.decode.config import DecodeSettings
 from services.decode.engine import DecodeEngine

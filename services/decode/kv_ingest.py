@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import grpc
-from fluxion_proto.v1 import handoff_pb2
 
 from fluxion_core.config import ClientSettings
 from fluxion_core.errors import (
@@ -34,12 +33,13 @@ from fluxion_core.telemetry import event
 from fluxion_core.wire import codec
 from fluxion_core.wire.channel import open_channel
 from fluxion_core.wire.status import RemoteCapacityError, RemoteError, error_from_rpc
+from fluxion_proto.v1 import handoff_pb2
 
 _log = logging.getLogger(__name__)
 
 _METHOD = "/fluxion.v1.Handoff/Prefill"
 
-# What another prefill node may do better. Anything else is the request's own fault, or the client's.
+# What another prefill node may do better; anything else is the request's own fault.
 _WORTH_ANOTHER_NODE = (
     HandoffError,
     PeerUnavailableError,

@@ -10,8 +10,6 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from fluxion_proto.v1 import generate_pb2
-
 from fluxion_core.errors import ContextLengthError, InvalidRequestError
 from fluxion_core.generation.chat import ChatMessage
 from fluxion_core.generation.sampling import MAX_SEED, SamplingParams
@@ -19,6 +17,7 @@ from fluxion_core.generation.stopping import StopSettings
 from fluxion_core.generation.tokenizer import Tokenizer
 from fluxion_core.models.config import ModelConfig
 from fluxion_core.wire import codec
+from fluxion_proto.v1 import generate_pb2
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARACTERS = 256

@@ -14,7 +14,6 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 import grpc
-from fluxion_proto.v1 import generate_pb2, generate_pb2_grpc
 
 from fluxion_core.errors import FluxionError
 from fluxion_core.generation.stopping import StopChecker
@@ -22,6 +21,7 @@ from fluxion_core.generation.tokenizer import IncrementalDetokenizer
 from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.kvstore.window import DeviceWindow
 from fluxion_core.telemetry import event
+from fluxion_proto.v1 import generate_pb2, generate_pb2_grpc
 from services.decode.admission import Admission, Admitted
 from services.decode.engine import DecodeEngine, DecodeSequence
 from services.decode.kv_ingest import KvIngest, Prefilled
@@ -105,7 +105,7 @@ class TokenStream:
         self._loop.call_soon_threadsafe(self._items.put_nowait, item)
 
 
-class GenerationService(generate_pb2_grpc.GenerationServicer):  # type: ignore[misc]
+class GenerationService(generate_pb2_grpc.GenerationServicer):
     """Serves Generate over one model, one store and one engine.
 
     Args:
@@ -151,9 +151,7 @@ class GenerationService(generate_pb2_grpc.GenerationServicer):  # type: ignore[m
         )
         outcome = "cancelled"
         try:
-            admission = self._admission.admit(
-                request.prompt_token_ids, request.stop.max_new_tokens
-            )
+            admission = self._admission.admit(request.prompt_token_ids, request.stop.max_new_tokens)
             async with admission as admitted:
                 admitted_after = time.perf_counter() - arrived
                 prefilled = await self._ingest.fetch(

@@ -7,10 +7,10 @@ import logging
 import sys
 
 import torch
-from fluxion_proto.v1 import handoff_pb2_grpc
 
 from fluxion_core.telemetry import event
 from fluxion_core.wire.server import NodeServer
+from fluxion_proto.v1 import handoff_pb2_grpc
 from services.node import NodeModel, load_node_model, run_node
 from services.prefill.config import PrefillNodeSettings
 from services.prefill.engine import PrefillEngine
@@ -76,7 +76,7 @@ def warm_up(model: NodeModel) -> None:
         model.geometry(),
         num_tokens=16,
         kv_from_token=0,
-        emit=lambda frame: None,
+        emit=lambda _: None,
         is_cancelled=lambda: False,
         device=device,
     )

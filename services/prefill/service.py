@@ -1,7 +1,7 @@
 """The prefill node's gRPC side: requests in, frames out as they are computed.
 
-`/fluxion.v1.Handoff/Prefill` is a raw method: its request is a HandoffRequest, its responses are the
-frames of protos/README.md. A request's stream is its life: when it ends, the prompt is given up.
+`/fluxion.v1.Handoff/Prefill` is a raw method: its request is a HandoffRequest, its responses are
+the frames of protos/README.md. A request's stream is its life: when it ends, the prompt is given up.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import AsyncIterator, Sequence
 
 import grpc
-from fluxion_proto.v1 import handoff_pb2, handoff_pb2_grpc
 from google.protobuf.message import DecodeError
 
 from fluxion_core.errors import ContextLengthError, InvalidRequestError
@@ -20,6 +19,7 @@ from fluxion_core.geometry import BLOCK_TOKENS
 from fluxion_core.kvstream.handoff import Frame, Header, KvLayout, Trailer
 from fluxion_core.telemetry import event
 from fluxion_core.wire import codec
+from fluxion_proto.v1 import handoff_pb2, handoff_pb2_grpc
 from services.prefill.engine import PrefillEngine, Prompt
 
 _log = logging.getLogger(__name__)
@@ -186,7 +186,7 @@ class HandoffService:
             )
 
 
-class PrefillNodeService(handoff_pb2_grpc.PrefillNodeServicer):  # type: ignore[misc]
+class PrefillNodeService(handoff_pb2_grpc.PrefillNodeServicer):
     """Tells decode nodes how busy this node is."""
 
     def __init__(self, engine: PrefillEngine, layout: KvLayout) -> None:

@@ -18,7 +18,7 @@ def digest(keys: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
 
     Source: Quest (arXiv:2406.10774).
     """
-    blocks = keys.split(block_size)
+    blocks = torch.split(keys, block_size)
     low = torch.stack([block.amin(0) for block in blocks])
     high = torch.stack([block.amax(0) for block in blocks])
     return low, high

@@ -84,4 +84,5 @@ def attend_chunk(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         # The share of the past in the whole softmax.
         share = torch.sigmoid(before_lse.reshape(own_lse.shape) - own_lse).unsqueeze(-1)
         own = torch.lerp(own, before, share)
-    return own.permute(2, 0, 1, 3).reshape(tokens, heads, head_dim)
+    attended: Tensor = own.permute(2, 0, 1, 3).reshape(tokens, heads, head_dim)
+    return attended

@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
-from fluxion_proto.v1 import generate_pb2, generate_pb2_grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from fluxion_proto.v1 import generate_pb2, generate_pb2_grpc
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
