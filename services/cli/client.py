@@ -122,7 +122,7 @@ async def stream_generation(
     arrivals: list[float] = []
     last: generate_pb2.GenerateResponse | None = None
     async with connect(address, client) as channel:
-        stub = generate_pb2_grpc.GenerationStub(channel)  # type: ignore[no-untyped-call]
+        stub = generate_pb2_grpc.GenerationStub(channel)
         started = clock()
         try:
             async for response in stub.Generate(request, timeout=options.deadline_seconds):

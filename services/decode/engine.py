@@ -77,7 +77,7 @@ class DecodeEngine:
     def __init__(self, decoder: Decoder, attention: HybridAttention) -> None:
         self._decoder = decoder
         self._attention = attention
-        self._device = next(decoder.parameters()).device
+        self._device = decoder.embedding.device
         self._changed = threading.Condition()
         self._joining: list[DecodeSequence] = []
         self._stopping = False

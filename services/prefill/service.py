@@ -1,7 +1,7 @@
 """The prefill node's gRPC side: requests in, frames out as they are computed.
 
 `/fluxion.v1.Handoff/Prefill` is a raw method: its request is a HandoffRequest, its responses are
-the frames of protos/README.md. A request's stream is its life: when it ends, the prompt is given up.
+the frames of protos/README.md. A request's stream is its life: when it ends, so does the prompt.
 """
 
 from __future__ import annotations

@@ -1,0 +1,95 @@
+"""Prompt, prefill node, KV stream, host KV store, decode node, token stream: two real processes."""
+
+from __future__ import annotations
+
+from importlib import resources
+
+import grpc
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from fluxion_core.generation.tokenizer import Tokenizer
+from fluxion_proto.v1 import generate_pb2, generate_pb2_grpc
+
+NEW_TOKENS = 64
+
+
+@pytest.fixture(scope="module")
+def document_tokens(smollm2_path) -> list[int]:
+    text = (resources.files("services.cli") / "demo_document.md").read_text("utf-8")
+    return Tokenizer.load(smollm2_path).encode(text * 2)
+
+
+@pytest.fixture(scope="module")
+def oracle(smollm2_path):
+    """Transformers' own implementation, with weights from the same file."""
+    model = AutoModelForCausalLM.from_pretrained(
+        smollm2_path.parent, gguf_file=smollm2_path.name, dtype=torch.float32
+    )
+    return model.eval()
+
+
+@torch.inference_mode()
+def greedy(model, token_ids: list[int]) -> list[int]:
+    """NEW_TOKENS greedy tokens with transformers' ordinary cache."""
+    tokens: list[int] = []
+    output = model(torch.tensor([token_ids]), use_cache=True, logits_to_keep=1)
+    for _ in range(NEW_TOKENS):
+        tokens.append(int(output.logits[0, -1].argmax()))
+        output = model(
+            torch.tensor([tokens[-1:]]), past_key_values=output.past_key_values, use_cache=True
+        )
+    return tokens
+
+
+def generate(stub, token_ids: list[int]) -> list[generate_pb2.GenerateResponse]:
+    request = generate_pb2.GenerateRequest(max_new_tokens=NEW_TOKENS, ignore_eos=True)
+    request.token_ids.ids.extend(token_ids)
+    return list(stub.Generate(request, timeout=280))
+
+
+@pytest.mark.model
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("num_tokens", [200, 2000, 7000])
+def test_greedy_tokens_are_those_of_transformers(
+    num_tokens: int, cluster, oracle, document_tokens: list[int]
+):
+    prompt = document_tokens[:num_tokens]
+    with grpc.insecure_channel(cluster.decode.address) as channel:
+        stub = generate_pb2_grpc.GenerationStub(channel)
+        responses = generate(stub, prompt)
+        load = stub.GetLoad(generate_pb2.GetLoadRequest())
+    tokens = [token for response in responses for token in response.token_ids]
+    assert tokens == greedy(oracle, prompt)
+    usage = responses[-1].usage
+    assert responses[-1].finish_reason == generate_pb2.FINISH_REASON_LENGTH
+    assert (usage.prompt_tokens, usage.generated_tokens) == (num_tokens, NEW_TOKENS)
+    assert load.host_kv_reserved_bytes == 0
+    assert load.running_requests == 0
+    # Every step read the region between sink and recent part, in all layers: 23,040 B a token.
+    if num_tokens == 7000:
+        assert usage.kv_bytes_read_per_token == pytest.approx(23_040 * (7000 - 300), rel=0.01)
+
+
+@pytest.mark.model
+def test_a_repeated_prompt_is_found_in_the_store(cluster, document_tokens: list[int]):
+    prompt = document_tokens[3000:4100]
+    with grpc.insecure_channel(cluster.decode.address) as channel:
+        stub = generate_pb2_grpc.GenerationStub(channel)
+        first, second = generate(stub, prompt), generate(stub, prompt)
+    assert first[-1].usage.cached_tokens == 0
+    assert second[-1].usage.cached_tokens == 1024
+    assert second[-1].usage.handoff_bytes < first[-1].usage.handoff_bytes / 10
+    assert [r.token_ids for r in first] == [r.token_ids for r in second]
+
+
+@pytest.mark.model
+def test_the_text_is_the_tokens_text(cluster, smollm2_path):
+    tokenizer = Tokenizer.load(smollm2_path)
+    request = generate_pb2.GenerateRequest(max_new_tokens=48, ignore_eos=True)
+    request.chat.messages.add(role="user", content="Write hello in Chinese, and add an emoji.")
+    with grpc.insecure_channel(cluster.decode.address) as channel:
+        responses = list(generate_pb2_grpc.GenerationStub(channel).Generate(request, timeout=60))
+    tokens = [token for response in responses for token in response.token_ids]
+    assert "".join(response.text for response in responses) == tokenizer.decode(tokens)
