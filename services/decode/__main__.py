@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 async def serve(settings: DecodeSettings, ending: asyncio.Event) -> None:
     """Load the model, serve Generate until `ending`, then drain."""
-    server = NodeServer(settings.server, GENERATION_SERVICE)
+    server = NodeServer(settings.server, GENERATION_SERVICE, reflected=[GENERATION_SERVICE])
     address = await server.start()
     _log.info(event("listening", address=address))
     engine: DecodeEngine | None = None

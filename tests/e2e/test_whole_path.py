@@ -93,3 +93,38 @@ def test_the_text_is_the_tokens_text(cluster, smollm2_path):
         responses = list(generate_pb2_grpc.GenerationStub(channel).Generate(request, timeout=60))
     tokens = [token for response in responses for token in response.token_ids]
     assert "".join(response.text for response in responses) == tokenizer.decode(tokens)
+
+
+def resident_bytes(pid: int, field: str) -> int:
+    """VmRSS (now) or VmHWM (highest so far) of a process."""
+    with open(f"/proc/{pid}/status") as status:
+        for line in status:
+            if line.startswith(field):
+                return int(line.split()[1]) * 1024
+    raise AssertionError(f"no {field} in /proc/{pid}/status")
+
+
+@pytest.mark.model
+@pytest.mark.timeout(600)
+def test_7000_tokens_cost_at_most_a_quarter_more_than_their_kv(
+    cluster, document_tokens: list[int]
+):
+    # Backwards, so that nothing of it is in the store; after a request that wakes everything up.
+    prompt = document_tokens[::-1][:7000]
+    assert cluster.decode.process is not None
+    pid = cluster.decode.process.pid
+    with grpc.insecure_channel(cluster.decode.address) as channel:
+        stub = generate_pb2_grpc.GenerationStub(channel)
+        generate(stub, document_tokens[5:400])
+        before = resident_bytes(pid, "VmRSS")
+        with open(f"/proc/{pid}/clear_refs", "w") as peak:
+            peak.write("5")  # begin VmHWM anew
+        responses = generate(stub, prompt)
+    added = resident_bytes(pid, "VmHWM") - before
+    kv_bytes = 7000 * 30 * 3 * 2 * 64 * 2
+    usage = responses[-1].usage
+    print(f"7,000 tokens: {added / kv_bytes:.3f}x by resident memory, "
+          f"{usage.kv_bytes_in_host_memory / kv_bytes:.3f}x by the store's account")
+    assert usage.cached_tokens == 0
+    assert usage.kv_bytes_in_host_memory >= kv_bytes
+    assert added <= 1.25 * kv_bytes

@@ -184,3 +184,9 @@ async def generation_stub(address: str) -> AsyncIterator[generate_pb2_grpc.Gener
 def open_stub():
     """`async with open_stub(address) as stub`: a client of a decode node."""
     return generation_stub
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    return int(free_address().rpartition(":")[2])

@@ -1,0 +1,399 @@
+"""The decode node over real gRPC: tokens, bad input, damaged hand-offs, clients that go away.
+
+After every one of them nothing is reserved and the node goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import grpc
+import pytest
+
+from fluxion_core.kvstream.handoff import Frame, FrameKind
+from fluxion_core.wire import codec
+from fluxion_core.wire.channel import open_channel
+from fluxion_core.config import ClientSettings
+from fluxion_proto.v1 import generate_pb2
+from services.prefill.service import HandoffService
+
+Levels = generate_pb2.QualityLevel
+
+
+def request_of(text: str = "hello", max_new_tokens: int = 8, **fields):
+    sampling = fields.pop("sampling", {})
+    request = generate_pb2.GenerateRequest(max_new_tokens=max_new_tokens, **fields)
+    if not fields.get("token_ids"):
+        request.text = text
+    for name, value in sampling.items():
+        setattr(request.sampling, name, value)
+    return request
+
+
+async def tokens_of(stub, request) -> list[int]:
+    return [token async for response in stub.Generate(request) for token in response.token_ids]
+
+
+async def failure_of(stub, request, **call) -> grpc.aio.AioRpcError:
+    with pytest.raises(grpc.aio.AioRpcError) as failure:
+        async for _ in stub.Generate(request, **call):
+            pass
+    return failure.value
+
+
+async def assert_nothing_is_held(stub) -> None:
+    """Whoever held memory gives it back; reserved and used go to 0, and the sum stays right."""
+    while True:
+        load = await stub.GetLoad(generate_pb2.GetLoadRequest())
+        parts = (
+            load.host_kv_free_bytes,
+            load.host_kv_reserved_bytes,
+            load.host_kv_used_bytes,
+            load.host_kv_cached_bytes,
+        )
+        assert sum(parts) == load.host_kv_capacity_bytes
+        if load.running_requests == 0:
+            break
+    assert (load.host_kv_reserved_bytes, load.host_kv_used_bytes) == (0, 0)
+
+
+async def assert_goes_on(stub) -> None:
+    await assert_nothing_is_held(stub)
+    assert len(await tokens_of(stub, request_of(ignore_eos=True))) == 8
+    await assert_nothing_is_held(stub)
+
+
+async def test_batches_do_not_change_a_sequences_tokens(start_prefill, start_decode, open_stub):
+    async with start_prefill() as prefill, start_decode(prefill.address) as node:
+        async with open_stub(node.address) as stub:
+            requests = [
+                request_of("x" * length, max_new_tokens=40, ignore_eos=True)
+                for length in (3, 500, 700, 64)
+            ]
+            alone = [await tokens_of(stub, request) for request in requests]
+            together = await asyncio.gather(*(tokens_of(stub, request) for request in requests))
+            assert alone == list(together)
+            await assert_nothing_is_held(stub)
+
+
+async def test_sampling_with_a_seed_repeats_and_without_one_varies(
+    start_prefill, start_decode, open_stub
+):
+    async with start_prefill() as prefill, start_decode(prefill.address) as node:
+        async with open_stub(node.address) as stub:
+            hot = {"temperature": 2.0}
+            seeded = request_of(max_new_tokens=30, sampling={**hot, "seed": 5}, ignore_eos=True)
+            assert await tokens_of(stub, seeded) == await tokens_of(stub, seeded)
+            free = request_of(max_new_tokens=30, sampling=hot, ignore_eos=True)
+            assert await tokens_of(stub, free) != await tokens_of(stub, free)
+
+
+async def test_a_stop_string_ends_the_text_before_it(start_prefill, start_decode, open_stub):
+    async with start_prefill() as prefill, start_decode(prefill.address) as node:
+        async with open_stub(node.address) as stub:
+            sampling = {"temperature": 2.0, "seed": 1}
+            free = request_of(max_new_tokens=60, sampling=sampling, ignore_eos=True)
+            text = "".join([r.text async for r in stub.Generate(free)])
+            stop = text[20:23]
+            request = request_of(
+                max_new_tokens=60, sampling=sampling, ignore_eos=True, stop_strings=[stop]
+            )
+            responses = [r async for r in stub.Generate(request)]
+            assert "".join(r.text for r in responses) == text[: text.index(stop)]
+            assert responses[-1].finish_reason == generate_pb2.FINISH_REASON_STOP
+            token = responses[0].token_ids[0]
+            one = request_of(sampling=sampling, ignore_eos=True, stop_token_ids=[token])
+            assert len(await tokens_of(stub, one)) == 1
+            await assert_nothing_is_held(stub)
+
+
+@pytest.mark.parametrize(
+    ("request_", "words"),
+    [
+        (generate_pb2.GenerateRequest(), "no prompt"),
+        (generate_pb2.GenerateRequest(text=""), "empty"),
+        (generate_pb2.GenerateRequest(token_ids={"ids": []}), "empty"),
+        (generate_pb2.GenerateRequest(token_ids={"ids": [1, 300]}), "300"),
+        (request_of("x" * 2100), "2048"),
+        (request_of("x" * 2000, max_new_tokens=100), "2048"),
+        (request_of(max_new_tokens=0), "max_new_tokens"),
+        (request_of(sampling={"temperature": -1.0}), "temperature"),
+        (request_of(sampling={"temperature": math.nan}), "temperature"),
+        (request_of(sampling={"top_p": 0.0}), "top_p"),
+        (request_of(sampling={"top_p": math.inf}), "top_p"),
+        (request_of(sampling={"min_p": -0.5}), "min_p"),
+        (request_of(sampling={"repetition_penalty": 0.0}), "repetition_penalty"),
+        (request_of(sampling={"presence_penalty": 3.0}), "presence_penalty"),
+        (request_of(sampling={"frequency_penalty": math.nan}), "frequency_penalty"),
+        (request_of(quality=Levels.QUALITY_LEVEL_FAST), "QUALITY_LEVEL_FAST"),
+        (request_of(quality=77), "77"),
+        (request_of(stop_strings=[""]), "stop string"),
+        (request_of(stop_strings=["x"] * 17), "stop_strings"),
+        (request_of(request_id="x" * 129), "request_id"),
+        (generate_pb2.GenerateRequest(chat={"messages": []}), "chat template"),
+    ],
+)
+async def test_bad_requests_get_a_status_and_a_sentence(
+    start_decode, open_stub, request_, words: str
+):
+    # No prefill node: a bad request is refused before one would be asked.
+    async with start_decode() as node, open_stub(node.address) as stub:
+        failure = await failure_of(stub, request_)
+        assert failure.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert words in failure.details()
+        await assert_nothing_is_held(stub)
+
+
+async def test_a_request_larger_than_the_store_is_refused_with_both_sizes(
+    start_decode, open_stub
+):
+    async with start_decode(store_bytes=1 << 18) as node, open_stub(node.address) as stub:
+        failure = await failure_of(stub, request_of("x" * 2000))
+        assert failure.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "need" in failure.details()
+        assert "free" in failure.details()
+        await assert_nothing_is_held(stub)
+
+
+async def test_requests_wait_for_room_in_order_and_too_many_are_refused(
+    start_prefill, start_decode, open_stub
+):
+    async with (
+        start_prefill() as prefill,
+        start_decode(prefill.address, max_running_sequences=1, max_waiting_requests=1) as node,
+        open_stub(node.address) as stub,
+    ):
+        request = request_of(max_new_tokens=1000, ignore_eos=True)
+        first = asyncio.ensure_future(tokens_of(stub, request))
+        second = asyncio.ensure_future(tokens_of(stub, request))
+        while True:
+            load = await stub.GetLoad(generate_pb2.GetLoadRequest())
+            if (load.running_requests, load.waiting_requests) == (1, 1):
+                break
+        failure = await failure_of(stub, request)
+        assert failure.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert len(await first) == len(await second) == 1000
+        await assert_goes_on(stub)
+
+
+async def test_without_a_prefill_node_the_client_is_told(start_decode, open_stub, free_port):
+    async with start_decode() as node, open_stub(node.address) as stub:
+        failure = await failure_of(stub, request_of())
+        assert failure.code() is grpc.StatusCode.UNAVAILABLE
+        assert "--prefill-addresses" in failure.details()
+    gone = f"127.0.0.1:{free_port}"
+    async with start_decode(gone) as node, open_stub(node.address) as stub:
+        failure = await failure_of(stub, request_of())
+        assert failure.code() is grpc.StatusCode.UNAVAILABLE
+        assert gone in failure.details()
+        await assert_nothing_is_held(stub)
+
+
+async def test_another_prefill_node_takes_over(
+    start_prefill, start_decode, open_stub, free_port
+):
+    async with (
+        start_prefill() as prefill,
+        start_decode(f"127.0.0.1:{free_port}", prefill.address) as node,
+        open_stub(node.address) as stub,
+    ):
+        await assert_goes_on(stub)
+        await assert_goes_on(stub)
+
+
+async def test_a_prefill_node_with_another_model_is_refused(
+    make_toy_model: Callable[[int], Path], start_prefill, start_decode, open_stub
+):
+    async with (
+        start_prefill(model=make_toy_model(1)) as prefill,
+        start_decode(prefill.address) as node,
+        open_stub(node.address) as stub,
+    ):
+        failure = await failure_of(stub, request_of())
+        assert failure.code() is grpc.StatusCode.FAILED_PRECONDITION
+        assert "revision_hash" in failure.details()
+        await assert_nothing_is_held(stub)
+
+
+class Tampered:
+    """A prefill node whose stream is changed on its way: a proxy in front of a real one."""
+
+    def __init__(self, target: str, change: Callable[[list[bytes]], list[bytes]]) -> None:
+        self.target = target
+        self.change = change
+        self.is_honest = False
+
+    async def prefill(self, message: bytes, context) -> AsyncIterator[bytes]:
+        async with open_channel(self.target, ClientSettings()) as channel:
+            call = channel.unary_stream("/fluxion.v1.Handoff/Prefill")(message)
+            frames = [frame async for frame in call]
+        for frame in frames if self.is_honest else self.change(frames):
+            yield frame
+
+
+@asynccontextmanager
+async def tampered(target: str, change) -> AsyncIterator[tuple[Tampered, str]]:
+    proxy = Tampered(target, change)
+    server = grpc.aio.server(options=[("grpc.max_send_message_length", 64 << 20)])
+    server.add_generic_rpc_handlers((HandoffService.generic_handler(proxy),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        yield proxy, f"127.0.0.1:{port}"
+    finally:
+        await server.stop(0)
+
+
+def recoded(frame: bytes, **changes) -> bytes:
+    old = codec.decode_frame(frame)
+    fields = {name: getattr(old, name) for name in Frame.__dataclass_fields__}
+    return codec.encode_frame(Frame(**{**fields, **changes}))
+
+
+def flip_payload(frames: list[bytes]) -> list[bytes]:
+    return [*frames[:3], frames[3][:-1] + bytes([frames[3][-1] ^ 1]), *frames[4:]]
+
+
+DAMAGE: dict[str, tuple[Callable[[list[bytes]], list[bytes]], str]] = {
+    "wrong checksum": (flip_payload, "CRC32C"),
+    "gap": (lambda f: [*f[:3], *f[4:]], "gap"),
+    "repeated frame": (lambda f: [*f[:3], f[2], *f[3:]], "repeat"),
+    "reordered frames": (lambda f: [f[0], *f[3:5], *f[1:3], *f[5:]], "gap"),
+    "no header": (lambda f: f[1:], "HEADER"),
+    "second header": (lambda f: [f[0], *f], "HEADER"),
+    "no trailer": (lambda f: f[:-1], "TRAILER"),
+    "trailer too early": (lambda f: [*f[:4], f[-1]], "holds"),
+    "second trailer": (lambda f: [*f, f[-1]], "TRAILER"),
+    "cut in the middle": (lambda f: f[: len(f) // 2], "ended"),
+    "nothing at all": (lambda f: [], "ended"),
+    "not a frame": (lambda f: [f[0], b"garbage", *f[1:]], "shorter"),
+    "wrong magic": (lambda f: [f[0], b"X" + f[1][1:], *f[2:]], "begins"),
+    "cut frame": (lambda f: [*f[:2], f[2][:-5], *f[3:]], "payload"),
+    "unknown layer": (lambda f: [f[0], recoded(f[1], layer=9), *f[2:]], "layer"),
+    "beyond the prompt": (lambda f: [*f[:-1], f[-2], f[-1]], "a repeat"),
+    "payload of another size": (
+        lambda f: [f[0], recoded(f[1], payload=bytes(64)), *f[2:]],
+        "payload",
+    ),
+    "no valid trailer": (
+        lambda f: [*f[:-1], codec.encode_frame(Frame(FrameKind.TRAILER, b"\xff\xff"))],
+        "TRAILER",
+    ),
+    "oversized frame": (lambda f: [f[0], f[1][:32] + bytes(5 << 20), *f[2:]], "oversized"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+async def test_damaged_hand_offs_are_data_loss_and_nothing_is_decoded(
+    start_prefill, start_decode, open_stub, damage: str
+):
+    change, words = DAMAGE[damage]
+    async with (
+        start_prefill() as prefill,
+        tampered(prefill.address, change) as (proxy, address),
+        start_decode(address) as node,
+        open_stub(node.address) as stub,
+    ):
+        request = request_of("y" * 200, ignore_eos=True)
+        failure = await failure_of(stub, request)
+        assert failure.code() is grpc.StatusCode.DATA_LOSS
+        assert words in failure.details()
+        await assert_nothing_is_held(stub)
+        # The same prompt, undamaged, is what it should be: nothing of the first try is left.
+        proxy.is_honest = True
+        healed = await tokens_of(stub, request)
+        async with start_decode(prefill.address) as fresh, open_stub(fresh.address) as other:
+            assert healed == await tokens_of(other, request)
+        await assert_goes_on(stub)
+
+
+@pytest.mark.parametrize("after_tokens", [0, 1, 30])
+async def test_clients_that_go_away_leave_nothing_behind(
+    start_prefill, start_decode, open_stub, after_tokens: int
+):
+    async with start_prefill() as prefill, start_decode(prefill.address) as node:
+        async with open_stub(node.address) as stub:
+            request = request_of("z" * 1000, max_new_tokens=1000, ignore_eos=True)
+            call = stub.Generate(request)
+            responses = aiter(call)
+            for _ in range(after_tokens):
+                await anext(responses)
+            if not after_tokens:
+                # In the middle of the hand-off: the request is there, and no token yet.
+                while not (await stub.GetLoad(generate_pb2.GetLoadRequest())).running_requests:
+                    pass
+            call.cancel()
+            await assert_goes_on(stub)
+
+
+async def test_clients_that_vanish_while_waiting_leave_their_place(
+    start_prefill, start_decode, open_stub
+):
+    async with (
+        start_prefill() as prefill,
+        start_decode(prefill.address, max_running_sequences=1) as node,
+        open_stub(node.address) as stub,
+    ):
+        request = request_of(max_new_tokens=500, ignore_eos=True)
+        running = asyncio.ensure_future(tokens_of(stub, request))
+        waiting = stub.Generate(request)
+        while not (await stub.GetLoad(generate_pb2.GetLoadRequest())).waiting_requests:
+            await asyncio.sleep(0)
+        waiting.cancel()
+        while (await stub.GetLoad(generate_pb2.GetLoadRequest())).waiting_requests:
+            pass
+        assert len(await running) == 500
+        await assert_goes_on(stub)
+
+
+async def test_a_deadline_ends_a_request(start_prefill, start_decode, open_stub):
+    async with start_prefill() as prefill, start_decode(prefill.address) as node:
+        async with open_stub(node.address) as stub:
+            request = request_of("z" * 1000, max_new_tokens=1000, ignore_eos=True)
+            failure = await failure_of(stub, request, timeout=0.05)
+            assert failure.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            await assert_goes_on(stub)
+
+
+async def test_a_step_that_fails_is_an_internal_error_with_a_request_id_only(
+    start_prefill, start_decode, open_stub, monkeypatch: pytest.MonkeyPatch
+):
+    from fluxion_core.hybrid_attention import HybridAttention
+
+    def broken(self, layer, query, key, value):
+        raise ZeroDivisionError("secret detail")
+
+    async with start_prefill() as prefill, start_decode(prefill.address) as node:
+        async with open_stub(node.address) as stub:
+            with monkeypatch.context() as patch:
+                patch.setattr(HybridAttention, "attend", broken)
+                failure = await failure_of(stub, request_of(request_id="r-1"))
+            assert failure.code() is grpc.StatusCode.INTERNAL
+            assert "r-1" in failure.details()
+            assert "secret" not in failure.details()
+            await assert_goes_on(stub)
+
+
+async def test_tokenize_and_model_info_tell_the_truth(start_decode, open_stub):
+    async with start_decode() as node, open_stub(node.address) as stub:
+        answer = await stub.Tokenize(generate_pb2.TokenizeRequest(text="abc"))
+        info = await stub.GetModelInfo(generate_pb2.GetModelInfoRequest())
+        assert len(answer.token_ids) == 3
+        assert (info.context_tokens, info.num_layers, info.vocab_size) == (2048, 2, 256)
+        assert info.kv_bytes_per_token == 2 * 2 * 2 * 16 * 2
+        assert list(info.quality_levels) == [Levels.QUALITY_LEVEL_EXACT]
+
+
+async def test_reflection_lists_the_services(start_decode):
+    from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+    async with start_decode() as node, grpc.aio.insecure_channel(node.address) as channel:
+        stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+        request = reflection_pb2.ServerReflectionRequest(list_services="")
+        async for answer in stub.ServerReflectionInfo(iter([request])):
+            names = {service.name for service in answer.list_services_response.service}
+    assert {"fluxion.v1.Generation", "grpc.health.v1.Health"} <= names
