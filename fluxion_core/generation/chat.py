@@ -13,6 +13,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from fluxion_core.errors import InvalidRequestError, ModelFileError
 
+_PROGRAM_ERRORS = (
+    *(ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError),
+)
+
 
 @dataclass(frozen=True)
 class ChatMessage:
@@ -56,11 +60,15 @@ class ChatTemplate:
             raise InvalidRequestError("chat has no messages; send at least one")
         try:
             return self._template.render(
+                # Templates ask whether these are none.
+                tools=None,
+                documents=None,
                 messages=[{"role": m.role, "content": m.content} for m in messages],
                 add_generation_prompt=add_generation_prompt,
                 **self._special_tokens,
             )
-        except jinja2.TemplateError as error:
+        # A template is a program: on messages that its author did not think of, it fails like one.
+        except (jinja2.TemplateError, *_PROGRAM_ERRORS) as error:
             raise InvalidRequestError(f"the model's chat template refuses: {error}") from None
 
 

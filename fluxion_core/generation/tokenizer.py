@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 from collections.abc import Sequence
@@ -9,27 +10,12 @@ from pathlib import Path
 from typing import cast
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+from tokenizers import decoders
 
-from fluxion_core.errors import (
-    InvalidRequestError,
-    ModelFileError,
-    ModelNotFoundError,
-    UnsupportedModelError,
-)
+from fluxion_core.errors import InvalidRequestError, ModelFileError, ModelNotFoundError
 from fluxion_core.generation.chat import ChatMessage, ChatTemplate
-from fluxion_core.gguf_index import Metadata, open_gguf
-
-_SPLIT_GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_SPLIT_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_SPLIT_QWEN2 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_CONTROL_TOKEN, _USER_DEFINED_TOKEN = 3, 4
+from fluxion_core.generation.gguf_vocabulary import read_backend
+from fluxion_core.gguf_index import open_gguf
 
 
 class Tokenizer:
@@ -49,9 +35,13 @@ class Tokenizer:
         self._bos = [bos_token_id] if add_bos and bos_token_id is not None else []
         self.bos_token_id = bos_token_id
         self.eos_token_ids = frozenset(eos_token_ids)
-        self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
-        """Ids are below this."""
         vocabulary = sorted(backend.get_vocab(with_added_tokens=True).items())
+        self.vocab_size: int = max((token_id for _, token_id in vocabulary), default=-1) + 1
+        """Ids are below this; there may be gaps."""
+        self.is_byte_level = isinstance(backend.decoder, decoders.ByteLevel)
+        """Whether every token stands for bytes of UTF-8, see `token_bytes`."""
+        added = backend.get_added_tokens_decoder()
+        self._special_ids = frozenset(index for index, token in added.items() if token.special)
         self.fingerprint = hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
         """SHA-256 of all tokens with their ids, hex."""
 
@@ -83,6 +73,21 @@ class Tokenizer:
         """Text of token ids; bytes that are no character become U+FFFD."""
         return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
+    def is_special(self, token_id: int) -> bool:
+        """Whether `decode` leaves the token out unless told otherwise."""
+        return token_id in self._special_ids
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Bytes of a byte-level vocabulary's token; none for an unknown id."""
+        token = self._backend.id_to_token(token_id) if token_id >= 0 else None
+        if token is None:
+            return b""
+        values = [_BYTE_OF_CHARACTER.get(character) for character in token]
+        # Added tokens may hold any character; such a token stands for its own text.
+        if any(value is None for value in values):
+            return token.encode()
+        return bytes(cast(list[int], values))
+
     def render_chat(
         self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = True
     ) -> str:
@@ -107,46 +112,81 @@ class Tokenizer:
 class IncrementalDetokenizer:
     """Text of a growing list of tokens, in pieces that never split a character.
 
-    A piece comes out once what it decodes to can no longer change: a token may hold a part of a
-    character, and a decoder may treat a text's first token differently.
+    All pieces together are what `Tokenizer.decode` makes of all tokens. A token may hold a part of
+    a character; text comes out once what follows can no longer change it.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
-        self._tokenizer = tokenizer
-        self._skip_special_tokens = skip_special_tokens
-        self._token_ids: list[int] = []
-        self._start = 0
-        """First token of the stretch that is decoded together."""
-        self._shown = 0
-        """Tokens whose text has come out."""
+        self._stream: _ByteStream | _DecodedWindow
+        if tokenizer.is_byte_level:
+            self._stream = _ByteStream(tokenizer, skip_special_tokens)
+        else:
+            self._stream = _DecodedWindow(tokenizer, skip_special_tokens)
 
     def push(self, token_id: int) -> str:
         """Take a token; returns the text that became final, possibly empty."""
-        self._token_ids.append(token_id)
-        before = self._decode(self._start, self._shown)
-        text = self._decode(self._start, len(self._token_ids))
-        if text.endswith("\N{REPLACEMENT CHARACTER}") and not self._is_final(text, before):
-            return ""
-        return self._show(before, text)
+        return self._stream.push(token_id)
 
     def flush(self) -> str:
         """What is left when no token will follow; an unfinished character becomes U+FFFD."""
-        before = self._decode(self._start, self._shown)
-        return self._show(before, self._decode(self._start, len(self._token_ids)))
+        return self._stream.flush()
 
-    def _is_final(self, text: str, before: str) -> bool:
-        # No character is longer than four bytes, and no token is empty: more pending tokens than
-        # that, and the replacement character is in the text itself.
-        return len(self._token_ids) - self._shown > 4 and len(text) > len(before)
 
-    def _show(self, before: str, text: str) -> str:
-        self._start, self._shown = self._shown, len(self._token_ids)
-        return text[len(before) :]
+class _ByteStream:
+    """Tokens are bytes of UTF-8: Llama 3, Qwen2, SmolLM2. Exact, and constant work a token."""
 
-    def _decode(self, start: int, end: int) -> str:
-        return self._tokenizer.decode(
-            self._token_ids[start:end], skip_special_tokens=self._skip_special_tokens
-        )
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token_id: int) -> str:
+        if self._skip_special_tokens and self._tokenizer.is_special(token_id):
+            return ""
+        return self._utf8.decode(self._tokenizer.token_bytes(token_id))
+
+    def flush(self) -> str:
+        text = self._utf8.decode(b"", final=True)
+        self._utf8.reset()
+        return text
+
+
+class _DecodedWindow:
+    """Any other decoder, such as SentencePiece's with byte fallback.
+
+    The last tokens are decoded with and without the new one, and the difference comes out. Some
+    tokens before stay in the window, because decoders treat a text's first token differently.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
+        self._window: list[int] = []
+        self._num_shown = 0
+        """Tokens of the window whose text has come out."""
+        self._shown = ""
+
+    def push(self, token_id: int) -> str:
+        self._window.append(token_id)
+        text = self._decode(self._window)
+        # A run of bytes that is no text yet ends like this, one per byte.
+        if text.endswith("\N{REPLACEMENT CHARACTER}"):
+            return ""
+        return self._show(text)
+
+    def flush(self) -> str:
+        return self._show(self._decode(self._window))
+
+    def _show(self, text: str) -> str:
+        piece = text[len(self._shown) :]
+        if piece:
+            del self._window[: self._num_shown]
+            self._shown = self._decode(self._window)
+        self._num_shown = len(self._window)
+        return piece
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return self._tokenizer.decode(token_ids, skip_special_tokens=self._skip_special_tokens)
 
 
 def _from_directory(directory: Path) -> Tokenizer:
@@ -162,11 +202,7 @@ def _from_directory(directory: Path) -> Tokenizer:
     model_config = _read_json(directory / "config.json")
     generation = _read_json(directory / "generation_config.json")
     special = {name: _token_text(config.get(name)) for name in ("bos_token", "eos_token")}
-    template_file = directory / "chat_template.jinja"
-    if template_file.is_file():
-        template: object = template_file.read_text(encoding="utf-8")
-    else:
-        template = config.get("chat_template")
+    template = _template_source(directory, config)
     eos: set[int] = set()
     for value in (model_config.get("eos_token_id"), generation.get("eos_token_id")):
         eos.update(value if isinstance(value, list) else [value] if isinstance(value, int) else [])
@@ -175,7 +211,7 @@ def _from_directory(directory: Path) -> Tokenizer:
     starts = backend.encode("", add_special_tokens=True).ids
     return Tokenizer(
         backend,
-        ChatTemplate(template, special) if isinstance(template, str) else None,
+        ChatTemplate(template, special) if template is not None else None,
         bos_token_id=bos_id,
         eos_token_ids=sorted(eos),
         add_bos=bos_id is not None and starts[:1] == [bos_id],
@@ -183,90 +219,69 @@ def _from_directory(directory: Path) -> Tokenizer:
 
 
 def _from_gguf(path: Path) -> Tokenizer:
-    meta = Metadata(open_gguf(path), path)
-    kind = meta.text("tokenizer.ggml.model")
-    if kind != "gpt2":
-        raise UnsupportedModelError(f"{path}: vocabulary of kind {kind!r}; supported: gpt2 (BPE)")
-    tokens = meta.strings("tokenizer.ggml.tokens")
-    merges = meta.strings("tokenizer.ggml.merges")
-    pairs = [tuple(merge.split(" ", 1)) for merge in merges]
-    if any(len(pair) != 2 for pair in pairs):
-        raise ModelFileError(f"{path}: tokenizer.ggml.merges has an entry that is no pair")
-    vocabulary = {token: index for index, token in enumerate(tokens)}
-    try:
-        model = models.BPE(
-            vocab=vocabulary,
-            merges=cast(list[tuple[str, str]], pairs),
-            # Qwen2 and Llama 3 take a known word whole, whatever the merges say.
-            ignore_merges=meta.optional("tokenizer.ggml.pre") == "llama-bpe",
-        )
-    except Exception as error:
-        raise ModelFileError(f"{path}: vocabulary and merges do not fit: {error}") from None
-    backend = tokenizers.Tokenizer(model)
-    backend.pre_tokenizer = _pre_tokenizer(str(meta.optional("tokenizer.ggml.pre")), path)
-    backend.decoder = decoders.ByteLevel()
-    types = meta.optional("tokenizer.ggml.token_type")
-    if isinstance(types, list) and len(types) == len(tokens):
-        special = [t for t, k in zip(tokens, types, strict=True) if k == _CONTROL_TOKEN]
-        user = [t for t, k in zip(tokens, types, strict=True) if k == _USER_DEFINED_TOKEN]
-        backend.add_special_tokens([AddedToken(t, normalized=False) for t in special])
-        backend.add_tokens([AddedToken(t, normalized=False) for t in user])
-    bos = meta.optional_integer("tokenizer.ggml.bos_token_id")
-    eos = {meta.optional_integer(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")}
-    eos_ids = sorted(token for token in eos if token is not None)
-    for token_id in [bos, *eos_ids]:
+    file = open_gguf(path)
+    backend = read_backend(file)
+    tokens = file.strings("tokenizer.ggml.tokens")
+    bos = file.optional_integer("tokenizer.ggml.bos_token_id")
+    eos = file.optional_integer("tokenizer.ggml.eos_token_id")
+    for token_id in (bos, eos):
         if token_id is not None and not 0 <= token_id < len(tokens):
             raise ModelFileError(f"{path}: special token {token_id} of {len(tokens)} tokens")
-    template = meta.optional("tokenizer.chat_template")
-    texts = {
+    special = {
         "bos_token": tokens[bos] if bos is not None else "",
-        "eos_token": tokens[eos_ids[0]] if eos_ids else "",
+        "eos_token": tokens[eos] if eos is not None else "",
     }
-    add_bos = meta.optional("tokenizer.ggml.add_bos_token")
+    template = file.optional_text("tokenizer.chat_template")
+    add_bos = file.optional("tokenizer.ggml.add_bos_token")
     if add_bos is None:
         # Files of Llama 3 do not say it.
-        add_bos = meta.optional("tokenizer.ggml.pre") == "llama-bpe"
+        add_bos = file.optional("tokenizer.ggml.pre") == "llama-bpe"
     return Tokenizer(
         backend,
-        ChatTemplate(template, texts) if isinstance(template, str) else None,
+        ChatTemplate(template, special) if template is not None else None,
         bos_token_id=bos,
-        eos_token_ids=eos_ids,
+        eos_token_ids=file.end_token_ids(),
         add_bos=bool(add_bos),
     )
 
 
-def _pre_tokenizer(name: str, path: Path) -> pre_tokenizers.PreTokenizer:
-    """How text is cut before merging; `name` is llama.cpp's."""
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    match name:
-        case "smollm":
-            cuts = [
-                pre_tokenizers.Digits(individual_digits=True),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-            ]
-            return pre_tokenizers.Sequence(cuts)
-        case "llama-bpe":
-            pattern = _SPLIT_LLAMA3
-        case "qwen2":
-            pattern = _SPLIT_QWEN2
-        case "gpt-2" | "default":
-            pattern = _SPLIT_GPT2
-        case _:
-            raise UnsupportedModelError(
-                f"{path}: pre-tokenizer {name!r}; supported: smollm, llama-bpe, qwen2, gpt-2"
-            )
-    split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
-    return pre_tokenizers.Sequence([split, byte_level])
+def _template_source(directory: Path, config: dict[str, object]) -> str | None:
+    path = directory / "chat_template.jinja"
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ModelFileError(f"{path}: {error}") from None
+    template = config.get("chat_template")
+    # Several templates by name: tool use, retrieval, and the one for conversations.
+    if isinstance(template, list):
+        named = {entry.get("name"): entry for entry in template if isinstance(entry, dict)}
+        template = named.get("default", {}).get("template")
+    return template if isinstance(template, str) else None
+
+
+def _byte_of_character() -> dict[str, int]:
+    """GPT-2's characters for bytes: printable Latin-1 for itself, the others from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = sorted(set(range(256)) - set(printable))
+    table = {chr(value): value for value in printable}
+    return table | {chr(0x100 + index): value for index, value in enumerate(others)}
+
+
+_BYTE_OF_CHARACTER = _byte_of_character()
 
 
 def _read_json(path: Path) -> dict[str, object]:
+    """A JSON object; empty if the file is not there."""
     if not path.is_file():
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelFileError(f"{path}: {error}") from None
-    return value if isinstance(value, dict) else {}
+    if not isinstance(value, dict):
+        raise ModelFileError(f"{path}: holds no JSON object")
+    return value
 
 
 def _token_text(value: object) -> str:

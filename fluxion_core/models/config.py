@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,12 +20,25 @@ class Llama3Scaling:
     high_freq_factor: float
     original_context_tokens: int
 
+    def __post_init__(self) -> None:
+        _require_positive(self.factor, "rotary factor")
+        _require_positive(self.low_freq_factor, "rotary low_freq_factor")
+        _require_positive(self.original_context_tokens, "rotary original context")
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ModelFileError(
+                f"model config: rotary high_freq_factor {self.high_freq_factor} is not above "
+                f"low_freq_factor {self.low_freq_factor}"
+            )
+
 
 @dataclass(frozen=True)
 class LinearScaling:
     """All rotary frequencies divided by one factor."""
 
     factor: float
+
+    def __post_init__(self) -> None:
+        _require_positive(self.factor, "rotary factor")
 
 
 @dataclass(frozen=True)
@@ -33,6 +47,10 @@ class FactorScaling:
 
     factors: tuple[float, ...]
 
+    def __post_init__(self) -> None:
+        for factor in self.factors:
+            _require_positive(factor, "rotary factor")
+
 
 @dataclass(frozen=True)
 class RopeConfig:
@@ -40,6 +58,9 @@ class RopeConfig:
 
     theta: float
     scaling: Llama3Scaling | LinearScaling | FactorScaling | None = None
+
+    def __post_init__(self) -> None:
+        _require_positive(self.theta, "rotary theta")
 
 
 @dataclass(frozen=True)
@@ -63,16 +84,11 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        sizes = {
-            name: getattr(self, name)
-            for name in (
-                *("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads"),
-                *("head_dim", "intermediate_size", "context_tokens"),
-            )
-        }
-        for name, value in sizes.items():
-            if value <= 0:
-                raise ModelFileError(f"model config: {name} is {value}; must be positive")
+        for name in (
+            *("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"),
+            *("intermediate_size", "context_tokens", "rms_norm_eps"),
+        ):
+            _require_positive(getattr(self, name), name)
         if self.num_heads % self.num_kv_heads:
             raise ModelFileError(
                 f"model config: {self.num_heads} heads are no multiple of "
@@ -80,3 +96,9 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ModelFileError(f"model config: head_dim {self.head_dim} is odd")
+
+
+def _require_positive(value: float, name: str) -> None:
+    # Written so that NaN is refused too.
+    if not 0 < value < math.inf:
+        raise ModelFileError(f"model config: {name} is {value}; must be positive")

@@ -7,14 +7,16 @@ passes over the weights.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import cast
+
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from fluxion_core.errors import ModelFileError
 from fluxion_core.models.attention_port import AttentionPort
 from fluxion_core.models.config import ModelConfig
-from fluxion_core.models.rope import RotaryTable, rotate
+from fluxion_core.models.rope import Rotary, rotate
 
 
 class Layer(nn.Module):
@@ -52,7 +54,7 @@ class Decoder(nn.Module):
         self.embedding = nn.Parameter(
             torch.empty(config.vocab_size, config.hidden_size, device=device, dtype=dtype), False
         )
-        self.layers = [Layer(config, device, dtype) for _ in range(config.num_layers)]
+        self.layers = nn.ModuleList(Layer(config, device, dtype) for _ in range(config.num_layers))
         self.final_norm = nn.Parameter(
             torch.empty(config.hidden_size, device=device, dtype=dtype), False
         )
@@ -61,8 +63,7 @@ class Decoder(nn.Module):
             if config.tie_word_embeddings
             else nn.Parameter(torch.empty_like(self.embedding), False)
         )
-        self._names = frozenset(self.tensor_names())
-        self._rotary = RotaryTable(config.rope, config.head_dim, config.context_tokens, device)
+        self._rotary = Rotary(config.rope, config.head_dim, device)
 
     def forward(self, token_ids: Tensor, positions: Tensor, attention: AttentionPort) -> Tensor:
         """Hidden states after the final norm.
@@ -79,7 +80,7 @@ class Decoder(nn.Module):
         heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         cos, sin = self._rotary.at(positions)
         x = F.embedding(token_ids, self.embedding)
-        for index, layer in enumerate(self.layers):
+        for index, layer in enumerate(cast(Iterable[Layer], self.layers)):
             normed = rms_norm(x, layer.input_norm, config.rms_norm_eps)
             qkv = F.linear(normed, layer.qkv, layer.qkv_bias)
             qkv = qkv.view(-1, heads + 2 * kv_heads, head_dim)
@@ -98,70 +99,75 @@ class Decoder(nn.Module):
         """[rows, vocab_size] float32 for [rows, hidden_size]."""
         return F.linear(hidden, self.head).float()
 
-    def load_tensor(self, name: str, tensor: Tensor) -> None:
-        """Put one weight in its place, under its Hugging Face name.
+    def weight(self, name: str) -> Tensor:
+        """The place of one weight, by its Hugging Face name: a view to be written to.
 
-        Raises:
-            ModelFileError: an unknown name, or a shape that the config does not say.
+        Args:
+            name: one of `tensor_shapes(config)`.
         """
-        target = self._place_of(name)
-        if target.shape != tensor.shape:
-            raise ModelFileError(
-                f"tensor {name} is {tuple(tensor.shape)}; the config says {tuple(target.shape)}"
-            )
-        with torch.no_grad():
-            target.copy_(tensor)
-
-    def tensor_names(self) -> set[str]:
-        """Names that must be loaded, each once."""
         config = self.config
-        names = {"model.embed_tokens.weight", "model.norm.weight"}
-        if not config.tie_word_embeddings:
-            names.add("lm_head.weight")
-        parts = ["input_layernorm.weight", "post_attention_layernorm.weight"]
-        parts += [f"self_attn.{p}_proj.weight" for p in "qkvo"]
-        parts += [f"mlp.{p}_proj.weight" for p in ("gate", "up", "down")]
-        if config.attention_bias:
-            parts += [f"self_attn.{p}_proj.bias" for p in "qkv"]
-        names |= {f"model.layers.{i}.{part}" for i in range(config.num_layers) for part in parts}
-        return names
-
-    def _place_of(self, name: str) -> Tensor:
-        config = self.config
-        if name not in self._names:
-            raise ModelFileError(f"tensor {name} has no place in this architecture")
-        if name == "model.embed_tokens.weight":
-            return self.embedding
-        if name == "model.norm.weight":
-            return self.final_norm
-        if name == "lm_head.weight":
-            return self.head
+        top = {
+            "model.embed_tokens.weight": self.embedding,
+            "model.norm.weight": self.final_norm,
+            "lm_head.weight": self.head,
+        }
+        if name in top:
+            return top[name].data
         _, _, index, part = name.split(".", 3)
-        layer = self.layers[int(index)]
+        layer = cast(Layer, self.layers[int(index)])
         q_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         rows = {
-            "q": slice(0, q_rows),
-            "k": slice(q_rows, q_rows + kv_rows),
-            "v": slice(q_rows + kv_rows, None),
+            "q_proj": slice(0, q_rows),
+            "k_proj": slice(q_rows, q_rows + kv_rows),
+            "v_proj": slice(q_rows + kv_rows, None),
         }
         match part.split("."):
             case ["input_layernorm", _]:
-                return layer.input_norm
+                place: Tensor = layer.input_norm
             case ["post_attention_layernorm", _]:
-                return layer.post_norm
+                place = layer.post_norm
             case ["self_attn", "o_proj", _]:
-                return layer.output
-            case ["self_attn", proj, "weight"]:
-                return layer.qkv[rows[proj[0]]]
-            case ["self_attn", proj, "bias"]:
+                place = layer.output
+            case ["self_attn", projection, "weight"]:
+                place = layer.qkv[rows[projection]]
+            case ["self_attn", projection, _]:
                 assert layer.qkv_bias is not None
-                return layer.qkv_bias[rows[proj[0]]]
+                place = layer.qkv_bias[rows[projection]]
             case ["mlp", "gate_proj", _]:
-                return layer.gate_up[: config.intermediate_size]
+                place = layer.gate_up[: config.intermediate_size]
             case ["mlp", "up_proj", _]:
-                return layer.gate_up[config.intermediate_size :]
+                place = layer.gate_up[config.intermediate_size :]
             case _:
-                return layer.down
+                place = layer.down
+        return place.data
+
+
+def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of all weights that a model of this config has, by their Hugging Face names."""
+    hidden, intermediate = config.hidden_size, config.intermediate_size
+    q_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    layer: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (hidden,),
+        "self_attn.q_proj.weight": (q_rows, hidden),
+        "self_attn.k_proj.weight": (kv_rows, hidden),
+        "self_attn.v_proj.weight": (kv_rows, hidden),
+        "self_attn.o_proj.weight": (hidden, q_rows),
+        "post_attention_layernorm.weight": (hidden,),
+        "mlp.gate_proj.weight": (intermediate, hidden),
+        "mlp.up_proj.weight": (intermediate, hidden),
+        "mlp.down_proj.weight": (hidden, intermediate),
+    }
+    if config.attention_bias:
+        layer["self_attn.q_proj.bias"] = (q_rows,)
+        layer["self_attn.k_proj.bias"] = (kv_rows,)
+        layer["self_attn.v_proj.bias"] = (kv_rows,)
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
+    for index in range(config.num_layers):
+        shapes |= {f"model.layers.{index}.{part}": shape for part, shape in layer.items()}
+    shapes["model.norm.weight"] = (hidden,)
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, hidden)
+    return shapes
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

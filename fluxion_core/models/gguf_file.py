@@ -1,4 +1,4 @@
-"""GGUF files: config and weights, dequantised tensor by tensor by the `gguf` package.
+"""GGUF files: config and weights, dequantised piece by piece by the `gguf` package.
 
 llama.cpp stores q and k of Llama models with the rotary pairs interleaved; they are put back into
 halves here. Qwen2 files are stored in halves already.
@@ -6,9 +6,7 @@ halves here. Qwen2 files are stored in halves already.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import cast
 
 import gguf
@@ -17,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fluxion_core.errors import ModelFileError, UnsupportedModelError
-from fluxion_core.gguf_index import Metadata
+from fluxion_core.gguf_index import GgufFile, GgufTensor
 from fluxion_core.models.config import (
     Architecture,
     FactorScaling,
@@ -48,112 +46,135 @@ _TOP_PARTS = {
 _ROPE_FACTORS = "rope_freqs.weight"
 
 
-def read_config(reader: gguf.GGUFReader, path: Path) -> ModelConfig:
+# Dequantised at a time; what a loading thread needs beside the model is a few times this.
+_PIECE_BYTES = 8 << 20
+
+
+def read_config(file: GgufFile) -> ModelConfig:
     """The model's sizes from the file's metadata.
 
     Raises:
         UnsupportedModelError: another architecture or rotary scaling.
         ModelFileError: an entry is missing or of the wrong type.
     """
-    meta = Metadata(reader, path)
-    architecture = meta.text("general.architecture")
+    architecture = file.text("general.architecture")
     if architecture not in ("llama", "qwen2"):
         raise UnsupportedModelError(
-            f"{path}: architecture {architecture!r}; supported: llama, qwen2"
+            f"{file.path}: architecture {architecture!r}; supported: llama, qwen2"
         )
-    if meta.optional_number(f"{architecture}.expert_count"):
-        raise UnsupportedModelError(f"{path}: mixtures of experts are not supported")
-    hidden = meta.integer(f"{architecture}.embedding_length")
-    heads = meta.integer(f"{architecture}.attention.head_count")
+    if file.optional_integer(f"{architecture}.expert_count"):
+        raise UnsupportedModelError(f"{file.path}: mixtures of experts are not supported")
+    hidden = file.integer(f"{architecture}.embedding_length")
+    heads = file.integer(f"{architecture}.attention.head_count")
     if heads <= 0:
-        raise ModelFileError(f"{path}: {heads} attention heads")
-    names = {tensor.name for tensor in reader.tensors}
-    eos = {meta.optional_integer(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")}
+        raise ModelFileError(f"{file.path}: {heads} attention heads")
+    head_dim = file.optional_integer(f"{architecture}.attention.key_length") or hidden // heads
+    rotary_dim = file.optional_integer(f"{architecture}.rope.dimension_count") or head_dim
+    if rotary_dim != head_dim:
+        raise UnsupportedModelError(
+            f"{file.path}: rotary embedding over {rotary_dim} of {head_dim} channels"
+        )
+    embedding = file.tensors.get("token_embd.weight")
+    if embedding is None:
+        raise ModelFileError(f"{file.path}: tensor token_embd.weight is missing")
     return ModelConfig(
         architecture=cast(Architecture, architecture),
-        vocab_size=_vocab_size(reader, path),
+        vocab_size=embedding.shape[0],
         hidden_size=hidden,
-        num_layers=meta.integer(f"{architecture}.block_count"),
+        num_layers=file.integer(f"{architecture}.block_count"),
         num_heads=heads,
-        num_kv_heads=meta.optional_integer(f"{architecture}.attention.head_count_kv") or heads,
-        head_dim=meta.optional_integer(f"{architecture}.attention.key_length") or hidden // heads,
-        intermediate_size=meta.integer(f"{architecture}.feed_forward_length"),
-        rms_norm_eps=meta.number(f"{architecture}.attention.layer_norm_rms_epsilon"),
-        rope=_rope(meta, reader, architecture),
-        context_tokens=meta.integer(f"{architecture}.context_length"),
-        tie_word_embeddings="output.weight" not in names,
-        attention_bias="blk.0.attn_q.bias" in names,
-        bos_token_id=meta.optional_integer("tokenizer.ggml.bos_token_id"),
-        eos_token_ids=tuple(sorted(token for token in eos if token is not None)),
+        num_kv_heads=file.optional_integer(f"{architecture}.attention.head_count_kv") or heads,
+        head_dim=head_dim,
+        intermediate_size=file.integer(f"{architecture}.feed_forward_length"),
+        rms_norm_eps=file.number(f"{architecture}.attention.layer_norm_rms_epsilon"),
+        rope=_rope(file, architecture),
+        context_tokens=file.integer(f"{architecture}.context_length"),
+        tie_word_embeddings="output.weight" not in file.tensors,
+        attention_bias="blk.0.attn_q.bias" in file.tensors,
+        bos_token_id=file.optional_integer("tokenizer.ggml.bos_token_id"),
+        eos_token_ids=file.end_token_ids(),
     )
 
 
-def read_tensors(reader: gguf.GGUFReader, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """Every weight under its Hugging Face name, float32, one at a time.
+class GgufWeights:
+    """The weights of a GGUF file under their Hugging Face names.
 
     Raises:
-        ModelFileError: a tensor that cannot be dequantised.
+        ModelFileError: a tensor that has no place in this architecture.
     """
-    for stored in reader.tensors:
-        name = _hugging_face_name(stored.name)
-        if name is None:
-            continue
+
+    def __init__(self, file: GgufFile, config: ModelConfig) -> None:
+        self._path = file.path
+        self._config = config
+        self._tensors: dict[str, GgufTensor] = {}
+        for stored in file.tensors.values():
+            if stored.name != _ROPE_FACTORS:
+                self._tensors[_hugging_face_name(stored.name, file)] = stored
+        self.shapes = {name: stored.shape for name, stored in self._tensors.items()}
+
+    def pieces(self, name: str) -> Iterator[tuple[int, Tensor]]:
+        """One weight in float32: (first row, rows) of some MiB each, in order.
+
+        Raises:
+            UnsupportedModelError: a quantisation that is not implemented.
+        """
+        stored = self._tensors[name]
+        if len(stored.shape) == 1:
+            yield 0, self._unpermuted(name, self._dequantised(stored, 0, 1).view(-1))
+            return
+        # A head's rows stay together, because they may have to be put in order.
+        together = self._config.head_dim
+        rows_fitting = _PIECE_BYTES // (4 * stored.shape[1])
+        count = max(rows_fitting // together, 1) * together
+        for first in range(0, stored.shape[0], count):
+            piece = self._dequantised(stored, first, first + count)
+            yield first, self._unpermuted(name, piece)
+
+    def _dequantised(self, stored: GgufTensor, first: int, end: int) -> Tensor:
         try:
-            array = gguf.dequantize(stored.data, stored.tensor_type)
-        except (ValueError, NotImplementedError) as error:
-            raise ModelFileError(f"tensor {stored.name}: {error}") from None
-        tensor = torch.from_numpy(np.require(array, np.float32, ["C", "W"]))
-        if config.architecture == "llama" and ".self_attn.q_proj." in name:
-            tensor = _halves(tensor, config.num_heads)
-        elif config.architecture == "llama" and ".self_attn.k_proj." in name:
-            tensor = _halves(tensor, config.num_kv_heads)
-        yield name, tensor
+            array = gguf.dequantize(stored.rows[first:end], stored.type)
+        except NotImplementedError:
+            raise UnsupportedModelError(
+                f"{self._path}: tensor {stored.name} is of type {stored.type.name}, "
+                f"which cannot be dequantised"
+            ) from None
+        return torch.from_numpy(np.require(array, np.float32, ["C", "A", "W"]))
+
+    def _unpermuted(self, name: str, piece: Tensor) -> Tensor:
+        """Undo llama.cpp's interleaving: a head's rows (pair, half) become (half, pair)."""
+        if self._config.architecture != "llama" or not _is_query_or_key(name):
+            return piece
+        pairs = piece.view(-1, self._config.head_dim // 2, 2, *piece.shape[1:])
+        return pairs.transpose(1, 2).reshape(piece.shape)
 
 
-def revision_hash(path: Path) -> str:
-    """SHA-256 of the whole file, hex: the same file is the same model on any node."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _vocab_size(reader: gguf.GGUFReader, path: Path) -> int:
-    for tensor in reader.tensors:
-        if tensor.name == "token_embd.weight":
-            # GGUF writes the fastest dimension first.
-            return int(tensor.shape[1])
-    raise ModelFileError(f"{path}: tensor token_embd.weight is missing")
-
-
-def _rope(meta: Metadata, reader: gguf.GGUFReader, architecture: str) -> RopeConfig:
-    theta = meta.optional_number(f"{architecture}.rope.freq_base") or 10_000.0
-    for tensor in reader.tensors:
-        if tensor.name == _ROPE_FACTORS:
-            factors = gguf.dequantize(tensor.data, tensor.tensor_type)
-            return RopeConfig(theta, FactorScaling(tuple(float(f) for f in factors)))
-    kind = meta.optional(f"{architecture}.rope.scaling.type") or "none"
+def _rope(file: GgufFile, architecture: str) -> RopeConfig:
+    theta = file.optional_number(f"{architecture}.rope.freq_base") or 10_000.0
+    stored = file.tensors.get(_ROPE_FACTORS)
+    if stored is not None:
+        if stored.type != gguf.GGMLQuantizationType.F32:
+            raise UnsupportedModelError(f"{file.path}: {_ROPE_FACTORS} is {stored.type.name}")
+        factors = stored.rows.reshape(-1).view(np.float32)
+        return RopeConfig(theta, FactorScaling(tuple(float(factor) for factor in factors)))
+    kind = file.optional_text(f"{architecture}.rope.scaling.type") or "none"
     if kind == "none":
         return RopeConfig(theta)
     if kind == "linear":
-        return RopeConfig(theta, LinearScaling(meta.number(f"{architecture}.rope.scaling.factor")))
-    raise UnsupportedModelError(f"rotary scaling {kind!r}; supported: none, linear, llama3")
+        return RopeConfig(theta, LinearScaling(file.number(f"{architecture}.rope.scaling.factor")))
+    raise UnsupportedModelError(
+        f"{file.path}: rotary scaling {kind!r}; supported: none, linear, and factors in the file"
+    )
 
 
-def _hugging_face_name(name: str) -> str | None:
-    """None for tensors that are no weights of a layer we know to be optional."""
+def _hugging_face_name(name: str, file: GgufFile) -> str:
     if name in _TOP_PARTS:
         return _TOP_PARTS[name]
-    if name == _ROPE_FACTORS:
-        return None
     prefix, _, rest = name.partition(".")
     index, _, part = rest.partition(".")
-    if prefix == "blk" and index.isdigit() and part in _LAYER_PARTS:
+    if prefix == "blk" and index.isdecimal() and part in _LAYER_PARTS:
         return f"model.layers.{index}.{_LAYER_PARTS[part]}"
-    raise ModelFileError(f"tensor {name} has no place in this architecture")
+    raise ModelFileError(f"{file.path}: tensor {name} has no place in this architecture")
 
 
-def _halves(weight: Tensor, num_heads: int) -> Tensor:
-    """Undo llama.cpp's interleaving of rotary pairs: rows (pair, half) become (half, pair)."""
-    rows = weight.shape[0] // num_heads
-    return (
-        weight.view(num_heads, rows // 2, 2, -1).transpose(1, 2).reshape(weight.shape).contiguous()
-    )
+def _is_query_or_key(name: str) -> bool:
+    return ".self_attn.q_proj." in name or ".self_attn.k_proj." in name

@@ -45,31 +45,28 @@ def _llama3(frequencies: Tensor, scaling: Llama3Scaling) -> Tensor:
     return keep * frequencies + (1 - keep) * frequencies / scaling.factor
 
 
-class RotaryTable:
-    """Cosines and sines of every position, made once.
+class Rotary:
+    """Cosines and sines of positions, computed when asked for.
+
+    A step asks once for all layers. A table of a 128K context would hold 134 MB and save 10 us.
 
     Args:
         rope: settings.
         head_dim: channels of a head.
-        context_tokens: positions.
-        device: where the table lies.
+        device: where angles are computed.
     """
 
-    def __init__(
-        self, rope: RopeConfig, head_dim: int, context_tokens: int, device: torch.device
-    ) -> None:
-        frequencies = inverse_frequencies(rope, head_dim)
-        angles = torch.arange(context_tokens, dtype=torch.float32)[:, None] * frequencies
-        both = torch.cat((angles, angles), dim=-1)
-        self._cos = both.cos().to(device)
-        # The rotated half carries the sign, so that applying is two products and a sum.
-        sign = torch.ones(head_dim)
-        sign[: head_dim // 2] = -1
-        self._sin = (both.sin() * sign).to(device)
+    def __init__(self, rope: RopeConfig, head_dim: int, device: torch.device) -> None:
+        self._frequencies = inverse_frequencies(rope, head_dim).to(device)
 
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosine and signed sine for [tokens] positions: each [tokens, 1, head_dim] float32."""
-        return self._cos[positions].unsqueeze(1), self._sin[positions].unsqueeze(1)
+        """Cosine and signed sine for [tokens] positions: each [tokens, 1, head_dim] float32.
+
+        The sign of the rotated half lies in the sine, so that `rotate` is two products and a sum.
+        """
+        angles = positions.float()[:, None, None] * self._frequencies
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from math import isfinite
 from pathlib import Path
 from typing import cast
 
@@ -22,6 +22,7 @@ from fluxion_core.models.config import (
 
 _ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2"}
 INDEX_NAME = "model.safetensors.index.json"
+_DTYPES = ("F32", "F16", "BF16")
 
 
 def read_json(path: Path) -> dict[str, object]:
@@ -49,14 +50,17 @@ def read_config(directory: Path) -> ModelConfig:
     path = directory / "config.json"
     raw = read_json(path)
     fields = _Fields(raw, path)
-    architectures = raw.get("architectures") or []
-    known = [_ARCHITECTURES[a] for a in cast(list[str], architectures) if a in _ARCHITECTURES]
+    architectures = raw.get("architectures")
+    named = architectures if isinstance(architectures, list) else []
+    known = [kind for name, kind in _ARCHITECTURES.items() if name in named]
     if not known:
         raise UnsupportedModelError(
             f"{path}: architectures {architectures}; supported: {', '.join(_ARCHITECTURES)}"
         )
     if raw.get("hidden_act", "silu") != "silu":
         raise UnsupportedModelError(f"{path}: hidden_act {raw['hidden_act']!r}; supported: silu")
+    if raw.get("quantization_config"):
+        raise UnsupportedModelError(f"{path}: quantised safetensors are not supported; use GGUF")
     if raw.get("use_sliding_window"):
         raise UnsupportedModelError(f"{path}: sliding-window attention is not supported")
     architecture = cast(Architecture, known[0])
@@ -83,26 +87,46 @@ def read_config(directory: Path) -> ModelConfig:
     )
 
 
-def read_tensors(directory: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """Every weight, one at a time, in the file's dtype.
+class SafetensorsWeights:
+    """The weights of a directory's safetensors files.
 
     Raises:
-        ModelFileError: a file is missing, truncated or malformed.
+        ModelFileError: a file is missing, truncated or malformed, or a tensor comes twice.
+        UnsupportedModelError: a tensor is not of a floating-point dtype.
     """
-    for path in weight_files(directory):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - no mapping
-                    # Copies of what is tied or computed, which some exporters write.
-                    if name.endswith("rotary_emb.inv_freq") or (
-                        name == "lm_head.weight" and config.tie_word_embeddings
-                    ):
-                        continue
-                    yield name, file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise ModelFileError(
-                f"{path}: damaged or truncated safetensors file ({error}); fetch it again"
-            ) from None
+
+    def __init__(self, directory: Path, config: ModelConfig) -> None:
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._files: dict[str, safe_open] = {}
+        for path in weight_files(directory):
+            try:
+                self._add(path, config)
+            except (SafetensorError, OSError) as error:
+                raise ModelFileError(
+                    f"{path}: damaged or truncated safetensors file ({error}); fetch it again"
+                ) from None
+
+    def pieces(self, name: str) -> Iterator[tuple[int, Tensor]]:
+        """One weight in the file's dtype, as (0, all rows): a view of the mapped file."""
+        yield 0, cast(Tensor, self._files[name].get_tensor(name))  # type: ignore[no-untyped-call]
+
+    def _add(self, path: Path, config: ModelConfig) -> None:
+        file = safe_open(path, framework="pt")
+        for name in cast(list[str], file.keys()):  # type: ignore[no-untyped-call]
+            # Copies of what is tied or computed, which some exporters write.
+            if name.endswith("rotary_emb.inv_freq") or (
+                name == "lm_head.weight" and config.tie_word_embeddings
+            ):
+                continue
+            if name in self._files:
+                raise ModelFileError(f"{path}: tensor {name} comes twice")
+            entry = file.get_slice(name)  # type: ignore[no-untyped-call]
+            if entry.get_dtype() not in _DTYPES:
+                raise UnsupportedModelError(
+                    f"{path}: tensor {name} is {entry.get_dtype()}; supported: {', '.join(_DTYPES)}"
+                )
+            self._files[name] = file
+            self.shapes[name] = tuple(entry.get_shape())
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -126,15 +150,6 @@ def weight_files(directory: Path) -> list[Path]:
     return files
 
 
-def revision_hash(directory: Path) -> str:
-    """SHA-256 over config.json and all weight files, hex."""
-    total = hashlib.sha256()
-    for path in [directory / "config.json", *weight_files(directory)]:
-        with path.open("rb") as file:
-            total.update(hashlib.file_digest(file, "sha256").digest())
-    return total.hexdigest()
-
-
 class _Fields:
     """Typed look-ups in a config."""
 
@@ -146,12 +161,15 @@ class _Fields:
         value = self._raw.get(name)
         if value is None and default is not None:
             return default
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
             raise ModelFileError(f"{self._path}: {name} is {value!r}; must be a number")
         return value
 
     def integer(self, name: str, default: int | None = None) -> int:
-        return int(self.number(name, default))
+        value = self.number(name, default)
+        if value != int(value):
+            raise ModelFileError(f"{self._path}: {name} is {value!r}; must be an integer")
+        return int(value)
 
 
 def _rope(raw: Mapping[str, object], path: Path) -> RopeConfig:
@@ -160,6 +178,9 @@ def _rope(raw: Mapping[str, object], path: Path) -> RopeConfig:
     if not isinstance(parameters, dict):
         raise ModelFileError(f"{path}: rotary settings are {parameters!r}; must be an object")
     fields = _Fields(parameters, path)
+    share = _Fields(raw, path).number("partial_rotary_factor", 1.0)
+    if fields.number("partial_rotary_factor", share) != 1:
+        raise UnsupportedModelError(f"{path}: rotary embedding over a part of the channels")
     theta = fields.number("rope_theta", _Fields(raw, path).number("rope_theta", 10_000.0))
     match parameters.get("rope_type", parameters.get("type", "default")):
         case "default":

@@ -1,10 +1,18 @@
-"""Load a model from a GGUF file or a safetensors directory, one tensor at a time."""
+"""Load a model from a GGUF file or a safetensors directory, piece by piece.
+
+Names and shapes are checked before memory is taken; then a few threads fill the decoder, each with
+some MiB of its own. Peak memory is the model plus that.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,7 +21,7 @@ from fluxion_core.errors import ModelFileError, ModelNotFoundError
 from fluxion_core.gguf_index import open_gguf
 from fluxion_core.models import gguf_file, safetensors_dir
 from fluxion_core.models.config import ModelConfig
-from fluxion_core.models.decoder import Decoder
+from fluxion_core.models.decoder import Decoder, tensor_shapes
 
 
 @dataclass(frozen=True)
@@ -26,6 +34,19 @@ class LoadedModel:
     config: ModelConfig
     revision_hash: str
     """Hex; equal for equal files, whatever they are called."""
+
+
+class WeightSource(Protocol):
+    """Where weights come from, under their Hugging Face names. `pieces` is thread-safe."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Of all weights that are there."""
+        ...
+
+    def pieces(self, name: str) -> Iterator[tuple[int, Tensor]]:
+        """(first row, rows) of one weight, in order and without gaps; any floating dtype."""
+        ...
 
 
 def load_model(path: Path, *, device: torch.device, dtype: torch.dtype) -> LoadedModel:
@@ -41,33 +62,64 @@ def load_model(path: Path, *, device: torch.device, dtype: torch.dtype) -> Loade
         ModelFileError: truncated or malformed files, missing tensors, wrong shapes.
         UnsupportedModelError: an architecture or option that is not implemented.
     """
+    source: WeightSource
     if path.is_dir():
         config = safetensors_dir.read_config(path)
-        tensors = safetensors_dir.read_tensors(path, config)
-        revision = safetensors_dir.revision_hash(path)
+        source = safetensors_dir.SafetensorsWeights(path, config)
+        files = [path / "config.json", *safetensors_dir.weight_files(path)]
     elif path.is_file():
-        reader = open_gguf(path)
-        config = gguf_file.read_config(reader, path)
-        tensors = gguf_file.read_tensors(reader, config)
-        revision = gguf_file.revision_hash(path)
+        file = open_gguf(path)
+        config = gguf_file.read_config(file)
+        source = gguf_file.GgufWeights(file, config)
+        files = [path]
     else:
         raise ModelNotFoundError(f"{path}: no such file or directory")
+    # Nothing is allocated for a file that does not hold what its config promises.
+    _check_complete(source, config, path)
     decoder = Decoder(config, device, dtype)
-    _fill(decoder, tensors, path)
     decoder.eval()
-    return LoadedModel(path.stem if path.is_file() else path.name, decoder, config, revision)
+    with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:
+        # The hash reads what the weights are made from, so both read the file once.
+        revision = pool.submit(_revision_hash, files)
+        for _ in pool.map(partial(_fill, decoder, source), source.shapes):
+            pass
+    name = path.stem if path.is_file() else path.name
+    return LoadedModel(name, decoder, config, revision.result())
 
 
-def _fill(decoder: Decoder, tensors: Iterator[tuple[str, Tensor]], path: Path) -> None:
-    missing = decoder.tensor_names()
-    for name, tensor in tensors:
-        try:
-            decoder.load_tensor(name, tensor)
-        except ModelFileError as error:
-            raise ModelFileError(f"{path}: {error}") from None
-        if name not in missing:
-            raise ModelFileError(f"{path}: tensor {name} comes twice")
-        missing.remove(name)
+def _check_complete(source: WeightSource, config: ModelConfig, path: Path) -> None:
+    stored = source.shapes
+    if config.num_layers > len(stored):
+        raise ModelFileError(
+            f"{path}: the config says {config.num_layers} layers, the file has {len(stored)} "
+            f"tensors; fetch it again"
+        )
+    expected = tensor_shapes(config)
+    missing = [name for name in expected if name not in stored]
     if missing:
-        some = ", ".join(sorted(missing)[:3])
-        raise ModelFileError(f"{path}: {len(missing)} tensors are missing ({some}, …)")
+        some = ", ".join(missing[:3])
+        raise ModelFileError(f"{path}: {len(missing)} tensors are missing, the first: {some}")
+    for name, shape in stored.items():
+        if name not in expected:
+            raise ModelFileError(f"{path}: tensor {name} has no place in this architecture")
+        if shape != expected[name]:
+            raise ModelFileError(
+                f"{path}: tensor {name} is {shape}; the config says {expected[name]}"
+            )
+
+
+def _fill(decoder: Decoder, source: WeightSource, name: str) -> None:
+    target = decoder.weight(name)
+    for first, piece in source.pieces(name):
+        target[first : first + piece.shape[0]].copy_(piece)
+
+
+def _revision_hash(files: Sequence[Path]) -> str:
+    """SHA-256 of the file, or over the hashes of several: equal files are one model anywhere."""
+    hashes = []
+    for path in files:
+        with path.open("rb") as file:
+            hashes.append(hashlib.file_digest(file, "sha256"))
+    if len(hashes) == 1:
+        return hashes[0].hexdigest()
+    return hashlib.sha256(b"".join(each.digest() for each in hashes)).hexdigest()

@@ -1,0 +1,91 @@
+"""The vocabulary of a GGUF file as a tokenizer of the `tokenizers` library.
+
+GGUF names the way in which text is cut before merging; the patterns behind the names are those of
+the models' own tokenizer.json.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+
+from fluxion_core.errors import ModelFileError, UnsupportedModelError
+from fluxion_core.gguf_index import CONTROL_TOKEN, USER_DEFINED_TOKEN, GgufFile
+
+_SPLIT_GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_SPLIT_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_SPLIT_QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def read_backend(file: GgufFile) -> tokenizers.Tokenizer:
+    """A byte-level BPE tokenizer.
+
+    Raises:
+        ModelFileError: vocabulary or merges are missing or contradict each other.
+        UnsupportedModelError: another kind of vocabulary, or an unknown way of cutting.
+    """
+    kind = file.text("tokenizer.ggml.model")
+    if kind != "gpt2":
+        raise UnsupportedModelError(
+            f"{file.path}: vocabulary of kind {kind!r}; supported: gpt2 (byte-level BPE)"
+        )
+    tokens = file.strings("tokenizer.ggml.tokens")
+    pairs = [tuple(merge.split(" ", 1)) for merge in file.strings("tokenizer.ggml.merges")]
+    if any(len(pair) != 2 for pair in pairs):
+        raise ModelFileError(f"{file.path}: tokenizer.ggml.merges has an entry that is no pair")
+    cutting = file.optional_text("tokenizer.ggml.pre") or "default"
+    try:
+        model = models.BPE(
+            vocab={token: index for index, token in enumerate(tokens)},
+            merges=cast(list[tuple[str, str]], pairs),
+            # Llama 3 takes a known word whole, whatever the merges say.
+            ignore_merges=cutting == "llama-bpe",
+        )
+    except Exception as error:
+        # The library raises bare Exception for whatever is wrong.
+        raise ModelFileError(f"{file.path}: vocabulary and merges do not fit: {error}") from None
+    backend = tokenizers.Tokenizer(model)
+    if cutting == "qwen2":
+        backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = _pre_tokenizer(cutting, file)
+    backend.decoder = decoders.ByteLevel()
+    types = file.optional("tokenizer.ggml.token_type")
+    if isinstance(types, list) and len(types) == len(tokens):
+        kinds = list(zip(tokens, types, strict=True))
+        special = [token for token, kind in kinds if kind == CONTROL_TOKEN]
+        user = [token for token, kind in kinds if kind == USER_DEFINED_TOKEN]
+        backend.add_special_tokens([AddedToken(token, normalized=False) for token in special])
+        backend.add_tokens([AddedToken(token, normalized=False) for token in user])
+    return backend
+
+
+def _pre_tokenizer(name: str, file: GgufFile) -> pre_tokenizers.PreTokenizer:
+    """How text is cut before merging; `name` is llama.cpp's."""
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    match name:
+        case "smollm":
+            cuts = [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+            ]
+            return pre_tokenizers.Sequence(cuts)
+        case "llama-bpe":
+            pattern = _SPLIT_LLAMA3
+        case "qwen2":
+            pattern = _SPLIT_QWEN2
+        case "gpt-2" | "default":
+            pattern = _SPLIT_GPT2
+        case _:
+            raise UnsupportedModelError(
+                f"{file.path}: pre-tokenizer {name!r}; supported: smollm, llama-bpe, qwen2, gpt-2"
+            )
+    split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+    return pre_tokenizers.Sequence([split, byte_level])
