@@ -96,6 +96,12 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ModelFileError(f"model config: head_dim {self.head_dim} is odd")
+        scaling = self.rope.scaling
+        if isinstance(scaling, FactorScaling) and len(scaling.factors) != self.head_dim // 2:
+            raise ModelFileError(
+                f"model config: {len(scaling.factors)} rotary factors; head_dim {self.head_dim} "
+                f"needs {self.head_dim // 2}"
+            )
 
 
 def _require_positive(value: float, name: str) -> None:

@@ -30,20 +30,27 @@ def locate_model(name_or_path: str, models_dir: Path) -> Path:
     if not name_or_path:
         raise ModelNotFoundError("model name is empty; give a path or a name for `fluxion pull`")
     path = Path(name_or_path).expanduser()
-    if path.is_file() or (path / "config.json").is_file():
-        return path
-    pulled = models_dir / name_or_path
-    if not pulled.resolve().is_relative_to(models_dir.resolve()):
-        raise ModelNotFoundError(f"no model at {name_or_path}")
-    if (pulled / "config.json").is_file():
-        return pulled
-    files = sorted(pulled.glob("*.gguf")) if pulled.is_dir() else []
-    if len(files) == 1:
-        return files[0]
-    if len(files) > 1:
-        names = ", ".join(file.name for file in files)
-        raise ModelNotFoundError(f"{pulled} holds several GGUF files ({names}); name one by path")
+    found = _model_at(path)
+    if found is not None:
+        return found
+    if path.is_absolute() or ".." in path.parts or path.suffix == ".gguf":
+        what = "holds neither config.json nor a .gguf file" if path.is_dir() else "does not exist"
+        raise ModelNotFoundError(f"model {name_or_path} {what}")
+    found = _model_at(models_dir / name_or_path)
+    if found is not None:
+        return found
     raise ModelNotFoundError(
         f"no model {name_or_path!r}: no such file or directory, and not in {models_dir}; "
         f"run `fluxion pull {name_or_path}`"
     )
+
+
+def _model_at(path: Path) -> Path | None:
+    """The file itself, a safetensors directory, or the one GGUF file of a directory."""
+    if path.is_file() or (path / "config.json").is_file():
+        return path
+    files = sorted(path.glob("*.gguf")) if path.is_dir() else []
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files)
+        raise ModelNotFoundError(f"{path} holds several GGUF files ({names}); name one by its path")
+    return files[0] if files else None

@@ -7,15 +7,11 @@ import math
 import torch
 from torch import Tensor
 
-from fluxion_core.errors import ModelFileError
 from fluxion_core.models.config import FactorScaling, LinearScaling, Llama3Scaling, RopeConfig
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
     """Radians per position of every channel pair: [head_dim / 2] float32.
-
-    Raises:
-        ModelFileError: stored factors do not fit head_dim.
 
     Source: RoPE (arXiv:2104.09864); Llama 3.1's scaling (arXiv:2407.21783).
     """
@@ -27,10 +23,6 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
         case LinearScaling(factor):
             return frequencies / factor
         case FactorScaling(factors):
-            if len(factors) != head_dim // 2:
-                raise ModelFileError(
-                    f"{len(factors)} rotary factors; head_dim {head_dim} needs {head_dim // 2}"
-                )
             return frequencies / torch.tensor(factors)
         case Llama3Scaling() as scaling:
             return _llama3(frequencies, scaling)

@@ -62,18 +62,9 @@ def load_model(path: Path, *, device: torch.device, dtype: torch.dtype) -> Loade
         ModelFileError: truncated or malformed files, missing tensors, wrong shapes.
         UnsupportedModelError: an architecture or option that is not implemented.
     """
-    source: WeightSource
-    if path.is_dir():
-        config = safetensors_dir.read_config(path)
-        source = safetensors_dir.SafetensorsWeights(path, config)
-        files = [path / "config.json", *safetensors_dir.weight_files(path)]
-    elif path.is_file():
-        file = open_gguf(path)
-        config = gguf_file.read_config(file)
-        source = gguf_file.GgufWeights(file, config)
-        files = [path]
-    else:
+    if not path.exists():
         raise ModelNotFoundError(f"{path}: no such file or directory")
+    config, source, files = _open(path)
     # Nothing is allocated for a file that does not hold what its config promises.
     _check_complete(source, config, path)
     decoder = Decoder(config, device, dtype)
@@ -85,6 +76,22 @@ def load_model(path: Path, *, device: torch.device, dtype: torch.dtype) -> Loade
             pass
     name = path.stem if path.is_file() else path.name
     return LoadedModel(name, decoder, config, revision.result())
+
+
+def _open(path: Path) -> tuple[ModelConfig, WeightSource, list[Path]]:
+    """Config, weights, and the files whose content identifies the model."""
+    try:
+        if path.is_dir():
+            config = safetensors_dir.read_config(path)
+            files = [path / "config.json", *safetensors_dir.weight_files(path)]
+            return config, safetensors_dir.SafetensorsWeights(path, config), files
+        file = open_gguf(path)
+        config = gguf_file.read_config(file)
+        return config, gguf_file.GgufWeights(file, config), [path]
+    except ModelFileError as error:
+        # A value out of its range does not know which file it came from.
+        where = "" if str(path) in str(error) else f"{path}: "
+        raise ModelFileError(f"{where}{error}") from None
 
 
 def _check_complete(source: WeightSource, config: ModelConfig, path: Path) -> None:
