@@ -316,7 +316,9 @@ class SequenceKv:
         assert not self.num_tokens
         self._next_token = [self.shared_tokens] * self._store.geometry.num_layers
 
-    def write_blocks(self, layer: int, first_token: int, num_tokens: int, payload: bytes) -> None:
+    def write_blocks(
+        self, layer: int, first_token: int, num_tokens: int, payload: bytes | memoryview
+    ) -> None:
         """Copy one layer's next blocks into their slabs and digest them.
 
         Args:
@@ -342,7 +344,6 @@ class SequenceKv:
         if len(payload) != geometry.num_kv_heads * num_blocks * geometry.block_bytes:
             raise FrameFormatError(f"{len(payload)} B for {num_tokens} tokens of one layer")
         self._grow_to(end)
-        # frombuffer wants a writable buffer; the payload is only read.
         address = np.frombuffer(payload, dtype=np.uint8).ctypes.data
         for ordinal, inside, count in geometry.split_by_slab(first_token, num_tokens):
             done = ordinal * geometry.slab_tokens + inside - first_token

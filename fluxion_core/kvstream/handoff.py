@@ -33,7 +33,7 @@ class Frame:
     """One frame, its checksum already verified."""
 
     kind: FrameKind
-    payload: bytes
+    payload: bytes | memoryview
     layer: int = 0
     """CHUNK only."""
     first_token: int = 0

@@ -147,7 +147,7 @@ class KvIngest:
         raise PeerUnavailableError(f"no prefill node could compute the prompt: {answers}")
 
     async def _attempt(
-        self, address: str, message: bytes, sequence: SequenceKv, deadline_seconds: float | None
+        self, address: str, request: bytes, sequence: SequenceKv, deadline_seconds: float | None
     ) -> Prefilled:
         sequence.restart()
         assembler = HandoffAssembler(
@@ -156,19 +156,13 @@ class KvIngest:
             num_tokens=sequence.num_prompt_tokens,
             kv_from_token=sequence.shared_tokens,
         )
-        call = self._channels[address].unary_stream(_METHOD)(message, timeout=deadline_seconds)
+        call = self._channels[address].unary_stream(_METHOD)(request, timeout=deadline_seconds)
         first_chunk: float | None = None
         try:
-            async for frame_bytes in call:
-                frame = codec.decode_frame(frame_bytes)
-                match frame.kind:
-                    case FrameKind.HEADER:
-                        assembler.take_header(codec.parse_header(frame))
-                    case FrameKind.CHUNK:
-                        first_chunk = first_chunk or time.perf_counter()
-                        assembler.take_chunk(frame)
-                    case FrameKind.TRAILER:
-                        assembler.take_trailer(codec.parse_trailer(frame))
+            async for message in call:
+                kind = codec.take_message(assembler, message)
+                if kind is FrameKind.CHUNK and first_chunk is None:
+                    first_chunk = time.perf_counter()
         except grpc.aio.AioRpcError as error:
             raise _of_node(error_from_rpc(error), address) from None
         finally:

@@ -46,7 +46,7 @@ def make_toy_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], 
             "rms_norm_eps": 1e-5,
             "rope_theta": 10000.0,
             "max_position_embeddings": TOY_CONTEXT_TOKENS,
-            "tie_word_embeddings": True,
+            "tie_word_embeddings": False,
         }
         (directory / "config.json").write_text(json.dumps(config))
         generator = torch.Generator().manual_seed(seed)
@@ -55,6 +55,7 @@ def make_toy_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], 
             return torch.randn(shape, generator=generator) / shape[-1] ** 0.5
 
         tensors = {"model.embed_tokens.weight": weight(256, 64) * 8}
+        tensors["lm_head.weight"] = weight(256, 64) * 2
         tensors["model.norm.weight"] = torch.ones(64)
         for index in range(2):
             layer = f"model.layers.{index}"

@@ -73,13 +73,15 @@ void ingest_blocks(const SlabLayout& layout, uintptr_t slab, int64_t layer, int6
   const int64_t complete = num_tokens / kBlockTokens;
   const int64_t copied = (num_tokens + kBlockTokens - 1) / kBlockTokens;
   for (int64_t head = 0; head < layout.kv_heads; ++head) {
-    std::memcpy(layout.blocks(slab, layer, head) + first_block * layout.block_bytes,
-                reinterpret_cast<const char*>(payload) + head * payload_head_bytes,
-                size_t(copied * layout.block_bytes));
+    const char* from = reinterpret_cast<const char*>(payload) + head * payload_head_bytes;
     if (complete) {
-      kernels().digest_blocks(layout.digest_target(slab, layer, head), int32_t(first_block),
-                              int32_t(complete));
+      // Digests are made from the payload, which that pulls into the cache for the copy.
+      DigestTarget target = layout.digest_target(slab, layer, head);
+      target.keys = reinterpret_cast<const uint16_t*>(from - first_block * layout.block_bytes);
+      kernels().digest_blocks(target, int32_t(first_block), int32_t(complete));
     }
+    kernels().copy_past_cache(layout.blocks(slab, layer, head) + first_block * layout.block_bytes,
+                              from, copied * layout.block_bytes);
   }
 }
 

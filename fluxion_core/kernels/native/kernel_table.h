@@ -29,6 +29,9 @@ struct KernelTable {
   const char* name;
   // Digest blocks [first_block, first_block + num_blocks), all complete, at all four levels.
   void (*digest_blocks)(const DigestTarget& target, int32_t first_block, int32_t num_blocks);
+  // Copy to memory that will not be read soon, without first reading it into the cache.
+  // `to` is aligned to 64 bytes, `bytes` is a multiple of 64.
+  void (*copy_past_cache)(void* to, const void* from, int64_t bytes);
   // Attention of one GQA group over runs of whole blocks.
   //   query   [group][head_dim], unscaled
   //   output  [group][head_dim], normalised; zeros where nothing was read

@@ -76,4 +76,15 @@ inline void prefetch(const void* address) {
   _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T0);
 }
 
+inline void copy_past_cache(void* to, const void* from, int64_t bytes) {
+  __m256i* sink = static_cast<__m256i*>(to);
+  const __m256i* source = static_cast<const __m256i*>(from);
+  for (int64_t i = 0; i < bytes / 32; i += 2) {
+    const __m256i a = _mm256_loadu_si256(source + i), b = _mm256_loadu_si256(source + i + 1);
+    _mm256_stream_si256(sink + i, a);
+    _mm256_stream_si256(sink + i + 1, b);
+  }
+  _mm_sfence();
+}
+
 }  // namespace

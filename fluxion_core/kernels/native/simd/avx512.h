@@ -63,4 +63,11 @@ inline void prefetch(const void* address) {
   _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T0);
 }
 
+inline void copy_past_cache(void* to, const void* from, int64_t bytes) {
+  __m512i* sink = static_cast<__m512i*>(to);
+  const __m512i* source = static_cast<const __m512i*>(from);
+  for (int64_t i = 0; i < bytes / 64; ++i) _mm512_stream_si512(sink + i, _mm512_loadu_si512(source + i));
+  _mm_sfence();
+}
+
 }  // namespace

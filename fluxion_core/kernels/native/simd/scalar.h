@@ -94,4 +94,8 @@ inline void store_bf16(uint16_t* to, Ordered a) {
 
 inline void prefetch(const void* address) { __builtin_prefetch(address); }
 
+inline void copy_past_cache(void* to, const void* from, int64_t bytes) {
+  memcpy(to, from, size_t(bytes));
+}
+
 }  // namespace

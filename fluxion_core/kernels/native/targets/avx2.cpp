@@ -4,4 +4,4 @@
 #include "ops/block_digest.inl"
 #include "ops/sparse_attention.inl"
 
-const fluxion::KernelTable fluxion::kAvx2Kernels = {"avx2", digest_blocks, attend_runs};
+const fluxion::KernelTable fluxion::kAvx2Kernels = {"avx2", digest_blocks, copy_past_cache, attend_runs};
