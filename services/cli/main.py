@@ -259,6 +259,24 @@ def health(
     raise typer.Exit(asyncio.run(run_health(address, client)))
 
 
+@bench_app.command("handoff")
+def bench_handoff(
+    *,
+    repeats: Annotated[int, typer.Option(min=1, max=100, help="Runs of each way.")] = 5,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Keep the figures in this file.")
+    ] = None,
+) -> None:
+    """KV hand-off beside a bare gRPC stream and a raw socket, on this machine."""
+    from rich.console import Console
+
+    from fluxion_core.benchmark.handoff import run_handoff_bench, write_json
+
+    report = run_handoff_bench(Console(), repeats=repeats)
+    if json_path is not None:
+        write_json(report, json_path)
+
+
 def run() -> None:
     """Entry point of the installed command."""
     app(prog_name="fluxion")

@@ -106,9 +106,7 @@ def resident_bytes(pid: int, field: str) -> int:
 
 @pytest.mark.model
 @pytest.mark.timeout(600)
-def test_7000_tokens_cost_at_most_a_quarter_more_than_their_kv(
-    cluster, document_tokens: list[int]
-):
+def test_7000_tokens_cost_at_most_a_quarter_more_than_their_kv(cluster, document_tokens: list[int]):
     # Backwards, so that nothing of it is in the store; after a request that wakes everything up.
     prompt = document_tokens[::-1][:7000]
     assert cluster.decode.process is not None
@@ -123,8 +121,10 @@ def test_7000_tokens_cost_at_most_a_quarter_more_than_their_kv(
     added = resident_bytes(pid, "VmHWM") - before
     kv_bytes = 7000 * 30 * 3 * 2 * 64 * 2
     usage = responses[-1].usage
-    print(f"7,000 tokens: {added / kv_bytes:.3f}x by resident memory, "
-          f"{usage.kv_bytes_in_host_memory / kv_bytes:.3f}x by the store's account")
+    print(
+        f"7,000 tokens: {added / kv_bytes:.3f}x by resident memory, "
+        f"{usage.kv_bytes_in_host_memory / kv_bytes:.3f}x by the store's account"
+    )
     assert usage.cached_tokens == 0
     assert usage.kv_bytes_in_host_memory >= kv_bytes
     assert added <= 1.25 * kv_bytes

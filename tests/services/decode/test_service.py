@@ -148,9 +148,7 @@ async def test_bad_requests_get_a_status_and_a_sentence(
         await assert_nothing_is_held(stub)
 
 
-async def test_a_request_larger_than_the_store_is_refused_with_both_sizes(
-    start_decode, open_stub
-):
+async def test_a_request_larger_than_the_store_is_refused_with_both_sizes(start_decode, open_stub):
     async with start_decode(store_bytes=1 << 18) as node, open_stub(node.address) as stub:
         failure = await failure_of(stub, request_of("x" * 2000))
         assert failure.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -193,9 +191,7 @@ async def test_without_a_prefill_node_the_client_is_told(start_decode, open_stub
         await assert_nothing_is_held(stub)
 
 
-async def test_another_prefill_node_takes_over(
-    start_prefill, start_decode, open_stub, free_port
-):
+async def test_another_prefill_node_takes_over(start_prefill, start_decode, open_stub, free_port):
     async with (
         start_prefill() as prefill,
         start_decode(f"127.0.0.1:{free_port}", prefill.address) as node,

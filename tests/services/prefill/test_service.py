@@ -150,9 +150,7 @@ async def test_bad_requests_are_refused_before_any_byte(
     start_prefill, change: dict, status: grpc.StatusCode, words: str
 ):
     async with start_prefill() as node, open_channel(node.address, ClientSettings()) as channel:
-        request = handoff_pb2.HandoffRequest.FromString(
-            request_of(await layout_of(channel), 40)
-        )
+        request = handoff_pb2.HandoffRequest.FromString(request_of(await layout_of(channel), 40))
         for name, value in change.items():
             if name == "token_ids":
                 request.token_ids[:] = value

@@ -1,0 +1,147 @@
+"""Only whole streams get through: any loss, repeat, swap or cut is found."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fluxion_core.errors import FluxionError, HandoffError, LayoutMismatchError
+from fluxion_core.kvstream.assembler import HandoffAssembler
+from fluxion_core.kvstream.handoff import Frame, FrameKind, Header, KvLayout, Trailer
+
+LAYOUT = KvLayout(
+    "toy",
+    "ab12",
+    num_layers=2,
+    num_kv_heads=1,
+    head_dim=16,
+    rope_theta=1e4,
+    tokenizer_fingerprint="cd34",
+)
+NUM_TOKENS = 70
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.written: list[tuple[int, int, int]] = []
+
+    def write_blocks(self, layer, first_token, num_tokens, payload) -> None:
+        self.written.append((layer, first_token, num_tokens))
+
+
+def chunk(layer: int, first: int, count: int) -> Frame:
+    return Frame(FrameKind.CHUNK, bytes(LAYOUT.payload_bytes(count)), layer, first, count)
+
+
+def whole_stream(kv_from_token: int = 0) -> list[object]:
+    chunks = [
+        chunk(layer, first, min(32, NUM_TOKENS - first))
+        for first in range(kv_from_token, NUM_TOKENS, 32)
+        for layer in range(2)
+    ]
+    total = sum(len(frame.payload) for frame in chunks)
+    trailer = Trailer(1, 0.0, 0.0, len(chunks), total)
+    return [Header(LAYOUT, NUM_TOKENS, kv_from_token), *chunks, trailer]
+
+
+def feed(items: list[object], kv_from_token: int = 0) -> Recorder:
+    sink = Recorder()
+    assembler = HandoffAssembler(sink, LAYOUT, num_tokens=NUM_TOKENS, kv_from_token=kv_from_token)
+    for item in items:
+        match item:
+            case Header():
+                assembler.take_header(item)
+            case Trailer():
+                assembler.take_trailer(item)
+            case Frame():
+                assembler.take_chunk(item)
+    assembler.finish()
+    return sink
+
+
+@pytest.mark.parametrize("kv_from_token", [0, 32, 64])
+def test_a_whole_stream_reaches_the_sink_in_order(kv_from_token: int):
+    sink = feed(whole_stream(kv_from_token), kv_from_token)
+    for layer in range(2):
+        runs = [(first, count) for row, first, count in sink.written if row == layer]
+        assert runs[0][0] == kv_from_token
+        assert sum(count for _, count in runs) == NUM_TOKENS - kv_from_token
+
+
+@given(st.randoms(use_true_random=False))
+def test_layers_may_interleave_at_will(random):
+    header, *chunks, trailer = whole_stream()
+    order = [frame.layer for frame in chunks]
+    random.shuffle(order)
+    queues = {layer: [f for f in chunks if f.layer == layer] for layer in range(2)}
+    feed([header, *(queues[layer].pop(0) for layer in order), trailer])
+
+
+@settings(max_examples=300)
+@given(
+    kind=st.sampled_from(["drop", "repeat", "swap", "cut"]),
+    at=st.integers(0, 7),
+    other=st.integers(0, 7),
+)
+def test_any_damage_is_found(kind: str, at: int, other: int):
+    items = whole_stream()
+    assert len(items) == 8
+    match kind:
+        case "drop":
+            del items[at]
+        case "repeat":
+            items.insert(other, items[at])
+        case "swap":
+            if at == other:
+                return
+            items[at], items[other] = items[other], items[at]
+            # Frames of different layers may change places, if each layer keeps its order.
+            first, second = sorted((at, other))
+            layers = [f.layer for f in items[first : second + 1] if isinstance(f, Frame)]
+            inside = 0 < first and second < 7
+            if inside and second - first == 1 and layers[0] != layers[1]:
+                feed(items)
+                return
+        case "cut":
+            items = items[:at]
+    with pytest.raises(HandoffError):
+        feed(items)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        chunk(2, 0, 32),
+        chunk(0, 0, 0),
+        chunk(0, 0, 24),
+        chunk(0, 0, 80),
+        Frame(FrameKind.CHUNK, b"", 0, 0, 32),
+        Frame(FrameKind.HEADER, b""),
+    ],
+)
+def test_chunks_that_do_not_fit_are_refused(bad: Frame):
+    with pytest.raises(HandoffError):
+        feed([whole_stream()[0], bad])
+
+
+def test_a_header_for_something_else_is_refused():
+    for header in (Header(LAYOUT, 71, 0), Header(LAYOUT, NUM_TOKENS, 16)):
+        with pytest.raises(HandoffError):
+            feed([header])
+    with pytest.raises(LayoutMismatchError, match="head_dim"):
+        feed([Header(replace(LAYOUT, head_dim=32), NUM_TOKENS, 0)])
+
+
+def test_trailer_counts_are_checked():
+    *rest, trailer = whole_stream()
+    with pytest.raises(FluxionError, match="counts"):
+        feed([*rest, replace(trailer, num_chunks=5)])
+
+
+def test_only_names_for_people_may_differ():
+    LAYOUT.check_compatible(replace(LAYOUT, model_name="another"))
+    with pytest.raises(LayoutMismatchError, match="revision_hash"):
+        LAYOUT.check_compatible(replace(LAYOUT, revision_hash="ff"))

@@ -1,0 +1,128 @@
+"""Frames survive the wire; whatever is not a frame is refused, and never with another error."""
+
+from __future__ import annotations
+
+import struct
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fluxion_core.errors import FrameChecksumError, FrameFormatError, HandoffError, SamplingError
+from fluxion_core.generation.sampling import SamplingParams
+from fluxion_core.kvstream.handoff import Frame, FrameKind, Header, KvLayout, Trailer
+from fluxion_core.wire import codec
+
+LAYOUT = KvLayout("toy", "ab12", 2, 2, 16, 1e4, "cd34")
+# By hand: a CHUNK of layer 3, tokens 32 to 48, with the payload "123456789", whose CRC32C is the
+# check value of that polynomial, 0xE3069283.
+VECTOR = (
+    bytes.fromhex("4655584e 0100 0200 03000000 20000000 10000000 09000000 839206e3 00000000")
+    + b"123456789"
+)
+
+
+def test_the_bytes_are_those_of_the_specification():
+    frame = Frame(FrameKind.CHUNK, b"123456789", 3, 32, 16)
+    assert codec.encode_frame(frame) == VECTOR
+    assert codec.decode_frame(VECTOR) == frame
+
+
+@given(
+    layer=st.integers(0, 2**32 - 1),
+    first=st.integers(0, 2**32 - 1),
+    count=st.integers(0, 2**32 - 1),
+    payload=st.binary(max_size=300),
+)
+def test_chunks_survive_the_wire(layer: int, first: int, count: int, payload: bytes):
+    frame = Frame(FrameKind.CHUNK, payload, layer, first, count)
+    assert codec.decode_frame(codec.encode_frame(frame)) == frame
+
+
+@given(st.binary(max_size=200))
+def test_noise_is_refused(noise: bytes):
+    with pytest.raises(HandoffError):
+        codec.decode_frame(noise)
+
+
+@given(at=st.integers(0, len(VECTOR) - 1), bit=st.integers(0, 7))
+def test_a_flipped_bit_never_passes_for_the_same_frame(at: int, bit: int):
+    damaged = bytearray(VECTOR)
+    damaged[at] ^= 1 << bit
+    try:
+        frame = codec.decode_frame(bytes(damaged))
+    except HandoffError:
+        return
+    # Layer and token numbers are not under the checksum; the assembler's order rules catch them.
+    assert 8 <= at < 20
+    assert frame != codec.decode_frame(VECTOR)
+
+
+@pytest.mark.parametrize(
+    ("offset", "value", "words"),
+    [
+        (0, "58", "begins with"),
+        (4, "0200", "version 2"),
+        (6, "0900", "kind 9"),
+        (6, "0000", "kind 0"),
+        (20, "08000000", "says 8 B"),
+        (20, "ffffffff", "says"),
+        (28, "01000000", "reserved"),
+    ],
+)
+def test_files_that_must_fail(offset: int, value: str, words: str):
+    damaged = bytearray(VECTOR)
+    damaged[offset : offset + len(value) // 2] = bytes.fromhex(value)
+    with pytest.raises(FrameFormatError, match=words):
+        codec.decode_frame(bytes(damaged))
+
+
+def test_a_wrong_checksum_names_the_frame():
+    with pytest.raises(FrameChecksumError, match="layer 3 at token 32"):
+        codec.decode_frame(VECTOR[:-1] + b"0")
+
+
+def test_frames_above_the_limit_are_refused_on_both_sides():
+    too_large = bytes(codec.MAX_FRAME_PAYLOAD_BYTES + 1)
+    with pytest.raises(FrameFormatError, match="limit"):
+        codec.encode_frame(Frame(FrameKind.CHUNK, too_large))
+    prefix = struct.pack(
+        "<IHHIIIIII", codec.MAGIC, 1, FrameKind.CHUNK, 0, 0, 16, len(too_large), 0, 0
+    )
+    with pytest.raises(FrameFormatError, match="limit"):
+        codec.decode_frame(prefix + too_large)
+
+
+def test_control_frames_carry_no_layer():
+    with pytest.raises(FrameFormatError, match="HEADER"):
+        codec.decode_frame(codec.encode_frame(Frame(FrameKind.HEADER, b"", layer=1)))
+
+
+def test_header_and_trailer_survive_the_wire():
+    header = Header(LAYOUT, num_tokens=300, kv_from_token=128)
+    trailer = Trailer(7, 0.5, 1.5, 10, 1000)
+    assert codec.parse_header(codec.header_frame(header)) == header
+    assert codec.parse_trailer(codec.trailer_frame(trailer)) == trailer
+    with pytest.raises(FrameFormatError, match="expected a HEADER"):
+        codec.parse_header(codec.trailer_frame(trailer))
+    with pytest.raises(FrameFormatError, match="no valid message"):
+        codec.parse_trailer(Frame(FrameKind.TRAILER, b"\xff\xff\xff"))
+
+
+def test_sampling_survives_the_wire():
+    params = SamplingParams(
+        temperature=0.5,
+        top_k=5,
+        top_p=0.25,
+        min_p=0.125,
+        repetition_penalty=1.5,
+        presence_penalty=-0.5,
+        frequency_penalty=0.5,
+        seed=2**64 - 1,
+    )
+    assert codec.sampling_from_proto(codec.sampling_to_proto(params)) == params
+    assert codec.sampling_from_proto(codec.sampling_to_proto(SamplingParams())) == SamplingParams()
+    message = codec.sampling_to_proto(SamplingParams())
+    message.top_p = 1.5
+    with pytest.raises(SamplingError, match="top_p"):
+        codec.sampling_from_proto(message)
