@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, tensor
 
 from fluxion_core.models.config import ModelConfig, RopeConfig
-from fluxion_core.models.decoder import Decoder, rms_norm, tensor_shapes
+from fluxion_core.models.decoder import Decoder, linear, rms_norm, tensor_shapes
 
 CONFIG = ModelConfig(
     architecture="qwen2",
@@ -88,6 +88,21 @@ def test_every_weight_has_a_place_of_its_own(decoder):
     for mark, name in enumerate(tensor_shapes(CONFIG), start=1):
         assert bool((decoder.weight(name) == mark).all()), name
     assert all(bool((parameter > 0).all()) for parameter in decoder.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [0, 1, 2, 7, 8, 9, 40])
+def test_a_product_is_the_same_whichever_way_round_it_goes(rows, dtype):
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(rows, 32, generator=generator).to(dtype)
+    weight = torch.randn(48, 32, generator=generator).to(dtype)
+    exact = x.double() @ weight.double().T
+    product = linear(x, weight)
+    assert product.dtype == dtype
+    assert product.is_contiguous()
+    # bfloat16 rounds each result once, by half of its 8th bit; sums stay in float32.
+    tolerance = 1e-5 if dtype == torch.float32 else 2**-8
+    torch.testing.assert_close(product.double(), exact, rtol=tolerance, atol=1e-2 * tolerance * 32)
 
 
 def test_rms_norm_by_hand():
