@@ -149,9 +149,7 @@ def make_frames(shape: Shape) -> list[bytes]:
         count = min(step, shape.num_tokens - first)
         payload = pattern[: layout.payload_bytes(count)]
         for layer in range(shape.num_layers):
-            frames.append(
-                codec.encode_frame(Frame(FrameKind.CHUNK, payload, layer, first, count))
-            )
+            frames.append(codec.encode_frame(Frame(FrameKind.CHUNK, payload, layer, first, count)))
             payload_bytes += len(payload)
     trailer = Trailer(0, 0.0, 0.0, len(frames) - 1, payload_bytes)
     frames.append(codec.encode_frame(codec.trailer_frame(trailer)))
@@ -185,6 +183,7 @@ async def _serve(shape: Shape, pipe: object) -> None:
     frames = make_frames(shape)
 
     async def stream(request: bytes, context: object):  # type: ignore[no-untyped-def]
+        del request, context
         for frame in frames:
             yield frame
 

@@ -17,7 +17,9 @@ from fluxion_core.kvstream.handoff import Frame, FrameKind, Header, KvLayout, Tr
 class KvSink(Protocol):
     """Where KV goes: the host KV store's reservation for one sequence."""
 
-    def write_blocks(self, layer: int, first_token: int, num_tokens: int, payload: bytes | memoryview) -> None:
+    def write_blocks(
+        self, layer: int, first_token: int, num_tokens: int, payload: bytes | memoryview
+    ) -> None:
         """Copy `[kv_head][block][K 16 x D | V 16 x D]` bf16 of one layer into place."""
 
 

@@ -1,346 +1,122 @@
-"""Text to ids and back, from directories and GGUF files, against transformers and by law."""
+"""The embedded model's tokenizer against transformers' own, and text in pieces."""
 
 from __future__ import annotations
 
 import json
-import unicodedata
 from pathlib import Path
 
 import pytest
-import transformers
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
-from fluxion_core.errors import (
-    InvalidRequestError,
-    ModelError,
-    ModelFileError,
-    ModelNotFoundError,
-    UnsupportedModelError,
-)
-from fluxion_core.generation.chat import ChatMessage
+from fluxion_core.errors import InvalidRequestError, ModelFileError, ModelNotFoundError
+from fluxion_core.generation.chat import ChatMessage, ChatTemplate
 from fluxion_core.generation.tokenizer import IncrementalDetokenizer, Tokenizer
 
 TEXTS = [
+    "Hello world",
+    "  def f(x):\n\t\treturn x**2  \n\n\n",
+    "日本語 emoji 👩‍👩‍👧 ñandú",
+    "1234567 and 3.14159, 2026-01-31",
+    "<|im_start|>user\nhi<|im_end|>",
+    "a\u0301  b   c\r\n\r\n",
+    "it's we'll DON'T",
     "",
-    " ",
-    "hello world",
-    "  lead and trail  ",
-    "def f(x: int) -> dict[str, int]:\n    return {'k': x ** 2}  # y\n\n\n\tif x != 0:\n",
-    "1234567 3.14 12a 0xFF 1,000,000",
-    "Ünïcode — naïve 日本語 مرحبا हिन्दी",
-    "🙂👩‍👩‍👧‍👦🇫🇷 x",
-    "tabs\t\tand\r\nlines\n \n   \n",
-    "don't I'll WE'RE they'd",
-    "<|im_start|>user\nhi<|im_end|>\n",
-    "a\u0301 é \u200b\ufeff",
 ]
 
 
-def is_foreign_number(character: str) -> bool:
-    return unicodedata.category(character).startswith("N") and not character.isascii()
-
-
-def all_pieces(tokenizer: Tokenizer, token_ids: list[int], *, skip: bool) -> list[str]:
-    detokenizer = IncrementalDetokenizer(tokenizer, skip_special_tokens=skip)
-    return [*(detokenizer.push(token_id) for token_id in token_ids), detokenizer.flush()]
-
-
 @pytest.fixture(scope="module")
-def smollm2(smollm2_path: Path) -> Tokenizer:
+def tokenizer(smollm2_path: Path) -> Tokenizer:
     return Tokenizer.load(smollm2_path)
 
 
 @pytest.fixture(scope="module")
-def oracle(smollm2_path: Path) -> transformers.PreTrainedTokenizerFast:
-    """transformers' own conversion of the GGUF file.
-
-    It does not cut numbers into digits as the model's authors do. That shows only in numbers that
-    are not ASCII, which are kept out of what is compared.
-    """
-    return transformers.AutoTokenizer.from_pretrained(
-        smollm2_path.parent, gguf_file=smollm2_path.name
-    )
-
-
-@pytest.fixture(scope="module")
-def known_bytes(smollm2: Tokenizer) -> set[int]:
-    """Bytes that the vocabulary has; a few that begin characters of unused planes are not in it."""
-    tokens = map(smollm2.token_bytes, range(smollm2.vocab_size))
-    known = {token[0] for token in tokens if len(token) == 1}
-    assert len(known) > 240
-    return known
+def oracle(smollm2_path: Path):
+    return AutoTokenizer.from_pretrained(smollm2_path.parent, gguf_file=smollm2_path.name)
 
 
 @pytest.mark.model
 @pytest.mark.parametrize("text", TEXTS)
-def test_the_embedded_models_tokens_are_those_of_transformers(smollm2, oracle, text):
-    token_ids = smollm2.encode(text)
-    assert token_ids == oracle.encode(text, add_special_tokens=False)
-    for skip in (True, False):
-        expected = oracle.decode(token_ids, skip_special_tokens=skip)
-        assert smollm2.decode(token_ids, skip_special_tokens=skip) == expected
+def test_tokens_are_those_of_transformers(tokenizer: Tokenizer, oracle, text: str):
+    token_ids = tokenizer.encode(text)
+    assert token_ids == oracle(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(token_ids, skip_special_tokens=False) == text
 
 
 @pytest.mark.model
-@settings(deadline=None, derandomize=True, max_examples=200)
-@given(text=st.text(st.characters(exclude_categories=["Cs"])))
-def test_any_text_has_the_tokens_of_transformers_and_comes_back(smollm2, oracle, known_bytes, text):
-    token_ids = smollm2.encode(text)
-    if not any(map(is_foreign_number, text)):
-        assert token_ids == oracle.encode(text, add_special_tokens=False)
-    if known_bytes.issuperset(text.encode()):
-        assert smollm2.decode(token_ids, skip_special_tokens=False) == text
-        assert b"".join(map(smollm2.token_bytes, token_ids)) == text.encode()
+@settings(max_examples=100, deadline=None)
+@given(text=st.text(max_size=60))
+def test_any_text_survives_in_pieces_that_never_split_a_character(tokenizer: Tokenizer, text: str):
+    detokenizer = IncrementalDetokenizer(tokenizer, skip_special_tokens=False)
+    token_ids = tokenizer.encode(text)
+    whole = tokenizer.decode(token_ids, skip_special_tokens=False)
+    pieces = [detokenizer.push(token) for token in token_ids]
+    assert "".join(pieces) + detokenizer.flush() == whole
+    # The vocabulary lacks a few bytes that no assigned character needs; those texts lose them.
+    if whole == text and "\N{REPLACEMENT CHARACTER}" not in text:
+        assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
 
 
 @pytest.mark.model
-def test_every_digit_is_a_token_of_its_own(smollm2):
-    # The model's authors cut numbers into digits: by hand, "12" never is one token.
-    assert [smollm2.decode([token]) for token in smollm2.encode("a 120Ⅷ")][:5] == [
-        *("a", " ", "1", "2", "0"),
-    ]
+@settings(max_examples=100, deadline=None)
+@given(token_ids=st.lists(st.integers(0, 49151), max_size=30))
+def test_any_tokens_come_out_as_their_text(tokenizer: Tokenizer, token_ids: list[int]):
+    detokenizer = IncrementalDetokenizer(tokenizer)
+    text = "".join(detokenizer.push(token) for token in token_ids) + detokenizer.flush()
+    assert text == tokenizer.decode(token_ids)
 
 
 @pytest.mark.model
-def test_the_embedded_models_chat_is_that_of_transformers(smollm2, oracle):
-    for messages in (
-        [("user", "What is 2 + 2?")],
-        [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"), ("user", " <b>{{x}} ")],
-    ):
-        for add_generation_prompt in (True, False):
-            expected = oracle.apply_chat_template(
-                [{"role": role, "content": content} for role, content in messages],
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-            )
-            ours = smollm2.render_chat(
-                [ChatMessage(role, content) for role, content in messages],
-                add_generation_prompt=add_generation_prompt,
-            )
-            assert ours == expected
+def test_the_chat_template_gives_what_transformers_gives(tokenizer: Tokenizer, oracle):
+    turns = [("user", "hi"), ("assistant", "hello"), ("user", "why?")]
+    ours = tokenizer.render_chat([ChatMessage(*turn) for turn in turns])
+    theirs = oracle.apply_chat_template(
+        [{"role": role, "content": content} for role, content in turns],
+        tokenize=False,
+        add_generation_prompt=True,
+    )
+    assert ours == theirs
 
 
 @pytest.mark.model
-def test_the_embedded_model_ends_turns_and_texts(smollm2):
-    assert smollm2.vocab_size == 49152
-    ends = {smollm2.decode([token], skip_special_tokens=False) for token in smollm2.eos_token_ids}
-    assert ends == {"<|im_end|>", "<|endoftext|>"}
-
-
-@pytest.mark.model
-@settings(deadline=None, derandomize=True, max_examples=100)
-@given(token_ids=st.lists(st.integers(0, 49_151)), skip=st.booleans())
-def test_pieces_of_the_embedded_models_tokens_make_the_whole(smollm2, token_ids, skip):
-    pieces = all_pieces(smollm2, token_ids, skip=skip)
-    assert "".join(pieces) == smollm2.decode(token_ids, skip_special_tokens=skip)
-
-
-@settings(derandomize=True, max_examples=500)
-@given(token_ids=st.lists(st.integers(0, 300)), skip=st.booleans())
-def test_pieces_of_any_bytes_make_the_whole(byte_tokenizer, token_ids, skip):
-    # Almost all of these are no valid UTF-8; ids beyond the vocabulary stand for nothing.
-    pieces = all_pieces(byte_tokenizer, token_ids, skip=skip)
-    assert "".join(pieces) == byte_tokenizer.decode(token_ids, skip_special_tokens=skip)
-
-
-@settings(derandomize=True, max_examples=300)
-@given(
-    text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\ufffd")),
-    name=st.sampled_from(["byte", "fallback"]),
-    data=st.data(),
-)
-def test_pieces_of_a_text_are_whole_characters(
-    byte_tokenizer, fallback_tokenizer, text, name, data
-):
-    tokenizer = byte_tokenizer if name == "byte" else fallback_tokenizer
-    token_ids = tokenizer.encode(text, add_special_tokens=False)
-    # A special token anywhere, left out of the text, changes nothing.
-    token_ids.insert(data.draw(st.integers(0, len(token_ids))), 0)
-    pieces = all_pieces(tokenizer, token_ids, skip=True)
-    assert "".join(pieces) == tokenizer.decode(token_ids)
-    assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
-
-
-def test_a_character_comes_out_with_its_last_byte(byte_tokenizer):
-    token_ids = byte_tokenizer.encode("a€b", add_special_tokens=False)
-    assert all_pieces(byte_tokenizer, token_ids, skip=True) == ["a", "", "", "€", "b", ""]
-
-
-def test_an_unfinished_character_becomes_a_replacement_at_the_end(byte_tokenizer):
-    token_ids = byte_tokenizer.encode("a€", add_special_tokens=False)[:-1]
-    detokenizer = IncrementalDetokenizer(byte_tokenizer)
-    assert [detokenizer.push(token_id) for token_id in token_ids] == ["a", "", ""]
-    assert detokenizer.flush() == "\N{REPLACEMENT CHARACTER}"
-    assert detokenizer.flush() == ""
-
-
-def test_spaces_between_sentencepiece_words_survive(fallback_tokenizer):
-    token_ids = fallback_tokenizer.encode("a b é a", add_special_tokens=False)
-    pieces = all_pieces(fallback_tokenizer, token_ids, skip=True)
-    assert pieces == ["a", " b", " ", "", "é", " a", ""]
-
-
-@pytest.fixture
-def model_dir(byte_backend, tmp_path: Path) -> Path:
-    byte_backend.save(str(tmp_path / "tokenizer.json"))
-    config = {
-        "bos_token": "<|bos|>",
-        "eos_token": {"__type": "AddedToken", "content": "<|im_end|>", "special": True},
-        "chat_template": "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}",
-    }
+def test_a_directory_with_the_same_vocabulary_agrees(tokenizer: Tokenizer, tmp_path: Path):
+    tokenizer._backend.save(str(tmp_path / "tokenizer.json"))
+    config = {"bos_token": "<|im_start|>", "eos_token": {"content": "<|im_end|>"}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 1}))
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2]}))
-    return tmp_path
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 2}))
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}{{ eos_token }}")
+    other = Tokenizer.load(tmp_path)
+    for text in TEXTS:
+        assert other.encode(text) == tokenizer.encode(text)
+    assert other.fingerprint == tokenizer.fingerprint
+    assert other.eos_token_ids == {2}
+    assert other.render_chat([ChatMessage("user", "x")]) == "x<|im_end|>"
 
 
-def test_a_directorys_tokenizer_is_that_of_transformers(model_dir):
-    ours = Tokenizer.load(model_dir)
-    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(model_dir)
-    for text in [*TEXTS, "x<|im_end|>1234"]:
-        assert ours.encode(text) == theirs.encode(text)
-        expected = theirs.encode(text, add_special_tokens=False)
-        assert ours.encode(text, add_special_tokens=False) == expected
-    assert ours.bos_token_id == 0
-    assert ours.eos_token_ids == {1, 2}
-    assert ours.render_chat([ChatMessage("user", "hi")]) == "<|bos|>hi<|im_end|>"
+@pytest.mark.model
+def test_a_tokenizer_of_another_model_is_refused(tokenizer: Tokenizer):
+    tokenizer.check_fits(49152)
+    with pytest.raises(ModelFileError, match="wrong tokenizer"):
+        tokenizer.check_fits(32000)
 
 
-def test_a_template_file_comes_before_the_config(model_dir):
-    (model_dir / "chat_template.jinja").write_text("{{ messages[0].role }}")
-    assert Tokenizer.load(model_dir).render_chat([ChatMessage("user", "hi")]) == "user"
-
-
-def test_of_named_templates_the_default_is_taken(model_dir):
-    named = [{"name": "rag", "template": "no"}, {"name": "default", "template": "yes"}]
-    (model_dir / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
-    assert Tokenizer.load(model_dir).render_chat([ChatMessage("user", "hi")]) == "yes"
-
-
-def test_without_a_template_chat_is_an_invalid_request(model_dir):
-    (model_dir / "tokenizer_config.json").unlink()
-    tokenizer = Tokenizer.load(model_dir)
-    assert not tokenizer.has_chat_template
-    with pytest.raises(InvalidRequestError, match="send text or token_ids"):
-        tokenizer.render_chat([ChatMessage("user", "hi")])
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("tokenizer.json", "{}"),
-        ("tokenizer.json", "not json"),
-        ("tokenizer_config.json", "[]"),
-        ("tokenizer_config.json", "{"),
-        ("tokenizer_config.json", '{"chat_template": "{% for"}'),
-    ],
-)
-def test_a_damaged_directory_is_refused(model_dir, name, content):
-    (model_dir / name).write_text(content)
-    with pytest.raises(ModelFileError, match=r"json|template"):
-        Tokenizer.load(model_dir)
-
-
-def test_a_directory_without_a_tokenizer_says_so(tmp_path):
-    with pytest.raises(ModelNotFoundError, match=r"holds no tokenizer\.json"):
+def test_tokenizer_files_that_are_not_there_or_damaged_are_refused(tmp_path: Path):
+    with pytest.raises(ModelNotFoundError, match=r"tokenizer\.json"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ModelFileError):
         Tokenizer.load(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("pre", "pieces"),
-    [
-        # By hand, from merges 12, 123, 1234: what is cut apart cannot merge.
-        ("gpt-2", ["1234"]),
-        ("llama-bpe", ["123", "4"]),
-        ("qwen2", ["1", "2", "3", "4"]),
-        ("smollm", ["1", "2", "3", "4"]),
-    ],
-)
-def test_numbers_are_cut_as_the_file_says(write_gguf, pre, pieces):
-    tokenizer = Tokenizer.load(write_gguf(pre=pre))
-    token_ids = tokenizer.encode("1234", add_special_tokens=False)
-    assert [tokenizer.decode([token_id]) for token_id in token_ids] == pieces
-
-
-def test_llama3_takes_a_known_word_whole_and_begins_with_bos(write_gguf):
-    tokenizer = Tokenizer.load(write_gguf(pre="llama-bpe"))
-    assert len(tokenizer.encode("whole", add_special_tokens=False)) == 1
-    assert tokenizer.encode("whole")[0] == tokenizer.bos_token_id == 0
-    assert len(Tokenizer.load(write_gguf(pre="gpt-2")).encode("whole")) == 5
-
-
-def test_qwen2_composes_characters(write_gguf):
-    tokenizer = Tokenizer.load(write_gguf(pre="qwen2"))
-    assert tokenizer.encode("e\u0301") == tokenizer.encode("é")
-    plain = Tokenizer.load(write_gguf(pre="gpt-2"))
-    assert plain.encode("e\u0301") != plain.encode("é")
-
-
-def test_special_tokens_of_a_gguf_file_are_recognised_and_left_out(write_gguf):
-    tokenizer = Tokenizer.load(write_gguf(add_bos_token=False))
-    token_ids = tokenizer.encode("h<|im_end|><|user defined ☃|>")
-    assert token_ids[1:] == [1, 2]
-    assert tokenizer.decode(token_ids) == "h<|user defined ☃|>"
-    assert tokenizer.decode(token_ids, skip_special_tokens=False) == "h<|im_end|><|user defined ☃|>"
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "sentence"),
-    [
-        ({"model": "llama"}, UnsupportedModelError, "kind 'llama'; supported: gpt2"),
-        ({"pre": "unheard-of"}, UnsupportedModelError, "pre-tokenizer 'unheard-of'"),
-        ({"model": None}, ModelFileError, r"tokenizer\.ggml\.model is missing"),
-        ({"tokens": None}, ModelFileError, r"tokenizer\.ggml\.tokens is missing"),
-        ({"tokens": [1, 2]}, ModelFileError, "must be a list of strings"),
-        ({"merges": ["pair", "a b"]}, ModelFileError, "no pair"),
-        ({"merges": ["not there"]}, ModelFileError, "do not fit"),
-        ({"eos_token_id": 100_000}, ModelFileError, "special token 100000 of"),
-        ({"bos_token_id": "one"}, ModelFileError, "must be an integer"),
-        ({"chat_template": "{% if"}, ModelFileError, "does not compile"),
-        ({"chat_template": 7}, ModelFileError, "must be a string"),
-    ],
-)
-def test_a_damaged_vocabulary_is_refused(write_gguf, changes, error, sentence):
-    with pytest.raises(error, match=sentence):
-        Tokenizer.load(write_gguf(**changes))
-
-
-@settings(
-    derandomize=True,
-    deadline=None,
-    max_examples=100,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-@given(data=st.data())
-def test_a_vocabulary_cut_anywhere_is_refused(write_gguf, data):
-    path = write_gguf()
-    whole = path.read_bytes()
-    path.write_bytes(whole[: data.draw(st.integers(0, len(whole) - 1))])
-    with pytest.raises(ModelError):
-        Tokenizer.load(path)
-
-
-def test_equal_vocabularies_have_equal_fingerprints(write_gguf):
-    one, same = Tokenizer.load(write_gguf()), Tokenizer.load(write_gguf(chat_template="other"))
-    assert one.fingerprint == same.fingerprint
-    tokens = [token if token != "whole" else "part" for token in one._backend.get_vocab()]
-    ordered = sorted(tokens, key=lambda token: one._backend.token_to_id(token) or 1 << 30)
-    changed = Tokenizer.load(write_gguf(tokens=ordered))
-    assert changed.fingerprint != one.fingerprint
-
-
-def test_a_vocabulary_larger_than_the_model_is_the_wrong_one(byte_tokenizer):
-    byte_tokenizer.check_fits(byte_tokenizer.vocab_size)
-    # Models pad their embedding; a larger one fits.
-    byte_tokenizer.check_fits(byte_tokenizer.vocab_size + 64)
-    with pytest.raises(ModelFileError, match="wrong tokenizer"):
-        byte_tokenizer.check_fits(byte_tokenizer.vocab_size - 1)
-
-
-def test_ids_with_gaps_are_counted_to_the_last(byte_backend):
-    import tokenizers
-
-    gapped = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 9}, unk_token="a"))
-    tokenizer = Tokenizer(gapped, None, bos_token_id=None, eos_token_ids=[], add_bos=False)
-    assert tokenizer.vocab_size == 10
+def test_templates_cannot_reach_beyond_their_messages():
+    with pytest.raises(ModelFileError, match="compile"):
+        ChatTemplate("{% if %}", {})
+    escape = ChatTemplate("{{ messages.__class__.__mro__ }}", {})
+    with pytest.raises(InvalidRequestError):
+        escape.render([ChatMessage("user", "x")])
+    refusing = ChatTemplate("{{ raise_exception('roles must alternate') }}", {})
+    with pytest.raises(InvalidRequestError, match="roles must alternate"):
+        refusing.render([ChatMessage("user", "x")])
+    with pytest.raises(InvalidRequestError, match="no messages"):
+        refusing.render([])

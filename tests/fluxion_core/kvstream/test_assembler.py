@@ -101,7 +101,7 @@ def test_any_damage_is_found(kind: str, at: int, other: int):
             # Frames of different layers may change places, if each layer keeps its order.
             first, second = sorted((at, other))
             layers = [f.layer for f in items[first : second + 1] if isinstance(f, Frame)]
-            inside = 0 < first and second < 7
+            inside = first > 0 and second < 7
             if inside and second - first == 1 and layers[0] != layers[1]:
                 feed(items)
                 return

@@ -14,6 +14,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from fluxion_core.errors import (
     ModelError,
@@ -30,6 +31,25 @@ from fluxion_core.models.weights import LoadedModel, load_model
 CPU = torch.device("cpu")
 GGUF_NAMES = {hf: ours for ours, hf in gguf_file._TOP_PARTS.items()}
 GGUF_PARTS = {hf: ours for ours, hf in gguf_file._LAYER_PARTS.items()}
+
+
+class Remembering:
+    """The attention port of one sequence that comes in pieces."""
+
+    def __init__(self) -> None:
+        self._kv: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        before = self._kv.get(layer, (key[:0], value[:0]))
+        key, value = (torch.cat(pair) for pair in zip(before, (key, value), strict=True))
+        self._kv[layer] = key, value
+        seen = torch.arange(len(key)) <= torch.arange(len(key) - len(query), len(key))[:, None]
+        group = query.shape[1] // key.shape[1]
+        heads = [
+            x.transpose(0, 1)
+            for x in (query, *(x.repeat_interleave(group, 1) for x in (key, value)))
+        ]
+        return scaled_dot_product_attention(*heads, attn_mask=seen).transpose(0, 1)
 
 
 def load(path: Path, dtype: torch.dtype = torch.float32) -> LoadedModel:
@@ -111,6 +131,16 @@ def test_logits_are_those_of_transformers(toy, toy_dir, token_ids, dense_causal)
     expected = oracle_logits(toy, token_ids)
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4 * expected.std().item())
+
+
+def test_a_prompt_in_pieces_has_the_logits_of_the_whole(toy_dir, token_ids, dense_causal):
+    model = load(toy_dir)
+    whole = our_logits(model, token_ids, dense_causal)
+    port, rows = Remembering(), []
+    for positions in torch.arange(len(token_ids)).split([64, 1, 1, 84]):
+        with torch.inference_mode():
+            rows.append(model.decoder.logits(model.decoder(token_ids[positions], positions, port)))
+    torch.testing.assert_close(torch.cat(rows), whole, rtol=1e-4, atol=1e-4)
 
 
 def test_bfloat16_is_no_further_from_float32_than_transformers_is(
@@ -246,6 +276,23 @@ def test_a_truncated_safetensors_file_is_refused(llama_dir, keep):
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(ModelFileError, match="fetch it again"):
         load(llama_dir)
+
+
+def test_a_safetensors_index_of_garbage_is_refused_or_read(llama_dir):
+    # By law, as for GGUF.
+    path = llama_dir / "model.safetensors"
+    whole = path.read_bytes()
+    generator = np.random.default_rng(5)
+    refused = 0
+    for _ in range(100):
+        changed = bytearray(whole)
+        changed[generator.integers(2000)] = generator.integers(256)
+        path.write_bytes(changed)
+        try:
+            load(llama_dir)
+        except ModelError:
+            refused += 1
+    assert refused > 50
 
 
 def test_a_safetensors_tensor_of_integers_is_refused(llama_dir):

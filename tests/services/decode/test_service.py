@@ -14,10 +14,10 @@ from pathlib import Path
 import grpc
 import pytest
 
+from fluxion_core.config import ClientSettings
 from fluxion_core.kvstream.handoff import Frame, FrameKind
 from fluxion_core.wire import codec
 from fluxion_core.wire.channel import open_channel
-from fluxion_core.config import ClientSettings
 from fluxion_proto.v1 import generate_pb2
 from services.prefill.service import HandoffService
 
@@ -338,7 +338,7 @@ async def test_clients_that_vanish_while_waiting_leave_their_place(
         running = asyncio.ensure_future(tokens_of(stub, request))
         waiting = stub.Generate(request)
         while not (await stub.GetLoad(generate_pb2.GetLoadRequest())).waiting_requests:
-            await asyncio.sleep(0)
+            pass
         waiting.cancel()
         while (await stub.GetLoad(generate_pb2.GetLoadRequest())).waiting_requests:
             pass
