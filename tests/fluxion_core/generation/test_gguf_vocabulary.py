@@ -1,0 +1,203 @@
+"""Vocabularies of GGUF files: against transformers' conversion, by hand, and damaged."""
+
+from __future__ import annotations
+
+import unicodedata
+from pathlib import Path
+
+import pytest
+import transformers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fluxion_core.errors import (
+    ModelError,
+    ModelFileError,
+    UnsupportedModelError,
+)
+from fluxion_core.generation.chat import ChatMessage
+from fluxion_core.generation.tokenizer import Tokenizer
+
+TEXTS = [
+    "",
+    " ",
+    "hello world",
+    "  lead and trail  ",
+    "def f(x: int) -> dict[str, int]:\n    return {'k': x ** 2}  # y\n\n\n\tif x != 0:\n",
+    "1234567 3.14 12a 0xFF 1,000,000",
+    "Ünïcode — naïve 日本語 مرحبا हिन्दी",
+    "🙂👩‍👩‍👧‍👦🇫🇷 x",
+    "tabs\t\tand\r\nlines\n \n   \n",
+    "don't I'll WE'RE they'd",
+    "<|im_start|>user\nhi<|im_end|>\n",
+    "a\u0301 é \u200b\ufeff",
+]
+
+
+def is_foreign_number(character: str) -> bool:
+    return unicodedata.category(character).startswith("N") and not character.isascii()
+
+
+@pytest.fixture(scope="module")
+def smollm2(smollm2_path: Path) -> Tokenizer:
+    return Tokenizer.load(smollm2_path)
+
+
+@pytest.fixture(scope="module")
+def oracle(smollm2_path: Path) -> transformers.PreTrainedTokenizerFast:
+    """transformers' own conversion of the GGUF file.
+
+    It does not cut numbers into digits as the model's authors do. That shows only in numbers that
+    are not ASCII, which are kept out of what is compared.
+    """
+    return transformers.AutoTokenizer.from_pretrained(
+        smollm2_path.parent, gguf_file=smollm2_path.name
+    )
+
+
+@pytest.fixture(scope="module")
+def known_bytes(smollm2: Tokenizer) -> set[int]:
+    """Bytes that the vocabulary has: some control characters and rare beginnings are lacking."""
+    tokens = map(smollm2.token_bytes, range(smollm2.vocab_size))
+    known = {token[0] for token in tokens if len(token) == 1}
+    assert len(known) > 230
+    return known
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("text", TEXTS)
+def test_the_embedded_models_tokens_are_those_of_transformers(smollm2, oracle, text):
+    token_ids = smollm2.encode(text)
+    assert token_ids == oracle.encode(text, add_special_tokens=False)
+    for skip in (True, False):
+        expected = oracle.decode(token_ids, skip_special_tokens=skip)
+        assert smollm2.decode(token_ids, skip_special_tokens=skip) == expected
+
+
+@pytest.mark.model
+@settings(deadline=None, derandomize=True, max_examples=200)
+@given(text=st.text(st.characters(exclude_categories=["Cs"])))
+def test_any_text_has_the_tokens_of_transformers_and_comes_back(smollm2, oracle, known_bytes, text):
+    token_ids = smollm2.encode(text)
+    if not any(map(is_foreign_number, text)):
+        assert token_ids == oracle.encode(text, add_special_tokens=False)
+    if known_bytes.issuperset(text.encode()):
+        assert smollm2.decode(token_ids, skip_special_tokens=False) == text
+        assert b"".join(map(smollm2.token_bytes, token_ids)) == text.encode()
+
+
+@pytest.mark.model
+def test_every_digit_is_a_token_of_its_own(smollm2):
+    # The model's authors cut numbers into digits: by hand, "12" never is one token.
+    assert [smollm2.decode([token]) for token in smollm2.encode("a 120Ⅷ")][:5] == [
+        *("a", " ", "1", "2", "0"),
+    ]
+
+
+@pytest.mark.model
+def test_the_embedded_models_chat_is_that_of_transformers(smollm2, oracle):
+    for messages in (
+        [("user", "What is 2 + 2?")],
+        [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"), ("user", " <b>{{x}} ")],
+    ):
+        for add_generation_prompt in (True, False):
+            expected = oracle.apply_chat_template(
+                [{"role": role, "content": content} for role, content in messages],
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+            )
+            ours = smollm2.render_chat(
+                [ChatMessage(role, content) for role, content in messages],
+                add_generation_prompt=add_generation_prompt,
+            )
+            assert ours == expected
+
+
+@pytest.mark.model
+def test_the_embedded_model_ends_turns_and_texts(smollm2):
+    assert smollm2.vocab_size == 49152
+    ends = {smollm2.decode([token], skip_special_tokens=False) for token in smollm2.eos_token_ids}
+    assert ends == {"<|im_end|>", "<|endoftext|>"}
+
+
+@pytest.mark.parametrize(
+    ("pre", "pieces"),
+    [
+        # By hand, from merges 12, 123, 1234: what is cut apart cannot merge.
+        ("gpt-2", ["1234"]),
+        ("llama-bpe", ["123", "4"]),
+        ("qwen2", ["1", "2", "3", "4"]),
+        ("smollm", ["1", "2", "3", "4"]),
+    ],
+)
+def test_numbers_are_cut_as_the_file_says(write_gguf, pre, pieces):
+    tokenizer = Tokenizer.load(write_gguf(pre=pre))
+    token_ids = tokenizer.encode("1234", add_special_tokens=False)
+    assert [tokenizer.decode([token_id]) for token_id in token_ids] == pieces
+
+
+def test_llama3_takes_a_known_word_whole_and_begins_with_bos(write_gguf):
+    tokenizer = Tokenizer.load(write_gguf(pre="llama-bpe"))
+    assert len(tokenizer.encode("whole", add_special_tokens=False)) == 1
+    assert tokenizer.encode("whole")[0] == tokenizer.bos_token_id == 0
+    assert len(Tokenizer.load(write_gguf(pre="gpt-2")).encode("whole")) == 5
+
+
+def test_qwen2_composes_characters(write_gguf):
+    tokenizer = Tokenizer.load(write_gguf(pre="qwen2"))
+    assert tokenizer.encode("e\u0301") == tokenizer.encode("é")
+    plain = Tokenizer.load(write_gguf(pre="gpt-2"))
+    assert plain.encode("e\u0301") != plain.encode("é")
+
+
+def test_special_tokens_of_a_gguf_file_are_recognised_and_left_out(write_gguf):
+    tokenizer = Tokenizer.load(write_gguf(add_bos_token=False))
+    token_ids = tokenizer.encode("h<|im_end|><|user defined ☃|>")
+    assert token_ids[1:] == [1, 2]
+    assert tokenizer.decode(token_ids) == "h<|user defined ☃|>"
+    assert tokenizer.decode(token_ids, skip_special_tokens=False) == "h<|im_end|><|user defined ☃|>"
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "sentence"),
+    [
+        ({"model": "llama"}, UnsupportedModelError, "kind 'llama'; supported: gpt2"),
+        ({"pre": "unheard-of"}, UnsupportedModelError, "pre-tokenizer 'unheard-of'"),
+        ({"model": None}, ModelFileError, r"tokenizer\.ggml\.model is missing"),
+        ({"tokens": None}, ModelFileError, r"tokenizer\.ggml\.tokens is missing"),
+        ({"tokens": [1, 2]}, ModelFileError, "must be a list of strings"),
+        ({"merges": ["pair", "a b"]}, ModelFileError, "no pair"),
+        ({"merges": ["not there"]}, ModelFileError, "do not fit"),
+        ({"eos_token_id": 100_000}, ModelFileError, "special token 100000 of"),
+        ({"bos_token_id": "one"}, ModelFileError, "must be an integer"),
+        ({"chat_template": "{% if"}, ModelFileError, "does not compile"),
+        ({"chat_template": 7}, ModelFileError, "must be a string"),
+    ],
+)
+def test_a_damaged_vocabulary_is_refused(write_gguf, changes, error, sentence):
+    with pytest.raises(error, match=sentence):
+        Tokenizer.load(write_gguf(**changes))
+
+
+@settings(
+    derandomize=True,
+    deadline=None,
+    max_examples=100,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(data=st.data())
+def test_a_vocabulary_cut_anywhere_is_refused(write_gguf, data):
+    path = write_gguf()
+    whole = path.read_bytes()
+    path.write_bytes(whole[: data.draw(st.integers(0, len(whole) - 1))])
+    with pytest.raises(ModelError):
+        Tokenizer.load(path)
+
+
+def test_equal_vocabularies_have_equal_fingerprints(write_gguf):
+    one, same = Tokenizer.load(write_gguf()), Tokenizer.load(write_gguf(chat_template="other"))
+    assert one.fingerprint == same.fingerprint
+    tokens = [token if token != "whole" else "part" for token in one._backend.get_vocab()]
+    ordered = sorted(tokens, key=lambda token: one._backend.token_to_id(token) or 1 << 30)
+    changed = Tokenizer.load(write_gguf(tokens=ordered))
+    assert changed.fingerprint != one.fingerprint
