@@ -105,10 +105,10 @@ class ModelSettings(Section):
     """Name that `fluxion pull` knows, or a path: a GGUF file or a safetensors directory."""
     models_dir: Path | None = None
     """Where pulled models are; none for the user's data directory."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes CUDA where there is a device, else the CPU."""
+    device: Literal["auto", "cpu"] = "auto"
+    """Where the dense part runs; auto is the CPU, the only one supported so far."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of weights and activations; auto is float32 on a CPU, bfloat16 on CUDA."""
+    """Precision of weights and activations; auto is float32 on a CPU."""
     threads: int = Field(default=0, ge=0)
     """Threads of the dense part on a CPU; 0 for one per core."""
 

@@ -44,14 +44,14 @@ def load_node_model(settings: ModelSettings) -> NodeModel:
 
     Raises:
         ModelError: it is not there, damaged or not supported, or its tokenizer does not fit.
-        ConfigError: the device asked for is not there.
     """
     started = time.perf_counter()
     path = locate_model(settings.model, settings.models_dir or default_models_dir())
-    device = _device(settings)
+    device = torch.device("cpu")
+    dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
     torch.set_num_threads(settings.threads or len(os.sched_getaffinity(0)))
     tokenizer = Tokenizer.load(path)
-    loaded = load_model(path, device=device, dtype=_dtype(settings, device))
+    loaded = load_model(path, device=device, dtype=dtype)
     tokenizer.check_fits(loaded.config.vocab_size)
     layout = KvLayout(
         model_name=loaded.name,
@@ -101,16 +101,3 @@ def run_node(
         _log.error(event("cannot run", error=str(error)))
         return 1
     return 0
-
-
-def _device(settings: ModelSettings) -> torch.device:
-    has_cuda = torch.cuda.is_available()
-    if settings.device == "cuda" and not has_cuda:
-        raise ConfigError("model.device is cuda, but this machine has no CUDA device")
-    return torch.device("cuda" if settings.device != "cpu" and has_cuda else "cpu")
-
-
-def _dtype(settings: ModelSettings, device: torch.device) -> torch.dtype:
-    if settings.dtype == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    return torch.float32 if settings.dtype == "float32" else torch.bfloat16

@@ -8,43 +8,28 @@ Three ways, interleaved in one run, each with its sender in a process of its own
 
 The hand-off is to reach at least 0.8 of the stream. All three send the same frames, made before the
 clock starts: this measures the way and the receiver, not the prefill.
+
+Here: shapes, clocks, medians and the table. The ways themselves need gRPC, which only services may
+import: services/cli/handoff_bench.py.
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
-import multiprocessing
 import platform
-import socket
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
-import grpc
 from rich.console import Console
 from rich.table import Table
 
-from fluxion_core.config import ClientSettings
 from fluxion_core.geometry import KvGeometry
-from fluxion_core.kvstore.store import HostKvStore
-from fluxion_core.kvstream.assembler import HandoffAssembler
-from fluxion_core.kvstream.handoff import (
-    Frame,
-    FrameKind,
-    Header,
-    KvLayout,
-    Trailer,
-    frame_tokens,
-)
-from fluxion_core.wire import codec
-from fluxion_core.wire.channel import open_channel
-
-_STREAM = "/bench/stream"
-_BUFFER_BYTES = 1 << 20
+from fluxion_core.kvstream.handoff import KvLayout
 
 
 @dataclass(frozen=True)
@@ -102,24 +87,41 @@ class Transfer:
         return self.cpu_seconds / self.payload_bytes * 1e9
 
 
+Sending = Callable[[Shape], AbstractContextManager[Callable[[], list[Transfer]]]]
+"""Starts a sender for a shape; each call inside the block measures socket, stream and hand-off."""
+
+
 def run_handoff_bench(
-    console: Console, *, repeats: int = 5, shapes: tuple[Shape, ...] = SHAPES
+    console: Console, sending: Sending, *, repeats: int = 5, shapes: tuple[Shape, ...] = SHAPES
 ) -> dict[str, object]:
     """Measure all ways for every shape; print a table, return everything as plain data.
 
     Args:
         console: where the table goes.
-        repeats: interleaved runs of each way; medians are shown.
+        sending: the ways.
+        repeats: interleaved runs of each way, after one that does not count; medians are shown.
         shapes: models and prompt lengths.
     """
     results = []
     for shape in shapes:
-        with _sender(shape) as ports:
-            runs = [asyncio.run(_receive_all(shape, ports)) for _ in range(repeats + 1)][1:]
-        results.append(_summary(shape, runs))
+        with sending(shape) as measure:
+            measure()
+            results.append(_summary(shape, [measure() for _ in range(repeats)]))
     report: dict[str, object] = {"machine": describe_machine(), "results": results}
     _print(console, report, results)
     return report
+
+
+class Clock:
+    """Wall-clock and processor time of this process, from now on."""
+
+    def __init__(self) -> None:
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+
+    def transfer(self, way: str, payload_bytes: int) -> Transfer:
+        """What happened since."""
+        seconds = time.perf_counter() - self._wall
+        return Transfer(way, payload_bytes, seconds, time.process_time() - self._cpu)
 
 
 def describe_machine() -> dict[str, str]:
@@ -136,138 +138,6 @@ def describe_machine() -> dict[str, str]:
 def write_json(report: dict[str, object], path: Path) -> None:
     """Keep a report."""
     path.write_text(json.dumps(report, indent=2) + "\n")
-
-
-def make_frames(shape: Shape) -> list[bytes]:
-    """A whole hand-off of random-looking KV, encoded."""
-    geometry, layout = shape.geometry, shape.layout
-    step = frame_tokens(geometry)
-    pattern = bytes(range(1, 126)) * (layout.payload_bytes(step) // 125 + 1)
-    frames = [codec.encode_frame(codec.header_frame(Header(layout, shape.num_tokens, 0)))]
-    payload_bytes = 0
-    for first in range(0, shape.num_tokens, step):
-        count = min(step, shape.num_tokens - first)
-        payload = pattern[: layout.payload_bytes(count)]
-        for layer in range(shape.num_layers):
-            frames.append(codec.encode_frame(Frame(FrameKind.CHUNK, payload, layer, first, count)))
-            payload_bytes += len(payload)
-    trailer = Trailer(0, 0.0, 0.0, len(frames) - 1, payload_bytes)
-    frames.append(codec.encode_frame(codec.trailer_frame(trailer)))
-    return frames
-
-
-class _sender:  # noqa: N801 - used as a context manager only
-    """A process that sends one shape's KV in all three ways, for as long as the block lasts."""
-
-    def __init__(self, shape: Shape) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._ours, theirs = context.Pipe()
-        self._process = context.Process(target=_send, args=(shape, theirs), daemon=True)
-
-    def __enter__(self) -> tuple[int, int]:
-        self._process.start()
-        ports: tuple[int, int] = self._ours.recv()
-        return ports
-
-    def __exit__(self, *_: object) -> None:
-        self._process.terminate()
-        self._process.join()
-
-
-def _send(shape: Shape, pipe: object) -> None:
-    """Body of the sending process."""
-    asyncio.run(_serve(shape, pipe))
-
-
-async def _serve(shape: Shape, pipe: object) -> None:
-    frames = make_frames(shape)
-
-    async def stream(request: bytes, context: object):  # type: ignore[no-untyped-def]
-        del request, context
-        for frame in frames:
-            yield frame
-
-    server = grpc.aio.server(options=[("grpc.max_send_message_length", 8 << 20)])
-    handlers = {"stream": grpc.unary_stream_rpc_method_handler(stream)}
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("bench", handlers),))
-    grpc_port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-
-    async def socket_client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        del reader
-        plain = writer.get_extra_info("socket").dup()
-        plain.setblocking(True)
-        await asyncio.to_thread(_send_plain, plain, frames)
-        writer.close()
-
-    plain_server = await asyncio.start_server(socket_client, "127.0.0.1", 0)
-    socket_port = plain_server.sockets[0].getsockname()[1]
-    pipe.send((grpc_port, socket_port))  # type: ignore[attr-defined]
-    await server.wait_for_termination()
-
-
-def _send_plain(plain: socket.socket, frames: list[bytes]) -> None:
-    with plain:
-        for frame in frames:
-            plain.sendall(frame)
-
-
-async def _receive_all(shape: Shape, ports: tuple[int, int]) -> list[Transfer]:
-    grpc_port, socket_port = ports
-    plain = await asyncio.to_thread(_receive_socket, socket_port)
-    async with open_channel(f"127.0.0.1:{grpc_port}", ClientSettings()) as channel:
-        await channel.channel_ready()
-        stream = await _receive_stream(channel)
-        handoff = await _receive_handoff(channel, shape)
-    return [plain, stream, handoff]
-
-
-def _receive_socket(port: int) -> Transfer:
-    buffer = memoryview(bytearray(_BUFFER_BYTES))
-    with socket.create_connection(("127.0.0.1", port)) as connection:
-        clock = _Clock()
-        received = 0
-        while count := connection.recv_into(buffer):
-            received += count
-    return clock.transfer("socket", received)
-
-
-async def _receive_stream(channel: grpc.aio.Channel) -> Transfer:
-    clock = _Clock()
-    received = 0
-    async for message in channel.unary_stream(_STREAM)(b""):
-        received += len(message)
-    return clock.transfer("stream", received)
-
-
-async def _receive_handoff(channel: grpc.aio.Channel, shape: Shape) -> Transfer:
-    geometry = shape.geometry
-    slabs = geometry.slabs_for(shape.num_tokens)
-    # Touched before the clock starts, as a store of a node that has run for a while is.
-    store = HostKvStore(
-        geometry, slabs * (geometry.slab_bytes + 4096), model_key=b"bench", populate=True
-    )
-    sequence = store.reserve(range(shape.num_tokens), 0)
-    assembler = HandoffAssembler(
-        sequence, shape.layout, num_tokens=shape.num_tokens, kv_from_token=0
-    )
-    clock = _Clock()
-    async for message in channel.unary_stream(_STREAM)(b""):
-        codec.take_message(assembler, message)
-    assembler.finish()
-    sequence.commit()
-    return clock.transfer("hand-off", assembler.payload_bytes)
-
-
-class _Clock:
-    """Wall-clock and processor time of this process."""
-
-    def __init__(self) -> None:
-        self._wall, self._cpu = time.perf_counter(), time.process_time()
-
-    def transfer(self, way: str, payload_bytes: int) -> Transfer:
-        seconds = time.perf_counter() - self._wall
-        return Transfer(way, payload_bytes, seconds, time.process_time() - self._cpu)
 
 
 def _summary(shape: Shape, runs: list[list[Transfer]]) -> dict[str, object]:

@@ -178,7 +178,7 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x @ weight.T for [rows, in] and [out, in]: [rows, out], contiguous.
 
-    Several rows, but few, go the other way round on a CPU in float32: 2 to 4 of them then cost half,
+    Several rows, but few, go the other way round on a CPU in float32: 2 to 4 then cost half,
     8 two thirds. A single row stays as it is: a matrix-vector product survives busy neighbours,
     whereas a matrix product's threads wait for each other by spinning.
     """

@@ -271,8 +271,9 @@ def bench_handoff(
     from rich.console import Console
 
     from fluxion_core.benchmark.handoff import run_handoff_bench, write_json
+    from services.cli.handoff_bench import sending
 
-    report = run_handoff_bench(Console(), repeats=repeats)
+    report = run_handoff_bench(Console(), sending, repeats=repeats)
     if json_path is not None:
         write_json(report, json_path)
 
