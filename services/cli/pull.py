@@ -143,12 +143,17 @@ def _extract(wheel: Path, target: Path, console: Console) -> None:
 
 
 def _pull_from_hub(name: str, directory: Path, console: Console) -> Path:
-    from httpx import HTTPError
+    from huggingface_hub import errors as hub_errors
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    # A connection that breaks half-way comes through as the HTTP library's own error.
-    failures = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, HTTPError, OSError)
+    # The first is the HTTP library's own, of a connection that breaks half-way; which library that
+    # is depends on the hub's version.
+    failures = (
+        hub_errors.HTTPError,  # type: ignore[attr-defined]
+        hub_errors.HFValidationError,
+        hub_errors.LocalEntryNotFoundError,
+        OSError,
+    )
     console.print(f"Fetching {name} from the Hugging Face hub", highlight=False)
     try:
         snapshot_download(name, local_dir=directory, allow_patterns=list(_HUB_PATTERNS))
