@@ -1,9 +1,10 @@
-"""From logits to a token. Depends on seed, position and logits alone.
+"""From logits to a token. Depends on seed, position, logits and the sequence's own tokens alone.
 
 A token's randomness is drawn for (seed, position), so that the prefill node, which samples the
 first token, and the decode node, which samples the rest, agree whatever else runs beside them.
 
-Order: penalties, temperature, then min-p, top-k and top-p on the tempered distribution.
+Order: penalties, temperature, then min-p, top-k and top-p on the tempered distribution. Nothing
+sorts the vocabulary: what cannot be kept is dropped first.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fluxion_core.errors import SamplingError
+from fluxion_core.errors import ModelError, SamplingError
 
 MAX_SEED = 2**64 - 1
 
@@ -53,7 +54,7 @@ class SamplingParams:
             ("top_k", self.top_k >= 0, "0 (all tokens) or more"),
             ("top_p", 0.0 < self.top_p <= 1.0, "above 0, at most 1"),
             ("min_p", 0.0 <= self.min_p < 1.0, "0 to below 1"),
-            ("repetition_penalty", 0.0 < self.repetition_penalty <= 100.0, "above 0 to 100"),
+            ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100.0, "0.01 to 100"),
             ("presence_penalty", -2.0 <= self.presence_penalty <= 2.0, "-2 to 2"),
             ("frequency_penalty", -2.0 <= self.frequency_penalty <= 2.0, "-2 to 2"),
             ("seed", 0 <= self.seed <= MAX_SEED, "0 to 2^64 - 1"),
@@ -91,14 +92,21 @@ def sample(
         position: number of tokens generated before this one.
 
     Returns:
-        A token id.
+        A token id; of equally likely ones, greedy takes the first.
+
+    Raises:
+        ModelError: the largest logit is no number, or not finite.
     """
     if params.has_penalties:
         logits = penalise(logits, params, prompt_token_ids, generated_token_ids)
+    # NaN counts as the largest, so one pass finds it.
+    largest = float(logits.max())
+    if not math.isfinite(largest):
+        raise ModelError(f"the model's largest logit is {largest}; its weights may be damaged")
     if params.temperature == 0.0:
         return int(logits.argmax())
     kept, token_ids = keep_likely(logits, params)
-    weights = torch.softmax(kept.double(), dim=0)
+    weights = torch.softmax(kept, dim=0)
     return int(token_ids[_draw(weights, params.seed, position)])
 
 
@@ -111,7 +119,7 @@ def penalise(
     """Logits with all penalties applied: a copy, [vocab]."""
     logits = logits.clone()
     if params.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted({*prompt_token_ids, *generated_token_ids}))
+        seen = torch.tensor(list({*prompt_token_ids, *generated_token_ids}), dtype=torch.int64)
         values = logits[seen]
         factor = params.repetition_penalty
         logits[seen] = torch.where(values > 0, values / factor, values * factor)
@@ -123,26 +131,54 @@ def penalise(
 
 
 def keep_likely(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
-    """Tempered logits of the tokens that may be drawn, likeliest first, and their ids.
+    """Tokens that may be drawn.
 
     Returns:
-        logits [kept] and token ids [kept]; at least one.
+        tempered logits [kept] float64, relative to the largest, and token ids [kept]; at least one.
+        The likeliest first where top-k or top-p had to rank them, else in the order of ids.
     """
-    logits = logits / params.temperature
-    count = min(params.top_k, logits.numel()) if params.top_k else logits.numel()
-    # Stable: equal logits keep the order of their ids, on every machine.
-    values, token_ids = torch.sort(logits, descending=True, stable=True)
-    values, token_ids = values[:count], token_ids[:count]
+    # Relative to the largest, so that no temperature overflows.
+    values = (logits.double() - logits.max()) / params.temperature
+    token_ids = torch.arange(len(values))
     if params.min_p > 0.0:
-        count = int((values >= values[0] + math.log(params.min_p)).sum())
-        values, token_ids = values[:count], token_ids[:count]
+        values, token_ids = _at_least(math.log(params.min_p), values, token_ids)
+    if 0 < params.top_k < len(values):
+        values, token_ids = _keep_top_k(params.top_k, values, token_ids)
     if params.top_p < 1.0:
-        probability = torch.softmax(values.double(), dim=0)
-        # A token stays if those before it do not reach top_p yet: at least the first does.
-        before = probability.cumsum(0) - probability
-        count = max(1, int((before < params.top_p).sum()))
-        values, token_ids = values[:count], token_ids[:count]
+        values, token_ids = _keep_top_p(params.top_p, values, token_ids)
     return values, token_ids
+
+
+def _keep_top_k(top_k: int, values: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+    lowest = float(values.topk(top_k, sorted=False).values.min())
+    # More than top_k where logits are equal, until they are ranked.
+    values, token_ids = _rank(*_at_least(lowest, values, token_ids))
+    return values[:top_k], token_ids[:top_k]
+
+
+def _keep_top_p(top_p: float, values: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+    lse = float(values.logsumexp(dim=0))
+    # Tokens below (1 - top_p) / count each do not reach 1 - top_p together: those above reach top_p
+    # without them. Half of that leaves room for rounding.
+    share = (1.0 - top_p) / (2 * len(values))
+    values, token_ids = _rank(*_at_least(lse + math.log(share), values, token_ids))
+    # Of all tokens given, those just dropped too.
+    probability = torch.exp(values - lse)
+    # A token stays if those before it do not reach top_p yet: at least the first does.
+    before = probability.cumsum(0) - probability
+    count = max(1, int((before < top_p).sum()))
+    return values[:count], token_ids[:count]
+
+
+def _at_least(lowest: float, values: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+    kept = values >= lowest
+    return values[kept], token_ids[kept]
+
+
+def _rank(values: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+    # Stable: equal logits keep the order of their ids, on every machine.
+    values, order = torch.sort(values, descending=True, stable=True)
+    return values, token_ids[order]
 
 
 def _draw(weights: Tensor, seed: int, position: int) -> int:

@@ -1,7 +1,8 @@
 """When generation ends, and what of its text may be shown before that is known.
 
 A stop string may arrive in pieces, so text that could be its beginning is held back until it is
-clear. Neither a stop string nor the text of a stop token is ever shown.
+clear. Neither a stop string nor the text of a stop token is ever shown. Into what pieces the text
+was cut makes no difference: of several stop strings, the one that is complete first ends it.
 """
 
 from __future__ import annotations
@@ -53,9 +54,11 @@ class StopChecker:
     def push(self, token_id: int, text: str) -> str:
         """Take a token and the text that became final with it.
 
+        No further token may follow once `finish_reason` is set. At "length", text may still be
+        held back, because the detokeniser may owe some: give that to `push_text`.
+
         Returns:
-            Text that may be shown now. Once `finish_reason` is set, nothing is held back any more,
-            and no further token may follow.
+            Text that may be shown now; the text of an ending token is not.
         """
         assert self.finish_reason is None, "generation has ended"
         self._num_tokens += 1
@@ -68,12 +71,17 @@ class StopChecker:
         return shown
 
     def push_text(self, text: str) -> str:
-        """Take text that came without a token, when a detokeniser is flushed at the end."""
-        was = self.finish_reason
-        if was == "stop":
-            return text
-        shown = self._take_text(text)
-        return shown + self.flush()
+        """Take the generation's last text, which came without a token of its own.
+
+        That is what a detokeniser still owes: before an ending token, or after the last token. It
+        may complete a stop string, and then the reason is "stop".
+
+        Returns:
+            Text that may be shown, with what was held back; nothing after a stop.
+        """
+        if self.finish_reason == "stop":
+            return ""
+        return self._take_text(text) + self.flush()
 
     def flush(self) -> str:
         """Text held back, when nothing will follow."""
@@ -82,12 +90,14 @@ class StopChecker:
 
     def _take_text(self, text: str) -> str:
         text = self._held + text
-        found = [at for stop in self._settings.stop_strings if (at := text.find(stop)) >= 0]
+        stops = self._settings.stop_strings
+        found = [(at + len(stop), at) for stop in stops if (at := text.find(stop)) >= 0]
         if found:
             self.finish_reason = "stop"
             self._held = ""
-            return text[: min(found)]
-        keep = max((_overlap(text, stop) for stop in self._settings.stop_strings), default=0)
+            # First complete; of those, the longest.
+            return text[: min(found)[1]]
+        keep = max((_overlap(text, stop) for stop in stops), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
