@@ -126,7 +126,8 @@ class NodeGroup:
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
             start_new_session=True,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            # Two nodes on one machine share its cores: threads that wait must sleep, not spin.
+            env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONUNBUFFERED": "1"},
         )
         node = NodeProcess(name, process, self._on_line)
         self._nodes.append(node)
