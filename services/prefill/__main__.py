@@ -39,6 +39,7 @@ async def serve(settings: PrefillNodeSettings, ending: asyncio.Event) -> None:
             chunk_tokens=settings.engine.chunk_tokens,
             max_running=settings.engine.max_running_prompts,
             max_waiting=settings.engine.max_waiting_prompts,
+            running_kv_bytes=settings.engine.running_kv_bytes,
         )
         await asyncio.to_thread(warm_up, model)
         engine.start()

@@ -15,6 +15,9 @@ class EngineSettings(Section):
     the others waiting."""
     max_running_prompts: int = Field(default=8, gt=0)
     """Prompts computed in turns, a chunk each."""
+    running_kv_bytes: ByteCount = 8 << 30
+    """KV of the prompts computed in turns; one that does not fit beside the others waits for them.
+    A prompt alone is always computed: the model's context bounds it."""
     max_waiting_prompts: int = Field(default=64, ge=0)
     """Prompts that may wait for a place; the next one is refused."""
     outgoing_bytes: ByteCount = 64 << 20

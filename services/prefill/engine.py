@@ -4,8 +4,8 @@ Life of a prompt: `submit`; chunks, each through all layers, its KV handed out l
 first token sampled from the last position's logits; `on_end`. A prompt whose outgoing KV is not
 taken pauses and the others go on. `cancel` takes effect before the next layer.
 
-`on_frame` and `on_end` run on the engine's thread and must not block. The engine knows frames, not
-gRPC.
+`on_frame` and `on_end` run on the engine's thread and must not block; a prompt cancelled while it
+waits ends on the thread that cancels it. The engine knows frames, not gRPC.
 """
 
 from __future__ import annotations
@@ -72,6 +72,7 @@ class PrefillEngine:
         chunk_tokens: tokens at a time.
         max_running: prompts computed in turns.
         max_waiting: prompts that may wait beside them.
+        running_kv_bytes: KV of the prompts computed in turns; a prompt alone may exceed it.
     """
 
     def __init__(
@@ -82,12 +83,14 @@ class PrefillEngine:
         chunk_tokens: int,
         max_running: int,
         max_waiting: int,
+        running_kv_bytes: int,
     ) -> None:
         self._decoder = decoder
         self._geometry = geometry
         self._chunk_tokens = chunk_tokens
         self._max_running = max_running
         self._max_waiting = max_waiting
+        self._running_kv_bytes = running_kv_bytes
         self._device = decoder.embedding.device
         self._changed = threading.Condition()
         self._waiting: deque[Prompt] = deque()
@@ -117,7 +120,9 @@ class PrefillEngine:
         with self._changed:
             if self._stopping:
                 raise DrainingError("this prefill node is shutting down; use another one")
-            if len(self._waiting) >= self._max_waiting + self._num_free_places():
+            # Those that the engine's thread will take in a moment do not count as waiting.
+            free_places = max(0, self._max_running - len(self._running))
+            if len(self._waiting) >= self._max_waiting + free_places:
                 raise CapacityError(
                     "prefill queue",
                     needed=1,
@@ -129,9 +134,15 @@ class PrefillEngine:
             self._changed.notify()
 
     def cancel(self, prompt: Prompt) -> None:
-        """Give a prompt up; `on_end` follows before its next layer."""
-        prompt.is_cancelled = True
-        self.wake()
+        """Give a prompt up: at once if it waits, else before its next layer; then `on_end`."""
+        with self._changed:
+            prompt.is_cancelled = True
+            was_waiting = prompt in self._waiting
+            if was_waiting:
+                self._waiting.remove(prompt)
+            self._changed.notify()
+        if was_waiting:
+            prompt.on_end(RequestCancelledError("the receiver ended the hand-off"))
 
     def wake(self) -> None:
         """Look again: a prompt has been cancelled, or has room for more KV."""
@@ -147,9 +158,6 @@ class PrefillEngine:
                 waiting_prompts=len(self._waiting),
                 pending_tokens=sum(len(p.token_ids) - p.num_computed for p in prompts),
             )
-
-    def _num_free_places(self) -> int:
-        return max(0, self._max_running - len(self._running))
 
     def _run(self) -> None:
         while (prompt := self._next_prompt()) is not None:
@@ -170,14 +178,18 @@ class PrefillEngine:
             if outcome is not None:
                 prompt.capture = None
                 prompt.on_end(outcome)
-        for prompt in [*self._running, *self._waiting]:
+        with self._changed:
+            left = [*self._running, *self._waiting]
+            self._running.clear()
+            self._waiting.clear()
+        for prompt in left:
             prompt.on_end(DrainingError("this prefill node is shutting down; use another one"))
 
     def _next_prompt(self) -> Prompt | None:
         """Put the next prompt that can go on first in the round; None: stop."""
         with self._changed:
             while not self._stopping:
-                while self._waiting and len(self._running) < self._max_running:
+                while self._waiting and self._has_place_for(self._waiting[0]):
                     prompt = self._waiting.popleft()
                     prompt.queue_seconds = time.perf_counter() - prompt.submitted
                     self._running.append(prompt)
@@ -187,6 +199,13 @@ class PrefillEngine:
                     self._running.rotate(-1)
                 self._changed.wait()
             return None
+
+    def _has_place_for(self, prompt: Prompt) -> bool:
+        if not self._running:
+            return True
+        tokens = sum(len(other.token_ids) for other in (prompt, *self._running))
+        fits = tokens * self._geometry.token_bytes <= self._running_kv_bytes
+        return fits and len(self._running) < self._max_running
 
     @torch.inference_mode()
     def _compute_chunk(self, prompt: Prompt) -> Trailer | None:

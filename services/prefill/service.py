@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Sequence
 import grpc
 from google.protobuf.message import DecodeError
 
-from fluxion_core.errors import ContextLengthError, InvalidRequestError
+from fluxion_core.errors import ContextLengthError, FluxionError, InvalidRequestError
 from fluxion_core.geometry import BLOCK_TOKENS
 from fluxion_core.kvstream.handoff import Frame, Header, KvLayout, Trailer
 from fluxion_core.telemetry import event
@@ -26,6 +26,7 @@ _log = logging.getLogger(__name__)
 
 HANDOFF_SERVICE = "fluxion.v1.Handoff"
 PREFILL_NODE_SERVICE = "fluxion.v1.PrefillNode"
+MAX_REQUEST_ID_CHARACTERS = 128
 
 
 class Outbox:
@@ -106,18 +107,8 @@ class HandoffService:
             CapacityError: too many prompts wait.
         """
         del context
-        request = self._parse(message)
         outbox = Outbox(self._outgoing_bytes, asyncio.get_running_loop())
-        prompt = Prompt(
-            request_id=request.request_id,
-            token_ids=list(request.token_ids),
-            kv_from_token=request.kv_from_token,
-            sampling=codec.sampling_from_proto(request.sampling),
-            on_frame=outbox.put,
-            on_end=outbox.put,
-            has_room=outbox.has_room,
-        )
-        self._engine.submit(prompt)
+        prompt = self._submit(message, outbox)
         outcome = "cancelled"
         try:
             header = Header(self._layout, len(prompt.token_ids), prompt.kv_from_token)
@@ -157,15 +148,42 @@ class HandoffService:
             HANDOFF_SERVICE, {"Prefill": grpc.unary_stream_rpc_method_handler(self.prefill)}
         )
 
-    def _parse(self, message: bytes) -> handoff_pb2.HandoffRequest:
+    def _submit(self, message: bytes, outbox: Outbox) -> Prompt:
+        """Check a request and queue its prompt; a refusal is logged."""
         request = handoff_pb2.HandoffRequest()
+        try:
+            self._parse_into(request, message)
+            prompt = Prompt(
+                request_id=request.request_id,
+                token_ids=list(request.token_ids),
+                kv_from_token=request.kv_from_token,
+                sampling=codec.sampling_from_proto(request.sampling),
+                on_frame=outbox.put,
+                on_end=outbox.put,
+                has_room=outbox.has_room,
+            )
+            self._engine.submit(prompt)
+        except FluxionError as error:
+            shown = request.request_id[:MAX_REQUEST_ID_CHARACTERS]
+            request_id = shown if shown.isprintable() else ""
+            outcome = type(error).__name__
+            _log.info(event("prompt", request_id=request_id, outcome=outcome, reason=error))
+            raise
+        return prompt
+
+    def _parse_into(self, request: handoff_pb2.HandoffRequest, message: bytes) -> None:
         try:
             request.ParseFromString(message)
         except DecodeError as error:
             raise InvalidRequestError(f"not a HandoffRequest: {error}") from None
+        # It goes into log lines as it is.
+        request_id = request.request_id
+        if len(request_id) > MAX_REQUEST_ID_CHARACTERS or not request_id.isprintable():
+            raise InvalidRequestError(
+                f"request_id must be printable and at most {MAX_REQUEST_ID_CHARACTERS} characters"
+            )
         self._layout.check_compatible(codec.layout_from_proto(request.layout))
         self._check_tokens(request.token_ids, request.kv_from_token)
-        return request
 
     def _check_tokens(self, token_ids: Sequence[int], kv_from_token: int) -> None:
         count = len(token_ids)

@@ -1,0 +1,233 @@
+"""The prefill engine without gRPC: whose turn it is, who waits, and how each prompt ends."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from fluxion_core.errors import CapacityError, DrainingError, RequestCancelledError
+from fluxion_core.generation.sampling import SamplingParams, sample
+from fluxion_core.geometry import KvGeometry
+from fluxion_core.kvstream.handoff import Frame, Trailer
+from fluxion_core.models.decoder import Decoder
+from fluxion_core.models.weights import load_model
+from services.prefill.engine import PrefillEngine, Prompt
+
+CHUNK_TOKENS = 16
+GEOMETRY = KvGeometry(num_layers=2, num_kv_heads=2, head_dim=16)
+
+
+@pytest.fixture(scope="session")
+def decoder(toy_model_path: Path) -> Decoder:
+    return load_model(toy_model_path, device=torch.device("cpu"), dtype=torch.float32).decoder
+
+
+@pytest.fixture
+def make_engine(decoder: Decoder) -> Callable[..., PrefillEngine]:
+    def make(**limits: int) -> PrefillEngine:
+        defaults = {"max_running": 8, "max_waiting": 8, "running_kv_bytes": 1 << 30}
+        return PrefillEngine(decoder, GEOMETRY, chunk_tokens=CHUNK_TOKENS, **(defaults | limits))
+
+    return make
+
+
+@contextmanager
+def running(engine: PrefillEngine) -> Iterator[None]:
+    engine.start()
+    try:
+        yield
+    finally:
+        engine.stop()
+
+
+class Receiver:
+    """A prompt, and what became of it."""
+
+    def __init__(self, num_tokens: int, log: list[tuple[Receiver, Frame]] | None = None) -> None:
+        self.room = threading.Event()
+        self.room.set()
+        self.frames: list[Frame] = []
+        self.ends: queue.Queue[Trailer | BaseException] = queue.Queue()
+        self._log = log if log is not None else []
+        self.prompt = Prompt(
+            request_id="r",
+            token_ids=[(7 * i) % 256 for i in range(num_tokens)],
+            kv_from_token=0,
+            sampling=SamplingParams(),
+            on_frame=self.take,
+            on_end=self.ends.put,
+            has_room=self.room.is_set,
+        )
+
+    def take(self, frame: Frame) -> None:
+        self.frames.append(frame)
+        self._log.append((self, frame))
+
+    def end(self) -> Trailer | BaseException:
+        return self.ends.get(timeout=60)
+
+
+def test_prompts_have_turns_of_a_chunk(make_engine: Callable[..., PrefillEngine]):
+    log: list[tuple[Receiver, Frame]] = []
+    long, short = Receiver(5 * CHUNK_TOKENS, log), Receiver(2 * CHUNK_TOKENS, log)
+    engine = make_engine()
+    # Both are there before the first turn.
+    engine.submit(long.prompt)
+    engine.submit(short.prompt)
+    with running(engine):
+        assert isinstance(long.end(), Trailer)
+        assert isinstance(short.end(), Trailer)
+    turns = [(receiver, frame.first_token) for receiver, frame in log if frame.layer == 0]
+    assert turns == [
+        (long, 0),
+        (short, 0),
+        (long, 16),
+        (short, 16),
+        (long, 32),
+        (long, 48),
+        (long, 64),
+    ]
+
+
+def test_a_prompt_without_room_waits_and_the_others_go_on(
+    make_engine: Callable[..., PrefillEngine],
+):
+    blocked, other = Receiver(3 * CHUNK_TOKENS), Receiver(3 * CHUNK_TOKENS)
+    blocked.room.clear()
+    engine = make_engine()
+    with running(engine):
+        engine.submit(blocked.prompt)
+        engine.submit(other.prompt)
+        assert isinstance(other.end(), Trailer)
+        assert blocked.frames == []
+        blocked.room.set()
+        engine.wake()
+        assert isinstance(blocked.end(), Trailer)
+    assert blocked.frames == other.frames
+
+
+def test_a_prompt_that_does_not_fit_beside_the_others_waits_for_them(
+    make_engine: Callable[..., PrefillEngine],
+):
+    log: list[tuple[Receiver, Frame]] = []
+    receivers = [Receiver(count * CHUNK_TOKENS, log) for count in (2, 2, 9)]
+    # Room for the first two; the third exceeds it even alone, and is computed alone.
+    engine = make_engine(running_kv_bytes=4 * CHUNK_TOKENS * GEOMETRY.token_bytes)
+    for receiver in receivers:
+        engine.submit(receiver.prompt)
+    with running(engine):
+        assert all(isinstance(receiver.end(), Trailer) for receiver in receivers)
+    order = [receivers.index(receiver) for receiver, frame in log if frame.layer == 0]
+    assert order == [0, 1, 0, 1, *[2] * 9]
+
+
+def test_a_cancelled_prompt_computes_no_further_layer(make_engine: Callable[..., PrefillEngine]):
+    receiver = Receiver(3 * CHUNK_TOKENS)
+    engine = make_engine()
+
+    def cancel_at_once(frame: Frame) -> None:
+        receiver.take(frame)
+        engine.cancel(receiver.prompt)
+
+    receiver.prompt.on_frame = cancel_at_once
+    with running(engine):
+        engine.submit(receiver.prompt)
+        assert isinstance(receiver.end(), RequestCancelledError)
+        assert engine.load().running_prompts == 0
+    assert [(frame.layer, frame.first_token) for frame in receiver.frames] == [(0, 0)]
+    assert receiver.prompt.capture is None
+
+
+def test_a_cancelled_prompt_gives_its_waiting_place_back_at_once(
+    make_engine: Callable[..., PrefillEngine],
+):
+    engine = make_engine(max_running=1, max_waiting=1)
+    blocked, waiting, late = Receiver(16), Receiver(16), Receiver(16)
+    blocked.room.clear()
+    with running(engine):
+        engine.submit(blocked.prompt)
+        engine.submit(waiting.prompt)
+        engine.cancel(waiting.prompt)
+        assert isinstance(waiting.end(), RequestCancelledError)
+        engine.submit(late.prompt)
+        assert engine.load().pending_tokens == 32
+        blocked.room.set()
+        engine.wake()
+        assert isinstance(late.end(), Trailer)
+    assert waiting.frames == []
+    assert waiting.ends.empty()
+
+
+def test_a_full_queue_refuses_and_says_so(make_engine: Callable[..., PrefillEngine]):
+    engine = make_engine(max_running=1, max_waiting=1)
+    # Not started: one prompt for the free place, one that waits.
+    engine.submit(Receiver(16).prompt)
+    engine.submit(Receiver(16).prompt)
+    with pytest.raises(CapacityError, match="prefill queue"):
+        engine.submit(Receiver(16).prompt)
+
+
+def test_a_failure_ends_its_own_prompt_and_no_other(make_engine: Callable[..., PrefillEngine]):
+    failing, other = Receiver(16), Receiver(64)
+
+    def fail(frame: Frame) -> None:
+        raise ZeroDivisionError
+
+    failing.prompt.on_frame = fail
+    engine = make_engine()
+    engine.submit(failing.prompt)
+    engine.submit(other.prompt)
+    with running(engine):
+        assert isinstance(failing.end(), ZeroDivisionError)
+        assert isinstance(other.end(), Trailer)
+
+
+def test_stopping_ends_every_prompt_once_and_takes_no_more(
+    make_engine: Callable[..., PrefillEngine],
+):
+    engine = make_engine(max_running=1)
+    receivers = [Receiver(16), Receiver(16)]
+    for receiver in receivers:
+        receiver.room.clear()
+        engine.submit(receiver.prompt)
+    with running(engine):
+        pass
+    for receiver in receivers:
+        assert isinstance(receiver.end(), DrainingError)
+        assert receiver.ends.empty()
+    with pytest.raises(DrainingError):
+        engine.submit(Receiver(16).prompt)
+    engine.stop()
+
+
+def test_the_trailer_counts_what_left_and_samples_the_last_position_as_asked(
+    make_engine: Callable[..., PrefillEngine], decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+):
+    seen = []
+    original = Decoder.logits
+
+    def logits(self: Decoder, hidden: torch.Tensor) -> torch.Tensor:
+        seen.append(original(self, hidden))
+        return seen[-1]
+
+    monkeypatch.setattr(Decoder, "logits", logits)
+    params = SamplingParams(temperature=5.0, repetition_penalty=1.2, seed=11)
+    receiver = Receiver(40)
+    receiver.prompt.sampling = params
+    engine = make_engine()
+    with running(engine):
+        engine.submit(receiver.prompt)
+        trailer = receiver.end()
+    assert isinstance(trailer, Trailer)
+    assert trailer.num_chunks == len(receiver.frames) == 2 * 3
+    assert trailer.payload_bytes == sum(len(frame.payload) for frame in receiver.frames)
+    (rows,) = seen
+    assert rows.shape == (1, 256)
+    expected = sample(rows[0], params, receiver.prompt.token_ids, [], position=0)
+    assert trailer.first_token_id == expected
