@@ -27,16 +27,35 @@ def append_tokens(
     batch: int,
     layer: int,
     key: int,
+    key_stride: int,
     value: int,
+    value_stride: int,
     /,
 ) -> None: ...
-def attend_block_runs(
+def score_blocks(
     layout: SlabLayout,
+    slabs: int,
     layer: int,
+    kv_head: int,
+    level: int,
+    first_block: int,
+    num_blocks: int,
     query: int,
-    batch: int,
+    group: int,
+    scores: int,
+    /,
+) -> None: ...
+def choose_top(
+    scores: int, rows: int, count: int, budgets: int, chosen: int, /
+) -> None: ...
+def attend_blocks(
+    head_dim: int,
+    query: int,
+    group: int,
+    addresses: int,
     heads: int,
-    tables: int,
+    num_blocks: int,
+    last_tokens: int,
     output: int,
     lse: int,
     /,
@@ -44,3 +63,33 @@ def attend_block_runs(
 def merge_into(
     output_a: int, lse_a: int, output_b: int, lse_b: int, rows: int, head_dim: int, /
 ) -> None: ...
+def read_seconds(pieces: int, num_pieces: int, piece_bytes: int, cpus: list[int], /) -> float: ...
+
+class TaskPool:
+    def __init__(self, cpus: list[int], spin_ns: int) -> None: ...
+    @property
+    def num_workers(self) -> int: ...
+    def wait(self) -> None: ...
+    def claim(self) -> int: ...
+    def complete(self, task: int, /) -> None: ...
+    def set_tracing(self, on: bool, /) -> None: ...
+    def take_trace(self) -> list[tuple[int, int, int, int, int, int]]: ...
+
+class LayerAttention:
+    def __init__(self, layout: SlabLayout, sequences: int, batch: int, heads: int, /) -> None: ...
+    def submit(
+        self,
+        pool: TaskPool,
+        layer: int,
+        query: int,
+        query_stride: int,
+        levels: int,
+        budgets: int,
+        output: int,
+        lse: int,
+        wake_bytes: int,
+        /,
+    ) -> None: ...
+    def count_bytes(self) -> None: ...
+    def read_bytes(self, sequence: int, /) -> tuple[int, int]: ...
+    def runs(self, sequence: int, kv_head: int, /) -> list[tuple[int, int, int, int]]: ...

@@ -422,7 +422,7 @@ class StepAppend:
         self._tokens = torch.tensor([token for _, token in places], dtype=torch.int64)
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> None:
-        """Write one layer. key, value: [batch, kv_heads, head_dim] bfloat16, contiguous, CPU."""
+        """Write one layer. key, value: see `block_digest.append_tokens`."""
         block_digest.append_tokens(self._geometry, self._slabs, self._tokens, layer, key, value)
 
     def advance(self) -> None:

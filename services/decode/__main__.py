@@ -9,7 +9,8 @@ import sys
 from fluxion_core.geometry import WindowSpec
 from fluxion_core.hybrid_attention import HybridAttention
 from fluxion_core.kvstore.store import HostKvStore
-from fluxion_core.kvstore.window import DeviceWindow
+from fluxion_core.scheduler.scheduler import CpuPool
+from fluxion_core.selector.policy import parse_policy
 from fluxion_core.telemetry import event
 from fluxion_core.wire.server import NodeServer
 from fluxion_proto.v1 import generate_pb2_grpc
@@ -32,23 +33,28 @@ async def serve(settings: DecodeSettings, ending: asyncio.Event) -> None:
     ingest: KvIngest | None = None
     try:
         model = await asyncio.to_thread(load_node_model, settings.model)
-        store, window = make_store(settings, model)
-        engine = DecodeEngine(model.loaded.decoder, HybridAttention(store, window))
+        policy = parse_policy(settings.engine.default_policy)
+        store = make_store(settings, model)
+        engine = DecodeEngine(model.loaded.decoder, make_attention(settings, model, store))
         ingest = KvIngest(
             settings.prefill.addresses,
             settings.prefill.client,
             model.layout,
             vocab_size=model.loaded.config.vocab_size,
         )
-        admission = Admission(store, window, max_waiting=settings.engine.max_waiting_requests)
+        admission = Admission(
+            store,
+            max_running=settings.engine.max_running_sequences,
+            max_waiting=settings.engine.max_waiting_requests,
+        )
         service = GenerationService(
             model,
             store,
-            window,
             admission,
             ingest,
             engine,
             default_max_new_tokens=settings.engine.default_max_new_tokens,
+            default_policy=policy,
         )
         engine.start()
         generate_pb2_grpc.add_GenerationServicer_to_server(service, server)
@@ -59,6 +65,7 @@ async def serve(settings: DecodeSettings, ending: asyncio.Event) -> None:
                 address=address,
                 model=model.loaded.name,
                 host_kv_bytes=store.statistics().capacity_bytes,
+                policy=str(policy),
                 prefill=",".join(settings.prefill.addresses) or "none",
             )
         )
@@ -78,27 +85,35 @@ async def serve(settings: DecodeSettings, ending: asyncio.Event) -> None:
         _log.info(event("stopped"))
 
 
-def make_store(settings: DecodeSettings, model: NodeModel) -> tuple[HostKvStore, DeviceWindow]:
-    """The host KV store and the device window that the settings ask for.
+def make_store(settings: DecodeSettings, model: NodeModel) -> HostKvStore:
+    """The host KV store that the settings ask for.
 
     Raises:
         CapacityError: the host memory asked for does not hold one slab, or is not there.
-        ShapeError: impossible slab or window sizes.
+        ShapeError: an impossible slab size.
     """
-    geometry = model.geometry(settings.store.slab_tokens)
-    store = HostKvStore(
-        geometry,
+    return HostKvStore(
+        model.geometry(settings.store.slab_tokens),
         settings.store.host_kv_bytes,
         model_key=model.loaded.revision_hash.encode(),
         populate=settings.store.populate,
     )
-    window = DeviceWindow(
-        geometry,
+
+
+def make_attention(
+    settings: DecodeSettings, model: NodeModel, store: HostKvStore
+) -> HybridAttention:
+    """Attention over the store, with threads of its own.
+
+    Raises:
+        ShapeError: an impossible window, or heads that do not form groups.
+    """
+    return HybridAttention(
+        store,
         WindowSpec(settings.store.sink_tokens, settings.store.recent_tokens),
-        settings.engine.max_running_sequences,
-        device=model.loaded.decoder.embedding.device,
+        num_heads=model.loaded.config.num_heads,
+        pool=CpuPool(settings.engine.attention_threads),
     )
-    return store, window
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Admission: a request gets all the memory it can ever need, waits for it, or is refused.
 
 Before any work is done for a request, it holds host KV for its prompt and every token it may
-generate, and a window slot on the device. An admitted request therefore never fails for lack of
+generate, and a place in the decode batch. An admitted request therefore never fails for lack of
 room. Requests wait in the order they came; nobody overtakes.
 
 Not here: what the memory is used for. Runs on the event loop only; not thread-safe.
@@ -17,7 +17,6 @@ from dataclasses import dataclass
 
 from fluxion_core.errors import CapacityError, DrainingError
 from fluxion_core.kvstore.store import HostKvStore, SequenceKv
-from fluxion_core.kvstore.window import DeviceWindow
 
 
 @dataclass(frozen=True)
@@ -26,8 +25,6 @@ class Admitted:
 
     sequence: SequenceKv
     """Host KV for the prompt and all tokens that may follow."""
-    slot: int
-    """Window slot on the device."""
 
 
 @dataclass(frozen=True)
@@ -39,17 +36,17 @@ class AdmissionStatistics:
 
 
 class Admission:
-    """First come, first served over one host KV store and one device window.
+    """First come, first served over one host KV store and one decode batch.
 
     Args:
         store: where host KV is reserved.
-        window: where slots are taken.
+        max_running: requests that may run at a time.
         max_waiting: requests that may wait; the next one is refused.
     """
 
-    def __init__(self, store: HostKvStore, window: DeviceWindow, *, max_waiting: int) -> None:
+    def __init__(self, store: HostKvStore, *, max_running: int, max_waiting: int) -> None:
         self._store = store
-        self._window = window
+        self._max_running = max_running
         self._max_waiting = max_waiting
         self._queue: deque[asyncio.Event] = deque()
         self._admitted = 0
@@ -74,12 +71,10 @@ class Admission:
             DrainingError: the node is shutting down.
         """
         admitted = await self._wait_for_room(token_ids, max_new_tokens)
-        self._admitted += 1
         try:
             yield admitted
         finally:
             admitted.sequence.release()
-            self._window.free_slot(admitted.slot)
             self._admitted -= 1
             self._wake_first()
 
@@ -113,13 +108,14 @@ class Admission:
             self._wake_first()
 
     def _try_take(self, token_ids: Sequence[int], max_new_tokens: int) -> Admitted | None:
-        if not self._window.num_free_slots:
+        if self._admitted >= self._max_running:
             return None
         try:
             sequence = self._store.reserve(token_ids, max_new_tokens)
         except CapacityError:
             return None
-        return Admitted(sequence, self._window.take_slot())
+        self._admitted += 1
+        return Admitted(sequence)
 
     def _wake_first(self) -> None:
         if self._queue:

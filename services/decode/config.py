@@ -17,20 +17,24 @@ class StoreSettings(Section):
     populate: bool = False
     """Touch every page at start, so that no request pays for it."""
     sink_tokens: int = Field(default=64, gt=0)
-    """First tokens of every sequence that stay on the device."""
+    """First tokens of every sequence that are always attended to."""
     recent_tokens: int = Field(default=256, ge=128)
-    """Last tokens of every sequence that stay on the device."""
+    """Last tokens of every sequence that are always attended to."""
 
 
 class EngineSettings(Section):
     """The step loop."""
 
     max_running_sequences: int = Field(default=16, gt=0)
-    """Sequences decoded together, and window slots on the device."""
+    """Sequences decoded together."""
     max_waiting_requests: int = Field(default=256, ge=0)
     """Requests that may wait for room; the next one is refused."""
     default_max_new_tokens: int = Field(default=256, gt=0)
     """For requests that do not say."""
+    default_policy: str = "exact"
+    """What is read for requests that name no quality: exact, or fixed(BLOCK_SIZE, BUDGET %)."""
+    attention_threads: int | None = Field(default=None, gt=0)
+    """Threads that attend over host KV; one per usable CPU if not given."""
 
 
 class PrefillSettings(Section):

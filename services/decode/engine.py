@@ -1,7 +1,7 @@
 """The decode engine: one thread that runs batched steps over all live sequences.
 
-Life of a sequence: `submit` (its prompt's KV is whole in the store, its window is filled, its
-first token is known), then one new token a step, each given to `on_token`, until that says stop,
+Life of a sequence: `submit` (its prompt's KV is whole in the store, its first token is
+known), then one new token a step, each given to `on_token`, until that says stop,
 `cancel` is called, or the engine fails. Then `on_end` is called once, and from then on the engine
 does not touch the sequence's memory: the submitter may free it.
 
@@ -24,6 +24,7 @@ from fluxion_core.generation.sampling import SamplingParams, sample
 from fluxion_core.hybrid_attention import HybridAttention
 from fluxion_core.kvstore.store import SequenceKv
 from fluxion_core.models.decoder import Decoder
+from fluxion_core.selector.policy import Policy
 from fluxion_core.telemetry import event
 
 _log = logging.getLogger(__name__)
@@ -36,8 +37,8 @@ class DecodeSequence:
     request_id: str
     kv: SequenceKv
     """Committed: the store holds every prompt token."""
-    slot: int
-    """Window slot, filled."""
+    policy: Policy
+    """What its steps read."""
     prompt_token_ids: list[int]
     generated_token_ids: list[int]
     """Begins with the first token, which the prefill node sampled."""
@@ -62,7 +63,10 @@ class EngineStatistics:
     tokens: int = 0
     busy_seconds: float = 0.0
     idle_seconds: float = 0.0
-    kv_bytes_read: int = 0
+    kv_bytes_scanned: int = 0
+    """Digests of retrieval regions."""
+    kv_bytes_attended: int = 0
+    """K and V of retrieval regions."""
 
 
 class DecodeEngine:
@@ -70,8 +74,7 @@ class DecodeEngine:
 
     Args:
         decoder: the model.
-        attention: port over the host KV store and the device window. It bounds the batch:
-            every sequence holds one of its window slots.
+        attention: port over the host KV store.
     """
 
     def __init__(self, decoder: Decoder, attention: HybridAttention) -> None:
@@ -164,9 +167,9 @@ class DecodeEngine:
         """One token for every sequence of the batch; returns those that are finished."""
         token_ids = torch.tensor([s.generated_token_ids[-1] for s in batch], device=self._device)
         positions = torch.tensor([s.kv.num_tokens for s in batch], device=self._device)
-        self._attention.begin_step([s.kv for s in batch], [s.slot for s in batch])
+        self._attention.begin_step([s.kv for s in batch], [s.policy for s in batch])
         hidden = self._decoder(token_ids, positions, self._attention)
-        bytes_read = self._attention.end_step()
+        reads = self._attention.end_step()
         logits = self._decoder.logits(hidden).cpu()
         finished = []
         for row, sequence in enumerate(batch):
@@ -178,11 +181,12 @@ class DecodeEngine:
                 position=len(sequence.generated_token_ids),
             )
             sequence.generated_token_ids.append(token)
-            sequence.kv_bytes_read += bytes_read[row]
+            sequence.kv_bytes_read += reads[row].total_bytes
             sequence.steps += 1
             if not sequence.on_token(token):
                 finished.append(sequence)
         self._statistics.steps += 1
         self._statistics.tokens += len(batch)
-        self._statistics.kv_bytes_read += sum(bytes_read)
+        self._statistics.kv_bytes_scanned += sum(read.scanned_bytes for read in reads)
+        self._statistics.kv_bytes_attended += sum(read.attended_bytes for read in reads)
         return finished

@@ -16,6 +16,7 @@ from fluxion_core.generation.sampling import MAX_SEED, SamplingParams
 from fluxion_core.generation.stopping import StopSettings
 from fluxion_core.generation.tokenizer import Tokenizer
 from fluxion_core.models.config import ModelConfig
+from fluxion_core.selector.policy import ExactPolicy, Policy
 from fluxion_core.wire import codec
 from fluxion_proto.v1 import generate_pb2
 
@@ -36,6 +37,7 @@ class GenerationRequest:
     prompt_token_ids: list[int]
     sampling: SamplingParams
     stop: StopSettings
+    policy: Policy
 
 
 def check_request(
@@ -44,6 +46,7 @@ def check_request(
     config: ModelConfig,
     *,
     default_max_new_tokens: int,
+    default_policy: Policy,
 ) -> GenerationRequest:
     """Turn a message into a request that can be run.
 
@@ -55,16 +58,15 @@ def check_request(
         raise InvalidRequestError(
             f"request_id must be printable and at most {MAX_REQUEST_ID_CHARACTERS} characters"
         )
-    _check_quality(message.quality)
+    policy = _policy(message.quality, default_policy)
     sampling = codec.sampling_from_proto(message.sampling)
     if not message.sampling.HasField("seed"):
         sampling = replace(sampling, seed=secrets.randbelow(MAX_SEED + 1))
     prompt = prompt_token_ids(message, tokenizer)
     max_new_tokens = _max_new_tokens(message, len(prompt), config, default_max_new_tokens)
     _check_prompt(prompt, max_new_tokens, config)
-    return GenerationRequest(
-        request_id, prompt, sampling, _stop_settings(message, config, tokenizer, max_new_tokens)
-    )
+    stop = _stop_settings(message, config, tokenizer, max_new_tokens)
+    return GenerationRequest(request_id, prompt, sampling, stop, policy)
 
 
 def prompt_token_ids(
@@ -88,10 +90,13 @@ def prompt_token_ids(
             raise InvalidRequestError("no prompt; set text, token_ids or chat")
 
 
-def _check_quality(quality: int) -> None:
+def _policy(quality: int, default: Policy) -> Policy:
+    """What a quality level means; none is the node's default."""
     levels = generate_pb2.QualityLevel
-    if quality == levels.QUALITY_LEVEL_UNSPECIFIED or quality in SERVED_LEVELS:
-        return
+    if quality == levels.QUALITY_LEVEL_UNSPECIFIED:
+        return default
+    if quality == levels.QUALITY_LEVEL_EXACT:
+        return ExactPolicy()
     name = levels.Name(quality) if quality in levels.values() else str(quality)
     served = ", ".join(levels.Name(level) for level in SERVED_LEVELS)
     raise InvalidRequestError(f"quality {name} is not served by this node; served: {served}")

@@ -19,7 +19,7 @@ from fluxion_core.errors import FluxionError
 from fluxion_core.generation.stopping import StopChecker
 from fluxion_core.generation.tokenizer import IncrementalDetokenizer
 from fluxion_core.kvstore.store import HostKvStore
-from fluxion_core.kvstore.window import DeviceWindow
+from fluxion_core.selector.policy import Policy
 from fluxion_core.telemetry import event
 from fluxion_proto.v1 import generate_pb2, generate_pb2_grpc
 from services.decode.admission import Admission, Admitted
@@ -111,31 +111,31 @@ class GenerationService(generate_pb2_grpc.GenerationServicer):
     Args:
         model: for requests, text and model info.
         store: for load figures and held bytes.
-        window: filled for every admitted sequence.
         admission: gives memory to requests.
         ingest: gets prompts computed.
         engine: decodes.
         default_max_new_tokens: for requests that do not say.
+        default_policy: for requests that name no quality.
     """
 
     def __init__(
         self,
         model: NodeModel,
         store: HostKvStore,
-        window: DeviceWindow,
         admission: Admission,
         ingest: KvIngest,
         engine: DecodeEngine,
         *,
         default_max_new_tokens: int,
+        default_policy: Policy,
     ) -> None:
         self._model = model
         self._store = store
-        self._window = window
         self._admission = admission
         self._ingest = ingest
         self._engine = engine
         self._default_max_new_tokens = default_max_new_tokens
+        self._default_policy = default_policy
         self.is_draining = False
 
     async def Generate(  # noqa: N802 - the rpc's name
@@ -148,6 +148,7 @@ class GenerationService(generate_pb2_grpc.GenerationServicer):
             self._model.tokenizer,
             self._model.loaded.config,
             default_max_new_tokens=self._default_max_new_tokens,
+            default_policy=self._default_policy,
         )
         outcome = "cancelled"
         try:
@@ -250,7 +251,7 @@ class GenerationService(generate_pb2_grpc.GenerationServicer):
         sequence = DecodeSequence(
             request_id=request.request_id,
             kv=admitted.sequence,
-            slot=admitted.slot,
+            policy=request.policy,
             prompt_token_ids=request.prompt_token_ids,
             generated_token_ids=[first_token_id],
             sampling=request.sampling,
@@ -260,7 +261,6 @@ class GenerationService(generate_pb2_grpc.GenerationServicer):
         num_tokens, first_token_after = 0, 0.0
         is_running = stream.take(first_token_id)
         if is_running:
-            self._window.fill(admitted.slot, admitted.sequence)
             self._engine.submit(sequence)
         else:
             stream.end(None)

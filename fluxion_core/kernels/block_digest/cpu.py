@@ -22,7 +22,7 @@ def ingest_blocks(
 ) -> None:
     """Copy blocks of one layer into a slab and digest every complete one at all block sizes.
 
-    A ragged last block is copied whole (zero padded by the sender) and not digested. Blocks of a
+    A ragged last block is filled up with zeros and not digested. Blocks of a
     layer must come in order: a coarse digest begins with its first 16-token block.
 
     Args:
@@ -68,27 +68,27 @@ def append_tokens(
     key: Tensor,
     value: Tensor,
 ) -> None:
-    """Write one token's K and V of one layer for every sequence of a batch.
+    """Write one token's K and V of one layer for every sequence of a batch, in bfloat16.
 
-    A block that becomes complete is digested.
+    Rounded to nearest, ties to even, as torch does. A block that becomes complete is digested.
 
     Args:
         geometry: layout of the slabs.
         slab_addresses: [batch] int64; the slab that takes each sequence's token.
         tokens_in_slab: [batch] int64; position within that slab.
         layer: 0 to num_layers - 1.
-        key: [batch, kv_heads, head_dim] bfloat16, contiguous, on the CPU.
+        key: [batch, kv_heads, head_dim] float32 on the CPU; rows may lie apart.
         value: like key.
 
     Raises:
-        ShapeError: shapes or dtypes differ from the above.
+        ShapeError: shapes, dtypes or strides differ from the above.
     """
     shape = (slab_addresses.numel(), geometry.num_kv_heads, geometry.head_dim)
     for tensor in (key, value):
-        if tuple(tensor.shape) != shape or tensor.dtype != torch.bfloat16:
-            raise ShapeError(f"expected {shape} bfloat16, got {tuple(tensor.shape)} {tensor.dtype}")
-        if not tensor.is_contiguous() or tensor.device.type != "cpu":
-            raise ShapeError("key and value must be contiguous and on the CPU")
+        if tuple(tensor.shape) != shape or tensor.dtype != torch.float32:
+            raise ShapeError(f"expected {shape} float32, got {tuple(tensor.shape)} {tensor.dtype}")
+        if tensor.stride()[1:] != (geometry.head_dim, 1) or tensor.device.type != "cpu":
+            raise ShapeError("each token's keys and values must be contiguous and on the CPU")
     if not 0 <= layer < geometry.num_layers:
         raise ShapeError(f"layer {layer} of {geometry.num_layers}")
     _native.append_tokens(
@@ -98,5 +98,7 @@ def append_tokens(
         shape[0],
         layer,
         key.data_ptr(),
+        key.stride(0),
         value.data_ptr(),
+        value.stride(0),
     )

@@ -1,13 +1,11 @@
-"""Dense attention with lse on torch's own CPU flash attention.
+"""Causal attention of prompt chunks on torch's own CPU flash attention.
 
-torch's public function returns no lse, and merging window and retrieval region needs it, so this
-calls the operator behind it. Query heads of a group are folded into the query length, so that keys
-are neither repeated nor read once per head.
+torch's public function returns no lse, and merging a chunk with what lies before it needs one, so
+this calls the operator behind it. Query heads of a group are folded into the query length, so that
+keys are neither repeated nor read once per head.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
@@ -15,36 +13,6 @@ from torch import Tensor
 from fluxion_core.errors import ShapeError
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-
-
-def window_bias(mask: Tensor) -> Tensor:
-    """What `attend_window` adds to scores: 0 where `mask` [batch, entries] is set, else -inf."""
-    bias = torch.zeros(mask.shape[0], 1, 1, mask.shape[1])
-    return bias.masked_fill_(~mask[:, None, None, :], -math.inf)
-
-
-def attend_window(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention of one token per sequence over its window.
-
-    Args:
-        query: [batch, heads, head_dim] float32, unscaled.
-        key: [batch, kv_heads, entries, head_dim] float32.
-        value: like key.
-        bias: [batch, 1, 1, entries] float32, from `window_bias`; at least one entry counts.
-
-    Returns:
-        output [batch, heads, head_dim] and lse [batch, heads], float32, natural log, contiguous.
-
-    Raises:
-        ShapeError: heads is no multiple of kv_heads, or batches differ.
-    """
-    batch, heads, head_dim = query.shape
-    kv_heads = key.shape[1]
-    if heads % kv_heads or key.shape[0] != batch:
-        raise ShapeError(f"query {tuple(query.shape)} does not fit key {tuple(key.shape)}")
-    group = heads // kv_heads
-    output, lse = _flash(query.view(batch, kv_heads, group, head_dim), key, value, attn_mask=bias)
-    return output.reshape(batch, heads, head_dim), lse.reshape(batch, heads)
 
 
 def attend_chunk(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -2,16 +2,23 @@
 // integer 0.1); the Python side of each operation checks them. The GIL is released throughout.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "kernel_table.h"
+#include "layer_attention.h"
+#include "read_limit.h"
+#include "slab_layout.h"
+#include "task_pool.h"
 
 namespace nb = nanobind;
 
@@ -21,50 +28,9 @@ using fluxion::BlockRun;
 using fluxion::DigestTarget;
 using fluxion::kBlockTokens;
 using fluxion::kernels;
-using fluxion::kLevels;
-
-// Offsets within a slab; the C++ side of geometry.KvGeometry.
-struct SlabLayout {
-  int64_t layers, kv_heads, head_dim, slab_blocks;
-  int64_t block_bytes, head_kv_bytes, layer_kv_bytes, kv_bytes;
-  int64_t head_digest_bytes, layer_digest_bytes;
-  int64_t level_offset[kLevels];
-
-  SlabLayout(int64_t num_layers, int64_t num_kv_heads, int64_t dim, int64_t slab_tokens)
-      : layers(num_layers), kv_heads(num_kv_heads), head_dim(dim) {
-    if (dim <= 0 || dim % 16 || dim > 256) throw std::invalid_argument("head_dim: 16 to 256, by 16");
-    slab_blocks = slab_tokens / kBlockTokens;
-    block_bytes = 2 * kBlockTokens * head_dim * 2;
-    head_kv_bytes = slab_blocks * block_bytes;
-    layer_kv_bytes = kv_heads * head_kv_bytes;
-    kv_bytes = layers * layer_kv_bytes;
-    head_digest_bytes = 0;
-    for (int level = 0; level < kLevels; ++level) {
-      level_offset[level] = head_digest_bytes;
-      head_digest_bytes += (slab_blocks >> level) * head_dim * 4;
-    }
-    layer_digest_bytes = kv_heads * head_digest_bytes;
-  }
-
-  char* blocks(uintptr_t slab, int64_t layer, int64_t kv_head) const {
-    return reinterpret_cast<char*>(slab) + layer * layer_kv_bytes + kv_head * head_kv_bytes;
-  }
-
-  DigestTarget digest_target(uintptr_t slab, int64_t layer, int64_t kv_head) const {
-    DigestTarget target;
-    char* digests = reinterpret_cast<char*>(slab) + kv_bytes + layer * layer_digest_bytes +
-                    kv_head * head_digest_bytes;
-    target.keys = reinterpret_cast<const uint16_t*>(blocks(slab, layer, kv_head));
-    target.block_elements = block_bytes / 2;
-    target.head_dim = int32_t(head_dim);
-    for (int level = 0; level < kLevels; ++level) {
-      target.levels[level] = reinterpret_cast<uint32_t*>(digests + level_offset[level]);
-      const int64_t blocks_here = slab_blocks >> level;
-      target.tile_blocks[level] = int32_t(blocks_here < 16 ? blocks_here : 16);
-    }
-    return target;
-  }
-};
+using fluxion::LayerAttention;
+using fluxion::SlabLayout;
+using fluxion::TaskPool;
 
 void ingest_blocks(const SlabLayout& layout, uintptr_t slab, int64_t layer, int64_t first_token,
                    int64_t num_tokens, uintptr_t payload, int64_t payload_head_bytes) {
@@ -82,25 +48,46 @@ void ingest_blocks(const SlabLayout& layout, uintptr_t slab, int64_t layer, int6
     }
     kernels().copy_past_cache(layout.blocks(slab, layer, head) + first_block * layout.block_bytes,
                               from, copied * layout.block_bytes);
+    if (copied > complete) {
+      // What lies behind the last token is zeros, whatever the sender put there.
+      uint16_t* last = reinterpret_cast<uint16_t*>(layout.blocks(slab, layer, head) +
+                                                   (first_block + complete) * layout.block_bytes);
+      const int64_t rows = num_tokens % kBlockTokens, dim = layout.head_dim;
+      std::fill(last + rows * dim, last + kBlockTokens * dim, uint16_t(0));
+      std::fill(last + (kBlockTokens + rows) * dim, last + 2 * kBlockTokens * dim, uint16_t(0));
+    }
   }
 }
 
+// Nearest bf16, ties to even, as torch rounds.
+inline uint16_t to_bf16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  if (value != value) return uint16_t(bits >> 16 | 0x40);
+  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// key, value: [batch] rows of [kv_heads][head_dim] floats, so many elements apart.
 void append_tokens(const SlabLayout& layout, uintptr_t slabs, uintptr_t tokens_in_slab,
-                   int64_t batch, int64_t layer, uintptr_t key, uintptr_t value) {
+                   int64_t batch, int64_t layer, uintptr_t key, int64_t key_stride,
+                   uintptr_t value, int64_t value_stride) {
   nb::gil_scoped_release unlocked;
   const int64_t* slab_of = reinterpret_cast<const int64_t*>(slabs);
   const int64_t* token_of = reinterpret_cast<const int64_t*>(tokens_in_slab);
-  const int64_t row_bytes = layout.head_dim * 2;
-  const char* k = reinterpret_cast<const char*>(key);
-  const char* v = reinterpret_cast<const char*>(value);
+  const int64_t dim = layout.head_dim;
   for (int64_t i = 0; i < batch; ++i) {
     const int64_t block = token_of[i] / kBlockTokens, row = token_of[i] % kBlockTokens;
     for (int64_t head = 0; head < layout.kv_heads; ++head) {
-      char* to = layout.blocks(uintptr_t(slab_of[i]), layer, head) + block * layout.block_bytes;
-      std::memcpy(to + row * row_bytes, k, size_t(row_bytes));
-      std::memcpy(to + (kBlockTokens + row) * row_bytes, v, size_t(row_bytes));
-      k += row_bytes;
-      v += row_bytes;
+      uint16_t* to = reinterpret_cast<uint16_t*>(
+          layout.blocks(uintptr_t(slab_of[i]), layer, head) + block * layout.block_bytes);
+      // What lies behind the last token of a block is zeros: kernels read whole blocks.
+      if (row == 0) std::memset(to, 0, size_t(layout.block_bytes));
+      const float* k = reinterpret_cast<const float*>(key) + i * key_stride + head * dim;
+      const float* v = reinterpret_cast<const float*>(value) + i * value_stride + head * dim;
+      for (int64_t channel = 0; channel < dim; ++channel) {
+        to[row * dim + channel] = to_bf16(k[channel]);
+        to[(kBlockTokens + row) * dim + channel] = to_bf16(v[channel]);
+      }
       if (row == kBlockTokens - 1) {
         kernels().digest_blocks(layout.digest_target(uintptr_t(slab_of[i]), layer, head),
                                 int32_t(block), 1);
@@ -109,35 +96,68 @@ void append_tokens(const SlabLayout& layout, uintptr_t slabs, uintptr_t tokens_i
   }
 }
 
-// tables: [batch][3] int64: address of the sequence's slab addresses, first token, end token.
-void attend_block_runs(const SlabLayout& layout, int64_t layer, uintptr_t query, int64_t batch,
-                       int64_t heads, uintptr_t tables, uintptr_t output, uintptr_t lse) {
+// Scores of blocks [first_block, first_block + num_blocks) of one level of one head of a sequence.
+void score_blocks(const SlabLayout& layout, uintptr_t slabs, int64_t layer, int64_t kv_head,
+                  int level, int64_t first_block, int64_t num_blocks, uintptr_t query,
+                  int64_t group, uintptr_t scores) {
   nb::gil_scoped_release unlocked;
-  const int64_t* table = reinterpret_cast<const int64_t*>(tables);
-  const int64_t group = heads / layout.kv_heads;
+  const int32_t width = layout.tile_blocks(level);
+  const int64_t slab_tiles = (layout.slab_blocks >> level) / width;
+  const int64_t first_tile = first_block / width;
+  const int64_t end_tile = (first_block + num_blocks + width - 1) / width;
+  std::vector<const uint32_t*> tiles;
+  for (int64_t tile = first_tile; tile < end_tile; ++tile) {
+    const uintptr_t slab = uintptr_t(reinterpret_cast<const int64_t*>(slabs)[tile / slab_tiles]);
+    const char* start = layout.digests(slab, layer, kv_head) + layout.level_offset[level];
+    tiles.push_back(reinterpret_cast<const uint32_t*>(start) +
+                    tile % slab_tiles * width * layout.head_dim);
+  }
+  const int64_t stride = (end_tile - first_tile) * width;
+  std::vector<float> all(static_cast<size_t>(stride * group));
+  kernels().score_tiles(reinterpret_cast<const float*>(query), int32_t(group),
+                        int32_t(layout.head_dim), tiles.data(), int32_t(tiles.size()), 0, width,
+                        all.data(), stride);
+  float* to = reinterpret_cast<float*>(scores);
+  for (int64_t head = 0; head < group; ++head) {
+    const float* from = all.data() + head * stride + (first_block - first_tile * width);
+    std::copy(from, from + num_blocks, to + head * num_blocks);
+  }
+}
+
+// chosen: [rows][ceil(count / 64)] words.
+void choose_top(uintptr_t scores, int64_t rows, int64_t count, uintptr_t budgets, uintptr_t chosen) {
+  nb::gil_scoped_release unlocked;
+  std::vector<uint8_t> scratch(static_cast<size_t>(fluxion::top_scratch_bytes(count)));
+  for (int64_t row = 0; row < rows; ++row) {
+    kernels().choose_top(reinterpret_cast<const float*>(scores) + row * count, int32_t(count),
+                         reinterpret_cast<const int32_t*>(budgets)[row],
+                         reinterpret_cast<uint64_t*>(chosen) + row * ((count + 63) / 64),
+                         scratch.data());
+  }
+}
+
+// Attention of one group over listed blocks: addresses [blocks], heads [blocks] int32 masks,
+// last_tokens of the last block count. Normalised.
+void attend_blocks(int64_t head_dim, uintptr_t query, int64_t group, uintptr_t addresses,
+                   uintptr_t heads, int64_t num_blocks, int64_t last_tokens, uintptr_t output,
+                   uintptr_t lse) {
+  nb::gil_scoped_release unlocked;
   std::vector<BlockRun> runs;
-  std::vector<float> scratch(size_t(group * (layout.head_dim + 2)));
-  for (int64_t i = 0; i < batch; ++i, table += 3) {
-    const int64_t* slabs = reinterpret_cast<const int64_t*>(table[0]);
-    const int64_t first = table[1] / kBlockTokens, end = table[2] / kBlockTokens;
-    for (int64_t head = 0; head < layout.kv_heads; ++head) {
-      runs.clear();
-      for (int64_t block = first; block < end;) {
-        const int64_t inside = block % layout.slab_blocks;
-        const int64_t left = end - block, room = layout.slab_blocks - inside;
-        const int64_t count = left < room ? left : room;
-        const char* from = layout.blocks(uintptr_t(slabs[block / layout.slab_blocks]), layer, head);
-        runs.push_back({reinterpret_cast<const uint16_t*>(from + inside * layout.block_bytes),
-                        int32_t(count)});
-        block += count;
-      }
-      const int64_t row = i * heads + head * group;
-      kernels().attend_runs(reinterpret_cast<const float*>(query) + row * layout.head_dim,
-                            int32_t(group), int32_t(layout.head_dim), runs.data(),
-                            int32_t(runs.size()),
-                            reinterpret_cast<float*>(output) + row * layout.head_dim,
-                            reinterpret_cast<float*>(lse) + row, scratch.data());
-    }
+  for (int64_t i = 0; i < num_blocks; ++i) {
+    runs.push_back({reinterpret_cast<const uint16_t*>(reinterpret_cast<const int64_t*>(addresses)[i]),
+                    1, uint16_t(reinterpret_cast<const int32_t*>(heads)[i]),
+                    uint16_t(i + 1 == num_blocks ? last_tokens : kBlockTokens)});
+  }
+  std::vector<float> highest(static_cast<size_t>(group)), weight_sums(static_cast<size_t>(group));
+  float* o = reinterpret_cast<float*>(output);
+  kernels().attend_runs(reinterpret_cast<const float*>(query), int32_t(group), int32_t(head_dim),
+                        runs.data(), int32_t(runs.size()), nullptr, {o, highest.data(), weight_sums.data()});
+  constexpr float kEmpty = -std::numeric_limits<float>::infinity();
+  for (size_t head = 0; head < size_t(group); ++head, o += head_dim) {
+    const bool any = weight_sums[head] > 0.0f;
+    for (int64_t i = 0; any && i < head_dim; ++i) o[i] /= weight_sums[head];
+    reinterpret_cast<float*>(lse)[head] =
+        any ? (highest[head] + std::log2(weight_sums[head])) * 0.69314718055994530942f : kEmpty;
   }
 }
 
@@ -172,7 +192,7 @@ NB_MODULE(_native, m) {
       });
   m.def("isa", [] { return std::string(kernels().name); });
   m.def("available_isas", [] {
-    const char* names[3];
+    const char* names[fluxion::kNumTables];
     const int count = fluxion::available(names);
     return std::vector<std::string>(names, names + count);
   });
@@ -183,6 +203,55 @@ NB_MODULE(_native, m) {
   });
   m.def("ingest_blocks", &ingest_blocks);
   m.def("append_tokens", &append_tokens);
-  m.def("attend_block_runs", &attend_block_runs);
+  m.def("score_blocks", &score_blocks);
+  m.def("choose_top", &choose_top);
+  m.def("attend_blocks", &attend_blocks);
   m.def("merge_into", &merge_into);
+  m.def("read_seconds", [](uintptr_t pieces, int64_t num_pieces, int64_t piece_bytes,
+                           const std::vector<int>& cpus) {
+    nb::gil_scoped_release unlocked;
+    return fluxion::read_seconds(reinterpret_cast<const char* const*>(pieces), num_pieces,
+                                 piece_bytes, cpus);
+  });
+  nb::class_<TaskPool>(m, "TaskPool")
+      .def(nb::init<const std::vector<int>&, int64_t>(), nb::arg("cpus"), nb::arg("spin_ns"))
+      .def_prop_ro("num_workers", &TaskPool::num_workers)
+      .def("wait", &TaskPool::wait, nb::call_guard<nb::gil_scoped_release>())
+      .def("claim", &TaskPool::claim)
+      .def("complete", &TaskPool::complete)
+      .def("set_tracing", &TaskPool::set_tracing)
+      .def("take_trace", [](TaskPool& pool) {
+        std::vector<std::tuple<int, int, int, int, int64_t, int64_t>> spans;
+        for (const fluxion::Span& span : pool.take_trace()) {
+          spans.emplace_back(span.worker, span.task, span.phase, span.chunk, span.start_ns,
+                             span.end_ns);
+        }
+        return spans;
+      });
+  nb::class_<LayerAttention>(m, "LayerAttention")
+      .def("__init__", [](LayerAttention* self, const SlabLayout& layout, uintptr_t sequences,
+                          int64_t batch, int64_t heads) {
+        new (self) LayerAttention(layout, reinterpret_cast<const int64_t*>(sequences), batch, heads);
+      })
+      .def("submit", [](LayerAttention& self, TaskPool& pool, int64_t layer, uintptr_t query,
+                        int64_t query_stride, uintptr_t levels, uintptr_t budgets, uintptr_t output,
+                        uintptr_t lse, int64_t wake_bytes) {
+        nb::gil_scoped_release unlocked;
+        self.submit(pool, layer, reinterpret_cast<const float*>(query), query_stride,
+                    reinterpret_cast<const int32_t*>(levels),
+                    reinterpret_cast<const int32_t*>(budgets), reinterpret_cast<float*>(output),
+                    reinterpret_cast<float*>(lse), wake_bytes);
+      })
+      .def("count_bytes", &LayerAttention::count_bytes)
+      .def("runs", [](const LayerAttention& self, int64_t sequence, int64_t kv_head) {
+        std::vector<std::tuple<uintptr_t, int, int, int>> runs;
+        for (const BlockRun& run : self.runs(sequence, kv_head)) {
+          runs.emplace_back(uintptr_t(run.blocks), run.num_blocks, run.heads, run.last_tokens);
+        }
+        return runs;
+      })
+      .def("read_bytes", [](const LayerAttention& self, int64_t sequence) {
+        const fluxion::ReadBytes& bytes = self.read_bytes(sequence);
+        return std::make_tuple(bytes.scanned, bytes.attended);
+      });
 }

@@ -37,7 +37,7 @@ std::atomic<const KernelTable*>& current() {
 
 const KernelTable& kernels() { return *current().load(std::memory_order_relaxed); }
 
-int available(const char* names[3]) {
+int available(const char* names[kNumTables]) {
   int count = 0;
   for (const KernelTable* table : kTables) {
     if (runs_here(*table)) names[count++] = table->name;

@@ -9,6 +9,11 @@ namespace fluxion {
 
 constexpr int kBlockTokens = 16;
 constexpr int kLevels = 4;  // blocks of 16, 32, 64 and 128 tokens
+constexpr int kTileBlocks = 16;
+constexpr int kMaxHeadDim = 256;
+constexpr int kMaxGroup = 16;  // query heads that share a KV head
+
+constexpr int64_t top_scratch_bytes(int64_t count) { return 8 * count + (count + 63) / 64 * 64; }
 
 // One head's part of one layer of one slab.
 struct DigestTarget {
@@ -19,10 +24,22 @@ struct DigestTarget {
   int32_t head_dim;
 };
 
-// A run of blocks of one head of one sequence inside one slab.
+// Consecutive 16-token blocks of one KV head, [block][K 16 x D | V 16 x D].
 struct BlockRun {
-  const uint16_t* blocks;  // [block][K 16 x D | V 16 x D]
+  const uint16_t* blocks;
   int32_t num_blocks;
+  uint16_t heads;        // bit h: query head h of the group attends to this run
+  uint16_t last_tokens;  // tokens of the last block that count; the rest of it is zeros
+};
+
+// Attention over a part of the tokens, not yet normalised. Scores are in base 2.
+//   sums          [group][head_dim]  weighted values
+//   highest       [group]            highest score; -inf where nothing was read
+//   weight_sums   [group]
+struct PartialState {
+  float* sums;
+  float* highest;
+  float* weight_sums;
 };
 
 struct KernelTable {
@@ -32,23 +49,38 @@ struct KernelTable {
   // Copy to memory that will not be read soon, without first reading it into the cache.
   // `to` is aligned to 64 bytes, `bytes` is a multiple of 64.
   void (*copy_past_cache)(void* to, const void* from, int64_t bytes);
-  // Attention of one GQA group over runs of whole blocks.
-  //   query   [group][head_dim], unscaled
-  //   output  [group][head_dim], normalised; zeros where nothing was read
-  //   lse     [group], natural log; -inf where nothing was read
-  //   scratch [group][head_dim + 2]
+  // Bound the best q.k of every block of some tiles from above.
+  //   query    [group][head_dim], unscaled
+  //   tiles    addresses of [channel][width] digest words, width 16, 8, 4, 2 or 1; `tiles_ahead`
+  //            more of them will follow these, and may be prefetched
+  //   scores   [group][score_stride], written at [group][0 .. num_tiles * width)
+  void (*score_tiles)(const float* query, int32_t group, int32_t head_dim,
+                      const uint32_t* const* tiles, int32_t num_tiles, int32_t tiles_ahead,
+                      int32_t width, float* scores, int64_t score_stride);
+  // Mark the k best of `count` scores: bit i of `chosen` (one bit a score, 64 in a word). Of equal
+  // scores the first win. Returns how many were marked: min(k, count).
+  //   scratch  top_scratch_bytes(count), aligned to 4
+  int32_t (*choose_top)(const float* scores, int32_t count, int32_t k, uint64_t* chosen,
+                        uint8_t* scratch);
+  // Attention of one GQA group over runs of blocks, each head over the runs that name it.
+  //   query    [group][head_dim], unscaled
+  //   ahead    what will be read after these runs, or null; may be prefetched
   void (*attend_runs)(const float* query, int32_t group, int32_t head_dim, const BlockRun* runs,
-                      int32_t num_runs, float* output, float* lse, float* scratch);
+                      int32_t num_runs, const uint16_t* ahead, PartialState state);
+  // Read memory and do nothing with it, the next piece prefetched: the limit of all the others.
+  // Returns a sum, so that no reading can be left out.
+  uint64_t (*read_pieces)(const char* const* pieces, int64_t num_pieces, int64_t piece_bytes);
 };
 
 extern const KernelTable kScalarKernels;
 extern const KernelTable kAvx2Kernels;
 extern const KernelTable kAvx512Kernels;
+constexpr int kNumTables = 3;
 
 // The table in use: the best that this CPU runs, unless another was chosen.
 const KernelTable& kernels();
 // Names of the tables that this CPU runs, best last.
-int available(const char* names[3]);
+int available(const char* names[kNumTables]);
 // Use the table of this name from now on; false if this CPU does not run it.
 bool choose(const char* name);
 

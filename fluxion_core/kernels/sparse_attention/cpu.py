@@ -1,84 +1,63 @@
-"""Attention over blocks in host memory, in place. Native; the GIL is released."""
+"""Attention of one GQA group over listed blocks in host memory, in place. Native.
+
+The decode step does the same, for all sequences and KV heads at once, with the blocks that it
+chooses itself: see hybrid_attention.py.
+"""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fluxion_core.errors import ShapeError
-from fluxion_core.geometry import BLOCK_TOKENS, KvGeometry
+from fluxion_core.geometry import BLOCK_TOKENS
 from fluxion_core.kernels import _native
-from fluxion_core.kernels.isa import native_layout
+from fluxion_core.kernels.isa import MAX_GROUP
 
 
-@dataclass(frozen=True)
-class BlockRuns:
-    """Per sequence of a batch, a contiguous run of whole blocks.
-
-    `table` is [batch, 3] int64: address of the sequence's slab addresses, first token, end token.
-    It points into `slab_tables`, which it keeps alive; those may grow, never move.
-    """
-
-    table: Tensor
-    slab_tables: tuple[Tensor, ...]
-
-    @classmethod
-    def build(cls, slab_tables: Sequence[Tensor], token_ranges: Sequence[range]) -> BlockRuns:
-        """Runs of the sequences whose slabs lie at `slab_tables` (each [slabs] int64).
-
-        Raises:
-            ShapeError: a range does not lie on blocks, or the table is not int64.
-        """
-        rows = []
-        for slabs, tokens in zip(slab_tables, token_ranges, strict=True):
-            if tokens and (tokens.start % BLOCK_TOKENS or tokens.stop % BLOCK_TOKENS):
-                raise ShapeError(f"tokens {tokens.start} to {tokens.stop} are no whole blocks")
-            if slabs.dtype != torch.int64:
-                raise ShapeError(f"slab table is {slabs.dtype}; need int64")
-            rows.append((slabs.data_ptr(), tokens.start, max(tokens.start, tokens.stop)))
-        return cls(torch.tensor(rows, dtype=torch.int64).reshape(-1, 3), tuple(slab_tables))
-
-
-def attend_block_runs(
-    geometry: KvGeometry, layer: int, query: Tensor, runs: BlockRuns
+def attend_blocks(
+    query: Tensor,
+    block_addresses: Tensor,
+    head_masks: Tensor,
+    *,
+    last_tokens: int = BLOCK_TOKENS,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of every head over its sequence's run of blocks, at this layer.
+    """Attention of every head over the blocks whose mask names it.
 
     Args:
-        geometry: layout of the slabs.
-        layer: 0 to num_layers - 1.
-        query: [batch, heads, head_dim] float32, unscaled, on the CPU.
-        runs: what each sequence reads.
+        query: [group, head_dim] float32, unscaled, contiguous, on the CPU; head_dim a multiple of
+            16 up to 256, group up to 16.
+        block_addresses: [blocks] int64; each `[K 16 x D | V 16 x D]` in bfloat16.
+        head_masks: [blocks] int32; bit h set if head h attends to the block.
+        last_tokens: tokens of the last block that count; behind them its rows must be finite.
 
     Returns:
-        output [batch, heads, head_dim] and lse [batch, heads], float32; zeros and -inf where a
-        run is empty.
+        output [group, head_dim] and lse [group], float32, natural log; zeros and -inf for a head
+        without blocks.
 
     Raises:
         ShapeError: shapes or dtypes differ from the above.
 
-    Cost: reads 4 * head_dim bytes per KV head and token of the runs.
+    Cost: reads 64 * head_dim bytes per block, the next block prefetched; nothing else.
     """
-    batch, heads, head_dim = query.shape
-    if head_dim != geometry.head_dim or heads % geometry.num_kv_heads:
-        raise ShapeError(f"query {tuple(query.shape)} does not fit {geometry}")
-    if batch != runs.table.shape[0] or not 0 <= layer < geometry.num_layers:
-        raise ShapeError(f"{batch} queries for {runs.table.shape[0]} runs, layer {layer}")
-    if query.dtype != torch.float32 or query.device.type != "cpu":
+    group, head_dim = query.shape
+    if head_dim % 16 or not 0 < head_dim <= 256 or not 0 < group <= MAX_GROUP:
+        raise ShapeError(f"query {tuple(query.shape)}: at most 16 heads of 16 to 256, by 16")
+    if query.dtype != torch.float32 or not query.is_contiguous() or query.device.type != "cpu":
         raise ShapeError(f"query is {query.dtype} on {query.device}; need float32 on the CPU")
-    query = query.contiguous()
-    output = torch.empty_like(query)
-    lse = torch.empty(batch, heads)
-    _native.attend_block_runs(
-        native_layout(geometry),
-        layer,
+    if block_addresses.dtype != torch.int64 or head_masks.dtype != torch.int32:
+        raise ShapeError("block addresses must be int64, head masks int32")
+    if block_addresses.shape != head_masks.shape or not 0 < last_tokens <= BLOCK_TOKENS:
+        raise ShapeError(f"{head_masks.numel()} masks for {block_addresses.numel()} blocks")
+    output, lse = torch.empty_like(query), torch.empty(group)
+    _native.attend_blocks(
+        head_dim,
         query.data_ptr(),
-        batch,
-        heads,
-        runs.table.data_ptr(),
+        group,
+        block_addresses.contiguous().data_ptr(),
+        head_masks.contiguous().data_ptr(),
+        block_addresses.numel(),
+        last_tokens,
         output.data_ptr(),
         lse.data_ptr(),
     )

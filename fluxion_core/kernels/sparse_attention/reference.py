@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from fluxion_core.geometry import BLOCK_TOKENS
+
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Attention of one GQA group over given tokens, in the dtype of the query.
@@ -25,3 +27,27 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     if not key.shape[0]:
         return torch.zeros_like(query), lse
     return torch.softmax(scores, dim=-1) @ value, lse
+
+
+def attend_blocks(
+    query: Tensor, blocks: Tensor, chosen: Tensor, last_tokens: int = BLOCK_TOKENS
+) -> tuple[Tensor, Tensor]:
+    """Attention of one GQA group over blocks, every head over its own.
+
+    Args:
+        query: [group, head_dim], unscaled.
+        blocks: [blocks, 2 (K, V), 16, head_dim].
+        chosen: [group, blocks] bool, which blocks each head attends to.
+        last_tokens: tokens of the last block that count.
+
+    Returns:
+        See `attend`.
+    """
+    tokens = chosen.repeat_interleave(BLOCK_TOKENS, dim=1)
+    tokens[:, tokens.shape[1] - BLOCK_TOKENS + last_tokens :] = False
+    key, value = blocks[:, 0].flatten(0, 1), blocks[:, 1].flatten(0, 1)
+    states = [
+        attend(query[head : head + 1], key[tokens[head]], value[tokens[head]])
+        for head in range(query.shape[0])
+    ]
+    return torch.cat([output for output, _ in states]), torch.cat([lse for _, lse in states])

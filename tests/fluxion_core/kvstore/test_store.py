@@ -101,7 +101,7 @@ def test_appended_tokens_are_stored_and_digested_like_the_prompt():
         step = StepAppend(GEOMETRY, [sequence])
         for layer in range(GEOMETRY.num_layers):
             column = kv[layer, :, :, position]
-            step.append(layer, column[None, :, 0].contiguous(), column[None, :, 1].contiguous())
+            step.append(layer, column[None, :, 0].float(), column[None, :, 1].float())
         step.advance()
     assert sequence.num_tokens == 300
     check_content(sequence, kv)
@@ -121,7 +121,7 @@ def test_sequences_of_one_step_do_not_mix():
             columns = torch.stack(
                 [kv[layer, :, :, len(p) + offset] for kv, p in zip(streams, prompts, strict=True)]
             )
-            step.append(layer, columns[:, :, 0].contiguous(), columns[:, :, 1].contiguous())
+            step.append(layer, columns[:, :, 0].float().contiguous(), columns[:, :, 1].float().contiguous())
         step.advance()
     for sequence, kv in zip(sequences, streams, strict=True):
         check_content(sequence, kv)
@@ -300,8 +300,8 @@ class StoreMachine(RuleBasedStateMachine):
             for layer in range(GEOMETRY.num_layers):
                 step.append(
                     layer,
-                    column[layer, None, :, 0].contiguous(),
-                    column[layer, None, :, 1].contiguous(),
+                    column[layer, None, :, 0].float(),
+                    column[layer, None, :, 1].float(),
                 )
             step.advance()
 

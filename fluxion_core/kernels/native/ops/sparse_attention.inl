@@ -1,154 +1,203 @@
 // Attention of one GQA group over runs of blocks, in place, with an online softmax.
 //
-// K and V of a block are adjacent, so a block is one stream of bytes; the next block is prefetched
-// while this one is used. Scores are kept in base 2: scale = log2(e) / sqrt(head_dim) goes into the
-// query once. Heads go through a block in fours, so that a loaded key serves four of them.
+// K and V of a block are adjacent, so a block is one stream of bytes; while it is used the next one
+// is prefetched, a few lines at a time. Scores are kept in base 2: log2(e) / sqrt(head_dim) goes
+// into the query once. A load of bf16 gives the even and the odd channels as two vectors, so
+// queries and sums are kept with the even channels of a chunk before its odd ones. Up to four heads
+// go through a block together, so that a loaded key serves all of them.
 
 namespace {
 
 constexpr float kLog2E = 1.44269504088896340736f;
-constexpr float kLn2 = 0.69314718055994530942f;
 constexpr float kMinusInfinity = -__builtin_inff();
 constexpr int kTokens = fluxion::kBlockTokens;
+constexpr int kChunk = 2 * F32::kLanes;  // channels of one load
+
+inline int32_t padded_dim(int32_t head_dim) { return (head_dim + kChunk - 1) / kChunk * kChunk; }
+
+// Where channel c of a row of head_dim is kept.
+inline int32_t place_of(int32_t channel) {
+  const int32_t chunk = channel / kChunk * kChunk, inside = channel % kChunk;
+  return chunk + inside / 2 + (inside % 2) * F32::kLanes;
+}
+
+inline void load_chunk(const uint16_t* row, int32_t channel, int32_t head_dim, F32& even, F32& odd) {
+  if (kChunk == 16 || head_dim - channel >= kChunk) {
+    load_pairs(row + channel, even, odd);
+  } else {
+    load_pairs_16(row + channel, even, odd);
+  }
+}
+
+// Bytes to prefetch while something else is done, in equal steps; null for none.
+struct Ahead {
+  const char* at;
+  inline void take(int64_t bytes) {
+    if (at == nullptr) return;
+    for (int64_t offset = 0; offset < bytes; offset += 64) prefetch(at + offset);
+    at += bytes;
+  }
+};
 
 template <int HEADS>
-inline void block_scores(const float* query, const uint16_t* keys, int32_t head_dim,
-                         float (*scores)[kTokens]) {
-  for (int token = 0; token < kTokens; token += 2) {
-    F32 even[HEADS], odd[HEADS];
-    for (int head = 0; head < HEADS; ++head) even[head] = odd[head] = zero();
+inline void block_scores(const float* const* queries, const uint16_t* keys, int32_t head_dim,
+                         Ahead& ahead, float (*scores)[kTokens]) {
+  constexpr int TOKENS = tokens_at_once(HEADS);
+  for (int token = 0; token < kTokens; token += TOKENS) {
+    ahead.take(int64_t(TOKENS) * head_dim * 2);
+    F32 acc[HEADS * TOKENS];
+    for (int i = 0; i < HEADS * TOKENS; ++i) acc[i] = zero();
     const uint16_t* row = keys + int64_t(token) * head_dim;
-    for (int32_t channel = 0; channel < head_dim; channel += F32::kLanes) {
-      const F32 key_even = load_bf16(row + channel);
-      const F32 key_odd = load_bf16(row + head_dim + channel);
-      for (int head = 0; head < HEADS; ++head) {
-        const F32 q = load(query + int64_t(head) * head_dim + channel);
-        even[head] = fma(key_even, q, even[head]);
-        odd[head] = fma(key_odd, q, odd[head]);
+    for (int32_t channel = 0; channel < head_dim; channel += kChunk) {
+      for (int t = 0; t < TOKENS; ++t) {
+        F32 even, odd;
+        load_chunk(row + int64_t(t) * head_dim, channel, head_dim, even, odd);
+        for (int head = 0; head < HEADS; ++head) {
+          const float* q = queries[head] + channel;
+          acc[head * TOKENS + t] = fma(even, load(q), acc[head * TOKENS + t]);
+          acc[head * TOKENS + t] = fma(odd, load(q + F32::kLanes), acc[head * TOKENS + t]);
+        }
       }
     }
+    float sums[HEADS * TOKENS];
+    sum_each<HEADS * TOKENS>(acc, sums);
     for (int head = 0; head < HEADS; ++head) {
-      scores[head][token] = sum(even[head]);
-      scores[head][token + 1] = sum(odd[head]);
+      for (int t = 0; t < TOKENS; ++t) scores[head][token + t] = sums[head * TOKENS + t];
     }
   }
 }
 
 // Turn scores into weights; returns the factor that older sums must be multiplied with.
-inline float softmax_step(float* scores, float* highest_score, float* weight_sum) {
+inline float softmax_step(float* scores, float& highest_score, float& weight_sum) {
   F32 top = load(scores);
   for (int token = F32::kLanes; token < kTokens; token += F32::kLanes) {
     top = max(top, load(scores + token));
   }
-  const float before = *highest_score;
-  const float now = highest(top) > before ? highest(top) : before;
-  const float factor = before == kMinusInfinity ? 0.0f : __builtin_exp2f(before - now);
+  const float before = highest_score;
+  const float block_top = highest(top);
+  const float now = block_top > before ? block_top : before;
+  const float factor = now == before ? 1.0f : __builtin_exp2f(before - now);
   const F32 shift = broadcast(now);
-  float added = 0.0f;
+  F32 added = zero();
   for (int token = 0; token < kTokens; token += F32::kLanes) {
     const F32 weight = exp2_nonpositive(sub(load(scores + token), shift));
     store(scores + token, weight);
-    added += sum(weight);
+    added = add(added, weight);
   }
-  *highest_score = now;
-  *weight_sum = *weight_sum * factor + added;
+  highest_score = now;
+  weight_sum = weight_sum * factor + sum(added);
   return factor;
 }
 
 template <int HEADS>
 inline void add_values(const uint16_t* values, int32_t head_dim, const float (*weights)[kTokens],
-                       const float* factors, float* sums) {
-  for (int32_t channel = 0; channel < head_dim; channel += F32::kLanes) {
-    F32 acc[HEADS];
+                       Ahead& ahead, float* const* sums) {
+  for (int32_t channel = 0; channel < head_dim; channel += kChunk) {
+    ahead.take(int64_t(kTokens) * kChunk * 2);
+    F32 even[HEADS], odd[HEADS];
     for (int head = 0; head < HEADS; ++head) {
-      acc[head] = mul(load(sums + int64_t(head) * head_dim + channel), broadcast(factors[head]));
+      even[head] = load(sums[head] + channel);
+      odd[head] = load(sums[head] + channel + F32::kLanes);
     }
     for (int token = 0; token < kTokens; ++token) {
-      const F32 value = load_bf16(values + int64_t(token) * head_dim + channel);
+      F32 value_even, value_odd;
+      load_chunk(values + int64_t(token) * head_dim, channel, head_dim, value_even, value_odd);
       for (int head = 0; head < HEADS; ++head) {
-        acc[head] = fma(value, broadcast(weights[head][token]), acc[head]);
+        const F32 weight = broadcast(weights[head][token]);
+        even[head] = fma(value_even, weight, even[head]);
+        odd[head] = fma(value_odd, weight, odd[head]);
       }
     }
     for (int head = 0; head < HEADS; ++head) {
-      store(sums + int64_t(head) * head_dim + channel, acc[head]);
+      store(sums[head] + channel, even[head]);
+      store(sums[head] + channel + F32::kLanes, odd[head]);
     }
   }
 }
 
+// The heads that share a run, and what they have so far.
+struct HeadsInRun {
+  const float* queries[fluxion::kMaxGroup];
+  float* sums[fluxion::kMaxGroup];
+  float* highest[fluxion::kMaxGroup];
+  float* weight_sums[fluxion::kMaxGroup];
+};
+
 template <int HEADS>
-inline void attend_block(const float* query, const uint16_t* block, int32_t head_dim,
-                         float* highest_scores, float* weight_sums, float* sums) {
+inline void attend_block(const HeadsInRun& heads, int first, const uint16_t* block,
+                         int32_t tokens, int32_t head_dim, const uint16_t* next) {
   float scores[HEADS][kTokens];
-  float factors[HEADS];
-  block_scores<HEADS>(query, block, head_dim, scores);
+  Ahead ahead{reinterpret_cast<const char*>(next)};
+  block_scores<HEADS>(heads.queries + first, block, head_dim, ahead, scores);
   for (int head = 0; head < HEADS; ++head) {
-    factors[head] = softmax_step(scores[head], highest_scores + head, weight_sums + head);
+    for (int token = tokens; token < kTokens; ++token) scores[head][token] = kMinusInfinity;
+    const float factor =
+        softmax_step(scores[head], *heads.highest[first + head], *heads.weight_sums[first + head]);
+    if (factor != 1.0f) {
+      float* sums = heads.sums[first + head];
+      for (int32_t i = 0; i < padded_dim(head_dim); i += F32::kLanes) {
+        store(sums + i, mul(load(sums + i), broadcast(factor)));
+      }
+    }
   }
-  add_values<HEADS>(block + int64_t(kTokens) * head_dim, head_dim, scores, factors, sums);
+  add_values<HEADS>(block + int64_t(kTokens) * head_dim, head_dim, scores, ahead,
+                    heads.sums + first);
 }
 
-inline void prefetch_block(const uint16_t* block, int32_t head_dim) {
-  const char* bytes = reinterpret_cast<const char*>(block);
-  const int64_t block_bytes = int64_t(2) * kTokens * head_dim * sizeof(uint16_t);
-  for (int64_t offset = 0; offset < block_bytes; offset += 64) prefetch(bytes + offset);
+inline void attend_heads(const HeadsInRun& heads, int num_heads, const uint16_t* block,
+                         int32_t tokens, int32_t head_dim, const uint16_t* next) {
+  int first = 0;
+  for (; num_heads - first >= 4; first += 4) {
+    attend_block<4>(heads, first, block, tokens, head_dim, next);
+    next = nullptr;  // on its way
+  }
+  switch (num_heads - first) {
+    case 3: return attend_block<3>(heads, first, block, tokens, head_dim, next);
+    case 2: return attend_block<2>(heads, first, block, tokens, head_dim, next);
+    case 1: return attend_block<1>(heads, first, block, tokens, head_dim, next);
+    default: return;
+  }
 }
 
 void attend_runs(const float* query, int32_t group, int32_t head_dim,
-                 const fluxion::BlockRun* runs, int32_t num_runs, float* output, float* lse,
-                 float* scratch) {
+                 const fluxion::BlockRun* runs, int32_t num_runs, const uint16_t* ahead, fluxion::PartialState state) {
   const float scale = kLog2E / __builtin_sqrtf(float(head_dim));
-  float* scaled = scratch;  // [group][head_dim]
-  float* highest_scores = scratch + int64_t(group) * head_dim;
-  float* weight_sums = highest_scores + group;
-  for (int64_t i = 0; i < int64_t(group) * head_dim; ++i) {
-    scaled[i] = query[i] * scale;
-    output[i] = 0.0f;
-  }
+  const int32_t padded = padded_dim(head_dim);
+  alignas(64) float queries[fluxion::kMaxGroup * fluxion::kMaxHeadDim];
+  alignas(64) float sums[fluxion::kMaxGroup * fluxion::kMaxHeadDim];
+  for (int64_t i = 0; i < int64_t(group) * padded; ++i) queries[i] = sums[i] = 0.0f;
   for (int32_t head = 0; head < group; ++head) {
-    highest_scores[head] = kMinusInfinity;
-    weight_sums[head] = 0.0f;
+    for (int32_t channel = 0; channel < head_dim; ++channel) {
+      queries[head * padded + place_of(channel)] = query[head * head_dim + channel] * scale;
+    }
+    state.highest[head] = kMinusInfinity;
+    state.weight_sums[head] = 0.0f;
   }
   const int64_t block_elements = int64_t(2) * kTokens * head_dim;
   for (int32_t r = 0; r < num_runs; ++r) {
+    HeadsInRun heads;
+    int num_heads = 0;
+    for (int32_t head = 0; head < group; ++head) {
+      if (!(runs[r].heads >> head & 1)) continue;
+      heads.queries[num_heads] = queries + head * padded;
+      heads.sums[num_heads] = sums + head * padded;
+      heads.highest[num_heads] = state.highest + head;
+      heads.weight_sums[num_heads] = state.weight_sums + head;
+      ++num_heads;
+    }
     for (int32_t b = 0; b < runs[r].num_blocks; ++b) {
       const uint16_t* block = runs[r].blocks + b * block_elements;
-      if (b + 1 < runs[r].num_blocks) {
-        prefetch_block(block + block_elements, head_dim);
-      } else if (r + 1 < num_runs) {
-        prefetch_block(runs[r + 1].blocks, head_dim);
-      }
-      int32_t head = 0;
-      for (; head + 4 <= group; head += 4) {
-        attend_block<4>(scaled + int64_t(head) * head_dim, block, head_dim, highest_scores + head,
-                        weight_sums + head, output + int64_t(head) * head_dim);
-      }
-      const float* q = scaled + int64_t(head) * head_dim;
-      float* o = output + int64_t(head) * head_dim;
-      switch (group - head) {
-        case 3:
-          attend_block<3>(q, block, head_dim, highest_scores + head, weight_sums + head, o);
-          break;
-        case 2:
-          attend_block<2>(q, block, head_dim, highest_scores + head, weight_sums + head, o);
-          break;
-        case 1:
-          attend_block<1>(q, block, head_dim, highest_scores + head, weight_sums + head, o);
-          break;
-        default:
-          break;
-      }
+      const bool is_last = b + 1 == runs[r].num_blocks;
+      const uint16_t* next = !is_last           ? block + block_elements
+                             : r + 1 < num_runs ? runs[r + 1].blocks
+                                                : ahead;
+      attend_heads(heads, num_heads, block, is_last ? runs[r].last_tokens : kTokens, head_dim, next);
     }
   }
   for (int32_t head = 0; head < group; ++head) {
-    if (weight_sums[head] == 0.0f) {
-      lse[head] = kMinusInfinity;
-      continue;
-    }
-    const float inverse = 1.0f / weight_sums[head];
     for (int32_t channel = 0; channel < head_dim; ++channel) {
-      output[int64_t(head) * head_dim + channel] *= inverse;
+      state.sums[head * head_dim + channel] = sums[head * padded + place_of(channel)];
     }
-    lse[head] = (highest_scores[head] + __builtin_log2f(weight_sums[head])) * kLn2;
   }
 }
 

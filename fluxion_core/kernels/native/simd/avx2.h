@@ -17,6 +17,7 @@ inline F32 broadcast(float value) { return {_mm256_set1_ps(value)}; }
 inline F32 zero() { return {_mm256_setzero_ps()}; }
 inline F32 fma(F32 a, F32 b, F32 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 inline F32 mul(F32 a, F32 b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline F32 add(F32 a, F32 b) { return {_mm256_add_ps(a.v, b.v)}; }
 inline F32 sub(F32 a, F32 b) { return {_mm256_sub_ps(a.v, b.v)}; }
 inline F32 max(F32 a, F32 b) { return {_mm256_max_ps(a.v, b.v)}; }
 
@@ -32,9 +33,197 @@ inline float highest(F32 a) {
   return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
 }
 
-inline F32 load_bf16(const uint16_t* from) {
-  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16))};
+// Sums of eight vectors, in order.
+inline __m256 sums_of_eight(const F32* a) {
+  const auto fold = [](__m256 x, __m256 y) {
+    return _mm256_add_ps(_mm256_unpacklo_ps(x, y), _mm256_unpackhi_ps(x, y));
+  };
+  const auto fold_pairs = [](__m256 x, __m256 y) {
+    return _mm256_add_ps(_mm256_shuffle_ps(x, y, 0x44), _mm256_shuffle_ps(x, y, 0xee));
+  };
+  const __m256 low = fold_pairs(fold(a[0].v, a[1].v), fold(a[2].v, a[3].v));
+  const __m256 high = fold_pairs(fold(a[4].v, a[5].v), fold(a[6].v, a[7].v));
+  return _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20),
+                       _mm256_permute2f128_ps(low, high, 0x31));
+}
+template <int N>
+inline void sum_each(const F32* a, float* to) {
+  int i = 0;
+  for (; i + 8 <= N; i += 8) _mm256_storeu_ps(to + i, sums_of_eight(a + i));
+  for (; i < N; ++i) to[i] = sum(a[i]);
+}
+
+// Sixteen bf16: the even and the odd ones.
+inline void load_pairs(const uint16_t* from, F32& even, F32& odd) {
+  const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  even = {_mm256_castsi256_ps(_mm256_slli_epi32(words, 16))};
+  odd = {_mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(int(0xffff0000))))};
+}
+inline void load_pairs_16(const uint16_t* from, F32& even, F32& odd) { load_pairs(from, even, odd); }
+
+// Tokens that go through a block together so that there are enough sums in flight, yet in registers.
+constexpr int tokens_at_once(int heads) { return heads == 1 ? 8 : heads == 2 ? 4 : heads == 3 ? 4 : 2; }
+constexpr int kScoreHeads = 4;
+
+// Eight digest words at `offset` of the parts that lanes [8 * vector, 8 * vector + 8) come from.
+template <int WIDTH>
+inline void load_words(const uint32_t* const* parts, int vector, int64_t offset, F32& low,
+                       F32& high) {
+  __m256i words;
+  if constexpr (WIDTH == 16) {
+    words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(parts[0] + offset + vector * 8));
+  } else if constexpr (WIDTH == 8) {
+    words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(parts[vector] + offset));
+  } else if constexpr (WIDTH == 4) {
+    words = _mm256_loadu2_m128i(reinterpret_cast<const __m128i*>(parts[2 * vector + 1] + offset),
+                                reinterpret_cast<const __m128i*>(parts[2 * vector] + offset));
+  } else {
+    alignas(32) uint32_t lanes[8];
+    for (int i = 0; i < 8; ++i) lanes[i] = parts[(vector * 8 + i) / WIDTH][offset + i % WIDTH];
+    words = _mm256_load_si256(reinterpret_cast<const __m256i*>(lanes));
+  }
+  low = {_mm256_castsi256_ps(_mm256_slli_epi32(words, 16))};
+  high = {_mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(int(0xffff0000))))};
+}
+
+// Integers in the order of the floats.
+inline int32_t ordered_bits(float a) {
+  a += 0.0f;  // one zero
+  int32_t bits;
+  __builtin_memcpy(&bits, &a, sizeof bits);
+  return bits ^ ((bits >> 31) & 0x7fffffff);
+}
+inline __m256i ordered_bits(const float* from) {
+  const __m256i bits =
+      _mm256_castps_si256(_mm256_add_ps(_mm256_loadu_ps(from), _mm256_setzero_ps()));
+  return _mm256_xor_si256(bits, _mm256_srli_epi32(_mm256_srai_epi32(bits, 31), 1));
+}
+inline void ordered_range(const float* from, int32_t count, int32_t& lowest, int32_t& highest) {
+  lowest = highest = ordered_bits(from[0]);
+  int32_t i = 0;
+  if (count >= 8) {
+    __m256i low = ordered_bits(from), high = low;
+    for (i = 8; i + 8 <= count; i += 8) {
+      const __m256i bits = ordered_bits(from + i);
+      low = _mm256_min_epi32(low, bits);
+      high = _mm256_max_epi32(high, bits);
+    }
+    int32_t lows[8], highs[8];
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(lows), low);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(highs), high);
+    for (int lane = 0; lane < 8; ++lane) {
+      lowest = lows[lane] < lowest ? lows[lane] : lowest;
+      highest = highs[lane] > highest ? highs[lane] : highest;
+    }
+  }
+  for (; i < count; ++i) {
+    const int32_t bits = ordered_bits(from[i]);
+    lowest = bits < lowest ? bits : lowest;
+    highest = bits > highest ? bits : highest;
+  }
+}
+inline int32_t count_at_least(const float* from, int32_t count, int32_t threshold) {
+  // Compares give -1; four sums, so that none waits for another.
+  const __m256i below = _mm256_set1_epi32(threshold - 1);
+  __m256i sums[4];
+  for (__m256i& sum : sums) sum = _mm256_setzero_si256();
+  int32_t i = 0;
+  for (; i + 32 <= count; i += 32) {
+    for (int part = 0; part < 4; ++part) {
+      sums[part] = _mm256_add_epi32(
+          sums[part], _mm256_cmpgt_epi32(ordered_bits(from + i + part * 8), below));
+    }
+  }
+  int32_t lanes[8];
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes),
+                      _mm256_add_epi32(_mm256_add_epi32(sums[0], sums[1]),
+                                       _mm256_add_epi32(sums[2], sums[3])));
+  int32_t found = 0;
+  for (int32_t lane : lanes) found -= lane;
+  for (; i < count; ++i) found += ordered_bits(from[i]) >= threshold;
+  return found;
+}
+
+inline void value_range(const float* from, int32_t count, float& low, float& high) {
+  int32_t i = 0;
+  low = high = from[0];
+  if (count >= 8) {
+    __m256 lows = _mm256_loadu_ps(from), highs = lows;
+    for (i = 8; i + 8 <= count; i += 8) {
+      const __m256 values = _mm256_loadu_ps(from + i);
+      lows = _mm256_min_ps(lows, values);
+      highs = _mm256_max_ps(highs, values);
+    }
+    low = -highest({_mm256_sub_ps(_mm256_setzero_ps(), lows)});
+    high = highest({highs});
+  }
+  for (; i < count; ++i) {
+    low = from[i] < low ? from[i] : low;
+    high = from[i] > high ? from[i] : high;
+  }
+}
+// (value - low) * scale as bytes; zeros up to the next multiple of 64.
+inline void to_bytes(const float* from, int32_t count, float low, float scale, uint8_t* to) {
+  const __m256 shift = _mm256_set1_ps(low), factor = _mm256_set1_ps(scale);
+  const auto part = [&](const float* at) {
+    return _mm256_cvttps_epi32(_mm256_mul_ps(_mm256_sub_ps(_mm256_loadu_ps(at), shift), factor));
+  };
+  // Packing works within halves; this puts the fours back in order.
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  int32_t i = 0;
+  for (; i + 32 <= count; i += 32) {
+    const __m256i first = _mm256_packs_epi32(part(from + i), part(from + i + 8));
+    const __m256i second = _mm256_packs_epi32(part(from + i + 16), part(from + i + 24));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i),
+                        _mm256_permutevar8x32_epi32(_mm256_packus_epi16(first, second), order));
+  }
+  for (; i < count; ++i) {
+    const int32_t byte = int32_t((from[i] - low) * scale);
+    to[i] = uint8_t(byte < 0 ? 0 : byte > 255 ? 255 : byte);
+  }
+  for (; i % 64; ++i) to[i] = 0;
+}
+inline __m256i is_at_least(const uint8_t* from, __m256i threshold) {
+  const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return _mm256_cmpeq_epi8(_mm256_max_epu8(bytes, threshold), bytes);
+}
+// threshold: 1 to 255.
+inline int32_t count_bytes_at_least(const uint8_t* from, int32_t count, int32_t threshold) {
+  const __m256i limit = _mm256_set1_epi8(char(threshold));
+  __m256i total = _mm256_setzero_si256();
+  const int32_t end = (count + 63) / 64 * 64;
+  for (int32_t first = 0; first < end; first += 64 * 255) {
+    const int32_t stop = end - first < 64 * 255 ? end : first + 64 * 255;
+    __m256i a = _mm256_setzero_si256(), b = a;  // counts of up to 255 in every byte
+    for (int32_t i = first; i < stop; i += 64) {
+      a = _mm256_sub_epi8(a, is_at_least(from + i, limit));
+      b = _mm256_sub_epi8(b, is_at_least(from + i + 32, limit));
+    }
+    total = _mm256_add_epi64(total, _mm256_sad_epu8(a, _mm256_setzero_si256()));
+    total = _mm256_add_epi64(total, _mm256_sad_epu8(b, _mm256_setzero_si256()));
+  }
+  int64_t lanes[4];
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes), total);
+  return int32_t(lanes[0] + lanes[1] + lanes[2] + lanes[3]);
+}
+// One bit for each of 64 bytes.
+inline uint64_t bytes_at_least(const uint8_t* from, int32_t threshold) {
+  const __m256i limit = _mm256_set1_epi8(char(threshold));
+  return uint64_t(uint32_t(_mm256_movemask_epi8(is_at_least(from, limit)))) |
+         uint64_t(uint32_t(_mm256_movemask_epi8(is_at_least(from + 32, limit)))) << 32;
+}
+
+using Words = __m256i;
+inline Words zero_words() { return _mm256_setzero_si256(); }
+inline Words add_words(Words sum, const char* from) {  // 256 bytes
+  const __m256i* words = reinterpret_cast<const __m256i*>(from);
+  for (int i = 0; i < 8; ++i) sum = _mm256_add_epi64(sum, _mm256_loadu_si256(words + i));
+  return sum;
+}
+inline uint64_t total_words(Words sum) {
+  uint64_t lanes[4];
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes), sum);
+  return lanes[0] + lanes[1] + lanes[2] + lanes[3];
 }
 
 // 2^a, for a <= 0; relative error below 2e-7, 0 below -126.

@@ -32,6 +32,10 @@ inline F32 mul(F32 a, F32 b) {
   for (int i = 0; i < F32::kLanes; ++i) a.v[i] *= b.v[i];
   return a;
 }
+inline F32 add(F32 a, F32 b) {
+  for (int i = 0; i < F32::kLanes; ++i) a.v[i] += b.v[i];
+  return a;
+}
 inline F32 sub(F32 a, F32 b) {
   for (int i = 0; i < F32::kLanes; ++i) a.v[i] -= b.v[i];
   return a;
@@ -49,14 +53,101 @@ inline float highest(F32 a) {
   return top;
 }
 
-inline F32 load_bf16(const uint16_t* from) {
-  F32 a;
-  for (int i = 0; i < F32::kLanes; ++i) {
-    const uint32_t bits = uint32_t(from[i]) << 16;
-    memcpy(a.v + i, &bits, sizeof bits);
-  }
+template <int N>
+inline void sum_each(const F32* a, float* to) {
+  for (int i = 0; i < N; ++i) to[i] = sum(a[i]);
+}
+
+inline float from_bits(uint32_t bits) {
+  float a;
+  memcpy(&a, &bits, sizeof bits);
   return a;
 }
+// Sixteen bf16: the even and the odd ones.
+inline void load_pairs(const uint16_t* from, F32& even, F32& odd) {
+  for (int i = 0; i < F32::kLanes; ++i) {
+    even.v[i] = from_bits(uint32_t(from[2 * i]) << 16);
+    odd.v[i] = from_bits(uint32_t(from[2 * i + 1]) << 16);
+  }
+}
+inline void load_pairs_16(const uint16_t* from, F32& even, F32& odd) { load_pairs(from, even, odd); }
+
+constexpr int tokens_at_once(int) { return 2; }
+constexpr int kScoreHeads = 4;
+
+// Eight digest words at `offset` of the parts that lanes [8 * vector, 8 * vector + 8) come from.
+template <int WIDTH>
+inline void load_words(const uint32_t* const* parts, int vector, int64_t offset, F32& low,
+                       F32& high) {
+  for (int i = 0; i < F32::kLanes; ++i) {
+    const int lane = vector * F32::kLanes + i;
+    const uint32_t word = parts[lane / WIDTH][offset + lane % WIDTH];
+    low.v[i] = from_bits(word << 16);
+    high.v[i] = from_bits(word & 0xffff0000u);
+  }
+}
+
+// Integers in the order of the floats.
+inline int32_t ordered_bits(float a) {
+  a += 0.0f;  // one zero
+  int32_t bits;
+  memcpy(&bits, &a, sizeof bits);
+  return bits ^ ((bits >> 31) & 0x7fffffff);
+}
+inline void ordered_range(const float* from, int32_t count, int32_t& lowest, int32_t& highest) {
+  lowest = highest = ordered_bits(from[0]);
+  for (int32_t i = 1; i < count; ++i) {
+    const int32_t bits = ordered_bits(from[i]);
+    lowest = bits < lowest ? bits : lowest;
+    highest = bits > highest ? bits : highest;
+  }
+}
+inline int32_t count_at_least(const float* from, int32_t count, int32_t threshold) {
+  int32_t found = 0;
+  for (int32_t i = 0; i < count; ++i) found += ordered_bits(from[i]) >= threshold;
+  return found;
+}
+
+inline void value_range(const float* from, int32_t count, float& low, float& high) {
+  low = high = from[0];
+  for (int32_t i = 1; i < count; ++i) {
+    low = from[i] < low ? from[i] : low;
+    high = from[i] > high ? from[i] : high;
+  }
+}
+// (value - low) * scale as bytes; zeros up to the next multiple of 64.
+inline void to_bytes(const float* from, int32_t count, float low, float scale, uint8_t* to) {
+  int32_t i = 0;
+  for (; i < count; ++i) {
+    const float byte = (from[i] - low) * scale;
+    to[i] = uint8_t(byte > 0.0f ? byte < 255.0f ? byte : 255.0f : 0.0f);
+  }
+  for (; i % 64; ++i) to[i] = 0;
+}
+// threshold: 1 to 255.
+inline int32_t count_bytes_at_least(const uint8_t* from, int32_t count, int32_t threshold) {
+  int32_t found = 0;
+  for (int32_t i = 0; i < count; ++i) found += from[i] >= threshold;
+  return found;
+}
+// One bit for each of 64 bytes.
+inline uint64_t bytes_at_least(const uint8_t* from, int32_t threshold) {
+  uint64_t marks = 0;
+  for (int i = 0; i < 64; ++i) marks |= uint64_t(from[i] >= threshold) << i;
+  return marks;
+}
+
+using Words = uint64_t;
+inline Words zero_words() { return 0; }
+inline Words add_words(Words sum, const char* from) {  // 256 bytes
+  for (int i = 0; i < 32; ++i) {
+    uint64_t word;
+    memcpy(&word, from + 8 * i, sizeof word);
+    sum += word;
+  }
+  return sum;
+}
+inline uint64_t total_words(Words sum) { return sum; }
 
 // 2^a, for a <= 0; relative error below 2e-7, 0 below -126.
 inline F32 exp2_nonpositive(F32 a) {

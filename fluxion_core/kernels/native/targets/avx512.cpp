@@ -2,6 +2,10 @@
 #include "simd/avx512.h"
 
 #include "ops/block_digest.inl"
+#include "ops/block_score.inl"
+#include "ops/block_topk.inl"
+#include "ops/read_limit.inl"
 #include "ops/sparse_attention.inl"
 
-const fluxion::KernelTable fluxion::kAvx512Kernels = {"avx512", digest_blocks, copy_past_cache, attend_runs};
+const fluxion::KernelTable fluxion::kAvx512Kernels = {
+    "avx512", digest_blocks, copy_past_cache, score_tiles, choose_top, attend_runs, read_pieces};

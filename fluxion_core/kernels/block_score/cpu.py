@@ -1,0 +1,70 @@
+"""Scores of blocks from their digests, in place in the slabs. Native; the GIL is released."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fluxion_core.errors import ShapeError
+from fluxion_core.geometry import BLOCK_SIZES, KvGeometry
+from fluxion_core.kernels import _native
+from fluxion_core.kernels.isa import MAX_GROUP, native_layout
+
+
+def score_blocks(
+    geometry: KvGeometry,
+    slab_table: Tensor,
+    layer: int,
+    kv_head: int,
+    level: int,
+    blocks: range,
+    query: Tensor,
+) -> Tensor:
+    """Bound the best q.k of every block from above, without reading its keys.
+
+    The result for a block is never below max(q.k) over its keys, up to float32 rounding. Loose by
+    design: it reads 2 / block size of K.
+
+    Args:
+        geometry: layout of the slabs.
+        slab_table: [slabs] int64, addresses in token order.
+        layer: 0 to num_layers - 1.
+        kv_head: 0 to num_kv_heads - 1.
+        level: index into BLOCK_SIZES.
+        blocks: consecutive blocks of that level, all complete.
+        query: [group, head_dim] float32, rotary applied, not scaled, contiguous.
+
+    Returns:
+        [group, blocks] float32, unscaled: divide by sqrt(head_dim) before comparing with an lse.
+
+    Raises:
+        ShapeError: shapes, dtypes or ranges differ from the above.
+
+    Cost: reads 4 * head_dim bytes per block.
+    Source: Quest (arXiv:2406.10774).
+    """
+    group, head_dim = query.shape
+    if head_dim != geometry.head_dim or not 1 <= group <= MAX_GROUP:
+        raise ShapeError(f"query {tuple(query.shape)} does not fit {geometry}")
+    if query.dtype != torch.float32 or not query.is_contiguous():
+        raise ShapeError(f"query is {query.dtype}; need contiguous float32")
+    if not 0 <= layer < geometry.num_layers or not 0 <= kv_head < geometry.num_kv_heads:
+        raise ShapeError(f"layer {layer}, KV head {kv_head} of {geometry}")
+    if slab_table.dtype != torch.int64 or not 0 <= level < len(BLOCK_SIZES):
+        raise ShapeError(f"slab table of {slab_table.dtype}, level {level}")
+    if blocks.step != 1 or blocks.stop > slab_table.numel() * geometry.level_blocks(level):
+        raise ShapeError(f"blocks {blocks} of {slab_table.numel()} slabs")
+    scores = torch.empty(group, len(blocks))
+    _native.score_blocks(
+        native_layout(geometry),
+        slab_table.data_ptr(),
+        layer,
+        kv_head,
+        level,
+        blocks.start,
+        len(blocks),
+        query.data_ptr(),
+        group,
+        scores.data_ptr(),
+    )
+    return scores

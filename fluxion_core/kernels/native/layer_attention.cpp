@@ -1,0 +1,273 @@
+#include "layer_attention.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <stdexcept>
+
+namespace fluxion {
+namespace {
+
+constexpr int64_t kScoreChunkBytes = 128 << 10;
+constexpr int64_t kAttendChunkBytes = 256 << 10;
+constexpr float kLn2 = 0.69314718055994530942f;
+constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+
+constexpr int32_t kScore = 0, kSelect = 1, kAttend = 2;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace
+
+LayerAttention::LayerAttention(const SlabLayout& layout, const int64_t* sequences, int64_t batch,
+                               int64_t heads)
+    : layout_(layout), group_(heads / layout.kv_heads), heads_(heads) {
+  if (heads <= 0 || heads % layout.kv_heads || group_ > kMaxGroup) {
+    throw std::invalid_argument("query heads: a multiple of the KV heads, up to 16 to each");
+  }
+  attend_chunk_blocks_ = int32_t(std::max<int64_t>(1, kAttendChunkBytes / layout.block_bytes));
+  for (int64_t i = 0; i < batch; ++i, sequences += 5) {
+    sequences_.push_back({reinterpret_cast<const int64_t*>(sequences[0]), sequences[1],
+                          sequences[2], sequences[3], sequences[4]});
+  }
+  tasks_.resize(size_t(batch * layout.kv_heads));
+  priorities_.resize(tasks_.size());
+  read_bytes_.resize(size_t(batch));
+}
+
+void LayerAttention::submit(TaskPool& pool, int64_t layer, const float* query,
+                            int64_t query_stride, const int32_t* levels, const int32_t* budgets,
+                            float* output, float* lse, int64_t wake_bytes) {
+  layer_ = layer;
+  query_ = query;
+  query_stride_ = query_stride;
+  output_ = output;
+  lse_ = lse;
+  for (size_t i = 0; i < tasks_.size(); ++i) {
+    Task& task = tasks_[i];
+    task.sequence = int64_t(i) / layout_.kv_heads;
+    task.kv_head = int64_t(i) % layout_.kv_heads;
+    task.level = levels[i];
+    task.budgets = budgets + int64_t(i) * group_;
+    task.bytes = {};
+    const SequenceView& sequence = sequences_[size_t(task.sequence)];
+    if (sequence.region_end <= sequence.region_begin) task.level = kReadNothing;
+    if (task.level >= 0) {
+      const int64_t size = int64_t(kBlockTokens) << task.level;
+      task.first_block = int32_t(sequence.region_begin / size);
+      task.num_blocks = int32_t(ceil_div(sequence.region_end, size)) - task.first_block;
+    }
+    priorities_[i] = planned_bytes(task);
+  }
+  pool.submit(this, priorities_, wake_bytes);
+}
+
+void LayerAttention::count_bytes() {
+  for (const Task& task : tasks_) {
+    ReadBytes& total = read_bytes_[size_t(task.sequence)];
+    total.scanned += task.bytes.scanned;
+    total.attended += task.bytes.attended;
+  }
+}
+
+// Upper bound of what a task reads: no union is larger than the sum of its heads' budgets.
+int64_t LayerAttention::planned_bytes(const Task& task) const {
+  const SequenceView& sequence = sequences_[size_t(task.sequence)];
+  const int64_t token_bytes = layout_.block_bytes / kBlockTokens;
+  const int64_t region = sequence.region_end - sequence.region_begin;
+  int64_t bytes = sequence.attends_rest ? (sequence.num_tokens - region) * token_bytes : 0;
+  if (task.level == kReadAll) bytes += region * token_bytes;
+  if (task.level < 0) return bytes;
+  int64_t blocks = 0;
+  for (int64_t head = 0; head < group_; ++head) blocks += task.budgets[head];
+  const int64_t tokens = blocks * (int64_t(kBlockTokens) << task.level);
+  return bytes + std::min(tokens, region) * token_bytes + task.num_blocks * layout_.head_dim * 4;
+}
+
+int32_t LayerAttention::open(int32_t index, int32_t phase) {
+  Task& task = tasks_[size_t(index)];
+  switch (phase) {
+    case kScore:
+      return task.level >= 0 ? open_scores(task) : 0;
+    case kSelect:
+      return task.level >= 0 ? int32_t(group_) : 0;
+    default:
+      return open_attend(task);
+  }
+}
+
+int32_t LayerAttention::open_scores(Task& task) {
+  const SequenceView& sequence = sequences_[size_t(task.sequence)];
+  const int32_t width = layout_.tile_blocks(task.level);
+  const int64_t slab_blocks = layout_.slab_blocks >> task.level;
+  const int64_t slab_tiles = slab_blocks / width;
+  const int64_t first_tile = task.first_block / width;
+  const int64_t end_tile = ceil_div(task.first_block + task.num_blocks, width);
+  const int64_t tile_words = int64_t(width) * layout_.head_dim;
+  task.tiles.clear();
+  for (int64_t tile = first_tile; tile < end_tile; ++tile) {
+    const uintptr_t slab = uintptr_t(sequence.slabs[tile / slab_tiles]);
+    const char* level = layout_.digests(slab, layer_, task.kv_head) + layout_.level_offset[task.level];
+    task.tiles.push_back(reinterpret_cast<const uint32_t*>(level) + tile % slab_tiles * tile_words);
+  }
+  task.skip_scores = int32_t(task.first_block - first_tile * width);
+  task.score_stride = ceil_div((end_tile - first_tile) * width, 64) * 64;
+  task.scores.resize(size_t(task.score_stride * group_));
+  task.chosen.resize(size_t(ceil_div(task.num_blocks, 64) * group_));
+  task.select_scratch.resize(size_t(top_scratch_bytes(task.num_blocks) * group_));
+  task.bytes.scanned = (end_tile - first_tile) * tile_words * 4;
+  const int64_t chunk_tiles = std::max<int64_t>(1, kScoreChunkBytes / (tile_words * 4));
+  return int32_t(ceil_div(int64_t(task.tiles.size()), chunk_tiles));
+}
+
+int32_t LayerAttention::open_attend(Task& task) {
+  const SequenceView& sequence = sequences_[size_t(task.sequence)];
+  const uint16_t all = uint16_t((1u << group_) - 1);
+  task.runs.clear();
+  task.chunks.clear();
+  if (sequence.attends_rest) add_range(task, 0, std::min(sequence.region_begin, sequence.num_tokens), all);
+  if (task.level == kReadAll) {
+    add_range(task, sequence.region_begin, sequence.region_end, all);
+    task.bytes.attended = (sequence.region_end - sequence.region_begin) / kBlockTokens * layout_.block_bytes;
+  } else if (task.level >= 0) {
+    const int64_t words = ceil_div(task.num_blocks, 64);
+    const int64_t size = int64_t(kBlockTokens) << task.level;
+    for (int64_t word = 0; word < words; ++word) {
+      uint64_t any = 0;
+      for (int64_t head = 0; head < group_; ++head) any |= task.chosen[size_t(head * words + word)];
+      for (; any; any &= any - 1) {
+        const int bit = __builtin_ctzll(any);
+        uint16_t heads = 0;
+        for (int64_t head = 0; head < group_; ++head) {
+          heads |= uint16_t((task.chosen[size_t(head * words + word)] >> bit & 1) << head);
+        }
+        const int64_t block = task.first_block + word * 64 + bit;
+        const int64_t begin = std::max(block * size, sequence.region_begin);
+        const int64_t end = std::min((block + 1) * size, sequence.region_end);
+        add_range(task, begin, end, heads);
+        task.bytes.attended += (end - begin) / kBlockTokens * layout_.block_bytes;
+      }
+    }
+  }
+  if (sequence.attends_rest && sequence.region_end < sequence.num_tokens) {
+    add_range(task, std::max(sequence.region_begin, sequence.region_end), sequence.num_tokens, all);
+  }
+  task.partials.resize(task.chunks.size() * size_t(group_ * (layout_.head_dim + 2)));
+  return int32_t(task.chunks.size());
+}
+
+// Tokens [begin, end) from a block's start on, cut where slabs and chunks end.
+void LayerAttention::add_range(Task& task, int64_t begin, int64_t end, uint16_t heads) {
+  for (int64_t block = begin / kBlockTokens; block * kBlockTokens < end;) {
+    const int64_t inside = block % layout_.slab_blocks;
+    const int64_t left = ceil_div(end, kBlockTokens) - block;
+    const int64_t count = std::min(left, layout_.slab_blocks - inside);
+    const int64_t tail = count == left ? (end - 1) % kBlockTokens + 1 : int64_t(kBlockTokens);
+    add_blocks(task, block, count, heads, uint16_t(tail));
+    block += count;
+  }
+}
+
+// Blocks that follow each other in memory. What adjoins the last run and is for the same heads
+// lengthens it, so that the same blocks give the same runs however they came to be chosen.
+void LayerAttention::add_blocks(Task& task, int64_t first, int64_t count, uint16_t heads,
+                                uint16_t last_tokens) {
+  const SequenceView& sequence = sequences_[size_t(task.sequence)];
+  const uintptr_t slab = uintptr_t(sequence.slabs[first / layout_.slab_blocks]);
+  const char* at = layout_.blocks(slab, layer_, task.kv_head) +
+                   first % layout_.slab_blocks * layout_.block_bytes;
+  while (count > 0) {
+    if (task.chunks.empty() || task.blocks_in_last_chunk == attend_chunk_blocks_) {
+      task.chunks.push_back({int32_t(task.runs.size()), 0});
+      task.blocks_in_last_chunk = 0;
+    }
+    Chunk& chunk = task.chunks.back();
+    const int32_t here =
+        int32_t(std::min<int64_t>(count, attend_chunk_blocks_ - task.blocks_in_last_chunk));
+    const uint16_t tokens = here == count ? last_tokens : uint16_t(kBlockTokens);
+    BlockRun* last = chunk.num_runs ? &task.runs.back() : nullptr;
+    if (last && last->heads == heads &&
+        reinterpret_cast<const char*>(last->blocks) + last->num_blocks * layout_.block_bytes == at) {
+      last->num_blocks += here;
+      last->last_tokens = tokens;
+    } else {
+      task.runs.push_back({reinterpret_cast<const uint16_t*>(at), here, heads, tokens});
+      ++chunk.num_runs;
+    }
+    task.blocks_in_last_chunk += here;
+    at += here * layout_.block_bytes;
+    count -= here;
+  }
+}
+
+PartialState LayerAttention::partial(Task& task, int32_t chunk) {
+  float* start = task.partials.data() + size_t(chunk) * size_t(group_ * (layout_.head_dim + 2));
+  return {start, start + group_ * layout_.head_dim, start + group_ * (layout_.head_dim + 1)};
+}
+
+void LayerAttention::run(int32_t index, int32_t phase, int32_t chunk) {
+  Task& task = tasks_[size_t(index)];
+  const float* query =
+      query_ + task.sequence * query_stride_ + task.kv_head * group_ * layout_.head_dim;
+  const int32_t group = int32_t(group_), head_dim = int32_t(layout_.head_dim);
+  switch (phase) {
+    case kScore: {
+      const int32_t width = layout_.tile_blocks(task.level);
+      const int64_t tile_bytes = int64_t(width) * head_dim * 4;
+      const int32_t chunk_tiles = int32_t(std::max<int64_t>(1, kScoreChunkBytes / tile_bytes));
+      const int32_t first = chunk * chunk_tiles;
+      const int32_t count = std::min(chunk_tiles, int32_t(task.tiles.size()) - first);
+      return kernels().score_tiles(query, group, head_dim, task.tiles.data() + first, count,
+                                   int32_t(task.tiles.size()) - first - count, width,
+                                   task.scores.data() + int64_t(first) * width, task.score_stride);
+    }
+    case kSelect: {
+      const int64_t words = ceil_div(task.num_blocks, 64);
+      kernels().choose_top(task.scores.data() + chunk * task.score_stride + task.skip_scores,
+                           task.num_blocks, task.budgets[chunk],
+                           task.chosen.data() + chunk * words,
+                           task.select_scratch.data() + chunk * top_scratch_bytes(task.num_blocks));
+      return;
+    }
+    default: {
+      const Chunk& part = task.chunks[size_t(chunk)];
+      const size_t end = size_t(part.first_run + part.num_runs);
+      // Mostly the same thread goes on with the next chunk.
+      const uint16_t* ahead = end < task.runs.size() ? task.runs[end].blocks : nullptr;
+      return kernels().attend_runs(query, group, head_dim, task.runs.data() + part.first_run,
+                                   part.num_runs, ahead, partial(task, chunk));
+    }
+  }
+}
+
+void LayerAttention::close(int32_t index) {
+  Task& task = tasks_[size_t(index)];
+  const int64_t dim = layout_.head_dim;
+  const int64_t row = task.sequence * heads_ + task.kv_head * group_;
+  for (int64_t head = 0; head < group_; ++head) {
+    float* output = output_ + (row + head) * dim;
+    std::fill(output, output + dim, 0.0f);
+    float highest = kMinusInfinity;
+    for (size_t chunk = 0; chunk < task.chunks.size(); ++chunk) {
+      highest = std::max(highest, partial(task, int32_t(chunk)).highest[head]);
+    }
+    if (highest == kMinusInfinity) {
+      lse_[row + head] = kMinusInfinity;
+      continue;
+    }
+    float weight_sum = 0.0f;
+    for (size_t chunk = 0; chunk < task.chunks.size(); ++chunk) {
+      const PartialState part = partial(task, int32_t(chunk));
+      if (part.highest[head] == kMinusInfinity) continue;
+      const float factor = std::exp2(part.highest[head] - highest);
+      weight_sum += part.weight_sums[head] * factor;
+      const float* sums = part.sums + head * dim;
+      for (int64_t i = 0; i < dim; ++i) output[i] += sums[i] * factor;
+    }
+    const float inverse = 1.0f / weight_sum;
+    for (int64_t i = 0; i < dim; ++i) output[i] *= inverse;
+    lse_[row + head] = (highest + std::log2(weight_sum)) * kLn2;
+  }
+}
+
+}  // namespace fluxion

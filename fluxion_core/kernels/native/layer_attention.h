@@ -1,0 +1,107 @@
+// Attention of one layer of a decode step as tasks for the pool.
+//
+// A task is one KV head of one sequence. Phases: score (bounds from the digests, chunks of tiles),
+// select (one chunk a query head), attend (chunks of blocks), then the chunks' states are merged.
+// What a task computes, down to the last bit, depends on its own sequence and plan alone: not on
+// the batch, the number of threads or who took which chunk.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "kernel_table.h"
+#include "slab_layout.h"
+#include "task_pool.h"
+
+namespace fluxion {
+
+// One sequence of a step; all numbers are of tokens. Rows of an int64 table from Python.
+struct SequenceView {
+  const int64_t* slabs;  // addresses, in token order
+  int64_t num_tokens;    // the new one included
+  int64_t region_begin, region_end;  // what the plan decides about, whole 16-token blocks
+  int64_t attends_rest;  // whether the tokens outside the region are read here too
+};
+
+// What is read of the region, per KV head: a level of digests to choose by, or one of these.
+constexpr int32_t kReadAll = -1;
+constexpr int32_t kReadNothing = -2;
+
+// `bytes` counts the region alone: what the policies differ in.
+struct ReadBytes {
+  int64_t scanned = 0, attended = 0;
+};
+
+class LayerAttention final : public Work {
+ public:
+  LayerAttention(const SlabLayout& layout, const int64_t* sequences, int64_t batch, int64_t heads);
+
+  // Start a layer on the pool. Everything pointed to must live until the pool's `wait` returns.
+  //   query    [batch] rows of [heads][head_dim], query_stride apart, unscaled
+  //   levels   [batch][kv_heads]  level of digests, or kReadAll, or kReadNothing
+  //   budgets  [batch][heads]     blocks of that level that each query head reads
+  //   output   [batch][heads][head_dim], normalised; zeros where nothing was read
+  //   lse      [batch][heads], natural log; -inf where nothing was read
+  void submit(TaskPool& pool, int64_t layer, const float* query, int64_t query_stride,
+              const int32_t* levels, const int32_t* budgets, float* output, float* lse,
+              int64_t wake_bytes);
+
+  // What the last layer's task of this sequence and KV head attended to.
+  const std::vector<BlockRun>& runs(int64_t sequence, int64_t kv_head) const {
+    return tasks_[size_t(sequence * layout_.kv_heads + kv_head)].runs;
+  }
+
+  const ReadBytes& read_bytes(int64_t sequence) const { return read_bytes_[size_t(sequence)]; }
+  // After the pool's `wait`: add the layer's bytes to the sequences'.
+  void count_bytes();
+
+  int32_t num_phases() const override { return 3; }
+  int32_t open(int32_t task, int32_t phase) override;
+  void run(int32_t task, int32_t phase, int32_t chunk) override;
+  void close(int32_t task) override;
+
+ private:
+  struct Chunk {
+    int32_t first_run, num_runs;
+  };
+  struct Task {
+    int64_t sequence, kv_head;
+    int32_t level;
+    const int32_t* budgets;  // of this group's heads
+    int32_t first_block, num_blocks;  // of the level, those that touch the region
+    int32_t skip_scores;              // scores before first_block in its tile
+    int64_t score_stride;
+    std::vector<const uint32_t*> tiles;
+    std::vector<float> scores;
+    std::vector<uint64_t> chosen;  // [group][words]
+    std::vector<uint8_t> select_scratch;
+    std::vector<BlockRun> runs;
+    std::vector<Chunk> chunks;
+    int32_t blocks_in_last_chunk;
+    std::vector<float> partials;
+    ReadBytes bytes;
+  };
+
+  int32_t open_scores(Task& task);
+  int32_t open_attend(Task& task);
+  void add_range(Task& task, int64_t begin, int64_t end, uint16_t heads);
+  void add_blocks(Task& task, int64_t first, int64_t count, uint16_t heads, uint16_t last_tokens);
+  PartialState partial(Task& task, int32_t chunk);
+  int64_t planned_bytes(const Task& task) const;
+
+  SlabLayout layout_;
+  std::vector<SequenceView> sequences_;
+  int64_t group_, heads_;
+  int32_t attend_chunk_blocks_;
+  std::vector<Task> tasks_;
+  std::vector<int64_t> priorities_;
+  std::vector<ReadBytes> read_bytes_;
+
+  int64_t layer_ = 0;
+  const float* query_ = nullptr;
+  int64_t query_stride_ = 0;
+  float* output_ = nullptr;
+  float* lse_ = nullptr;
+};
+
+}  // namespace fluxion

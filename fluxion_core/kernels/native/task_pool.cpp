@@ -1,0 +1,227 @@
+#include "task_pool.h"
+
+#include <sched.h>
+
+#include <algorithm>
+#include <chrono>
+#include <numeric>
+
+#include "pin.h"
+
+namespace fluxion {
+namespace {
+
+int64_t now_ns() {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(
+             std::chrono::steady_clock::now().time_since_epoch())
+      .count();
+}
+
+inline void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
+constexpr int kPausesBeforeYield = 64;
+constexpr uint64_t kPastEvery = 0x7fffffffu;  // a chunk number that no phase reaches
+
+}  // namespace
+
+TaskPool::TaskPool(const std::vector<int>& cpus, int64_t spin_ns) : spin_ns_(spin_ns) {
+  traces_.resize(cpus.size() + 1);
+  threads_.reserve(cpus.size());
+  for (size_t i = 0; i < cpus.size(); ++i) {
+    threads_.emplace_back([this, i, cpu = cpus[i]] { worker_main(int(i), cpu); });
+  }
+}
+
+TaskPool::~TaskPool() {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    stopping_.store(true);
+  }
+  wakeup_.notify_all();
+  for (std::thread& thread : threads_) thread.join();
+}
+
+void TaskPool::submit(Work* work, const std::vector<int64_t>& bytes, int64_t wake_bytes) {
+  const int32_t count = int32_t(bytes.size());
+  if (count > capacity_) {
+    tasks_ = std::make_unique<Task[]>(size_t(count));
+    capacity_ = count;
+  }
+  for (int32_t task = 0; task < count; ++task) {
+    tasks_[task].owner.store(kFree, std::memory_order_relaxed);
+    tasks_[task].is_open.store(false, std::memory_order_relaxed);
+  }
+  order_.resize(bytes.size());
+  std::iota(order_.begin(), order_.end(), 0);
+  std::stable_sort(order_.begin(), order_.end(),
+                   [&](int32_t a, int32_t b) { return bytes[size_t(a)] > bytes[size_t(b)]; });
+  work_ = work;
+  num_tasks_ = count;
+  head_.store(0, std::memory_order_relaxed);
+  remaining_.store(count, std::memory_order_relaxed);
+  round_.fetch_add(1);  // odd: come in
+  const int64_t total = std::accumulate(bytes.begin(), bytes.end(), int64_t(0));
+  if (total >= wake_bytes && sleepers_.load() > 0) {
+    { std::lock_guard<std::mutex> lock(mutex_); }
+    wakeup_.notify_all();
+  }
+}
+
+void TaskPool::wait() {
+  const int self = num_workers();
+  int idle = 0;
+  while (remaining_.load(std::memory_order_acquire) > 0) {
+    help(self);
+    if (++idle % kPausesBeforeYield == 0) {
+      sched_yield();
+    } else {
+      pause();
+    }
+  }
+  round_.fetch_add(1);  // even: nobody comes in any more
+  while (inside_.load() > 0) pause();
+  work_ = nullptr;
+}
+
+int32_t TaskPool::claim() { return claim_for(kOther); }
+
+void TaskPool::complete(int32_t task) {
+  (void)task;
+  remaining_.fetch_sub(1, std::memory_order_acq_rel);
+}
+
+std::vector<Span> TaskPool::take_trace() {
+  std::vector<Span> all;
+  for (std::vector<Span>& trace : traces_) {
+    all.insert(all.end(), trace.begin(), trace.end());
+    trace.clear();
+  }
+  return all;
+}
+
+void TaskPool::worker_main(int worker, int cpu) {
+  pin_this_thread(cpu);
+  uint64_t seen = 0;
+  while (!stopping_.load(std::memory_order_relaxed)) {
+    const uint64_t round = round_.load();
+    if (round % 2 == 1 && round != seen) {
+      inside_.fetch_add(1);
+      // The round may have ended before we were counted.
+      if (round_.load() == round) {
+        int idle = 0;
+        while (remaining_.load(std::memory_order_acquire) > 0) {
+          help(worker);
+          if (++idle % kPausesBeforeYield == 0) {
+            sched_yield();
+          } else {
+            pause();
+          }
+        }
+      }
+      inside_.fetch_sub(1);
+      seen = round;
+      continue;
+    }
+    const int64_t until = now_ns() + spin_ns_;
+    bool has_work = false;
+    while (spin_ns_ > 0 && now_ns() < until && !has_work) {
+      for (int i = 0; i < 32 && !has_work; ++i) {
+        pause();
+        const uint64_t current = round_.load(std::memory_order_acquire);
+        has_work = current % 2 == 1 && current != seen;
+      }
+    }
+    if (has_work) continue;
+    std::unique_lock<std::mutex> lock(mutex_);
+    sleepers_.fetch_add(1);
+    wakeup_.wait(lock, [&] {
+      const uint64_t current = round_.load();
+      return stopping_.load() || (current % 2 == 1 && current != seen);
+    });
+    sleepers_.fetch_sub(1);
+  }
+}
+
+void TaskPool::help(int worker) {
+  int32_t task;
+  while ((task = claim_for(kPool)) >= 0) {
+    if (tracing_.load(std::memory_order_relaxed)) {
+      const int64_t now = now_ns();
+      traces_[size_t(worker)].push_back({worker, task, -1, 0, now, now});
+    }
+    open_next(task, 0);
+    run_chunks(worker, task);
+  }
+  // Nothing left to claim: chunks of what others have claimed, the largest first.
+  for (int32_t i = 0; i < num_tasks_; ++i) {
+    const int32_t other = order_[size_t(i)];
+    if (tasks_[other].owner.load(std::memory_order_acquire) == kPool) run_chunks(worker, other);
+  }
+}
+
+int32_t TaskPool::claim_for(int32_t owner) {
+  int32_t place = head_.load(std::memory_order_relaxed);
+  for (; place < num_tasks_; ++place) {
+    int32_t expected = kFree;
+    if (tasks_[order_[size_t(place)]].owner.compare_exchange_strong(expected, owner)) {
+      // Where the next one starts to look; others may have got further.
+      int32_t head = head_.load(std::memory_order_relaxed);
+      while (head <= place && !head_.compare_exchange_weak(head, place + 1)) {
+      }
+      return order_[size_t(place)];
+    }
+  }
+  return -1;
+}
+
+// Run chunks of a task until its open phase has none left to take.
+bool TaskPool::run_chunks(int worker, int32_t index) {
+  Task& task = tasks_[index];
+  bool did_any = false;
+  while (task.is_open.load(std::memory_order_acquire)) {
+    uint64_t cursor = task.cursor.load(std::memory_order_acquire);
+    const int32_t phase = int32_t(cursor >> 32), chunk = int32_t(uint32_t(cursor));
+    // A phase that opened since makes the exchange fail.
+    const int32_t num_chunks = task.num_chunks.load(std::memory_order_acquire);
+    if (task.cursor.load(std::memory_order_acquire) != cursor) continue;
+    if (chunk >= num_chunks) return did_any;
+    if (!task.cursor.compare_exchange_weak(cursor, cursor + 1)) continue;
+    const bool tracing = tracing_.load(std::memory_order_relaxed);
+    const int64_t start = tracing ? now_ns() : 0;
+    work_->run(index, phase, chunk);
+    if (tracing) {
+      traces_[size_t(worker)].push_back({worker, index, phase, chunk, start, now_ns()});
+    }
+    did_any = true;
+    if (task.finished.fetch_add(1, std::memory_order_acq_rel) + 1 == num_chunks) {
+      open_next(index, phase + 1);
+    }
+  }
+  return did_any;
+}
+
+// Open the first phase from here on that has chunks; without one the task is done.
+void TaskPool::open_next(int32_t index, int32_t phase) {
+  Task& task = tasks_[index];
+  for (; phase < work_->num_phases(); ++phase) {
+    const int32_t num_chunks = work_->open(index, phase);
+    if (num_chunks == 0) continue;
+    task.finished.store(0, std::memory_order_relaxed);
+    // Before the cursor: whoever sees the new phase sees its chunks. Until then the old cursor
+    // could meet the new count, so it is moved past every count first.
+    task.cursor.store(uint64_t(phase) << 32 | kPastEvery, std::memory_order_release);
+    task.num_chunks.store(num_chunks, std::memory_order_release);
+    task.cursor.store(uint64_t(phase) << 32, std::memory_order_release);
+    task.is_open.store(true, std::memory_order_release);
+    return;
+  }
+  task.is_open.store(false, std::memory_order_release);
+  work_->close(index);
+  remaining_.fetch_sub(1, std::memory_order_acq_rel);
+}
+
+}  // namespace fluxion

@@ -1,0 +1,103 @@
+// A pool of pinned threads that pull work from one queue, largest task first.
+//
+// A task is claimed whole and once, by compare-and-swap: by the pool, or by another consumer through
+// `claim` and `complete`. A task claimed by the pool is done in phases; the chunks of a phase may be
+// taken by any of the pool's threads, so that few unequal tasks still fill all cores. A phase opens
+// when the last chunk of the one before has been done, on the thread that did it.
+//
+// The thread that waits for the work helps with it, as one more worker. No locks on the way, no
+// OpenMP, no Python. fluxion_core/scheduler/reference.py says the same in Python, as a simulator.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace fluxion {
+
+// What the tasks of one round are. Called from several threads at a time, except for one task's
+// `open` and `close`.
+class Work {
+ public:
+  virtual ~Work() = default;
+  virtual int32_t num_phases() const = 0;
+  // Get a phase of a task ready; returns its number of chunks, which may be 0.
+  virtual int32_t open(int32_t task, int32_t phase) = 0;
+  virtual void run(int32_t task, int32_t phase, int32_t chunk) = 0;
+  // The last phase is done.
+  virtual void close(int32_t task) = 0;
+};
+
+// One chunk that was run, for traces and tests. phase -1: the task was claimed.
+struct Span {
+  int32_t worker, task, phase, chunk;
+  int64_t start_ns, end_ns;
+};
+
+class TaskPool {
+ public:
+  // One thread for every entry of `cpus`, pinned to that CPU (-1: not pinned). A thread without
+  // work looks for more during `spin_ns` before it sleeps.
+  TaskPool(const std::vector<int>& cpus, int64_t spin_ns);
+  ~TaskPool();
+  TaskPool(const TaskPool&) = delete;
+  TaskPool& operator=(const TaskPool&) = delete;
+
+  int num_workers() const { return int(threads_.size()); }
+
+  // Start a round: tasks 0 to bytes.size() - 1. One round at a time; `work` must live until `wait`
+  // returns. Rounds of fewer bytes than `wake_bytes` wake nobody: the waiting thread does them.
+  void submit(Work* work, const std::vector<int64_t>& bytes, int64_t wake_bytes);
+  // Help until all tasks are done, those of another consumer included.
+  void wait();
+
+  // For another consumer: take the largest task left, -1 if there is none; say that it is done.
+  int32_t claim();
+  void complete(int32_t task);
+
+  void set_tracing(bool on) { tracing_.store(on, std::memory_order_relaxed); }
+  std::vector<Span> take_trace();
+
+ private:
+  static constexpr int32_t kFree = 0, kPool = 1, kOther = 2;
+
+  struct alignas(64) Task {
+    std::atomic<int32_t> owner{kFree};
+    std::atomic<uint64_t> cursor{0};  // phase in the upper half, next chunk in the lower
+    std::atomic<int32_t> num_chunks{0};
+    std::atomic<int32_t> finished{0};
+    std::atomic<bool> is_open{false};
+  };
+
+  void worker_main(int worker, int cpu);
+  void help(int worker);
+  int32_t claim_for(int32_t owner);
+  bool run_chunks(int worker, int32_t task);
+  void open_next(int32_t task, int32_t phase);
+
+  std::vector<std::thread> threads_;
+  int64_t spin_ns_;
+
+  Work* work_ = nullptr;
+  std::unique_ptr<Task[]> tasks_;
+  int32_t capacity_ = 0, num_tasks_ = 0;
+  std::vector<int32_t> order_;
+  std::atomic<int32_t> head_{0};
+  std::atomic<int32_t> remaining_{0};
+
+  std::atomic<uint64_t> round_{0};  // odd while a round may be entered
+  std::atomic<int32_t> inside_{0};
+  std::atomic<int32_t> sleepers_{0};
+  std::atomic<bool> stopping_{false};
+  std::mutex mutex_;
+  std::condition_variable wakeup_;
+
+  std::atomic<bool> tracing_{false};
+  std::vector<std::vector<Span>> traces_;
+};
+
+}  // namespace fluxion

@@ -1,0 +1,88 @@
+"""The CPU pool: pinned native threads that do a layer's attention tasks, and who may help.
+
+The rules are those of `reference.py`; the threads are native (kernels/native/task_pool.h), hold no
+GIL and use no OpenMP. The thread that waits for a round works with them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fluxion_core.errors import ConfigError
+from fluxion_core.kernels import _native
+
+SPIN_MICROSECONDS = 50
+"""How long a worker looks for the next round before it sleeps, where there are cores to spare."""
+
+WAKE_BYTES = 256 << 10
+"""A round of fewer bytes is done by the waiting thread alone: waking costs as much."""
+
+
+@dataclass(frozen=True)
+class TaskSpan:
+    """One chunk of one task, as it was done. phase -1: the moment at which the task was claimed."""
+
+    worker: int
+    """0 to num_workers - 1; num_workers is the thread that waits."""
+    task: int
+    phase: int
+    """0 score, 1 select, 2 attend."""
+    chunk: int
+    start_ns: int
+    """On the system's monotonic clock."""
+    end_ns: int
+
+
+def usable_cpus() -> list[int]:
+    """CPUs that this process may run on."""
+    return sorted(os.sched_getaffinity(0))
+
+
+class CpuPool:
+    """Threads for the host part of attention. One round at a time, from one thread.
+
+    Args:
+        num_threads: that work on a round, the waiting one included; None for one per usable CPU.
+        cpus: where the other threads are pinned; None for the usable CPUs but the first.
+        spin_microseconds: before a worker sleeps; None to spin only if the pool leaves cores free.
+
+    Raises:
+        ConfigError: fewer than one thread, or too few CPUs named.
+    """
+
+    def __init__(
+        self,
+        num_threads: int | None = None,
+        *,
+        cpus: Sequence[int] | None = None,
+        spin_microseconds: float | None = None,
+    ) -> None:
+        usable = usable_cpus()
+        self.num_threads = len(usable) if num_threads is None else num_threads
+        if self.num_threads < 1:
+            raise ConfigError(f"{self.num_threads} attention threads; need at least 1")
+        workers = self.num_threads - 1
+        if cpus is None:
+            # More workers than CPUs share them; that is asked for explicitly, and slower.
+            others = usable[1:] or usable
+            cpus = [others[i % len(others)] for i in range(workers)]
+        if len(cpus) < workers:
+            raise ConfigError(f"{len(cpus)} CPUs for {workers} attention threads besides the first")
+        if spin_microseconds is None:
+            spin_microseconds = SPIN_MICROSECONDS if self.num_threads < len(usable) else 0.0
+        self.native = _native.TaskPool(list(cpus[:workers]), int(spin_microseconds * 1000))
+        """The native pool, for those who submit rounds."""
+
+    def wait(self) -> None:
+        """Work on the round that was submitted until all of it is done."""
+        self.native.wait()
+
+    def record(self, *, on: bool) -> None:
+        """Keep spans from now on, or no longer."""
+        self.native.set_tracing(on)
+
+    def take_spans(self) -> list[TaskSpan]:
+        """Spans recorded since the last call; between rounds only."""
+        return [TaskSpan(*span) for span in self.native.take_trace()]

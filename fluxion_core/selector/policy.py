@@ -1,0 +1,120 @@
+"""Policies: what a decode step reads of the retrieval region.
+
+`exact` reads all of it. `fixed(block size, budget)` reads, for every query head, the best blocks of
+one size up to a share of the region: the paper's baselines.
+
+A policy becomes numbers for the kernels in a `StepPlan`: per KV head the digest level to choose by
+(one of the levels below 0 means no choice), per query head how many blocks of that level.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fluxion_core.errors import ConfigError
+from fluxion_core.geometry import BLOCK_SIZES, ceil_div
+
+READ_ALL = -1
+"""In place of a level: read the whole region."""
+
+READ_NOTHING = -2
+"""In place of a level: the default window is enough."""
+
+
+@dataclass(frozen=True)
+class ExactPolicy:
+    """Every head attends to all tokens."""
+
+    def __str__(self) -> str:
+        return "exact"
+
+
+@dataclass(frozen=True)
+class FixedPolicy:
+    """Every head attends to the same share of the region, in blocks of one size.
+
+    Source: the baselines of arXiv:2605.07719.
+    """
+
+    block_size: int
+    """Tokens of a block: one of BLOCK_SIZES."""
+    budget: float
+    """Share of the region's blocks, above 0 and up to 1; rounded up to whole blocks."""
+
+    def __post_init__(self) -> None:
+        if self.block_size not in BLOCK_SIZES:
+            raise ConfigError(f"block size {self.block_size}; one of {BLOCK_SIZES}")
+        if not 0 < self.budget <= 1:
+            raise ConfigError(f"budget {self.budget:g} of the region; above 0 and at most 1 (100 %)")
+
+    @property
+    def level(self) -> int:
+        """Index of the block size in BLOCK_SIZES."""
+        return BLOCK_SIZES.index(self.block_size)
+
+    def num_blocks(self, region: range) -> int:
+        """Blocks that one head reads of a region of these tokens."""
+        total = ceil_div(region.stop, self.block_size) - region.start // self.block_size
+        # Without the margin, 5 % of 100 blocks would be 6: 0.05 is a little above a twentieth.
+        return math.ceil(self.budget * total * (1 - 1e-9)) if region else 0
+
+    def __str__(self) -> str:
+        return f"fixed({self.block_size}, {self.budget * 100:g} %)"
+
+
+Policy = ExactPolicy | FixedPolicy
+
+_FIXED = re.compile(r"fixed\(\s*(\d+)\s*,\s*([0-9.]+)\s*(%?)\s*\)")
+
+
+def parse_policy(text: str) -> Policy:
+    """A policy from its name: `exact`, `fixed(16, 5 %)` or `fixed(16, 0.05)`.
+
+    Raises:
+        ConfigError: it is none, or its numbers are out of range.
+    """
+    if text.strip() == "exact":
+        return ExactPolicy()
+    if match := _FIXED.fullmatch(text.strip()):
+        block_size, number, percent = match.groups()
+        try:
+            budget = float(number) / (100 if percent else 1)
+        except ValueError:
+            raise ConfigError(f"policy {text!r}: {number!r} is no number") from None
+        return FixedPolicy(int(block_size), budget)
+    raise ConfigError(f"policy {text!r}; one of: exact, fixed(BLOCK_SIZE, BUDGET %)")
+
+
+class StepPlan:
+    """What every head of a step reads, as the kernels take it.
+
+    Args:
+        policies: of each sequence.
+        regions: retrieval region of each sequence, in tokens.
+        num_kv_heads: of the model.
+        num_heads: query heads of the model.
+    """
+
+    def __init__(
+        self,
+        policies: Sequence[Policy],
+        regions: Sequence[range],
+        *,
+        num_kv_heads: int,
+        num_heads: int,
+    ) -> None:
+        batch = len(policies)
+        self.levels: Tensor = torch.full((batch, num_kv_heads), READ_ALL, dtype=torch.int32)
+        """[batch, kv_heads] int32: index into BLOCK_SIZES, READ_ALL or READ_NOTHING."""
+        self.budgets: Tensor = torch.zeros(batch, num_heads, dtype=torch.int32)
+        """[batch, heads] int32: blocks of that level."""
+        for row, (policy, region) in enumerate(zip(policies, regions, strict=True)):
+            if isinstance(policy, FixedPolicy):
+                self.levels[row] = policy.level
+                self.budgets[row] = policy.num_blocks(region)

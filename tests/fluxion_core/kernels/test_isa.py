@@ -1,0 +1,44 @@
+"""Which instruction set is used, and that code of different ones cannot mix."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from fluxion_core.kernels import isa
+
+NATIVE = Path(isa.__file__).parent / "native"
+
+
+def test_the_best_is_used_and_others_can_be_forced(each_isa: str):
+    assert isa.current_isa() == each_isa
+    assert isa.available_isas()[0] == "scalar"
+
+
+def test_an_unknown_isa_is_refused():
+    with pytest.raises(ValueError, match="nonsense"):
+        isa.set_isa("nonsense")
+
+
+def target_flags() -> dict[str, list[str]]:
+    """Compiler flags of every ISA, as CMakeLists.txt has them."""
+    text = (NATIVE / "CMakeLists.txt").read_text()
+    found = dict(re.findall(r"set\(TARGET_FLAGS_(\w+) (.*)\)", text))
+    return {name: found[name].replace('"', "").split() for name in found}
+
+
+@pytest.mark.parametrize("name", sorted(target_flags()))
+def test_isa_objects_share_no_weak_symbols(name: str, tmp_path: Path):
+    # A weak symbol is one that the linker merges with its namesake of another ISA.
+    target = tmp_path / f"{name}.o"
+    command = ["c++", "-std=c++17", "-O3", "-w", "-fno-exceptions", "-fno-rtti"]
+    source = NATIVE / "targets" / f"{name}.cpp"
+    subprocess.run(
+        [*command, *target_flags()[name], f"-I{NATIVE}", "-c", source, "-o", target], check=True
+    )
+    symbols = subprocess.run(["nm", target], check=True, capture_output=True, text=True)
+    kinds = {line.split()[-2] for line in symbols.stdout.splitlines()}
+    assert not kinds & {"W", "w", "V", "v", "u"}, symbols.stdout
