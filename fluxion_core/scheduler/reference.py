@@ -2,9 +2,9 @@
 
 Rules. A task is claimed whole, the largest first, by whoever is free: a thread of the pool, or
 another consumer. A claimed task is done phase by phase; the chunks of a phase are taken in order by
-any of the pool's threads, which look for tasks to claim first and for chunks of others' tasks then,
-the largest task first. A phase opens when the last chunk of the one before is done. Another consumer
-does its tasks alone.
+any of the pool's threads. A thread stays with its task while that has chunks to take, then claims
+the next task, and when none is left takes chunks of others' tasks, the largest task first. A phase
+opens when the last chunk of the one before is done. Another consumer does its tasks alone.
 
 Time is simulated: a chunk takes as long as it says, everything else takes none. Where several act at
 the same moment, the lower number goes first. So the same input always gives the same schedule.
@@ -56,6 +56,8 @@ class _State:
     tasks: Sequence[SimulatedTask]
     order: list[int]
     running: dict[int, _Running] = field(default_factory=dict)
+    current: dict[int, int] = field(default_factory=dict)
+    """The task that each thread is at."""
     spans: list[SimulatedSpan] = field(default_factory=list)
 
 
@@ -101,6 +103,10 @@ def makespan(spans: Sequence[SimulatedSpan]) -> float:
 
 
 def _next_span(state: _State, worker: int, pool_threads: int, now: float) -> SimulatedSpan | None:
+    if worker in state.current:
+        span = _take_chunk(state, worker, state.current[worker], now)
+        if span is not None:
+            return span
     while state.order:
         task = state.order.pop(0)
         if worker >= pool_threads:
@@ -122,6 +128,7 @@ def _take_chunk(state: _State, worker: int, task: int, now: float) -> SimulatedS
     if running.phase >= len(phases) or running.next_chunk >= len(phases[running.phase]):
         return None
     chunk, running.next_chunk = running.next_chunk, running.next_chunk + 1
+    state.current[worker] = task
     seconds = phases[running.phase][chunk]
     return SimulatedSpan(worker, task, running.phase, chunk, now, now + seconds)
 

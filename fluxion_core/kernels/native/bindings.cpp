@@ -16,9 +16,9 @@
 
 #include "kernel_table.h"
 #include "layer_attention.h"
-#include "read_limit.h"
 #include "slab_layout.h"
 #include "task_pool.h"
+#include "timed.h"
 
 namespace nb = nanobind;
 
@@ -212,6 +212,20 @@ NB_MODULE(_native, m) {
     nb::gil_scoped_release unlocked;
     return fluxion::read_seconds(reinterpret_cast<const char* const*>(pieces), num_pieces,
                                  piece_bytes, cpus);
+  });
+  m.def("score_seconds", [](uintptr_t query, int group, int head_dim, uintptr_t tiles,
+                            int64_t num_tiles, int width, const std::vector<int>& cpus) {
+    nb::gil_scoped_release unlocked;
+    return fluxion::score_seconds(reinterpret_cast<const float*>(query), group, head_dim,
+                                  reinterpret_cast<const uint32_t* const*>(tiles), num_tiles,
+                                  width, cpus);
+  });
+  m.def("attend_seconds", [](uintptr_t query, int group, int head_dim, uintptr_t blocks,
+                             int64_t num_blocks, const std::vector<int>& cpus) {
+    nb::gil_scoped_release unlocked;
+    return fluxion::attend_seconds(reinterpret_cast<const float*>(query), group, head_dim,
+                                   reinterpret_cast<const uint16_t* const*>(blocks), num_blocks,
+                                   cpus);
   });
   nb::class_<TaskPool>(m, "TaskPool")
       .def(nb::init<const std::vector<int>&, int64_t>(), nb::arg("cpus"), nb::arg("spin_ns"))

@@ -1,0 +1,29 @@
+// One operation on several threads that start together, timed: for `fluxion bench kernels`.
+// The decode path does not come here.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "kernel_table.h"
+
+namespace fluxion {
+
+// Each function splits its pieces evenly over as many pinned threads as there are `cpus`, and
+// returns the seconds from the first thread's start to the last one's end.
+
+// Read pieces of memory, the next one prefetched. `piece_bytes` is a multiple of 256.
+double read_seconds(const char* const* pieces, int64_t num_pieces, int64_t piece_bytes,
+                    const std::vector<int>& cpus);
+
+// Score tiles of digests, [channel][width] words each, for one group of query heads.
+double score_seconds(const float* query, int32_t group, int32_t head_dim,
+                     const uint32_t* const* tiles, int64_t num_tiles, int32_t width,
+                     const std::vector<int>& cpus);
+
+// Attend over blocks, one by one, all heads of one group.
+double attend_seconds(const float* query, int32_t group, int32_t head_dim,
+                      const uint16_t* const* blocks, int64_t num_blocks,
+                      const std::vector<int>& cpus);
+
+}  // namespace fluxion
