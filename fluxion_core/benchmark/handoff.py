@@ -15,19 +15,16 @@ import: services/cli/handoff_bench.py.
 
 from __future__ import annotations
 
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from importlib import metadata
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from fluxion_core.benchmark.report import describe_machine
 from fluxion_core.geometry import KvGeometry
 from fluxion_core.kvstream.handoff import KvLayout
 
@@ -122,22 +119,6 @@ class Clock:
         """What happened since."""
         seconds = time.perf_counter() - self._wall
         return Transfer(way, payload_bytes, seconds, time.process_time() - self._cpu)
-
-
-def describe_machine() -> dict[str, str]:
-    """Processor, cores and the versions that matter here."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        model = f"{len(names)} x {names[0].split(':', 1)[1].strip()}" if names else model
-    versions = {name: metadata.version(name) for name in ("grpcio", "protobuf", "torch")}
-    return {"processor": model, "python": platform.python_version(), **versions}
-
-
-def write_json(report: dict[str, object], path: Path) -> None:
-    """Keep a report."""
-    path.write_text(json.dumps(report, indent=2) + "\n")
 
 
 def _summary(shape: Shape, runs: list[list[Transfer]]) -> dict[str, object]:

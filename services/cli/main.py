@@ -81,6 +81,11 @@ ConnectSecondsOption = Annotated[
     float, typer.Option(min=0.1, help="Time to reach the node before giving up, s.")
 ]
 
+JsonOption = Annotated[Path | None, typer.Option("--json", help="Keep the figures in this file.")]
+PlotOption = Annotated[
+    Path | None, typer.Option("--plot", help="Draw the figures into this PNG or SVG file.")
+]
+
 
 @app.command()
 def demo(
@@ -263,19 +268,38 @@ def health(
 def bench_handoff(
     *,
     repeats: Annotated[int, typer.Option(min=1, max=100, help="Runs of each way.")] = 5,
-    json_path: Annotated[
-        Path | None, typer.Option("--json", help="Keep the figures in this file.")
-    ] = None,
+    json_path: JsonOption = None,
 ) -> None:
     """KV hand-off beside a bare gRPC stream and a raw socket, on this machine."""
     from rich.console import Console
 
-    from fluxion_core.benchmark.handoff import run_handoff_bench, write_json
+    from fluxion_core.benchmark.handoff import run_handoff_bench
+    from fluxion_core.benchmark.report import write_json
     from services.cli.handoff_bench import sending
 
     report = run_handoff_bench(Console(), sending, repeats=repeats)
     if json_path is not None:
         write_json(report, json_path)
+
+
+@bench_app.command("kernels")
+def bench_kernels(
+    *,
+    repeats: Annotated[int, typer.Option(min=1, max=100, help="Runs of each operation.")] = 7,
+    json_path: JsonOption = None,
+    plot_path: PlotOption = None,
+) -> None:
+    """CPU kernels beside this machine's read limits."""
+    from rich.console import Console
+
+    from fluxion_core.benchmark.kernels import plot, run_kernel_bench
+    from fluxion_core.benchmark.report import write_json
+
+    report = run_kernel_bench(Console(), repeats=repeats)
+    if json_path is not None:
+        write_json(report, json_path)
+    if plot_path is not None:
+        plot(report, plot_path)
 
 
 def run() -> None:

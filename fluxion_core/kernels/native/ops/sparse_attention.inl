@@ -1,7 +1,7 @@
 // Attention of one GQA group over runs of blocks, in place, with an online softmax.
 //
-// K and V of a block are adjacent, so a block is one stream of bytes; while it is used the next one
-// is prefetched, a few lines at a time. Scores are kept in base 2: log2(e) / sqrt(head_dim) goes
+// K and V of a block are adjacent, so a block is one stream of bytes; half a block ahead of its use it
+// is prefetched, a line at a time. Scores are kept in base 2: log2(e) / sqrt(head_dim) goes
 // into the query once. A load of bf16 gives the even and the odd channels as two vectors, so
 // queries and sums are kept with the even channels of a chunk before its odd ones. Up to four heads
 // go through a block together, so that a loaded key serves all of them.
@@ -29,13 +29,12 @@ inline void load_chunk(const uint16_t* row, int32_t channel, int32_t head_dim, F
   }
 }
 
-// Bytes to prefetch while something else is done, in equal steps; null for none.
+// Lines to prefetch while something else is done, a few at a time: memory is asked evenly.
 struct Ahead {
   const char* at;
-  inline void take(int64_t bytes) {
-    if (at == nullptr) return;
-    for (int64_t offset = 0; offset < bytes; offset += 64) prefetch(at + offset);
-    at += bytes;
+  inline void take(int lines) {
+    for (int line = 0; line < lines; ++line) prefetch(at + 64 * line);
+    at += 64 * lines;
   }
 };
 
@@ -44,11 +43,11 @@ inline void block_scores(const float* const* queries, const uint16_t* keys, int3
                          Ahead& ahead, float (*scores)[kTokens]) {
   constexpr int TOKENS = tokens_at_once(HEADS);
   for (int token = 0; token < kTokens; token += TOKENS) {
-    ahead.take(int64_t(TOKENS) * head_dim * 2);
     F32 acc[HEADS * TOKENS];
     for (int i = 0; i < HEADS * TOKENS; ++i) acc[i] = zero();
     const uint16_t* row = keys + int64_t(token) * head_dim;
     for (int32_t channel = 0; channel < head_dim; channel += kChunk) {
+      ahead.take(TOKENS * kChunk / 32);
       for (int t = 0; t < TOKENS; ++t) {
         F32 even, odd;
         load_chunk(row + int64_t(t) * head_dim, channel, head_dim, even, odd);
@@ -89,29 +88,65 @@ inline float softmax_step(float* scores, float& highest_score, float& weight_sum
   return factor;
 }
 
+// Values go by whole cache lines: a line that is read in two halves, far apart, costs a tenth more.
+constexpr int32_t kLineChunks = kChunk >= 32 ? 1 : 32 / kChunk;
+
+// HEADS is as many as have their sums of a line's channels in registers.
+template <int HEADS, int CHUNKS>
+inline void add_line(const uint16_t* values, int32_t channel, int32_t head_dim,
+                     const float (*weights)[kTokens], float* const* sums, Ahead& ahead,
+                     int lines_ahead) {
+  F32 even[HEADS][CHUNKS], odd[HEADS][CHUNKS];
+  for (int head = 0; head < HEADS; ++head) {
+    for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+      const float* from = sums[head] + channel + chunk * kChunk;
+      even[head][chunk] = load(from);
+      odd[head][chunk] = load(from + F32::kLanes);
+    }
+  }
+  for (int token = 0; token < kTokens; ++token) {
+    ahead.take(lines_ahead);
+    const uint16_t* row = values + int64_t(token) * head_dim;
+    for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+      F32 value_even, value_odd;
+      load_chunk(row, channel + chunk * kChunk, head_dim, value_even, value_odd);
+      for (int head = 0; head < HEADS; ++head) {
+        const F32 weight = broadcast(weights[head][token]);
+        even[head][chunk] = fma(value_even, weight, even[head][chunk]);
+        odd[head][chunk] = fma(value_odd, weight, odd[head][chunk]);
+      }
+    }
+  }
+  for (int head = 0; head < HEADS; ++head) {
+    for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+      float* to = sums[head] + channel + chunk * kChunk;
+      store(to, even[head][chunk]);
+      store(to + F32::kLanes, odd[head][chunk]);
+    }
+  }
+}
+
+template <int HEADS, int CHUNKS>
+inline void add_line_of_heads(const uint16_t* values, int32_t channel, int32_t head_dim,
+                              const float (*weights)[kTokens], float* const* sums, Ahead& ahead) {
+  // The first heads' pass brings the next block's lines with it.
+  constexpr int kPair = HEADS < kValueHeads ? HEADS : kValueHeads;
+  add_line<kPair, CHUNKS>(values, channel, head_dim, weights, sums, ahead, CHUNKS * kChunk / 32);
+  if constexpr (HEADS > kPair) {
+    constexpr int kRest = HEADS - kPair;
+    add_line<kRest, CHUNKS>(values, channel, head_dim, weights + kPair, sums + kPair, ahead, 0);
+  }
+}
+
 template <int HEADS>
 inline void add_values(const uint16_t* values, int32_t head_dim, const float (*weights)[kTokens],
                        Ahead& ahead, float* const* sums) {
-  for (int32_t channel = 0; channel < head_dim; channel += kChunk) {
-    ahead.take(int64_t(kTokens) * kChunk * 2);
-    F32 even[HEADS], odd[HEADS];
-    for (int head = 0; head < HEADS; ++head) {
-      even[head] = load(sums[head] + channel);
-      odd[head] = load(sums[head] + channel + F32::kLanes);
-    }
-    for (int token = 0; token < kTokens; ++token) {
-      F32 value_even, value_odd;
-      load_chunk(values + int64_t(token) * head_dim, channel, head_dim, value_even, value_odd);
-      for (int head = 0; head < HEADS; ++head) {
-        const F32 weight = broadcast(weights[head][token]);
-        even[head] = fma(value_even, weight, even[head]);
-        odd[head] = fma(value_odd, weight, odd[head]);
-      }
-    }
-    for (int head = 0; head < HEADS; ++head) {
-      store(sums[head] + channel, even[head]);
-      store(sums[head] + channel + F32::kLanes, odd[head]);
-    }
+  int32_t channel = 0;
+  for (; channel + kLineChunks * kChunk <= head_dim; channel += kLineChunks * kChunk) {
+    add_line_of_heads<HEADS, kLineChunks>(values, channel, head_dim, weights, sums, ahead);
+  }
+  for (; channel < head_dim; channel += kChunk) {
+    add_line_of_heads<HEADS, 1>(values, channel, head_dim, weights, sums, ahead);
   }
 }
 
@@ -127,7 +162,9 @@ template <int HEADS>
 inline void attend_block(const HeadsInRun& heads, int first, const uint16_t* block,
                          int32_t tokens, int32_t head_dim, const uint16_t* next) {
   float scores[HEADS][kTokens];
-  Ahead ahead{reinterpret_cast<const char*>(next)};
+  // Half a block in front of its use: these values while keys are used, then the next keys.
+  const uint16_t* values = block + int64_t(kTokens) * head_dim;
+  Ahead ahead{reinterpret_cast<const char*>(values)};
   block_scores<HEADS>(heads.queries + first, block, head_dim, ahead, scores);
   for (int head = 0; head < HEADS; ++head) {
     for (int token = tokens; token < kTokens; ++token) scores[head][token] = kMinusInfinity;
@@ -140,8 +177,8 @@ inline void attend_block(const HeadsInRun& heads, int first, const uint16_t* blo
       }
     }
   }
-  add_values<HEADS>(block + int64_t(kTokens) * head_dim, head_dim, scores, ahead,
-                    heads.sums + first);
+  ahead = {reinterpret_cast<const char*>(next)};
+  add_values<HEADS>(values, head_dim, scores, ahead, heads.sums + first);
 }
 
 inline void attend_heads(const HeadsInRun& heads, int num_heads, const uint16_t* block,
@@ -149,7 +186,7 @@ inline void attend_heads(const HeadsInRun& heads, int num_heads, const uint16_t*
   int first = 0;
   for (; num_heads - first >= 4; first += 4) {
     attend_block<4>(heads, first, block, tokens, head_dim, next);
-    next = nullptr;  // on its way
+    next = block;  // it is on its way
   }
   switch (num_heads - first) {
     case 3: return attend_block<3>(heads, first, block, tokens, head_dim, next);
@@ -158,6 +195,29 @@ inline void attend_heads(const HeadsInRun& heads, int num_heads, const uint16_t*
     default: return;
   }
 }
+
+// Goes through the blocks of runs, then to what is ahead of them, then nowhere.
+struct BlockWalk {
+  const fluxion::BlockRun* runs;
+  int32_t num_runs;
+  const uint16_t* ahead;
+  int64_t block_elements;
+  int32_t run, block;
+
+  inline const uint16_t* next() {
+    if (run == num_runs) {
+      const uint16_t* last = ahead;
+      ahead = nullptr;
+      return last;
+    }
+    const uint16_t* here = runs[run].blocks + block * block_elements;
+    if (++block == runs[run].num_blocks) {
+      ++run;
+      block = 0;
+    }
+    return here;
+  }
+};
 
 void attend_runs(const float* query, int32_t group, int32_t head_dim,
                  const fluxion::BlockRun* runs, int32_t num_runs, const uint16_t* ahead, fluxion::PartialState state) {
@@ -174,6 +234,8 @@ void attend_runs(const float* query, int32_t group, int32_t head_dim,
     state.weight_sums[head] = 0.0f;
   }
   const int64_t block_elements = int64_t(2) * kTokens * head_dim;
+  BlockWalk in_front{runs, num_runs, ahead, block_elements, 0, 0};
+  in_front.next();
   for (int32_t r = 0; r < num_runs; ++r) {
     HeadsInRun heads;
     int num_heads = 0;
@@ -188,10 +250,9 @@ void attend_runs(const float* query, int32_t group, int32_t head_dim,
     for (int32_t b = 0; b < runs[r].num_blocks; ++b) {
       const uint16_t* block = runs[r].blocks + b * block_elements;
       const bool is_last = b + 1 == runs[r].num_blocks;
-      const uint16_t* next = !is_last           ? block + block_elements
-                             : r + 1 < num_runs ? runs[r + 1].blocks
-                                                : ahead;
-      attend_heads(heads, num_heads, block, is_last ? runs[r].last_tokens : kTokens, head_dim, next);
+      const uint16_t* next = in_front.next();
+      attend_heads(heads, num_heads, block, is_last ? runs[r].last_tokens : kTokens, head_dim,
+                   next != nullptr ? next : block);
     }
   }
   for (int32_t head = 0; head < group; ++head) {

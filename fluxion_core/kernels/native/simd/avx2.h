@@ -63,6 +63,7 @@ inline void load_pairs_16(const uint16_t* from, F32& even, F32& odd) { load_pair
 
 // Tokens that go through a block together so that there are enough sums in flight, yet in registers.
 constexpr int tokens_at_once(int heads) { return heads == 1 ? 8 : heads == 2 ? 4 : heads == 3 ? 4 : 2; }
+constexpr int kValueHeads = 2;
 constexpr int kScoreHeads = 4;
 
 // Eight digest words at `offset` of the parts that lanes [8 * vector, 8 * vector + 8) come from.

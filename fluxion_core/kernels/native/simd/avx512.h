@@ -70,6 +70,7 @@ inline void load_pairs_16(const uint16_t* from, F32& even, F32& odd) {
 
 // Tokens that go through a block together so that there are enough sums in flight, yet in registers.
 constexpr int tokens_at_once(int heads) { return heads == 1 ? 16 : heads == 2 ? 8 : 4; }
+constexpr int kValueHeads = 4;
 constexpr int kScoreHeads = 8;
 
 // Sixteen digest words at `offset` of their parts.

@@ -73,6 +73,7 @@ inline void load_pairs(const uint16_t* from, F32& even, F32& odd) {
 inline void load_pairs_16(const uint16_t* from, F32& even, F32& odd) { load_pairs(from, even, odd); }
 
 constexpr int tokens_at_once(int) { return 2; }
+constexpr int kValueHeads = 4;
 constexpr int kScoreHeads = 4;
 
 // Eight digest words at `offset` of the parts that lanes [8 * vector, 8 * vector + 8) come from.

@@ -1,0 +1,91 @@
+"""What every benchmark says besides its figures: the machine; and how figures are kept and drawn."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import subprocess
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+
+from fluxion_core.errors import ConfigError
+from fluxion_core.kernels import isa
+
+
+def describe_machine() -> dict[str, str]:
+    """Processor, cores, and the versions that matter to speed."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        model = f"{len(names)} x {names[0].split(':', 1)[1].strip()}" if names else model
+    versions = {name: metadata.version(name) for name in ("grpcio", "protobuf", "torch")}
+    return {
+        "processor": model,
+        "isa": isa.current_isa(),
+        "python": platform.python_version(),
+        **versions,
+        "commit": _commit(),
+    }
+
+
+def write_json(report: dict[str, object], path: Path) -> None:
+    """Keep a report."""
+    path.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def median_of(runs: Sequence[dict[str, float]], value: Callable[[dict[str, float]], float]) -> float:
+    """Median over repeated runs."""
+    return statistics.median(value(run) for run in runs)
+
+
+def draw_bars(
+    path: Path,
+    title: str,
+    rows: Sequence[tuple[str, float]],
+    *,
+    unit: str,
+    limits: Sequence[tuple[str, float]] = (),
+) -> None:
+    """A picture of horizontal bars, with limits as vertical lines.
+
+    Args:
+        path: PNG or SVG, by its suffix.
+        title: above the bars.
+        rows: label and value, top to bottom.
+        unit: of the values.
+        limits: label and value of each line.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError("plots need matplotlib: pip install 'fluxion[plots]'") from None
+    figure = Figure(figsize=(8, 1.2 + 0.3 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    labels = [label for label, _ in rows]
+    axes.barh(labels, [value for _, value in rows], color="#4878a8")
+    for (label, value), color in zip(limits, ("#b04030", "#d09030", "#508040"), strict=False):
+        axes.axvline(value, color=color, label=f"{label}: {value:.1f} {unit}")
+    axes.invert_yaxis()
+    axes.set_xlabel(unit)
+    axes.set_title(title)
+    if limits:
+        axes.legend(loc="lower right")
+    figure.savefig(path, dpi=120)
+
+
+def _commit() -> str:
+    """Of the working tree this runs from; "unknown" for an installed package."""
+    found = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return found.stdout.strip() or "unknown"
