@@ -32,7 +32,7 @@ from fluxion_core.kernels.block_digest import cpu as block_digest
 from fluxion_core.kernels.isa import native_layout
 from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.scheduler.scheduler import CpuPool, usable_cpus
-from fluxion_core.selector.policy import READ_ALL, FixedPolicy
+from fluxion_core.selector.policy import READ_ALL, READ_NOTHING, FixedPolicy
 
 
 @dataclass(frozen=True)
@@ -205,13 +205,14 @@ class _Measured:
         return len(blocks) * size, seconds
 
     def scan(self, level: int, cpus: list[int]) -> tuple[int, float]:
-        """Scores of all blocks, one KV head after the other."""
+        """Scores of all blocks of both layers, one KV head after the other."""
         geometry = self.geometry
         width = geometry.tile_blocks(level)
         tile_bytes = width * geometry.head_dim * 4
         inside = np.arange(0, geometry.level_bytes(level), tile_bytes)
         heads = [
-            self._table.numpy() + geometry.digest_offset(self._layer, head, level)
+            self._table.numpy() + geometry.digest_offset(layer, head, level)
+            for layer in range(geometry.num_layers)
             for head in range(geometry.num_kv_heads)
         ]
         tiles = np.ascontiguousarray((np.concatenate(heads)[:, None] + inside).ravel())
@@ -247,9 +248,10 @@ class _Measured:
             native_layout(geometry), sequence.data_ptr(), 1, self._query.shape[0]
         )
         levels = torch.full((shape.num_kv_heads,), level, dtype=torch.int32)
+        nothing = torch.full_like(levels, READ_NOTHING)
         budgets = torch.full((self._query.shape[0],), budget_blocks, dtype=torch.int32)
 
-        def run() -> None:
+        def run(levels: Tensor) -> None:
             attention.submit(
                 pool.native,
                 self._layer,
@@ -263,7 +265,9 @@ class _Measured:
             )
             pool.wait()
 
-        seconds = _seconds(run)
+        # Decoding goes from layer to layer; its threads are awake.
+        run(nothing)
+        seconds = _seconds(lambda: run(levels))
         attention.count_bytes()
         return sum(attention.read_bytes(0)), seconds
 
@@ -282,7 +286,7 @@ class _Measured:
 def _figures(measured: _Measured, threads: int, repeats: int) -> list[Figure]:
     """Every operation on so many threads."""
     cpus = usable_cpus()[:threads]
-    pool = CpuPool(threads)
+    pool = CpuPool(threads, spin_microseconds=500 if threads > 2 else 0)
     tokens = range(measured.shape.num_tokens)
     operations: dict[str, Callable[[], tuple[int, float]]] = {
         "sequential read": lambda: measured.read_sequential(cpus),

@@ -1,9 +1,13 @@
 #include "task_pool.h"
 
+#include <linux/futex.h>
 #include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <chrono>
+#include <climits>
 #include <numeric>
 
 #include "pin.h"
@@ -23,6 +27,16 @@ inline void pause() {
 #endif
 }
 
+// Sleep while `word` is `seen`.
+void sleep_on(const std::atomic<uint32_t>& word, uint32_t seen) {
+  static_assert(sizeof(word) == 4);
+  syscall(SYS_futex, &word, FUTEX_WAIT_PRIVATE, seen, nullptr, nullptr, 0);
+}
+
+void wake_all(const std::atomic<uint32_t>& word) {
+  syscall(SYS_futex, &word, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
+}
+
 constexpr int kPausesBeforeYield = 64;
 constexpr uint64_t kPastEvery = 0x7fffffffu;  // a chunk number that no phase reaches
 
@@ -37,11 +51,9 @@ TaskPool::TaskPool(const std::vector<int>& cpus, int64_t spin_ns) : spin_ns_(spi
 }
 
 TaskPool::~TaskPool() {
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    stopping_.store(true);
-  }
-  wakeup_.notify_all();
+  stopping_.store(true);
+  round_.fetch_add(2);  // no round, but another number: nobody goes back to sleep
+  wake_all(round_);
   for (std::thread& thread : threads_) thread.join();
 }
 
@@ -65,10 +77,7 @@ void TaskPool::submit(Work* work, const std::vector<int64_t>& bytes, int64_t wak
   remaining_.store(count, std::memory_order_relaxed);
   round_.fetch_add(1);  // odd: come in
   const int64_t total = std::accumulate(bytes.begin(), bytes.end(), int64_t(0));
-  if (total >= wake_bytes && sleepers_.load() > 0) {
-    { std::lock_guard<std::mutex> lock(mutex_); }
-    wakeup_.notify_all();
-  }
+  if (total >= wake_bytes && sleepers_.load() > 0) wake_all(round_);
 }
 
 void TaskPool::wait() {
@@ -105,9 +114,9 @@ std::vector<Span> TaskPool::take_trace() {
 
 void TaskPool::worker_main(int worker, int cpu) {
   pin_this_thread(cpu);
-  uint64_t seen = 0;
-  while (!stopping_.load(std::memory_order_relaxed)) {
-    const uint64_t round = round_.load();
+  uint32_t seen = 0;
+  while (!stopping_.load()) {
+    const uint32_t round = round_.load();
     if (round % 2 == 1 && round != seen) {
       inside_.fetch_add(1);
       // The round may have ended before we were counted.
@@ -131,17 +140,16 @@ void TaskPool::worker_main(int worker, int cpu) {
     while (spin_ns_ > 0 && now_ns() < until && !has_work) {
       for (int i = 0; i < 32 && !has_work; ++i) {
         pause();
-        const uint64_t current = round_.load(std::memory_order_acquire);
+        const uint32_t current = round_.load(std::memory_order_acquire);
         has_work = current % 2 == 1 && current != seen;
       }
     }
     if (has_work) continue;
-    std::unique_lock<std::mutex> lock(mutex_);
+    // Whoever starts a round after this line sees a sleeper; whoever started one before it has
+    // changed the word, and there is no sleep.
     sleepers_.fetch_add(1);
-    wakeup_.wait(lock, [&] {
-      const uint64_t current = round_.load();
-      return stopping_.load() || (current % 2 == 1 && current != seen);
-    });
+    const uint32_t current = round_.load();
+    if (!stopping_.load() && !(current % 2 == 1 && current != seen)) sleep_on(round_, current);
     sleepers_.fetch_sub(1);
   }
 }

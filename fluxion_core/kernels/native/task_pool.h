@@ -10,10 +10,8 @@
 #pragma once
 
 #include <atomic>
-#include <condition_variable>
 #include <cstdint>
 #include <memory>
-#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -89,12 +87,12 @@ class TaskPool {
   std::atomic<int32_t> head_{0};
   std::atomic<int32_t> remaining_{0};
 
-  std::atomic<uint64_t> round_{0};  // odd while a round may be entered
-  std::atomic<int32_t> inside_{0};
+  // Odd while a round may be entered. Threads without work sleep on it as a futex: a condition
+  // variable's mutex would let them wake one after the other only.
+  alignas(64) std::atomic<uint32_t> round_{0};
   std::atomic<int32_t> sleepers_{0};
   std::atomic<bool> stopping_{false};
-  std::mutex mutex_;
-  std::condition_variable wakeup_;
+  alignas(64) std::atomic<int32_t> inside_{0};
 
   std::atomic<bool> tracing_{false};
   std::vector<std::vector<Span>> traces_;

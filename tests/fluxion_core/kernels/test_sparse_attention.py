@@ -36,12 +36,14 @@ def check(query: torch.Tensor, blocks: torch.Tensor, chosen: torch.Tensor, last:
     output, lse = cpu.attend_blocks(query, addresses(blocks), masks_of(chosen), last_tokens=last)
     exact, exact_lse = reference.attend_blocks(query.double(), blocks.double(), chosen, last)
     plain, plain_lse = reference.attend_blocks(query, blocks.float(), chosen, last)
-    bound = 4 * (plain - exact).abs().max() + 1e-6
-    assert (output - exact).abs().max() <= bound
+    # A score's own rounding grows with the score; plain torch may be lucky.
+    highest = (query.abs().max() * blocks.float().abs().max() * query.shape[1] ** 0.5).item()
+    slack = 1e-6 + 1e-7 * highest
+    assert (output - exact).abs().max() <= 4 * (plain - exact).abs().max() + slack
     some = ~exact_lse.isinf()
     assert torch.equal(lse.isinf(), ~some)
     if some.any():
-        lse_bound = 4 * (plain_lse - exact_lse)[some].abs().max() + 4e-6
+        lse_bound = 4 * (plain_lse - exact_lse)[some].abs().max() + 4 * slack
         assert (lse - exact_lse)[some].abs().max() <= lse_bound
 
 

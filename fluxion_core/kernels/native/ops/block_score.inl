@@ -90,31 +90,28 @@ template <int WIDTH>
 inline void score_width(const float* query, int32_t group, int32_t head_dim,
                         const uint32_t* const* tiles, int32_t num_tiles, int32_t tiles_ahead,
                         float* scores, int64_t score_stride) {
-  // Tiles go through the heads in stretches that stay in the cache, so that memory is read once.
+  // Groups that need several passes take them over stretches that stay in the cache, so that memory
+  // is read once.
   constexpr int32_t kStretch = 2 * fluxion::kTileBlocks / WIDTH;
-  const int32_t stretch = group > kScoreHeads ? kStretch : num_tiles;
+  const bool one_pass = group <= 4 || group == kScoreHeads;
+  const int32_t stretch = one_pass ? num_tiles : kStretch;
   for (int32_t first = 0; first < num_tiles; first += stretch) {
     const int32_t count = num_tiles - first < stretch ? num_tiles - first : stretch;
     const int32_t ahead = num_tiles + tiles_ahead - first - count;
+    const auto pass = [&](auto score, int32_t head) {
+      score(query + int64_t(head) * head_dim, head_dim, tiles + first, count, ahead,
+            scores + head * score_stride + int64_t(first) * WIDTH, score_stride);
+    };
     int32_t head = 0;
-    while (head < group) {
-      const int32_t left = group - head;
-      const float* q = query + int64_t(head) * head_dim;
-      float* to = scores + head * score_stride + int64_t(first) * WIDTH;
-      const uint32_t* const* from = tiles + first;
-      if (left >= kScoreHeads) {
-        score_heads<kScoreHeads, WIDTH>(q, head_dim, from, count, ahead, to, score_stride);
-        head += kScoreHeads;
-      } else if (left >= 3) {
-        score_heads<3, WIDTH>(q, head_dim, from, count, ahead, to, score_stride);
-        head += 3;
-      } else if (left == 2) {
-        score_heads<2, WIDTH>(q, head_dim, from, count, ahead, to, score_stride);
-        head += 2;
-      } else {
-        score_heads<1, WIDTH>(q, head_dim, from, count, ahead, to, score_stride);
-        head += 1;
-      }
+    for (; group - head >= kScoreHeads; head += kScoreHeads) {
+      pass(score_heads<kScoreHeads, WIDTH>, head);
+    }
+    for (; group - head >= 4; head += 4) pass(score_heads<4, WIDTH>, head);
+    switch (group - head) {
+      case 3: pass(score_heads<3, WIDTH>, head); break;
+      case 2: pass(score_heads<2, WIDTH>, head); break;
+      case 1: pass(score_heads<1, WIDTH>, head); break;
+      default: break;
     }
   }
 }
