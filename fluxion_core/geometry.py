@@ -20,6 +20,9 @@ BLOCK_SIZES = (16, 32, 64, 128)
 TILE_BLOCKS = 16
 """Blocks whose digests lie side by side for one pass of a vector unit."""
 
+SPAN_TOKENS = 256
+"""Tokens whose 8-bit digests share one map from bytes to keys."""
+
 BF16_BYTES = 2
 
 
@@ -82,17 +85,27 @@ class KvGeometry:
     """Layout of one model's KV in slabs. All offsets and sizes are bytes.
 
     A slab is `[layer][kv_head][block][K 16 x D | V 16 x D]` in bf16, followed by its digests
-    `[layer][kv_head][level][tile][channel][block of the tile][low, high]` in bf16.
-    Level i holds blocks of BLOCK_SIZES[i] tokens; a tile holds 16 blocks, or all blocks of
-    the slab where there are fewer.
+    `[layer][kv_head][level][record]`. Level i holds blocks of BLOCK_SIZES[i] tokens. Records are
+
+        16 bits  tiles `[channel][block][low, high]` in bf16 of 16 blocks, or of all blocks of the
+                 slab where there are fewer
+        8 bits   spans of 256 tokens, `[channel][low, step]` in bf16 and then
+                 `[channel / 2][block][low, high, low, high]` in bytes, for two channels;
+                 a key is low + step * byte
     """
 
     num_layers: int
     num_kv_heads: int
     head_dim: int
     slab_tokens: int = 512
+    digest_bits: int = 16
+    """16: digests are exact. 8: half of that to read; their bounds are a little wider."""
 
     def __post_init__(self) -> None:
+        if self.digest_bits not in (8, 16):
+            raise ShapeError(f"digests of {self.digest_bits} bits; 8 or 16")
+        if self.digest_bits == 8 and self.slab_tokens < SPAN_TOKENS:
+            raise ShapeError(f"slab_tokens is {self.slab_tokens}; 8-bit digests need 256 or more")
         if min(self.num_layers, self.num_kv_heads, self.head_dim) <= 0:
             raise ShapeError(f"layers, KV heads and head_dim must be positive: {self}")
         if self.slab_tokens < 128 or self.slab_tokens & (self.slab_tokens - 1):
@@ -137,13 +150,25 @@ class KvGeometry:
         """Blocks of BLOCK_SIZES[level] tokens in a slab."""
         return self.slab_tokens // BLOCK_SIZES[level]
 
-    def tile_blocks(self, level: int) -> int:
-        """Blocks side by side in one tile of this level."""
+    def record_blocks(self, level: int) -> int:
+        """Blocks side by side in one record of this level."""
+        if self.digest_bits == 8:
+            return SPAN_TOKENS // BLOCK_SIZES[level]
         return min(TILE_BLOCKS, self.level_blocks(level))
+
+    def level_records(self, level: int) -> int:
+        """Records of one level of one head and layer in a slab."""
+        return self.level_blocks(level) // self.record_blocks(level)
+
+    def record_bytes(self, level: int) -> int:
+        """One record of this level."""
+        pairs = self.record_blocks(level) * self.head_dim * 2
+        header = self.head_dim * 2 * BF16_BYTES
+        return header + pairs if self.digest_bits == 8 else pairs * BF16_BYTES
 
     def level_bytes(self, level: int) -> int:
         """Digests of one level of one head and layer."""
-        return self.level_blocks(level) * self.head_dim * 2 * BF16_BYTES
+        return self.level_records(level) * self.record_bytes(level)
 
     def level_offset(self, level: int) -> int:
         """Start of a level within one head's digests."""
@@ -174,7 +199,7 @@ class KvGeometry:
         return layer * self.layer_kv_bytes + kv_head * self.head_kv_bytes + block * self.block_bytes
 
     def digest_offset(self, layer: int, kv_head: int = 0, level: int = 0) -> int:
-        """Start of a level's first tile within its slab."""
+        """Start of a level's first record within its slab."""
         return (
             self.kv_bytes
             + layer * self.layer_digest_bytes

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fluxion_core.errors import ShapeError
-from fluxion_core.geometry import WindowSpec
+from fluxion_core.geometry import SPAN_TOKENS, WindowSpec
 from fluxion_core.kernels import _native
 from fluxion_core.kernels.isa import MAX_GROUP, native_layout
 from fluxion_core.kvstore.store import HostKvStore, SequenceKv, StepAppend
@@ -58,7 +58,8 @@ class HybridAttention:
         pool: threads that do the work, with the calling one.
 
     Raises:
-        ShapeError: the heads do not form groups of at most 16.
+        ShapeError: the heads do not form groups of at most 16, or the window is too short for
+            the store's digests.
     """
 
     def __init__(
@@ -67,6 +68,11 @@ class HybridAttention:
         kv_heads = store.geometry.num_kv_heads
         if num_heads % kv_heads or num_heads // kv_heads > MAX_GROUP:
             raise ShapeError(f"{num_heads} query heads for {kv_heads} KV heads; up to 16 to each")
+        if store.geometry.digest_bits == 8 and window.recent_tokens < SPAN_TOKENS:
+            # Else a block could leave the window before its span is whole and digested.
+            raise ShapeError(
+                f"recent_tokens is {window.recent_tokens}; 8-bit digests need {SPAN_TOKENS} or more"
+            )
         self._geometry = store.geometry
         self._window = window
         self._num_heads = num_heads

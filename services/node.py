@@ -33,10 +33,12 @@ class NodeModel:
     tokenizer: Tokenizer
     layout: KvLayout
 
-    def geometry(self, slab_tokens: int = 512) -> KvGeometry:
+    def geometry(self, slab_tokens: int = 512, digest_bits: int = 16) -> KvGeometry:
         """KV geometry of this model."""
         config = self.loaded.config
-        return KvGeometry(config.num_layers, config.num_kv_heads, config.head_dim, slab_tokens)
+        return KvGeometry(
+            config.num_layers, config.num_kv_heads, config.head_dim, slab_tokens, digest_bits
+        )
 
 
 def load_node_model(settings: ModelSettings) -> NodeModel:

@@ -45,15 +45,17 @@ class KernelShape:
     """Query heads to each KV head."""
     head_dim: int
     num_tokens: int
+    digest_bits: int = 16
 
     @property
     def geometry(self) -> KvGeometry:
         """Two layers: one is measured while the other clears the caches."""
-        return KvGeometry(2, self.num_kv_heads, self.head_dim)
+        return KvGeometry(2, self.num_kv_heads, self.head_dim, digest_bits=self.digest_bits)
 
 
 SHAPES = (
     KernelShape("groups of 4", num_kv_heads=8, group=4, head_dim=128, num_tokens=131_072),
+    KernelShape("groups of 4, byte digests", 8, 4, 128, 131_072, digest_bits=8),
     KernelShape("groups of 8", num_kv_heads=8, group=8, head_dim=128, num_tokens=131_072),
     KernelShape("SmolLM2", num_kv_heads=3, group=3, head_dim=64, num_tokens=524_288),
 )
@@ -207,25 +209,25 @@ class _Measured:
     def scan(self, level: int, cpus: list[int]) -> tuple[int, float]:
         """Scores of all blocks of both layers, one KV head after the other."""
         geometry = self.geometry
-        width = geometry.tile_blocks(level)
-        tile_bytes = width * geometry.head_dim * 4
-        inside = np.arange(0, geometry.level_bytes(level), tile_bytes)
+        width, record_bytes = geometry.record_blocks(level), geometry.record_bytes(level)
+        inside = np.arange(0, geometry.level_bytes(level), record_bytes)
         heads = [
             self._table.numpy() + geometry.digest_offset(layer, head, level)
             for layer in range(geometry.num_layers)
             for head in range(geometry.num_kv_heads)
         ]
-        tiles = np.ascontiguousarray((np.concatenate(heads)[:, None] + inside).ravel())
+        records = np.ascontiguousarray((np.concatenate(heads)[:, None] + inside).ravel())
         seconds = _native.score_seconds(
+            geometry.digest_bits,
             self._query.data_ptr(),
             self.shape.group,
             geometry.head_dim,
-            tiles.ctypes.data,
-            len(tiles),
+            records.ctypes.data,
+            len(records),
             width,
             cpus,
         )
-        return len(tiles) * tile_bytes, seconds
+        return len(records) * record_bytes, seconds
 
     def attend(self, cpus: list[int]) -> tuple[int, float]:
         """All blocks in random order."""

@@ -2,7 +2,12 @@
 
 class SlabLayout:
     def __init__(
-        self, num_layers: int, num_kv_heads: int, head_dim: int, slab_tokens: int
+        self,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        slab_tokens: int,
+        digest_bits: int,
     ) -> None: ...
     @property
     def slab_bytes(self) -> int: ...
@@ -65,7 +70,15 @@ def merge_into(
 ) -> None: ...
 def read_seconds(pieces: int, num_pieces: int, piece_bytes: int, cpus: list[int], /) -> float: ...
 def score_seconds(
-    query: int, group: int, head_dim: int, tiles: int, num_tiles: int, width: int, cpus: list[int], /
+    digest_bits: int,
+    query: int,
+    group: int,
+    head_dim: int,
+    records: int,
+    num_records: int,
+    width: int,
+    cpus: list[int],
+    /,
 ) -> float: ...
 def attend_seconds(
     query: int, group: int, head_dim: int, blocks: int, num_blocks: int, cpus: list[int], /

@@ -12,7 +12,7 @@ MAX_GROUP = 16
 
 
 def current_isa() -> str:
-    """Name of the instruction set in use: scalar, avx2 or avx512."""
+    """Name of the instruction set in use: scalar, avx2, avx512 or avx512_vnni."""
     return _native.isa()
 
 
@@ -34,5 +34,9 @@ def set_isa(name: str) -> None:
 def native_layout(geometry: KvGeometry) -> _native.SlabLayout:
     """The native side's copy of a geometry."""
     return _native.SlabLayout(
-        geometry.num_layers, geometry.num_kv_heads, geometry.head_dim, geometry.slab_tokens
+        geometry.num_layers,
+        geometry.num_kv_heads,
+        geometry.head_dim,
+        geometry.slab_tokens,
+        geometry.digest_bits,
     )

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fluxion_core.geometry import BLOCK_SIZES
+from fluxion_core.geometry import BLOCK_SIZES, SPAN_TOKENS
+from fluxion_core.kernels.block_digest import reference
 from fluxion_core.kvstore.store import SequenceKv
 
 
@@ -24,15 +25,16 @@ def gather_digests(
         level: index into BLOCK_SIZES.
 
     Returns:
-        low, high: each [blocks, head_dim] bfloat16.
+        low, high: each [blocks, head_dim] float32, of every block that has a digest: complete
+        blocks, with 8 bits those of complete spans.
     """
-    parts = [
-        sequence.store.slab_digest(slab, level)[layer, kv_head].permute(0, 2, 1, 3).flatten(0, 1)
-        for slab in sequence.slabs
-    ]
-    complete = sequence.num_tokens // BLOCK_SIZES[level]
-    digests = torch.cat(parts)[:complete]
-    return digests[..., 0], digests[..., 1]
+    store, geometry = sequence.store, sequence.store.geometry
+    records = torch.cat([store.slab_digest(s, level)[layer, kv_head] for s in sequence.slabs])
+    unpack = reference.unpack_spans if geometry.digest_bits == 8 else reference.unpack_tiles
+    low, high = unpack(records, geometry.head_dim)
+    unit = SPAN_TOKENS if geometry.digest_bits == 8 else BLOCK_SIZES[level]
+    complete = sequence.num_tokens // unit * unit // BLOCK_SIZES[level]
+    return low[:complete], high[:complete]
 
 
 def gather_kv(sequence: SequenceKv, layer: int, kv_head: int) -> tuple[Tensor, Tensor]:

@@ -176,9 +176,9 @@ class HostKvStore:
         )
 
     def slab_digest(self, slab: int, level: int) -> Tensor:
-        """A slab's digests of one level in place, [layers, kv_heads, tiles, head_dim, tile, 2].
+        """A slab's digests of one level in place: [layers, kv_heads, records, record bytes] uint8.
 
-        bfloat16; the last dimension is low, high. Blocks that are not complete hold anything.
+        See KvGeometry for what a record is. Blocks that are not complete hold anything.
         """
         geometry = self.geometry
         start = slab * self.slab_stride_bytes + geometry.kv_bytes
@@ -186,13 +186,9 @@ class HostKvStore:
             geometry.num_layers, geometry.num_kv_heads, geometry.head_digest_bytes
         )
         offset = geometry.level_offset(level)
-        tile = geometry.tile_blocks(level)
         level_bytes = heads[..., offset : offset + geometry.level_bytes(level)]
-        tiles = geometry.level_blocks(level) // tile
-        digests: Tensor = torch.unflatten(
-            level_bytes.view(torch.bfloat16), -1, (tiles, geometry.head_dim, tile, 2)
-        )
-        return digests
+        records: Tensor = torch.unflatten(level_bytes, -1, (geometry.level_records(level), -1))
+        return records
 
     def take_reserved(self) -> int:
         """Turn one reserved slab into a used one. For SequenceKv."""

@@ -93,7 +93,7 @@ def make_store(settings: DecodeSettings, model: NodeModel) -> HostKvStore:
         ShapeError: an impossible slab size.
     """
     return HostKvStore(
-        model.geometry(settings.store.slab_tokens),
+        model.geometry(settings.store.slab_tokens, settings.store.digest_bits),
         settings.store.host_kv_bytes,
         model_key=model.loaded.revision_hash.encode(),
         populate=settings.store.populate,

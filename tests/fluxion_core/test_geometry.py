@@ -22,11 +22,23 @@ def test_sizes_of_llama_8b_are_those_of_the_paper():
 def test_levels_lie_one_after_the_other():
     small = KvGeometry(num_layers=2, num_kv_heads=3, head_dim=64, slab_tokens=512)
     assert [small.level_blocks(i) for i in range(4)] == [32, 16, 8, 4]
-    assert [small.tile_blocks(i) for i in range(4)] == [16, 16, 8, 4]
+    assert [small.record_blocks(i) for i in range(4)] == [16, 16, 8, 4]
     assert small.level_offset(1) == 32 * 64 * 4
     assert small.digest_offset(1, 2, 0) == small.kv_bytes + (3 + 2) * small.head_digest_bytes
     assert small.kv_offset(1, 2, 3) == (3 + 2) * small.head_kv_bytes + 3 * small.block_bytes
     assert small.digest_offset(1, 2, 3) + small.level_bytes(3) == small.slab_bytes
+
+
+def test_digests_of_a_byte_are_half_and_their_headers():
+    exact, small = (
+        KvGeometry(num_layers=1, num_kv_heads=1, head_dim=128, digest_bits=bits) for bits in (16, 8)
+    )
+    assert [small.record_blocks(i) for i in range(4)] == [16, 8, 4, 2]
+    # By hand: 2 bytes a channel and block in place of 4; 4 bytes a channel in front of each span.
+    for level in range(4):
+        headers = small.level_records(level) * 128 * 4
+        assert small.level_bytes(level) == exact.level_bytes(level) // 2 + headers
+    assert small.digest_bytes / small.kv_bytes == pytest.approx(0.0742, abs=1e-4)
 
 
 def test_runs_split_at_slab_edges():
@@ -54,7 +66,16 @@ def test_window_covers_what_the_region_does_not(num_tokens: int):
     assert all(0 <= window.slot_index(position) < window.slot_tokens for position in live)
 
 
-@pytest.mark.parametrize("bad", [{"slab_tokens": 100}, {"slab_tokens": 64}, {"num_layers": 0}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"slab_tokens": 100},
+        {"slab_tokens": 64},
+        {"num_layers": 0},
+        {"digest_bits": 4},
+        {"digest_bits": 8, "slab_tokens": 128},
+    ],
+)
 def test_impossible_geometries_are_refused(bad: dict[str, int]):
     with pytest.raises(ShapeError):
         KvGeometry(**{"num_layers": 1, "num_kv_heads": 1, "head_dim": 64, **bad})

@@ -34,12 +34,12 @@ def filled(store: HostKvStore, num_tokens: int, new_tokens: int, seed: int) -> S
     return sequence
 
 
-def make_store(num_slabs: int = 64) -> HostKvStore:
-    return HostKvStore(GEOMETRY, num_slabs * (GEOMETRY.slab_bytes + 4096), model_key=b"toy")
+def make_store(num_slabs: int = 64, geometry: KvGeometry = GEOMETRY) -> HostKvStore:
+    return HostKvStore(geometry, num_slabs * (geometry.slab_bytes + 4096), model_key=b"toy")
 
 
-def make_attention(store: HostKvStore, threads: int = 2) -> HybridAttention:
-    return HybridAttention(store, WINDOW, num_heads=HEADS, pool=CpuPool(threads))
+def make_attention(store: HostKvStore, threads: int = 2, window: WindowSpec = WINDOW) -> HybridAttention:
+    return HybridAttention(store, window, num_heads=HEADS, pool=CpuPool(threads))
 
 
 def step(
@@ -171,10 +171,12 @@ def test_a_sequences_result_does_not_depend_on_its_company():
             assert torch.equal(own[0], outputs[index])
 
 
-def test_generated_tokens_are_found_again():
+@pytest.mark.parametrize("digest_bits", [8, 16])
+def test_generated_tokens_are_found_again(digest_bits: int):
     # A key that only the query likes is appended at token 100; 3,000 others follow it.
-    store = make_store(128)
-    attention = make_attention(store)
+    geometry = KvGeometry(2, 2, 32, 256, digest_bits=digest_bits)
+    store = make_store(16, geometry)
+    attention = make_attention(store, window=WindowSpec())
     sequence = filled(store, 100, 3200, 0)
     generator = torch.Generator().manual_seed(1)
     needle = torch.nn.functional.normalize(torch.randn(32, generator=generator), dim=0)
@@ -198,6 +200,12 @@ def test_more_tokens_than_reserved_are_refused():
     sequence = filled(store, 128, 0, 0)
     with pytest.raises(FluxionError, match="reservation"):
         attention.begin_step([sequence], [ExactPolicy()])
+
+
+def test_byte_digests_need_a_window_of_a_span():
+    store = make_store(1, KvGeometry(2, 2, 32, 256, digest_bits=8))
+    with pytest.raises(ShapeError, match="256"):
+        make_attention(store, window=WindowSpec(64, 128))
 
 
 @pytest.mark.parametrize("heads", [3, 34])

@@ -22,3 +22,38 @@ def digest(keys: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     low = torch.stack([block.amin(0) for block in blocks])
     high = torch.stack([block.amax(0) for block in blocks])
     return low, high
+
+
+def unpack_tiles(records: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Digests from tiles of 16 bits.
+
+    Args:
+        records: [records, bytes] uint8; see KvGeometry.
+        head_dim: channels.
+
+    Returns:
+        low, high: each [blocks, head_dim] float32.
+    """
+    tiles = records.contiguous().view(torch.bfloat16).unflatten(1, (head_dim, -1, 2))
+    blocks = tiles.transpose(1, 2).flatten(0, 1).float()
+    return blocks[..., 0], blocks[..., 1]
+
+
+def unpack_spans(records: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Digests from spans of 8 bits: low not above, high not below the keys, up to rounding.
+
+    Args:
+        records: [records, bytes] uint8; see KvGeometry.
+        head_dim: channels.
+
+    Returns:
+        low, high: each [blocks, head_dim] float32.
+    """
+    header = records[:, : 4 * head_dim].contiguous().view(torch.bfloat16)
+    start, step = header.float().unflatten(1, (head_dim, 2)).unbind(-1)
+    # [records, head_dim / 2, blocks, 2 channels, 2] to [records, blocks, head_dim, 2]
+    codes = records[:, 4 * head_dim :].unflatten(1, (head_dim // 2, -1, 2, 2))
+    codes = codes.transpose(1, 2).flatten(2, 3).float()
+    keys = start[:, None, :, None] + step[:, None, :, None] * codes
+    blocks = keys.flatten(0, 1)
+    return blocks[..., 0], blocks[..., 1]

@@ -28,9 +28,38 @@ using fluxion::BlockRun;
 using fluxion::DigestTarget;
 using fluxion::kBlockTokens;
 using fluxion::kernels;
+using fluxion::kSpanBlocks;
 using fluxion::LayerAttention;
 using fluxion::SlabLayout;
 using fluxion::TaskPool;
+
+// Digest the complete blocks of a payload. keys: its first block's. Byte digests wait until a span is
+// whole; one that began in an earlier payload is left to `digest_begun_span`.
+void digest_payload(const SlabLayout& layout, uintptr_t slab, int64_t layer, int64_t head,
+                    int64_t first_block, int64_t num_blocks, const char* keys) {
+  if (layout.digest_bits == 16) {
+    if (!num_blocks) return;
+    DigestTarget target = layout.digest_target(slab, layer, head);
+    target.keys = reinterpret_cast<const uint16_t*>(keys - first_block * layout.block_bytes);
+    kernels().digest_blocks(target, int32_t(first_block), int32_t(num_blocks));
+    return;
+  }
+  const int64_t first_span = (first_block + kSpanBlocks - 1) / kSpanBlocks;
+  for (int64_t span = first_span; (span + 1) * kSpanBlocks <= first_block + num_blocks; ++span) {
+    layout.digest_span(slab, layer, head, span,
+                       keys + (span * kSpanBlocks - first_block) * layout.block_bytes);
+  }
+}
+
+// Blocks up to `end_block` are in the slab, those from `first_block` on since this call.
+void digest_begun_span(const SlabLayout& layout, uintptr_t slab, int64_t layer, int64_t head,
+                       int64_t first_block, int64_t end_block) {
+  const int64_t span = first_block / kSpanBlocks;
+  if (layout.digest_bits == 16 || first_block % kSpanBlocks == 0) return;
+  if ((span + 1) * kSpanBlocks > end_block) return;
+  layout.digest_span(slab, layer, head, span,
+                     layout.blocks(slab, layer, head) + span * kSpanBlocks * layout.block_bytes);
+}
 
 void ingest_blocks(const SlabLayout& layout, uintptr_t slab, int64_t layer, int64_t first_token,
                    int64_t num_tokens, uintptr_t payload, int64_t payload_head_bytes) {
@@ -40,14 +69,11 @@ void ingest_blocks(const SlabLayout& layout, uintptr_t slab, int64_t layer, int6
   const int64_t copied = (num_tokens + kBlockTokens - 1) / kBlockTokens;
   for (int64_t head = 0; head < layout.kv_heads; ++head) {
     const char* from = reinterpret_cast<const char*>(payload) + head * payload_head_bytes;
-    if (complete) {
-      // Digests are made from the payload, which that pulls into the cache for the copy.
-      DigestTarget target = layout.digest_target(slab, layer, head);
-      target.keys = reinterpret_cast<const uint16_t*>(from - first_block * layout.block_bytes);
-      kernels().digest_blocks(target, int32_t(first_block), int32_t(complete));
-    }
+    // Digests are made from the payload, which that pulls into the cache for the copy.
+    digest_payload(layout, slab, layer, head, first_block, complete, from);
     kernels().copy_past_cache(layout.blocks(slab, layer, head) + first_block * layout.block_bytes,
                               from, copied * layout.block_bytes);
+    digest_begun_span(layout, slab, layer, head, first_block, first_block + complete);
     if (copied > complete) {
       // What lies behind the last token is zeros, whatever the sender put there.
       uint16_t* last = reinterpret_cast<uint16_t*>(layout.blocks(slab, layer, head) +
@@ -88,9 +114,12 @@ void append_tokens(const SlabLayout& layout, uintptr_t slabs, uintptr_t tokens_i
         to[row * dim + channel] = to_bf16(k[channel]);
         to[(kBlockTokens + row) * dim + channel] = to_bf16(v[channel]);
       }
-      if (row == kBlockTokens - 1) {
-        kernels().digest_blocks(layout.digest_target(uintptr_t(slab_of[i]), layer, head),
-                                int32_t(block), 1);
+      if (row < kBlockTokens - 1) continue;
+      const uintptr_t slab = uintptr_t(slab_of[i]);
+      if (layout.digest_bits == 16) {
+        kernels().digest_blocks(layout.digest_target(slab, layer, head), int32_t(block), 1);
+      } else {
+        digest_begun_span(layout, slab, layer, head, block, block + 1);
       }
     }
   }
@@ -101,25 +130,20 @@ void score_blocks(const SlabLayout& layout, uintptr_t slabs, int64_t layer, int6
                   int level, int64_t first_block, int64_t num_blocks, uintptr_t query,
                   int64_t group, uintptr_t scores) {
   nb::gil_scoped_release unlocked;
-  const int32_t width = layout.tile_blocks(level);
-  const int64_t slab_tiles = (layout.slab_blocks >> level) / width;
-  const int64_t first_tile = first_block / width;
-  const int64_t end_tile = (first_block + num_blocks + width - 1) / width;
-  std::vector<const uint32_t*> tiles;
-  for (int64_t tile = first_tile; tile < end_tile; ++tile) {
-    const uintptr_t slab = uintptr_t(reinterpret_cast<const int64_t*>(slabs)[tile / slab_tiles]);
-    const char* start = layout.digests(slab, layer, kv_head) + layout.level_offset[level];
-    tiles.push_back(reinterpret_cast<const uint32_t*>(start) +
-                    tile % slab_tiles * width * layout.head_dim);
-  }
-  const int64_t stride = (end_tile - first_tile) * width;
+  const int32_t width = layout.record_blocks(level);
+  const int64_t first = first_block / width;
+  const int64_t end = (first_block + num_blocks + width - 1) / width;
+  std::vector<const void*> records;
+  layout.list_records(reinterpret_cast<const int64_t*>(slabs), layer, kv_head, level, first, end,
+                      records);
+  const int64_t stride = (end - first) * width;
   std::vector<float> all(static_cast<size_t>(stride * group));
-  kernels().score_tiles(reinterpret_cast<const float*>(query), int32_t(group),
-                        int32_t(layout.head_dim), tiles.data(), int32_t(tiles.size()), 0, width,
-                        all.data(), stride);
+  fluxion::score_records(layout.digest_bits, reinterpret_cast<const float*>(query), int32_t(group),
+                         int32_t(layout.head_dim), records.data(), int32_t(records.size()), 0,
+                         width, all.data(), stride);
   float* to = reinterpret_cast<float*>(scores);
   for (int64_t head = 0; head < group; ++head) {
-    const float* from = all.data() + head * stride + (first_block - first_tile * width);
+    const float* from = all.data() + head * stride + (first_block - first * width);
     std::copy(from, from + num_blocks, to + head * num_blocks);
   }
 }
@@ -185,8 +209,9 @@ void merge_into(uintptr_t output_a, uintptr_t lse_a, uintptr_t output_b, uintptr
 NB_MODULE(_native, m) {
   m.doc() = "Native kernels of Fluxion; see fluxion_core/kernels/README.md.";
   nb::class_<SlabLayout>(m, "SlabLayout")
-      .def(nb::init<int64_t, int64_t, int64_t, int64_t>(), nb::arg("num_layers"),
-           nb::arg("num_kv_heads"), nb::arg("head_dim"), nb::arg("slab_tokens"))
+      .def(nb::init<int64_t, int64_t, int64_t, int64_t, int64_t>(), nb::arg("num_layers"),
+           nb::arg("num_kv_heads"), nb::arg("head_dim"), nb::arg("slab_tokens"),
+           nb::arg("digest_bits"))
       .def_prop_ro("slab_bytes", [](const SlabLayout& layout) {
         return layout.kv_bytes + layout.layers * layout.layer_digest_bytes;
       });
@@ -213,12 +238,13 @@ NB_MODULE(_native, m) {
     return fluxion::read_seconds(reinterpret_cast<const char* const*>(pieces), num_pieces,
                                  piece_bytes, cpus);
   });
-  m.def("score_seconds", [](uintptr_t query, int group, int head_dim, uintptr_t tiles,
-                            int64_t num_tiles, int width, const std::vector<int>& cpus) {
+  m.def("score_seconds", [](int digest_bits, uintptr_t query, int group, int head_dim,
+                            uintptr_t records, int64_t num_records, int width,
+                            const std::vector<int>& cpus) {
     nb::gil_scoped_release unlocked;
-    return fluxion::score_seconds(reinterpret_cast<const float*>(query), group, head_dim,
-                                  reinterpret_cast<const uint32_t* const*>(tiles), num_tiles,
-                                  width, cpus);
+    return fluxion::score_seconds(digest_bits, reinterpret_cast<const float*>(query), group,
+                                  head_dim, reinterpret_cast<const void* const*>(records),
+                                  num_records, width, cpus);
   });
   m.def("attend_seconds", [](uintptr_t query, int group, int head_dim, uintptr_t blocks,
                              int64_t num_blocks, const std::vector<int>& cpus) {

@@ -8,6 +8,9 @@ namespace fluxion {
 namespace {
 
 bool runs_here(const KernelTable& table) {
+  if (&table == &kAvx512VnniKernels) {
+    return __builtin_cpu_supports("avx512vnni") && runs_here(kAvx512Kernels);
+  }
   if (&table == &kAvx512Kernels) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -18,7 +21,8 @@ bool runs_here(const KernelTable& table) {
   return true;
 }
 
-const KernelTable* const kTables[] = {&kScalarKernels, &kAvx2Kernels, &kAvx512Kernels};
+const KernelTable* const kTables[] = {&kScalarKernels, &kAvx2Kernels, &kAvx512Kernels,
+                                      &kAvx512VnniKernels};
 
 const KernelTable* best() {
   const KernelTable* found = &kScalarKernels;

@@ -10,6 +10,7 @@ namespace fluxion {
 constexpr int kBlockTokens = 16;
 constexpr int kLevels = 4;  // blocks of 16, 32, 64 and 128 tokens
 constexpr int kTileBlocks = 16;
+constexpr int kSpanBlocks = 16;  // 256 tokens share one map from bytes to keys
 constexpr int kMaxHeadDim = 256;
 constexpr int kMaxGroup = 16;  // query heads that share a KV head
 
@@ -46,6 +47,9 @@ struct KernelTable {
   const char* name;
   // Digest blocks [first_block, first_block + num_blocks), all complete, at all four levels.
   void (*digest_blocks)(const DigestTarget& target, int32_t first_block, int32_t num_blocks);
+  // Digest 16 complete blocks at all four levels in bytes: ops/span_digest.inl has the layout.
+  void (*digest_span)(const uint16_t* keys, int64_t block_elements, int32_t head_dim,
+                      uint8_t* const* levels);
   // Copy to memory that will not be read soon, without first reading it into the cache.
   // `to` is aligned to 64 bytes, `bytes` is a multiple of 64.
   void (*copy_past_cache)(void* to, const void* from, int64_t bytes);
@@ -56,6 +60,10 @@ struct KernelTable {
   //   scores   [group][score_stride], written at [group][0 .. num_tiles * width)
   void (*score_tiles)(const float* query, int32_t group, int32_t head_dim,
                       const uint32_t* const* tiles, int32_t num_tiles, int32_t tiles_ahead,
+                      int32_t width, float* scores, int64_t score_stride);
+  // The same from spans of byte digests of one level; width 16, 8, 4 or 2. Close to the bound.
+  void (*score_spans)(const float* query, int32_t group, int32_t head_dim,
+                      const uint8_t* const* spans, int32_t num_spans, int32_t spans_ahead,
                       int32_t width, float* scores, int64_t score_stride);
   // Mark the k best of `count` scores: bit i of `chosen` (one bit a score, 64 in a word). Of equal
   // scores the first win. Returns how many were marked: min(k, count).
@@ -75,7 +83,8 @@ struct KernelTable {
 extern const KernelTable kScalarKernels;
 extern const KernelTable kAvx2Kernels;
 extern const KernelTable kAvx512Kernels;
-constexpr int kNumTables = 3;
+extern const KernelTable kAvx512VnniKernels;
+constexpr int kNumTables = 4;
 
 // The table in use: the best that this CPU runs, unless another was chosen.
 const KernelTable& kernels();

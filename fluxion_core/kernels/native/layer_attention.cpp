@@ -81,7 +81,8 @@ int64_t LayerAttention::planned_bytes(const Task& task) const {
   int64_t blocks = 0;
   for (int64_t head = 0; head < group_; ++head) blocks += task.budgets[head];
   const int64_t tokens = blocks * (int64_t(kBlockTokens) << task.level);
-  return bytes + std::min(tokens, region) * token_bytes + task.num_blocks * layout_.head_dim * 4;
+  return bytes + std::min(tokens, region) * token_bytes + task.num_blocks * layout_.record_bytes(task.level) /
+                     layout_.record_blocks(task.level);
 }
 
 int32_t LayerAttention::open(int32_t index, int32_t phase) {
@@ -96,28 +97,23 @@ int32_t LayerAttention::open(int32_t index, int32_t phase) {
   }
 }
 
+int64_t LayerAttention::chunk_records(int32_t level) const {
+  return std::max<int64_t>(1, kScoreChunkBytes / layout_.record_bytes(level));
+}
+
 int32_t LayerAttention::open_scores(Task& task) {
   const SequenceView& sequence = sequences_[size_t(task.sequence)];
-  const int32_t width = layout_.tile_blocks(task.level);
-  const int64_t slab_blocks = layout_.slab_blocks >> task.level;
-  const int64_t slab_tiles = slab_blocks / width;
-  const int64_t first_tile = task.first_block / width;
-  const int64_t end_tile = ceil_div(task.first_block + task.num_blocks, width);
-  const int64_t tile_words = int64_t(width) * layout_.head_dim;
-  task.tiles.clear();
-  for (int64_t tile = first_tile; tile < end_tile; ++tile) {
-    const uintptr_t slab = uintptr_t(sequence.slabs[tile / slab_tiles]);
-    const char* level = layout_.digests(slab, layer_, task.kv_head) + layout_.level_offset[task.level];
-    task.tiles.push_back(reinterpret_cast<const uint32_t*>(level) + tile % slab_tiles * tile_words);
-  }
-  task.skip_scores = int32_t(task.first_block - first_tile * width);
-  task.score_stride = ceil_div((end_tile - first_tile) * width, 64) * 64;
+  const int32_t width = layout_.record_blocks(task.level);
+  const int64_t first = task.first_block / width;
+  const int64_t end = ceil_div(task.first_block + task.num_blocks, width);
+  layout_.list_records(sequence.slabs, layer_, task.kv_head, task.level, first, end, task.records);
+  task.skip_scores = int32_t(task.first_block - first * width);
+  task.score_stride = ceil_div((end - first) * width, 64) * 64;
   task.scores.resize(size_t(task.score_stride * group_));
   task.chosen.resize(size_t(ceil_div(task.num_blocks, 64) * group_));
   task.select_scratch.resize(size_t(top_scratch_bytes(task.num_blocks) * group_));
-  task.bytes.scanned = (end_tile - first_tile) * tile_words * 4;
-  const int64_t chunk_tiles = std::max<int64_t>(1, kScoreChunkBytes / (tile_words * 4));
-  return int32_t(ceil_div(int64_t(task.tiles.size()), chunk_tiles));
+  task.bytes.scanned = (end - first) * layout_.record_bytes(task.level);
+  return int32_t(ceil_div(end - first, chunk_records(task.level)));
 }
 
 int32_t LayerAttention::open_attend(Task& task) {
@@ -212,14 +208,13 @@ void LayerAttention::run(int32_t index, int32_t phase, int32_t chunk) {
   const int32_t group = int32_t(group_), head_dim = int32_t(layout_.head_dim);
   switch (phase) {
     case kScore: {
-      const int32_t width = layout_.tile_blocks(task.level);
-      const int64_t tile_bytes = int64_t(width) * head_dim * 4;
-      const int32_t chunk_tiles = int32_t(std::max<int64_t>(1, kScoreChunkBytes / tile_bytes));
-      const int32_t first = chunk * chunk_tiles;
-      const int32_t count = std::min(chunk_tiles, int32_t(task.tiles.size()) - first);
-      return kernels().score_tiles(query, group, head_dim, task.tiles.data() + first, count,
-                                   int32_t(task.tiles.size()) - first - count, width,
-                                   task.scores.data() + int64_t(first) * width, task.score_stride);
+      const int32_t width = layout_.record_blocks(task.level);
+      const int32_t total = int32_t(task.records.size());
+      const int32_t in_chunk = int32_t(chunk_records(task.level));
+      const int32_t first = chunk * in_chunk, count = std::min(in_chunk, total - first);
+      return score_records(layout_.digest_bits, query, group, head_dim, task.records.data() + first,
+                           count, total - first - count, width,
+                           task.scores.data() + int64_t(first) * width, task.score_stride);
     }
     case kSelect: {
       const int64_t words = ceil_div(task.num_blocks, 64);

@@ -69,9 +69,9 @@ class LayerAttention final : public Work {
     int32_t level;
     const int32_t* budgets;  // of this group's heads
     int32_t first_block, num_blocks;  // of the level, those that touch the region
-    int32_t skip_scores;              // scores before first_block in its tile
+    int32_t skip_scores;              // scores before first_block in its record
     int64_t score_stride;
-    std::vector<const uint32_t*> tiles;
+    std::vector<const void*> records;  // tiles or spans of digests
     std::vector<float> scores;
     std::vector<uint64_t> chosen;  // [group][words]
     std::vector<uint8_t> select_scratch;
@@ -82,6 +82,7 @@ class LayerAttention final : public Work {
     ReadBytes bytes;
   };
 
+  int64_t chunk_records(int32_t level) const;
   int32_t open_scores(Task& task);
   int32_t open_attend(Task& task);
   void add_range(Task& task, int64_t begin, int64_t end, uint16_t heads);

@@ -6,6 +6,7 @@
 #include <thread>
 
 #include "pin.h"
+#include "slab_layout.h"
 
 namespace fluxion {
 namespace {
@@ -54,14 +55,14 @@ double read_seconds(const char* const* pieces, int64_t num_pieces, int64_t piece
   });
 }
 
-double score_seconds(const float* query, int32_t group, int32_t head_dim,
-                     const uint32_t* const* tiles, int64_t num_tiles, int32_t width,
+double score_seconds(int64_t digest_bits, const float* query, int32_t group, int32_t head_dim,
+                     const void* const* records, int64_t num_records, int32_t width,
                      const std::vector<int>& cpus) {
-  return seconds(num_tiles, cpus, [&](int64_t first, int64_t end) {
+  return seconds(num_records, cpus, [&](int64_t first, int64_t end) {
     const int64_t stride = (end - first) * width;
     return [=, scores = std::vector<float>(size_t(stride * group))]() mutable {
-      kernels().score_tiles(query, group, head_dim, tiles + first, int32_t(end - first), 0, width,
-                            scores.data(), stride);
+      score_records(digest_bits, query, group, head_dim, records + first, int32_t(end - first), 0,
+                    width, scores.data(), stride);
     };
   });
 }

@@ -16,9 +16,9 @@ namespace fluxion {
 double read_seconds(const char* const* pieces, int64_t num_pieces, int64_t piece_bytes,
                     const std::vector<int>& cpus);
 
-// Score tiles of digests, [channel][width] words each, for one group of query heads.
-double score_seconds(const float* query, int32_t group, int32_t head_dim,
-                     const uint32_t* const* tiles, int64_t num_tiles, int32_t width,
+// Score records of digests, tiles or spans, for one group of query heads.
+double score_seconds(int64_t digest_bits, const float* query, int32_t group, int32_t head_dim,
+                     const void* const* records, int64_t num_records, int32_t width,
                      const std::vector<int>& cpus);
 
 // Attend over blocks, one by one, all heads of one group.

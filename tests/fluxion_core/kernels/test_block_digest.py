@@ -23,11 +23,56 @@ def test_isas_give_the_same_digests(each_isa: str, head_dim: int, slab_tokens: i
     )
     assert torch.equal(store.slab_kv(0)[1], kv)
     for level, block_size in enumerate(BLOCK_SIZES):
-        digest = store.slab_digest(0, level)[1].transpose(2, 3).flatten(1, 2)
         for head in range(2):
-            low, high = reference.digest(kv[head, :, 0].flatten(0, 1), block_size)
-            assert torch.equal(digest[head, ..., 0], low)
-            assert torch.equal(digest[head, ..., 1], high)
+            found = reference.unpack_tiles(store.slab_digest(0, level)[1, head], head_dim)
+            low, high = reference.digest(kv[head, :, 0].flatten(0, 1).float(), block_size)
+            assert torch.equal(found[0], low)
+            assert torch.equal(found[1], high)
+
+
+@pytest.mark.parametrize("step_blocks", [32, 16, 7, 1])
+@pytest.mark.parametrize("head_dim", [16, 80, 128])
+def test_byte_digests_bound_the_keys_tightly(each_isa: str, head_dim: int, step_blocks: int):
+    geometry = KvGeometry(1, 1, head_dim, 512, digest_bits=8)
+    store = HostKvStore(geometry, geometry.slab_bytes + 4096, model_key=b"toy")
+    generator = torch.Generator().manual_seed(6)
+    kv = torch.randn(1, 32, 2, 16, head_dim, generator=generator).bfloat16()
+    kv[0, :16, 0, :, 3] = 1.5  # a channel without any range
+    for first in range(0, 32, step_blocks):
+        count = min(step_blocks, 32 - first)
+        part = kv[:, first : first + count].contiguous()
+        cpu.ingest_blocks(
+            *(geometry, store.slab_address(0), 0, first * 16, count * 16),
+            *(part.data_ptr(), count * geometry.block_bytes),
+        )
+    keys = kv[0, :, 0].flatten(0, 1).float()
+    span = keys.unflatten(0, (2, 256))
+    step = (span.amax(1) - span.amin(1)) / 255 * 1.01
+    for level, block_size in enumerate(BLOCK_SIZES):
+        low, high = reference.unpack_spans(store.slab_digest(0, level)[0, 0], head_dim)
+        exact_low, exact_high = reference.digest(keys, block_size)
+        steps = step.repeat_interleave(256 // block_size, dim=0)
+        assert (low <= exact_low + 1e-5).all()
+        assert (high >= exact_high - 1e-5).all()
+        assert (exact_low - low <= steps + 1e-5).all()
+        assert (high - exact_high <= steps + 1e-5).all()
+
+
+def test_byte_digests_are_made_when_appending_ends_a_span():
+    geometry = KvGeometry(1, 2, 16, 256, digest_bits=8)
+    store = HostKvStore(geometry, geometry.slab_bytes + 4096, model_key=b"toy")
+    generator = torch.Generator().manual_seed(7)
+    kv = torch.randn(256, 2, 2, 16, generator=generator)
+    slab = torch.tensor([store.slab_address(0)])
+    for token in range(256):
+        cpu.append_tokens(
+            geometry, slab, torch.tensor([token]), 0, kv[None, token, 0], kv[None, token, 1]
+        )
+    for head in range(2):
+        low, high = reference.unpack_spans(store.slab_digest(0, 0)[0, head], 16)
+        exact_low, exact_high = reference.digest(kv[:, 0, head].bfloat16().float(), 16)
+        torch.testing.assert_close(low, exact_low, atol=0.05, rtol=0)
+        torch.testing.assert_close(high, exact_high, atol=0.05, rtol=0)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 15, 17, 31])

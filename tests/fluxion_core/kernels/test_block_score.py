@@ -60,6 +60,34 @@ def test_no_key_of_a_block_scores_higher_than_the_block(each_isa):
         assert (bound >= best - 1e-4).all()
 
 
+@pytest.mark.parametrize(("group", "head_dim"), [(1, 64), (3, 64), (4, 128), (7, 80), (16, 96)])
+def test_byte_scores_are_close_and_choose_the_same_blocks(each_isa, group, head_dim):
+    exact_geometry = KvGeometry(1, 1, head_dim, 512)
+    geometry = KvGeometry(1, 1, head_dim, 512, digest_bits=8)
+    slabs, keys, _store = digested(geometry, 8)
+    exact_slabs, _, _exact_store = digested(exact_geometry, 8)
+    query = torch.randn(group, head_dim, generator=torch.Generator().manual_seed(group))
+    same = []
+    for level, block_size in enumerate(BLOCK_SIZES):
+        blocks = range(1, 4096 // block_size - 1)
+        found = cpu.score_blocks(geometry, slabs, 0, 0, level, blocks, query)
+        exact = cpu.score_blocks(exact_geometry, exact_slabs, 0, 0, level, blocks, query)
+        # Half a byte of key range and half a 127th of the largest weight, per channel.
+        span = keys[0].unflatten(0, (-1, 256))
+        key_range = (span.amax(1) - span.amin(1)).amax(0)
+        weights = query.abs() * key_range
+        bound = (weights / 255).sum(1) + weights.amax(1) / 127 / 2 * head_dim
+        assert ((found - exact).abs().amax(1) <= bound + 1e-3).all()
+        budget = max(1, len(blocks) // 10)
+        top, exact_top = found.topk(budget).indices, exact.topk(budget).indices
+        same += [
+            len({*a.tolist()} & {*b.tolist()}) / budget
+            for a, b in zip(top, exact_top, strict=True)
+        ]
+    # Random keys are the worst case: their blocks differ by little.
+    assert sum(same) / len(same) > 0.85
+
+
 def test_by_hand():
     # One channel matters: keys 0..15 in it; q = 2 takes the highest, q = -2 the lowest.
     geometry = KvGeometry(1, 1, 16, 128)

@@ -27,7 +27,11 @@ def target_flags() -> dict[str, list[str]]:
     """Compiler flags of every ISA, as CMakeLists.txt has them."""
     text = (NATIVE / "CMakeLists.txt").read_text()
     found = dict(re.findall(r"set\(TARGET_FLAGS_(\w+) (.*)\)", text))
-    return {name: found[name].replace('"', "").split() for name in found}
+    flags = {}
+    for name, value in found.items():
+        whole = re.sub(r"\$\{TARGET_FLAGS_(\w+)\}", lambda other: found[other[1]], value)
+        flags[name] = whole.replace('"', "").split()
+    return flags
 
 
 @pytest.mark.parametrize("name", sorted(target_flags()))

@@ -10,6 +10,7 @@ import torch
 from fluxion_core.errors import ConfigError
 from fluxion_core.geometry import KvGeometry
 from fluxion_core.kernels import _native
+from fluxion_core.kernels.block_digest import cpu as block_digest
 from fluxion_core.kernels.isa import native_layout
 from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.scheduler.reference import SimulatedTask, claim_order, simulate
@@ -30,11 +31,11 @@ class Round:
         )
         generator = torch.Generator().manual_seed(0)
         for slab in range(slabs):
-            kv = self.store.slab_kv(slab)
-            kv.copy_(torch.randn(kv.shape, generator=generator))
-            for level in range(4):
-                digest = self.store.slab_digest(slab, level)
-                digest.copy_(torch.randn(digest.shape, generator=generator))
+            kv = torch.randn(2, 32, 2, 16, 64, generator=generator).bfloat16()
+            block_digest.ingest_blocks(
+                *(GEOMETRY, self.store.slab_address(slab), 0, 0, 512),
+                *(kv.data_ptr(), GEOMETRY.head_kv_bytes),
+            )
         self.tables, rows, first = [], [], 0
         for length in LENGTHS:
             count = -(-length // 512)

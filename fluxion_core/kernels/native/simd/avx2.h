@@ -262,6 +262,59 @@ inline void store_bf16(uint16_t* to, Ordered a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), flip(a).v);
 }
 
+// Eight integers, also as 32 bytes.
+struct I32 {
+  static constexpr int kLanes = 8;
+  __m256i v;
+};
+inline I32 zero_integers() { return {_mm256_setzero_si256()}; }
+inline I32 load_integers(const uint8_t* from) {
+  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))};
+}
+inline void store_integers(int32_t* to, I32 a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), a.v);
+}
+// Lane i gets word i / WIDTH.
+template <int WIDTH>
+inline I32 spread(const uint32_t* words) {
+  if constexpr (WIDTH >= 8) {
+    return {_mm256_set1_epi32(int(words[0]))};
+  } else if constexpr (WIDTH == 4) {
+    const __m256i two = _mm256_castsi128_si256(
+        _mm_loadl_epi64(reinterpret_cast<const __m128i*>(words)));
+    return {_mm256_permutevar8x32_epi32(two, _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1))};
+  } else {
+    const __m256i four = _mm256_castsi128_si256(
+        _mm_loadu_si128(reinterpret_cast<const __m128i*>(words)));
+    return {_mm256_permutevar8x32_epi32(four, _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3))};
+  }
+}
+// Each lane: sum + unsigned bytes of a . signed bytes of b. Of two neighbouring bytes of b one is 0,
+// so that the sixteen bits in between cannot overflow.
+inline I32 dot_bytes(I32 sum, I32 a, I32 b) {
+  const __m256i pairs = _mm256_maddubs_epi16(a.v, b.v);
+  return {_mm256_add_epi32(sum.v, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))};
+}
+// Low and step of eight channels.
+inline void load_header(const uint8_t* from, F32& low, F32& step) {
+  load_pairs(reinterpret_cast<const uint16_t*>(from), low, step);
+}
+// Sixteen products as bytes, two to a word: min(w, 0), max(w, 0).
+inline void pack_weights(const float* products, float scale, uint32_t* to) {
+  const __m256 factor = _mm256_set1_ps(scale);
+  const auto half = [&](const float* from) {
+    const __m256i w = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(from), factor));
+    const __m256i negative = _mm256_max_epi32(_mm256_min_epi32(w, _mm256_setzero_si256()),
+                                              _mm256_set1_epi32(-127));
+    const __m256i positive = _mm256_min_epi32(_mm256_max_epi32(w, _mm256_setzero_si256()),
+                                              _mm256_set1_epi32(127));
+    return _mm256_or_si256(_mm256_and_si256(negative, _mm256_set1_epi32(0xff)),
+                           _mm256_slli_epi32(positive, 8));
+  };
+  const __m256i packed = _mm256_packus_epi32(half(products), half(products + 8));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permute4x64_epi64(packed, 0xd8));
+}
+
 inline void prefetch(const void* address) {
   _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T0);
 }

@@ -215,6 +215,50 @@ inline void store_bf16(uint16_t* to, Ordered a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), flip(a).v);
 }
 
+// Sixteen integers, also as 64 bytes.
+struct I32 {
+  static constexpr int kLanes = 16;
+  __m512i v;
+};
+inline I32 zero_integers() { return {_mm512_setzero_si512()}; }
+inline I32 load_integers(const uint8_t* from) { return {_mm512_loadu_si512(from)}; }
+inline void store_integers(int32_t* to, I32 a) { _mm512_storeu_si512(to, a.v); }
+// Lane i gets word i / WIDTH.
+template <int WIDTH>
+inline I32 spread(const uint32_t* words) {
+  if constexpr (WIDTH == 16) return {_mm512_set1_epi32(int(words[0]))};
+  const __m512i lanes =
+      _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  constexpr unsigned kShift = WIDTH == 8 ? 3 : WIDTH == 4 ? 2 : 1;
+  const __m512i few = _mm512_maskz_loadu_epi32(__mmask16((1u << (16 / WIDTH)) - 1), words);
+  return {_mm512_permutexvar_epi32(_mm512_srli_epi32(lanes, kShift), few)};
+}
+// Each lane: sum + unsigned bytes of a . signed bytes of b. Of two neighbouring bytes of b one is 0,
+// so that the sixteen bits in between cannot overflow.
+inline I32 dot_bytes(I32 sum, I32 a, I32 b) {
+#ifdef __AVX512VNNI__
+  return {_mm512_dpbusd_epi32(sum.v, a.v, b.v)};
+#else
+  const __m512i pairs = _mm512_maddubs_epi16(a.v, b.v);
+  return {_mm512_add_epi32(sum.v, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)))};
+#endif
+}
+// Low and step of sixteen channels.
+inline void load_header(const uint8_t* from, F32& low, F32& step) {
+  load_pairs(reinterpret_cast<const uint16_t*>(from), low, step);
+}
+// Sixteen products as bytes, two to a word: min(w, 0), max(w, 0).
+inline void pack_weights(const float* products, float scale, uint32_t* to) {
+  const __m512i w = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(products), _mm512_set1_ps(scale)));
+  const __m512i negative = _mm512_max_epi32(_mm512_min_epi32(w, _mm512_setzero_si512()),
+                                            _mm512_set1_epi32(-127));
+  const __m512i positive = _mm512_min_epi32(_mm512_max_epi32(w, _mm512_setzero_si512()),
+                                            _mm512_set1_epi32(127));
+  const __m512i both = _mm512_or_si512(_mm512_and_si512(negative, _mm512_set1_epi32(0xff)),
+                                       _mm512_slli_epi32(positive, 8));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(both));
+}
+
 inline void prefetch(const void* address) {
   _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T0);
 }

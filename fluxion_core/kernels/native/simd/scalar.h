@@ -184,6 +184,59 @@ inline void store_bf16(uint16_t* to, Ordered a) {
   memcpy(to, a.v, sizeof a.v);
 }
 
+// Eight integers, also as 32 bytes.
+struct I32 {
+  static constexpr int kLanes = 8;
+  int32_t v[kLanes];
+};
+inline I32 zero_integers() { return {}; }
+inline I32 load_integers(const uint8_t* from) {
+  I32 a;
+  memcpy(a.v, from, sizeof a.v);
+  return a;
+}
+inline void store_integers(int32_t* to, I32 a) { memcpy(to, a.v, sizeof a.v); }
+// Lane i gets word i / WIDTH.
+template <int WIDTH>
+inline I32 spread(const uint32_t* words) {
+  I32 a;
+  for (int i = 0; i < I32::kLanes; ++i) a.v[i] = int32_t(words[i / WIDTH]);
+  return a;
+}
+// Each lane: sum + unsigned bytes of a . signed bytes of b.
+inline I32 dot_bytes(I32 sum, I32 a, I32 b) {
+  for (int i = 0; i < I32::kLanes; ++i) {
+    for (int byte = 0; byte < 4; ++byte) {
+      const int32_t x = uint8_t(uint32_t(a.v[i]) >> 8 * byte);
+      const int32_t y = int8_t(uint32_t(b.v[i]) >> 8 * byte);
+      sum.v[i] += x * y;
+    }
+  }
+  return sum;
+}
+// Low and step of eight channels.
+inline void load_header(const uint8_t* from, F32& low, F32& step) {
+  for (int i = 0; i < F32::kLanes; ++i) {
+    uint32_t word;
+    memcpy(&word, from + 4 * i, sizeof word);
+    low.v[i] = from_bits(word << 16);
+    step.v[i] = from_bits(word & 0xffff0000u);
+  }
+}
+// Sixteen products as bytes, two to a word: min(w, 0), max(w, 0).
+inline void pack_weights(const float* products, float scale, uint32_t* to) {
+  for (int i = 0; i < 16; i += 2) {
+    uint32_t word = 0;
+    for (int channel = 0; channel < 2; ++channel) {
+      const float rounded = __builtin_rintf(products[i + channel] * scale);
+      const int32_t w = rounded > 127.0f ? 127 : rounded > -128.0f ? int32_t(rounded) : -127;
+      word |= uint32_t(uint8_t(w < 0 ? w : 0)) << 16 * channel;
+      word |= uint32_t(uint8_t(w < 0 ? 0 : w)) << (16 * channel + 8);
+    }
+    to[i / 2] = word;
+  }
+}
+
 inline void prefetch(const void* address) { __builtin_prefetch(address); }
 
 inline void copy_past_cache(void* to, const void* from, int64_t bytes) {

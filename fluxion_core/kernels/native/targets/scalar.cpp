@@ -5,7 +5,10 @@
 #include "ops/block_score.inl"
 #include "ops/block_topk.inl"
 #include "ops/read_limit.inl"
+#include "ops/span_digest.inl"
+#include "ops/span_score.inl"
 #include "ops/sparse_attention.inl"
 
 const fluxion::KernelTable fluxion::kScalarKernels = {
-    "scalar", digest_blocks, copy_past_cache, score_tiles, choose_top, attend_runs, read_pieces};
+    "scalar",     digest_blocks, digest_span, copy_past_cache, score_tiles,
+    score_spans, choose_top,    attend_runs, read_pieces};

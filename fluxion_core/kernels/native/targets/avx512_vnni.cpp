@@ -1,0 +1,14 @@
+#include "kernel_table.h"
+#include "simd/avx512.h"
+
+#include "ops/block_digest.inl"
+#include "ops/block_score.inl"
+#include "ops/block_topk.inl"
+#include "ops/read_limit.inl"
+#include "ops/span_digest.inl"
+#include "ops/span_score.inl"
+#include "ops/sparse_attention.inl"
+
+const fluxion::KernelTable fluxion::kAvx512VnniKernels = {
+    "avx512_vnni",     digest_blocks, digest_span, copy_past_cache, score_tiles,
+    score_spans, choose_top,    attend_runs, read_pieces};
