@@ -28,7 +28,7 @@ class TaskSpan:
     """One chunk of one task, as it was done. phase -1: the moment at which the task was claimed."""
 
     worker: int
-    """0 to num_workers - 1; num_workers is the thread that waits."""
+    """Of the pool's workers; the number after the last one is the thread that waits."""
     task: int
     phase: int
     """0 score, 1 select, 2 attend."""
@@ -49,7 +49,8 @@ class CpuPool:
     Args:
         num_threads: that work on a round, the waiting one included; None for one per usable CPU,
             but where there are 4 CPUs or more, one is left to everything else.
-        cpus: where the other threads are pinned; None for the usable CPUs but the first.
+        cpus: where workers are pinned, one to each; None for as many as there are threads. The
+            waiting thread takes the place of the worker whose CPU it runs on.
         spin_microseconds: before a worker sleeps; None to spin only if the pool leaves cores free.
 
     Raises:
@@ -68,16 +69,17 @@ class CpuPool:
         self.num_threads = len(usable) - spare if num_threads is None else num_threads
         if self.num_threads < 1:
             raise ConfigError(f"{self.num_threads} attention threads; need at least 1")
-        workers = self.num_threads - 1
         if cpus is None:
             # More workers than CPUs share them; that is asked for explicitly, and slower.
-            others = usable[1:] or usable
-            cpus = [others[i % len(others)] for i in range(workers)]
-        if len(cpus) < workers:
-            raise ConfigError(f"{len(cpus)} CPUs for {workers} attention threads besides the first")
+            count = self.num_threads if self.num_threads > 1 else 0
+            cpus = [usable[i % len(usable)] for i in range(count)]
+        if len(cpus) < self.num_threads - 1:
+            raise ConfigError(f"{len(cpus)} CPUs for {self.num_threads - 1} attention workers")
         if spin_microseconds is None:
             spin_microseconds = SPIN_MICROSECONDS if self.num_threads < len(usable) else 0.0
-        self.native = _native.TaskPool(list(cpus[:workers]), int(spin_microseconds * 1000))
+        self.native = _native.TaskPool(
+            list(cpus), self.num_threads - 1, int(spin_microseconds * 1000)
+        )
         """The native pool, for those who submit rounds."""
 
     def wait(self) -> None:

@@ -254,7 +254,8 @@ NB_MODULE(_native, m) {
                                    cpus);
   });
   nb::class_<TaskPool>(m, "TaskPool")
-      .def(nb::init<const std::vector<int>&, int64_t>(), nb::arg("cpus"), nb::arg("spin_ns"))
+      .def(nb::init<const std::vector<int>&, int, int64_t>(), nb::arg("cpus"),
+           nb::arg("max_helpers"), nb::arg("spin_ns"))
       .def_prop_ro("num_workers", &TaskPool::num_workers)
       .def("wait", &TaskPool::wait, nb::call_guard<nb::gil_scoped_release>())
       .def("claim", &TaskPool::claim)

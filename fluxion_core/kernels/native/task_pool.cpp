@@ -42,7 +42,8 @@ constexpr uint64_t kPastEvery = 0x7fffffffu;  // a chunk number that no phase re
 
 }  // namespace
 
-TaskPool::TaskPool(const std::vector<int>& cpus, int64_t spin_ns) : spin_ns_(spin_ns) {
+TaskPool::TaskPool(const std::vector<int>& cpus, int max_helpers, int64_t spin_ns)
+    : max_helpers_(max_helpers), spin_ns_(spin_ns) {
   traces_.resize(cpus.size() + 1);
   threads_.reserve(cpus.size());
   for (size_t i = 0; i < cpus.size(); ++i) {
@@ -54,6 +55,8 @@ TaskPool::~TaskPool() {
   stopping_.store(true);
   round_.fetch_add(2);  // no round, but another number: nobody goes back to sleep
   wake_all(round_);
+  caller_cpu_.store(kNoCpu);
+  wake_all(caller_cpu_);
   for (std::thread& thread : threads_) thread.join();
 }
 
@@ -75,6 +78,12 @@ void TaskPool::submit(Work* work, const std::vector<int64_t>& bytes, int64_t wak
   num_tasks_ = count;
   head_.store(0, std::memory_order_relaxed);
   remaining_.store(count, std::memory_order_relaxed);
+  helpers_.store(0, std::memory_order_relaxed);
+  const uint32_t cpu = uint32_t(sched_getcpu());
+  if (cpu != caller_cpu_.load(std::memory_order_relaxed)) {
+    caller_cpu_.store(cpu);
+    wake_all(caller_cpu_);
+  }
   round_.fetch_add(1);  // odd: come in
   const int64_t total = std::accumulate(bytes.begin(), bytes.end(), int64_t(0));
   if (total >= wake_bytes && sleepers_.load() > 0) wake_all(round_);
@@ -116,11 +125,15 @@ void TaskPool::worker_main(int worker, int cpu) {
   pin_this_thread(cpu);
   uint32_t seen = 0;
   while (!stopping_.load()) {
+    if (caller_cpu_.load() == uint32_t(cpu)) {
+      sleep_on(caller_cpu_, uint32_t(cpu));
+      continue;
+    }
     const uint32_t round = round_.load();
     if (round % 2 == 1 && round != seen) {
       inside_.fetch_add(1);
       // The round may have ended before we were counted.
-      if (round_.load() == round) {
+      if (round_.load() == round && helpers_.fetch_add(1) < max_helpers_) {
         int idle = 0;
         while (remaining_.load(std::memory_order_acquire) > 0) {
           help(worker);

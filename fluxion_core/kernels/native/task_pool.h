@@ -5,7 +5,8 @@
 // taken by any of the pool's threads, so that few unequal tasks still fill all cores. A phase opens
 // when the last chunk of the one before has been done, on the thread that did it.
 //
-// The thread that waits for the work helps with it, as one more worker. No locks on the way, no
+// The thread that waits for the work helps with it, in place of the worker that is pinned to the CPU
+// it runs on: two threads on one CPU would take turns of milliseconds. No locks on the way, no
 // OpenMP, no Python. fluxion_core/scheduler/reference.py says the same in Python, as a simulator.
 #pragma once
 
@@ -38,9 +39,9 @@ struct Span {
 
 class TaskPool {
  public:
-  // One thread for every entry of `cpus`, pinned to that CPU (-1: not pinned). A thread without
-  // work looks for more during `spin_ns` before it sleeps.
-  TaskPool(const std::vector<int>& cpus, int64_t spin_ns);
+  // One worker for every entry of `cpus`, pinned to that CPU; at most `max_helpers` of them take part
+  // in a round. A worker without work looks for more during `spin_ns` before it sleeps.
+  TaskPool(const std::vector<int>& cpus, int max_helpers, int64_t spin_ns);
   ~TaskPool();
   TaskPool(const TaskPool&) = delete;
   TaskPool& operator=(const TaskPool&) = delete;
@@ -61,6 +62,7 @@ class TaskPool {
   std::vector<Span> take_trace();
 
  private:
+  static constexpr uint32_t kNoCpu = 0xffffffffu;
   static constexpr int32_t kFree = 0, kPool = 1, kOther = 2;
 
   struct alignas(64) Task {
@@ -78,6 +80,7 @@ class TaskPool {
   void open_next(int32_t task, int32_t phase);
 
   std::vector<std::thread> threads_;
+  int32_t max_helpers_;
   int64_t spin_ns_;
 
   Work* work_ = nullptr;
@@ -91,6 +94,9 @@ class TaskPool {
   // variable's mutex would let them wake one after the other only.
   alignas(64) std::atomic<uint32_t> round_{0};
   std::atomic<int32_t> sleepers_{0};
+  // Where the thread that starts rounds was last; its CPU's worker sleeps on this.
+  std::atomic<uint32_t> caller_cpu_{kNoCpu};
+  std::atomic<int32_t> helpers_{0};  // that have entered this round
   std::atomic<bool> stopping_{false};
   alignas(64) std::atomic<int32_t> inside_{0};
 

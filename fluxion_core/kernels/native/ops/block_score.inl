@@ -21,9 +21,11 @@ inline void score_pass(const ScoreRows& rows, const float* weights, int32_t head
                        float (*scores)[fluxion::kTileBlocks]) {
   constexpr int kParts = fluxion::kTileBlocks / WIDTH;
   constexpr int kLineChannels = WIDTH < 16 ? 16 / WIDTH : 1;  // channels of a part in 64 bytes
-  F32 sums[HEADS][kScoreVectors];
+  // Low and high apart where there are registers for it: twice the sums in flight.
+  constexpr int kHigh = kScoreVectors == 1 ? 1 : 0;
+  F32 sums[HEADS][kScoreVectors + kHigh];
   for (int head = 0; head < HEADS; ++head) {
-    for (int vector = 0; vector < kScoreVectors; ++vector) sums[head][vector] = zero();
+    for (int i = 0; i < kScoreVectors + kHigh; ++i) sums[head][i] = zero();
   }
   for (int32_t first = 0; first < head_dim; first += kLineChannels) {
     for (int part = 0; part < kParts; ++part) prefetch(rows.next[part] + first * WIDTH);
@@ -42,12 +44,13 @@ inline void score_pass(const ScoreRows& rows, const float* weights, int32_t head
       for (int head = 0; head < HEADS; ++head) {
         const F32 positive = broadcast(weight[2 * head + 1]);
         for (int vector = 0; vector < kScoreVectors; ++vector) {
-          sums[head][vector] = fma(high[vector], positive, sums[head][vector]);
+          sums[head][vector + kHigh] = fma(high[vector], positive, sums[head][vector + kHigh]);
         }
       }
     }
   }
   for (int head = 0; head < HEADS; ++head) {
+    if (kHigh) sums[head][0] = add(sums[head][0], sums[head][kHigh]);
     for (int vector = 0; vector < kScoreVectors; ++vector) {
       store(scores[head] + vector * F32::kLanes, sums[head][vector]);
     }
