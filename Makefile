@@ -6,7 +6,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 NATIVE := $(shell find fluxion_core/kernels/native -type f 2>/dev/null)
 
-.PHONY: demo test lint format bench protos native clean
+.PHONY: demo test lint format bench asan protos native clean
 
 demo: $(VENV)/.installed  ## ask a question about a 7,000-token document, through two processes
 	$(BIN)/fluxion demo
@@ -27,6 +27,17 @@ format: $(VENV)/.tested
 
 bench: $(VENV)/.installed  ## figures of this machine
 	$(BIN)/fluxion bench handoff
+	$(BIN)/fluxion bench kernels
+	$(BIN)/fluxion bench decode-step
+
+asan: $(VENV)/.tested  ## the kernels' tests under AddressSanitizer
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --disable-pip-version-check -q cmake ninja nanobind
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cmake -S fluxion_core/kernels/native -B build/asan -G Ninja \
+	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DCMAKE_CXX_FLAGS="-fsanitize=address -fno-omit-frame-pointer -g1" >/dev/null
+	$(BIN)/cmake --build build/asan
+	FLUXION_NATIVE=$$(ls build/asan/_native*.so) LD_PRELOAD=$$(c++ -print-file-name=libasan.so):$$(c++ -print-file-name=libstdc++.so) \
+	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest tests/fluxion_core/kernels tests/fluxion_core/scheduler \
+	  tests/fluxion_core/test_hybrid_attention.py --deselect tests/fluxion_core/kernels/test_isa.py
 
 protos: $(VENV)/.tested  ## stubs from the .proto files
 	$(BIN)/python protos/regenerate.py

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+if native := os.environ.get("FLUXION_NATIVE"):
+    # Another build of the native module, say one with a sanitizer, in place of the installed one.
+    name = "fluxion_core.kernels._native"
+    spec = importlib.util.spec_from_file_location(name, native)
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
 
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 

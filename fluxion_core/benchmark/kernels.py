@@ -224,6 +224,7 @@ class _Measured:
             geometry.head_dim,
             records.ctypes.data,
             len(records),
+            record_bytes,
             width,
             cpus,
         )

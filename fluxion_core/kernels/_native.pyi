@@ -76,6 +76,7 @@ def score_seconds(
     head_dim: int,
     records: int,
     num_records: int,
+    record_bytes: int,
     width: int,
     cpus: list[int],
     /,

@@ -239,12 +239,12 @@ NB_MODULE(_native, m) {
                                  piece_bytes, cpus);
   });
   m.def("score_seconds", [](int digest_bits, uintptr_t query, int group, int head_dim,
-                            uintptr_t records, int64_t num_records, int width,
+                            uintptr_t records, int64_t num_records, int64_t record_bytes, int width,
                             const std::vector<int>& cpus) {
     nb::gil_scoped_release unlocked;
     return fluxion::score_seconds(digest_bits, reinterpret_cast<const float*>(query), group,
                                   head_dim, reinterpret_cast<const void* const*>(records),
-                                  num_records, width, cpus);
+                                  num_records, record_bytes, width, cpus);
   });
   m.def("attend_seconds", [](uintptr_t query, int group, int head_dim, uintptr_t blocks,
                              int64_t num_blocks, const std::vector<int>& cpus) {

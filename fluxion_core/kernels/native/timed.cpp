@@ -1,5 +1,6 @@
 #include "timed.h"
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <functional>
@@ -13,73 +14,78 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// `body(first, end)` of a thread's share; whatever it needs is made in `prepare` before the clock.
-double seconds(int64_t count, const std::vector<int>& cpus,
-               const std::function<std::function<void()>(int64_t, int64_t)>& prepare) {
+// Call `batch(thread, first, end)` until all pieces are done: threads take the next `batch_pieces`
+// when they are free, so that a slow one does not hold up the rest.
+double seconds(int64_t count, int64_t batch_pieces, const std::vector<int>& cpus,
+               const std::function<void(size_t, int64_t, int64_t)>& batch) {
   const int64_t threads = int64_t(cpus.size());
-  std::atomic<int64_t> ready{0};
+  std::atomic<int64_t> ready{0}, next{0};
   std::vector<Clock::time_point> starts(cpus.size()), ends(cpus.size());
   std::vector<std::thread> running;
-  for (int64_t i = 0; i < threads; ++i) {
+  for (size_t i = 0; i < cpus.size(); ++i) {
     running.emplace_back([&, i] {
-      pin_this_thread(cpus[size_t(i)]);
-      const std::function<void()> body = prepare(count * i / threads, count * (i + 1) / threads);
+      pin_this_thread(cpus[i]);
       ready.fetch_add(1);
       // Spinning starts all at once; yielding now and then lets more threads than CPUs arrive.
       for (int spins = 1; ready.load() < threads; ++spins) {
         if (spins % 4096 == 0) std::this_thread::yield();
       }
-      starts[size_t(i)] = Clock::now();
-      body();
-      ends[size_t(i)] = Clock::now();
+      starts[i] = Clock::now();
+      for (int64_t first; (first = next.fetch_add(batch_pieces)) < count;) {
+        batch(i, first, std::min(first + batch_pieces, count));
+      }
+      ends[i] = Clock::now();
     });
   }
   for (std::thread& thread : running) thread.join();
-  Clock::time_point start = starts[0], end = ends[0];
-  for (size_t i = 1; i < cpus.size(); ++i) {
-    start = starts[i] < start ? starts[i] : start;
-    end = ends[i] > end ? ends[i] : end;
-  }
-  return std::chrono::duration<double>(end - start).count();
+  return std::chrono::duration<double>(*std::max_element(ends.begin(), ends.end()) -
+                                       *std::min_element(starts.begin(), starts.end()))
+      .count();
 }
+
+constexpr int64_t kBatchBytes = 256 << 10;
+
+int64_t batch_of(int64_t piece_bytes) { return std::max<int64_t>(1, kBatchBytes / piece_bytes); }
 
 }  // namespace
 
 double read_seconds(const char* const* pieces, int64_t num_pieces, int64_t piece_bytes,
                     const std::vector<int>& cpus) {
   std::atomic<uint64_t> total{0};
-  return seconds(num_pieces, cpus, [&](int64_t first, int64_t end) {
-    return [&, first, end] {
-      total.fetch_add(kernels().read_pieces(pieces + first, end - first, piece_bytes));
-    };
+  return seconds(num_pieces, batch_of(piece_bytes), cpus, [&](size_t, int64_t first, int64_t end) {
+    total.fetch_add(kernels().read_pieces(pieces + first, end - first, piece_bytes));
   });
 }
 
 double score_seconds(int64_t digest_bits, const float* query, int32_t group, int32_t head_dim,
-                     const void* const* records, int64_t num_records, int32_t width,
-                     const std::vector<int>& cpus) {
-  return seconds(num_records, cpus, [&](int64_t first, int64_t end) {
-    const int64_t stride = (end - first) * width;
-    return [=, scores = std::vector<float>(size_t(stride * group))]() mutable {
-      score_records(digest_bits, query, group, head_dim, records + first, int32_t(end - first), 0,
-                    width, scores.data(), stride);
-    };
+                     const void* const* records, int64_t num_records, int64_t record_bytes,
+                     int32_t width, const std::vector<int>& cpus) {
+  const int64_t batch = batch_of(record_bytes), stride = batch * width;
+  std::vector<std::vector<float>> scores(cpus.size(), std::vector<float>(size_t(stride * group)));
+  return seconds(num_records, batch, cpus, [&](size_t thread, int64_t first, int64_t end) {
+    score_records(digest_bits, query, group, head_dim, records + first, int32_t(end - first),
+                  int32_t(std::min<int64_t>(num_records - end, batch)), width,
+                  scores[thread].data(), stride);
   });
 }
 
 double attend_seconds(const float* query, int32_t group, int32_t head_dim,
                       const uint16_t* const* blocks, int64_t num_blocks,
                       const std::vector<int>& cpus) {
-  return seconds(num_blocks, cpus, [&](int64_t first, int64_t end) {
-    std::vector<BlockRun> runs;
-    const uint16_t all = uint16_t((1u << group) - 1);
-    for (int64_t i = first; i < end; ++i) runs.push_back({blocks[i], 1, all, kBlockTokens});
-    return [=, runs = std::move(runs), sums = std::vector<float>(size_t(group * head_dim)),
-            rest = std::vector<float>(size_t(2 * group))]() mutable {
-      kernels().attend_runs(query, group, head_dim, runs.data(), int32_t(runs.size()), nullptr,
-                            {sums.data(), rest.data(), rest.data() + group});
-    };
-  });
+  std::vector<BlockRun> runs;
+  const uint16_t all = uint16_t((1u << group) - 1);
+  for (int64_t i = 0; i < num_blocks; ++i) runs.push_back({blocks[i], 1, all, kBlockTokens});
+  const size_t row = size_t(group) * size_t(head_dim + 2);
+  std::vector<std::vector<float>> states(cpus.size(), std::vector<float>(row));
+  return seconds(num_blocks, batch_of(64 * head_dim), cpus,
+                 [&](size_t thread, int64_t first, int64_t end) {
+                   float* sums = states[thread].data();
+                   float* highest = sums + group * head_dim;
+                   kernels().attend_runs(query, group, head_dim, runs.data() + first,
+                                         int32_t(end - first),
+                                         end < num_blocks ? runs[size_t(end)].blocks : nullptr,
+                                         {sums, highest, highest + group});
+                 });
 }
 
 }  // namespace fluxion

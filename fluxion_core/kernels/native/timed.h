@@ -9,7 +9,7 @@
 
 namespace fluxion {
 
-// Each function splits its pieces evenly over as many pinned threads as there are `cpus`, and
+// Each function lets as many pinned threads as there are `cpus` take batches of its pieces, and
 // returns the seconds from the first thread's start to the last one's end.
 
 // Read pieces of memory, the next one prefetched. `piece_bytes` is a multiple of 256.
@@ -18,8 +18,8 @@ double read_seconds(const char* const* pieces, int64_t num_pieces, int64_t piece
 
 // Score records of digests, tiles or spans, for one group of query heads.
 double score_seconds(int64_t digest_bits, const float* query, int32_t group, int32_t head_dim,
-                     const void* const* records, int64_t num_records, int32_t width,
-                     const std::vector<int>& cpus);
+                     const void* const* records, int64_t num_records, int64_t record_bytes,
+                     int32_t width, const std::vector<int>& cpus);
 
 // Attend over blocks, one by one, all heads of one group.
 double attend_seconds(const float* query, int32_t group, int32_t head_dim,
