@@ -1,4 +1,4 @@
-"""Decode attention over the host KV store: the default window dense, the retrieval region by policy.
+"""Decode attention over the host KV store: the default window dense, the rest by policy.
 
 The attention port that the decode engine puts behind the model. Once per layer, for all sequences
 of a step: append k and v to the store, choose what to read of each region, attend over it and over
@@ -47,9 +47,9 @@ class StepReads:
 
 
 class HybridAttention:
-    """Attention of decode steps. A step is `begin_step`, one `attend` per layer in order, `end_step`.
+    """Attention of decode steps.
 
-    One thread only.
+    A step is `begin_step`, one `attend` per layer in order, `end_step`. One thread only.
 
     Args:
         store: where sequences are held.

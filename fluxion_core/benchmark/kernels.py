@@ -17,6 +17,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -88,9 +89,7 @@ def run_kernel_bench(
     for shape in shapes:
         measured = _Measured(shape)
         counts = sorted({1, len(usable_cpus())})
-        figures = [
-            figure for threads in counts for figure in _figures(measured, threads, repeats)
-        ]
+        figures = [figure for threads in counts for figure in _figures(measured, threads, repeats)]
         results.append({"shape": asdict(shape), "figures": [asdict(f) for f in figures]})
         _print(console, shape, figures)
     top_k = measure_top_k(repeats=repeats)
@@ -110,9 +109,7 @@ def measure_top_k(*, blocks: int = 8192, budget: int = 410, repeats: int = 7) ->
     marks = torch.empty(heads, -(-blocks // 64), dtype=torch.int64)
 
     def native() -> None:
-        _native.choose_top(
-            scores.data_ptr(), heads, blocks, budgets.data_ptr(), marks.data_ptr()
-        )
+        _native.choose_top(scores.data_ptr(), heads, blocks, budgets.data_ptr(), marks.data_ptr())
 
     def with_torch() -> None:
         for row in scores:
@@ -246,7 +243,9 @@ class _Measured:
     def task(self, pool: CpuPool, level: int, budget_blocks: int) -> tuple[int, float]:
         """One layer of a decode step without its window: all KV heads, on the pool."""
         geometry, shape = self.geometry, self.shape
-        sequence = torch.tensor([[self._table.data_ptr(), shape.num_tokens, 0, shape.num_tokens, 0]])
+        sequence = torch.tensor(
+            [[self._table.data_ptr(), shape.num_tokens, 0, shape.num_tokens, 0]]
+        )
         attention = _native.LayerAttention(
             native_layout(geometry), sequence.data_ptr(), 1, self._query.shape[0]
         )
@@ -299,10 +298,9 @@ def _figures(measured: _Measured, threads: int, repeats: int) -> list[Figure]:
     }
     for level, size in enumerate(BLOCK_SIZES):
         policy = FixedPolicy(size, BUDGET)
-        operations[f"scan, block {size}"] = lambda level=level: measured.scan(level, cpus)
-        operations[f"task, {policy}"] = lambda policy=policy: measured.task(
-            pool, policy.level, policy.num_blocks(tokens)
-        )
+        operations[f"scan, block {size}"] = partial(measured.scan, level, cpus)
+        blocks = policy.num_blocks(tokens)
+        operations[f"task, {policy}"] = partial(measured.task, pool, policy.level, blocks)
     runs = []
     for _ in range(repeats + 1):
         run = {}

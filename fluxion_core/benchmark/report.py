@@ -1,4 +1,4 @@
-"""What every benchmark says besides its figures: the machine; and how figures are kept and drawn."""
+"""What all benchmarks share: they name the machine, keep their figures and draw them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ def write_json(report: dict[str, object], path: Path) -> None:
     path.write_text(json.dumps(report, indent=2) + "\n")
 
 
-def median_of(runs: Sequence[dict[str, float]], value: Callable[[dict[str, float]], float]) -> float:
+def median_of(
+    runs: Sequence[dict[str, float]], value: Callable[[dict[str, float]], float]
+) -> float:
     """Median over repeated runs."""
     return statistics.median(value(run) for run in runs)
 

@@ -50,9 +50,7 @@ def score_blocks(
     scores: int,
     /,
 ) -> None: ...
-def choose_top(
-    scores: int, rows: int, count: int, budgets: int, chosen: int, /
-) -> None: ...
+def choose_top(scores: int, rows: int, count: int, budgets: int, chosen: int, /) -> None: ...
 def attend_blocks(
     head_dim: int,
     query: int,

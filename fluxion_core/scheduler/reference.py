@@ -6,8 +6,8 @@ any of the pool's threads. A thread stays with its task while that has chunks to
 the next task, and when none is left takes chunks of others' tasks, the largest task first. A phase
 opens when the last chunk of the one before is done. Another consumer does its tasks alone.
 
-Time is simulated: a chunk takes as long as it says, everything else takes none. Where several act at
-the same moment, the lower number goes first. So the same input always gives the same schedule.
+Time is simulated: a chunk takes as long as it says, everything else takes none. Where several act
+at the same moment, the lower number goes first. So the same input always gives the same schedule.
 """
 
 from __future__ import annotations

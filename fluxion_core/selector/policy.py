@@ -51,7 +51,9 @@ class FixedPolicy:
         if self.block_size not in BLOCK_SIZES:
             raise ConfigError(f"block size {self.block_size}; one of {BLOCK_SIZES}")
         if not 0 < self.budget <= 1:
-            raise ConfigError(f"budget {self.budget:g} of the region; above 0 and at most 1 (100 %)")
+            raise ConfigError(
+                f"budget {self.budget:g} of the region; above 0 and at most 1 (100 %)"
+            )
 
     @property
     def level(self) -> int:

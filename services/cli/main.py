@@ -302,6 +302,47 @@ def bench_kernels(
         plot(report, plot_path)
 
 
+@bench_app.command("decode-step")
+def bench_decode_step(
+    *,
+    model: ModelOption = "smollm2-135m",
+    models_dir: ModelsDirOption = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt.")] = 7500,
+    steps: Annotated[int, typer.Option(min=1, help="Tokens that count.")] = 20,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(help="exact or fixed(BLOCK_SIZE, BUDGET %); may be repeated."),
+    ] = None,
+    transformers: Annotated[
+        bool, typer.Option(help="Beside transformers with its ordinary cache.")
+    ] = True,
+    digest_bits: Annotated[int, typer.Option(help="16 or 8.")] = 16,
+    json_path: JsonOption = None,
+    plot_path: PlotOption = None,
+) -> None:
+    """Time per output token on the CPU, policies and transformers side by side."""
+    from rich.console import Console
+
+    from fluxion_core.benchmark.decode_step import plot
+    from fluxion_core.benchmark.report import write_json
+    from services.cli.decode_step_bench import bench_decode_step
+
+    report = bench_decode_step(
+        Console(),
+        model,
+        models_dir,
+        tokens=tokens,
+        steps=steps,
+        policies=policy or ("exact", "fixed(16, 5 %)"),
+        with_transformers=transformers,
+        digest_bits=digest_bits,
+    )
+    if json_path is not None:
+        write_json(report, json_path)
+    if plot_path is not None:
+        plot(report, plot_path)
+
+
 def run() -> None:
     """Entry point of the installed command."""
     app(prog_name="fluxion")

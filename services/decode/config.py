@@ -15,7 +15,7 @@ class StoreSettings(Section):
     slab_tokens: int = Field(default=512, ge=128)
     """Tokens of a slab, a power of two: the unit of allocation and of prefix sharing."""
     digest_bits: int = 16
-    """16: exact digests of blocks. 8: half to scan and to hold; blocks are chosen a little worse."""
+    """16: exact digests. 8: about half to scan and to hold; blocks are chosen a little worse."""
     populate: bool = False
     """Touch every page at start, so that no request pays for it."""
     sink_tokens: int = Field(default=64, gt=0)

@@ -38,7 +38,9 @@ def make_store(num_slabs: int = 64, geometry: KvGeometry = GEOMETRY) -> HostKvSt
     return HostKvStore(geometry, num_slabs * (geometry.slab_bytes + 4096), model_key=b"toy")
 
 
-def make_attention(store: HostKvStore, threads: int = 2, window: WindowSpec = WINDOW) -> HybridAttention:
+def make_attention(
+    store: HostKvStore, threads: int = 2, window: WindowSpec = WINDOW
+) -> HybridAttention:
     return HybridAttention(store, window, num_heads=HEADS, pool=CpuPool(threads))
 
 
@@ -124,9 +126,7 @@ def seen_tokens(sequence: SequenceKv, rows: torch.Tensor, layer: int, policy: Fi
         query = rows[layer, head].double()
         scores = (query * low.double()).maximum(query * high.double()).sum(-1)
         count = ceil_div(region.stop, policy.block_size) - first
-        best = topk_reference.choose_top(
-            scores[first : first + count], policy.num_blocks(region)
-        )
+        best = topk_reference.choose_top(scores[first : first + count], policy.num_blocks(region))
         for block in (best + first).tolist():
             start = max(block * policy.block_size, region.start)
             seen[head, start : min((block + 1) * policy.block_size, region.stop)] = True
@@ -157,7 +157,10 @@ def test_fixed_reads_each_heads_best_blocks_and_the_window(block_size: int, budg
 
 
 def test_a_sequences_result_does_not_depend_on_its_company():
-    lengths, policies = (700, 1301, 90), [FixedPolicy(32, 0.1), ExactPolicy(), FixedPolicy(16, 0.05)]
+    lengths, policies = (
+        (700, 1301, 90),
+        [FixedPolicy(32, 0.1), ExactPolicy(), FixedPolicy(16, 0.05)],
+    )
     together, alone = make_store(), make_store()
     group = [filled(together, length, 8, seed) for seed, length in enumerate(lengths)]
     single = [filled(alone, length, 8, seed) for seed, length in enumerate(lengths)]
@@ -191,7 +194,9 @@ def test_generated_tokens_are_found_again(digest_bits: int):
             rows[:, :HEADS] = needle * 10
         outputs, _ = step(attention, [sequence], [policy], [rows])
         if ask:
-            torch.testing.assert_close(outputs[0], torch.full_like(outputs[0], 5.0), atol=1e-3, rtol=0)
+            torch.testing.assert_close(
+                outputs[0], torch.full_like(outputs[0], 5.0), atol=1e-3, rtol=0
+            )
 
 
 def test_more_tokens_than_reserved_are_refused():

@@ -34,7 +34,7 @@ def unpack_tiles(records: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
     Returns:
         low, high: each [blocks, head_dim] float32.
     """
-    tiles = records.contiguous().view(torch.bfloat16).unflatten(1, (head_dim, -1, 2))
+    tiles = torch.unflatten(records.contiguous().view(torch.bfloat16), 1, (head_dim, -1, 2))
     blocks = tiles.transpose(1, 2).flatten(0, 1).float()
     return blocks[..., 0], blocks[..., 1]
 
@@ -50,9 +50,9 @@ def unpack_spans(records: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
         low, high: each [blocks, head_dim] float32.
     """
     header = records[:, : 4 * head_dim].contiguous().view(torch.bfloat16)
-    start, step = header.float().unflatten(1, (head_dim, 2)).unbind(-1)
+    start, step = torch.unflatten(header.float(), 1, (head_dim, 2)).unbind(-1)
     # [records, head_dim / 2, blocks, 2 channels, 2] to [records, blocks, head_dim, 2]
-    codes = records[:, 4 * head_dim :].unflatten(1, (head_dim // 2, -1, 2, 2))
+    codes = torch.unflatten(records[:, 4 * head_dim :], 1, (head_dim // 2, -1, 2, 2))
     codes = codes.transpose(1, 2).flatten(2, 3).float()
     keys = start[:, None, :, None] + step[:, None, :, None] * codes
     blocks = keys.flatten(0, 1)

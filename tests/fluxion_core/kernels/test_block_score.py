@@ -81,8 +81,7 @@ def test_byte_scores_are_close_and_choose_the_same_blocks(each_isa, group, head_
         budget = max(1, len(blocks) // 10)
         top, exact_top = found.topk(budget).indices, exact.topk(budget).indices
         same += [
-            len({*a.tolist()} & {*b.tolist()}) / budget
-            for a, b in zip(top, exact_top, strict=True)
+            len({*a.tolist()} & {*b.tolist()}) / budget for a, b in zip(top, exact_top, strict=True)
         ]
     # Random keys are the worst case: their blocks differ by little.
     assert sum(same) / len(same) > 0.85

@@ -121,7 +121,9 @@ def test_sequences_of_one_step_do_not_mix():
             columns = torch.stack(
                 [kv[layer, :, :, len(p) + offset] for kv, p in zip(streams, prompts, strict=True)]
             )
-            step.append(layer, columns[:, :, 0].float().contiguous(), columns[:, :, 1].float().contiguous())
+            step.append(
+                layer, columns[:, :, 0].float().contiguous(), columns[:, :, 1].float().contiguous()
+            )
         step.advance()
     for sequence, kv in zip(sequences, streams, strict=True):
         check_content(sequence, kv)

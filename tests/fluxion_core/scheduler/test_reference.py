@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -73,4 +75,4 @@ def test_every_chunk_runs_once_and_no_schedule_is_longer_than_one_thread(tasks, 
     # Nobody does two things at a time.
     for worker in range(threads + others):
         own = sorted((s for s in spans if s.worker == worker), key=lambda s: s.start)
-        assert all(a.end <= b.start for a, b in zip(own, own[1:], strict=False))
+        assert all(a.end <= b.start for a, b in itertools.pairwise(own))

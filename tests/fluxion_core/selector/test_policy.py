@@ -29,7 +29,8 @@ def test_policies_are_read_by_name_and_print_it(text: str, policy):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "fixed", "fixed(17, 5 %)", "fixed(16, 0 %)", "fixed(16, 101 %)", "fixed(16, 1.2.3)"]
+    "text",
+    ["", "fixed", "fixed(17, 5 %)", "fixed(16, 0 %)", "fixed(16, 101 %)", "fixed(16, 1.2.3)"],
 )
 def test_what_is_no_policy_is_refused(text: str):
     with pytest.raises(ConfigError):

@@ -1,0 +1,391 @@
+"""Time per output token of a real model on the CPU, policies and transformers side by side.
+
+One prompt is prefilled once; every policy then decodes from its own copy of the same KV, and
+transformers (where it is installed) from an ordinary cache that holds the same values. They take
+turns, token by token, so that a noisy machine is noisy for all. Beside each figure stands its
+limit: the step without attention, plus the bytes it read at the rate at which this machine reads
+memory.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from fluxion_core.benchmark.report import describe_machine, draw_bars
+from fluxion_core.errors import ConfigError
+from fluxion_core.geometry import BLOCK_TOKENS, KvGeometry, WindowSpec, ceil_div
+from fluxion_core.hybrid_attention import HybridAttention
+from fluxion_core.kernels import _native
+from fluxion_core.kernels.dense_attention import cpu as dense_attention
+from fluxion_core.kvstore.digest_index import gather_kv
+from fluxion_core.kvstore.store import HostKvStore, SequenceKv
+from fluxion_core.models.attention_port import AttentionPort
+from fluxion_core.models.decoder import Decoder
+from fluxion_core.scheduler.scheduler import CpuPool, usable_cpus
+from fluxion_core.selector.policy import Policy, parse_policy
+
+PREFILL_CHUNK_TOKENS = 512
+WARM_UP_STEPS = 2
+
+
+@dataclass(frozen=True)
+class StepFigure:
+    """One way to decode a token."""
+
+    name: str
+    milliseconds: float
+    """Median step."""
+    attention_milliseconds: float
+    """Median of step minus the step without attention of the same turn."""
+    read_bytes: float
+    """Digests and KV of the retrieval region, per token."""
+    limit_milliseconds: float
+    """Step without attention, plus all bytes at the sequential read rate; 0 for no limit."""
+
+
+def run_decode_step_bench(
+    console: Console,
+    decoder: Decoder,
+    token_ids: Sequence[int],
+    *,
+    steps: int = 20,
+    policies: Sequence[str] = ("exact", "fixed(16, 5 %)"),
+    transformers_model: torch.nn.Module | None = None,
+    digest_bits: int = 16,
+) -> dict[str, object]:
+    """Measure; print a table, return everything as plain data.
+
+    Args:
+        console: where the table goes.
+        decoder: the model, float32 on the CPU.
+        token_ids: the prompt.
+        steps: tokens that count, after two that do not.
+        policies: by name.
+        transformers_model: the same model in transformers, or None to leave it out.
+        digest_bits: of the store.
+
+    Raises:
+        ConfigError: no policy, or one that does not exist.
+    """
+    chosen = [parse_policy(name) for name in policies]
+    if not chosen:
+        raise ConfigError("no policies to measure")
+    machine = describe_machine()
+    console.print(
+        f"[bold]decode step[/bold], {len(token_ids):,} tokens, batch 1; {machine}", highlight=False
+    )
+    with _torch_threads(len(usable_cpus())):
+        bench = _Bench(decoder, token_ids, len(chosen), steps + WARM_UP_STEPS, digest_bits)
+        console.print(f"prefilled in {bench.prefill_seconds:.1f} s", highlight=False)
+        rows = _take_turns(bench, chosen, transformers_model, steps)
+        figures = _figures(bench, chosen, rows)
+        peace = _peace_with_torch(bench)
+    report: dict[str, object] = {
+        "machine": machine | {"omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "unset")},
+        "tokens": len(token_ids),
+        "steps": steps,
+        "read_gigabytes_per_second": bench.read_rate / 1e9,
+        "figures": [asdict(figure) for figure in figures],
+        "tokens_equal": _tokens_equal(rows),
+        "peace_with_torch": peace,
+    }
+    _print(console, report, figures)
+    return report
+
+
+def plot(report: dict[str, object], path: Path) -> None:
+    """Bars of milliseconds per token."""
+    figures = report["figures"]
+    assert isinstance(figures, list)
+    draw_bars(
+        path,
+        f"Time per output token, {report['tokens']:,} tokens",
+        [(figure["name"], figure["milliseconds"]) for figure in figures],
+        unit="ms",
+    )
+
+
+@dataclass
+class _Turn:
+    """One way's step of one turn."""
+
+    seconds: float
+    token_id: int
+    read_bytes: int = 0
+    window_bytes: int = 0
+
+
+class _Bench:
+    """A decoder, its KV in a store, and one sequence for each policy."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        token_ids: Sequence[int],
+        num_sequences: int,
+        new_tokens: int,
+        digest_bits: int,
+    ) -> None:
+        config = decoder.config
+        self.decoder = decoder
+        self.num_prompt_tokens = len(token_ids)
+        self.geometry = KvGeometry(
+            config.num_layers, config.num_kv_heads, config.head_dim, digest_bits=digest_bits
+        )
+        capture = _Capture(self.geometry, len(token_ids))
+        start = time.perf_counter()
+        self.first_token = _prefill(decoder, token_ids, capture)
+        self.prefill_seconds = time.perf_counter() - start
+        slabs = self.geometry.slabs_for(len(token_ids) + new_tokens) * num_sequences
+        self.store = HostKvStore(
+            self.geometry, slabs * (self.geometry.slab_bytes + 4096), model_key=b"", populate=True
+        )
+        # Different first ids, so that no two sequences share slabs.
+        self.sequences = [
+            capture.store_into(self.store, [index, *token_ids[1:]], new_tokens)
+            for index in range(num_sequences)
+        ]
+        self.window = WindowSpec()
+        self.pool = CpuPool()
+        self.attention = HybridAttention(
+            self.store, self.window, num_heads=config.num_heads, pool=self.pool
+        )
+        self.read_rate = self._measure_read()
+
+    def step(self, row: int, policy: Policy, token_id: int) -> _Turn:
+        """Decode one token of a sequence."""
+        sequence = self.sequences[row]
+        position = sequence.num_tokens
+        start = time.perf_counter()
+        self.attention.begin_step([sequence], [policy])
+        token = self._forward(token_id, position, self.attention)
+        reads = self.attention.end_step()[0]
+        seconds = time.perf_counter() - start
+        outside = position + 1 - len(self.window.retrieval_region(position + 1))
+        return _Turn(seconds, token, reads.total_bytes, outside * self.geometry.token_bytes)
+
+    def step_without_attention(self, token_id: int) -> _Turn:
+        """The same step with attention that does nothing."""
+        start = time.perf_counter()
+        token = self._forward(token_id, self.num_prompt_tokens, _NoAttention())
+        return _Turn(time.perf_counter() - start, token)
+
+    def _forward(self, token_id: int, position: int, attention: AttentionPort) -> int:
+        with torch.inference_mode():
+            hidden = self.decoder(
+                torch.tensor([token_id]),
+                torch.tensor([position]),
+                attention,
+            )
+            return int(self.decoder.logits(hidden).argmax())
+
+    def _measure_read(self) -> float:
+        """Bytes per second of all CPUs over the store's KV."""
+        slabs = range(self.store.num_slabs)
+        piece = 65_536
+        inside = np.arange(0, self.geometry.kv_bytes // piece * piece, piece)
+        starts = np.asarray([self.store.slab_address(slab) for slab in slabs])
+        pieces = np.ascontiguousarray((starts[:, None] + inside).ravel())
+        seconds = [
+            _native.read_seconds(pieces.ctypes.data, len(pieces), piece, usable_cpus())
+            for _ in range(5)
+        ]
+        return len(pieces) * piece / median(seconds)
+
+
+class _Capture:
+    """Attention port of the prefill: causal, KV rounded to bfloat16 before it is attended to."""
+
+    def __init__(self, geometry: KvGeometry, num_tokens: int) -> None:
+        self._geometry = geometry
+        shape = (geometry.num_layers, 2, geometry.num_kv_heads, num_tokens, geometry.head_dim)
+        self._kv = torch.empty(shape, dtype=torch.bfloat16)
+        self.first_token = 0
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """See AttentionPort."""
+        end = self.first_token + key.shape[0]
+        kv = self._kv[layer]
+        kv[0, :, self.first_token : end] = key.transpose(0, 1)
+        kv[1, :, self.first_token : end] = value.transpose(0, 1)
+        so_far = kv[:, :, :end].float()
+        return dense_attention.attend_chunk(query, so_far[0], so_far[1])
+
+    def store_into(self, store: HostKvStore, token_ids: list[int], new_tokens: int) -> SequenceKv:
+        """A committed sequence that holds what was captured."""
+        geometry, count = self._geometry, len(token_ids)
+        sequence = store.reserve(token_ids, new_tokens)
+        blocks = ceil_div(count, BLOCK_TOKENS)
+        for layer in range(geometry.num_layers):
+            padding = (0, 0, 0, blocks * BLOCK_TOKENS - count)
+            kv = torch.nn.functional.pad(self._kv[layer], padding)
+            blocked = torch.unflatten(kv, 2, (blocks, BLOCK_TOKENS)).permute(1, 2, 0, 3, 4)
+            sequence.write_blocks(
+                layer, 0, count, blocked.contiguous().view(torch.uint8).numpy().tobytes()
+            )
+        sequence.commit()
+        return sequence
+
+
+class _NoAttention:
+    """Attention port that does nothing."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """See AttentionPort."""
+        del layer, key, value
+        return query
+
+
+@torch.inference_mode()
+def _prefill(decoder: Decoder, token_ids: Sequence[int], capture: _Capture) -> int:
+    """Fill the capture; returns the first token, greedily."""
+    hidden = torch.empty(0)
+    for first in range(0, len(token_ids), PREFILL_CHUNK_TOKENS):
+        chunk = torch.tensor(token_ids[first : first + PREFILL_CHUNK_TOKENS])
+        capture.first_token = first
+        hidden = decoder(chunk, torch.arange(first, first + len(chunk)), capture)
+    return int(decoder.logits(hidden[-1:]).argmax())
+
+
+def _take_turns(
+    bench: _Bench,
+    policies: Sequence[Policy],
+    transformers_model: torch.nn.Module | None,
+    steps: int,
+) -> list[dict[str, _Turn]]:
+    """Every way's step, turn by turn; the warm-up turns are left out."""
+    ways: dict[str, Callable[[int], _Turn]] = {
+        "without attention": bench.step_without_attention,
+        **{str(policy): partial(bench.step, row, policy) for row, policy in enumerate(policies)},
+    }
+    if transformers_model is not None:
+        ways["transformers"] = _transformers_step(bench, transformers_model)
+    tokens = dict.fromkeys(ways, bench.first_token)
+    turns = []
+    for _ in range(WARM_UP_STEPS + steps):
+        turn = {name: way(tokens[name]) for name, way in ways.items()}
+        tokens = {name: turn[name].token_id for name in ways}
+        turns.append(turn)
+    return turns[WARM_UP_STEPS:]
+
+
+def _transformers_step(bench: _Bench, model: torch.nn.Module) -> Callable[[int], _Turn]:
+    """A step of transformers over its ordinary cache, filled with the same KV."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    sequence, geometry = bench.sequences[0], bench.geometry
+    for layer in range(geometry.num_layers):
+        heads = [gather_kv(sequence, layer, head) for head in range(geometry.num_kv_heads)]
+        keys = torch.stack([key for key, _ in heads])[None].float()
+        values = torch.stack([value for _, value in heads])[None].float()
+        cache.update(keys, values, layer)
+
+    def step(token_id: int) -> _Turn:
+        start = time.perf_counter()
+        with torch.inference_mode():
+            output = model(torch.tensor([[token_id]]), past_key_values=cache, use_cache=True)
+            token = int(output.logits[0, -1].argmax())
+        return _Turn(time.perf_counter() - start, token)
+
+    return step
+
+
+def _figures(
+    bench: _Bench, policies: Sequence[Policy], turns: list[dict[str, _Turn]]
+) -> list[StepFigure]:
+    names = [str(policy) for policy in policies]
+    dense = median(turn["without attention"].seconds for turn in turns)
+    figures = []
+    for name in turns[0]:
+        own = [turn[name] for turn in turns]
+        seconds = median(turn.seconds for turn in own)
+        read = median(turn.read_bytes for turn in own)
+        all_bytes = read + median(turn.window_bytes for turn in own)
+        attention = median(t[name].seconds - t["without attention"].seconds for t in turns)
+        limit = dense + all_bytes / bench.read_rate if name in names else 0.0
+        figures.append(StepFigure(name, seconds * 1e3, attention * 1e3, read, limit * 1e3))
+    return figures
+
+
+def _tokens_equal(turns: list[dict[str, _Turn]]) -> bool | None:
+    """Whether `exact` gave the tokens of transformers; None if one of them did not run."""
+    if not {"exact", "transformers"} <= turns[0].keys():
+        return None
+    return all(turn["exact"].token_id == turn["transformers"].token_id for turn in turns)
+
+
+def _peace_with_torch(bench: _Bench, *, repeats: int = 30) -> dict[str, float]:
+    """A round of the pool straight after a threaded torch product, and after a rest. Microseconds.
+
+    Threads that spin after their product would take the cores from the pool's.
+    """
+    config = bench.decoder.config
+    sequence, geometry = bench.sequences[0], bench.geometry
+    query = torch.randn(1, config.num_heads, config.head_dim)
+    key = torch.zeros(1, config.num_kv_heads, config.head_dim)
+    square = torch.randn(1024, 1024)
+
+    def round_seconds(before: Callable[[], object]) -> float:
+        bench.attention.begin_step([sequence], [parse_policy("exact")])
+        before()
+        start = time.perf_counter()
+        # What it appends is overwritten by the next round: the step is never ended.
+        bench.attention.attend(geometry.num_layers - 1, query, key, key)
+        return time.perf_counter() - start
+
+    seconds: dict[str, list[float]] = {"after_product": [], "after_rest": []}
+    for _ in range(repeats):
+        seconds["after_product"].append(round_seconds(lambda: square @ square))
+        seconds["after_rest"].append(round_seconds(lambda: time.sleep(0.005)))
+    return {name: median(values) * 1e6 for name, values in seconds.items()}
+
+
+@contextmanager
+def _torch_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _print(console: Console, report: dict[str, object], figures: list[StepFigure]) -> None:
+    table = Table(box=None, pad_edge=False)
+    for column in ("way", "ms a token", "attention ms", "region MB", "limit ms", "of limit"):
+        table.add_column(column, justify="left" if column == "way" else "right")
+    for figure in figures:
+        has_limit = figure.limit_milliseconds > 0
+        table.add_row(
+            figure.name,
+            f"{figure.milliseconds:.1f}",
+            f"{figure.attention_milliseconds:.1f}",
+            f"{figure.read_bytes / 1e6:.1f}" if has_limit else "",
+            f"{figure.limit_milliseconds:.1f}" if has_limit else "",
+            f"{figure.milliseconds / figure.limit_milliseconds:.2f}" if has_limit else "",
+        )
+    console.print(table)
+    equal = report["tokens_equal"]
+    if equal is not None:
+        console.print(f"tokens of exact and of transformers: {'equal' if equal else 'DIFFERENT'}")
+    peace = report["peace_with_torch"]
+    assert isinstance(peace, dict)
+    console.print(
+        f"a round of the pool: {peace['after_product']:.0f} us straight after a threaded product, "
+        f"{peace['after_rest']:.0f} us after a rest",
+        highlight=False,
+    )

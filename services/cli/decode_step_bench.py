@@ -1,0 +1,72 @@
+"""`fluxion bench decode-step`: the model, the prompt and transformers for the benchmark.
+
+What is measured, and how: fluxion_core/benchmark/decode_step.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from fluxion_core.benchmark.decode_step import run_decode_step_bench
+from fluxion_core.errors import ConfigError, InvalidRequestError
+from fluxion_core.generation.tokenizer import Tokenizer
+from fluxion_core.models.locate import default_models_dir, locate_model
+from fluxion_core.models.weights import load_model
+from services.cli.demo import load_document
+
+
+def bench_decode_step(
+    console: Console,
+    model: str,
+    models_dir: Path | None,
+    *,
+    tokens: int,
+    steps: int,
+    policies: Sequence[str],
+    with_transformers: bool,
+    digest_bits: int,
+) -> dict[str, object]:
+    """Load the model, take the demo's document as the prompt, measure.
+
+    Raises:
+        ModelError: the model is not there or cannot be used.
+        InvalidRequestError: more tokens than the model's context has.
+        ConfigError: transformers is asked for and not installed, or an unknown policy.
+    """
+    path = locate_model(model, models_dir or default_models_dir())
+    loaded = load_model(path, device=torch.device("cpu"), dtype=torch.float32)
+    context = loaded.config.context_tokens
+    if tokens + steps + 2 > context:
+        raise InvalidRequestError(f"{tokens} tokens and {steps} steps; the context has {context}")
+    document = Tokenizer.load(path).encode(load_document())
+    token_ids = (document * (tokens // len(document) + 1))[:tokens]
+    return run_decode_step_bench(
+        console,
+        loaded.decoder,
+        token_ids,
+        steps=steps,
+        policies=policies,
+        transformers_model=_load_transformers(path) if with_transformers else None,
+        digest_bits=digest_bits,
+    )
+
+
+def _load_transformers(path: Path) -> torch.nn.Module:
+    try:
+        from transformers import AutoModelForCausalLM
+    except ImportError:
+        raise ConfigError(
+            "transformers is not installed; pip install 'fluxion[test]' or --no-transformers"
+        ) from None
+    if path.is_dir():
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32
+        )
+    evaluated: torch.nn.Module = model.train(mode=False)
+    return evaluated
