@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from fluxion_core.generation.chat import ChatMessage
 from fluxion_core.generation.tokenizer import Tokenizer
@@ -20,9 +21,14 @@ from fluxion_core.selector.policy import FixedPolicy
 from services.prefill.kv_capture import KvCapture
 
 FACT = "The access code for the plate vault is 7402958."
-QUESTION = "What is the access code for the plate vault?"
-ASK_AT = (1000, 3000, 8000)
-"""Tokens after which a copy of the sequence is asked; 8,192 is the model's context."""
+ASKED = (
+    "<|im_end|>\n<|im_start|>user\nWhat is the access code for the plate vault?<|im_end|>\n"
+    "<|im_start|>assistant\n"
+)
+RESUMED = "<|im_end|>\n<|im_start|>user\nGo on.<|im_end|>\n<|im_start|>assistant\n"
+ASK_AT = (1000, 2500, 4000, 5500, 7000, 8000)
+"""Tokens after which it is asked; what it answers becomes part of it. The context has 8,192."""
+ANSWER_TOKENS = 24
 
 
 def prefilled(decoder: Decoder, store: HostKvStore, token_ids: list[int], new: int) -> SequenceKv:
@@ -55,38 +61,42 @@ def test_a_growing_sequence_finds_a_fact_of_its_own_text_under_fixed(smollm2_pat
     attention = HybridAttention(store, WindowSpec(), num_heads=config.num_heads, pool=CpuPool())
     policy = FixedPolicy(16, 0.05)
 
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False)
+
     request = "Write down everything that a visitor of the observatory should know. " * 6
-    prompt = tokenizer.encode(
-        tokenizer.render_chat([ChatMessage("user", request)]), add_special_tokens=False
-    )
+    prompt = encode(tokenizer.render_chat([ChatMessage("user", request)]))
     prompt = [*prompt[:88], *prompt[-12:]]
     assert len(prompt) == 100
     document = (resources.files("services.cli") / "demo_document.md").read_text("utf-8")
     # What the sequence "generates": the fact, early, then text that does not hold it.
     filler = "\n".join(line for line in document.splitlines() if "access code" not in line)
-    written = tokenizer.encode(
-        f"To begin with: {FACT} {filler}\n{filler}", add_special_tokens=False
-    )
-    asked = tokenizer.encode(
-        f"<|im_end|>\n<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n",
-        add_special_tokens=False,
-    )
+    written = iter(encode(f"{FACT} {filler}\n{filler}"))
+    sequence = prefilled(decoder, store, prompt, ASK_AT[-1] + 100)
 
-    sequences = [prefilled(decoder, store, prompt, length + 150) for length in ASK_AT]
-    forced = [[*written[: length - len(prompt) - len(asked)], *asked] for length in ASK_AT]
-    answers: list[list[int]] = [[] for _ in ASK_AT]
-    step = 0
-    running = list(range(len(ASK_AT)))
-    while running:
-        tokens = [forced[i][step] if step < len(forced[i]) else answers[i][-1] for i in running]
-        positions = torch.tensor([sequences[i].num_tokens for i in running])
-        attention.begin_step([sequences[i] for i in running], [policy] * len(running))
-        hidden = decoder(torch.tensor(tokens), positions, attention)
+    def step(token_id: int) -> Tensor:
+        attention.begin_step([sequence], [policy])
+        position = torch.tensor([sequence.num_tokens])
+        hidden: Tensor = decoder(torch.tensor([token_id]), position, attention)
         attention.end_step()
-        for row, i in enumerate(running):
-            if step >= len(forced[i]) - 1:
-                answers[i].append(int(decoder.logits(hidden[row : row + 1]).argmax()))
-        running = [i for i in running if len(answers[i]) < 24]
-        step += 1
-    for length, answer in zip(ASK_AT, answers, strict=True):
-        assert "7402958" in tokenizer.decode(answer), (length, tokenizer.decode(answer))
+        return hidden
+
+    def ask() -> str:
+        answer: list[int] = []
+        hidden = torch.empty(0)
+        for token_id in encode(ASKED):
+            hidden = step(token_id)
+        while len(answer) < ANSWER_TOKENS:
+            answer.append(int(decoder.logits(hidden).argmax()))
+            hidden = step(answer[-1])
+        return tokenizer.decode(answer)
+
+    answers = {}
+    for length in ASK_AT:
+        while sequence.num_tokens + len(encode(ASKED)) < length:
+            step(next(written))
+        answers[length] = ask()
+        for token_id in encode(RESUMED):
+            step(token_id)
+    missed = {length: answer for length, answer in answers.items() if "7402958" not in answer}
+    assert not missed
