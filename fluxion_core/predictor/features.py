@@ -19,12 +19,10 @@ import torch
 from torch import Tensor
 
 from fluxion_core.predictor.head_profile import BUDGETS
+from fluxion_core.predictor.prompt_profile import PromptProfile
 
 CLIP = 60.0
 """Features are clipped to [-CLIP, CLIP]: empty sets have an lse of minus infinity."""
-
-PROFILED_QUERIES = 16
-"""Last queries of the prompt that prefill estimates a head's needs from."""
 
 SMALL_BUDGET = BUDGETS.index(1 / 32)
 
@@ -107,25 +105,6 @@ PRIORS = slice(2, 5)
 
 NUM_FEATURES = len(FEATURES)
 assert NUM_FEATURES == 41
-
-
-@dataclass(frozen=True)
-class PromptProfile:
-    """What prefill says of a prompt, for one layer. float32.
-
-    Estimates are means over its last PROFILED_QUERIES queries, of what those would have needed.
-    """
-
-    log_squares: Tensor
-    """[heads, levels, len(BUDGETS)]: log of the mean squared head output error."""
-    worst_log_squares: Tensor
-    """[heads, 2]: largest over the queries, at budget 0 and at 1/32 and block size 16."""
-    region_mass: Tensor
-    """[heads, 2]: log of region mass / window mass, mean and largest over the queries."""
-    bounds: Tensor
-    """[heads, 2]: mean bound_lse and largest bound_1st over the queries."""
-    kv: Tensor
-    """[kv_heads, 5]: the features of the group kv_distribution."""
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,12 @@ from fluxion_core.geometry import BLOCK_SIZES, BLOCK_TOKENS, WindowSpec
 from fluxion_core.predictor.features import (
     CLIP,
     SMALL_BUDGET,
-    PromptProfile,
     StepMemory,
     StepObservation,
     kv_distribution,
 )
 from fluxion_core.predictor.head_profile import BUDGETS, ERROR_FLOOR
+from fluxion_core.predictor.prompt_profile import PromptProfile
 
 _ROW_TENSORS = (
     "highest", "mass", "weighted", "region_end", "in_region", "window_mass", "window_sum",

@@ -1,7 +1,8 @@
 """Policies: what a decode step reads of the retrieval region.
 
 `exact` reads all of it. `fixed(block size, budget)` reads, for every query head, the best blocks of
-one size up to a share of the region: the paper's baselines.
+one size up to a share of the region: the paper's baselines. `threshold(error)` and
+`marginal(price)` decide anew at every step, per group and head, from predicted head profiles.
 
 A policy becomes numbers for the kernels in a `StepPlan`: per KV head the digest level to choose by
 (one of the levels below 0 means no choice), per query head how many blocks of that level.
@@ -70,13 +71,53 @@ class FixedPolicy:
         return f"fixed({self.block_size}, {self.budget * 100:g} %)"
 
 
-Policy = ExactPolicy | FixedPolicy
+@dataclass(frozen=True)
+class ThresholdPolicy:
+    """The cheapest plan that keeps every head's predicted error within a threshold.
+
+    Source: the policy of arXiv:2605.07719.
+    """
+
+    error: float
+    """Head output error, above 0."""
+
+    def __post_init__(self) -> None:
+        _check_positive("threshold", self.error)
+
+    def __str__(self) -> str:
+        return f"threshold({self.error:g})"
+
+
+@dataclass(frozen=True)
+class MarginalPolicy:
+    """The plan with the least sum of weighted squared errors plus price times bytes."""
+
+    price: float
+    """Weighted squared error that reading the whole region of a group may save, above 0."""
+
+    def __post_init__(self) -> None:
+        _check_positive("marginal", self.price)
+
+    def __str__(self) -> str:
+        return f"marginal({self.price:g})"
+
+
+PredictedPolicy = ThresholdPolicy | MarginalPolicy
+"""Policies that need head profiles."""
+
+Policy = ExactPolicy | FixedPolicy | PredictedPolicy
 
 _FIXED = re.compile(r"fixed\(\s*(\d+)\s*,\s*([0-9.]+)\s*(%?)\s*\)")
+_PREDICTED = re.compile(r"(threshold|marginal)\(\s*([0-9.eE+-]+)\s*\)")
+
+
+def _check_positive(name: str, number: float) -> None:
+    if not (number > 0 and math.isfinite(number)):
+        raise ConfigError(f"{name}({number:g}); its number must be above 0 and finite")
 
 
 def parse_policy(text: str) -> Policy:
-    """A policy from its name: `exact`, `fixed(16, 5 %)` or `fixed(16, 0.05)`.
+    """A policy from its name: `exact`, `fixed(16, 5 %)`, `threshold(0.1)` or `marginal(0.001)`.
 
     Raises:
         ConfigError: it is none, or its numbers are out of range.
@@ -90,7 +131,16 @@ def parse_policy(text: str) -> Policy:
         except ValueError:
             raise ConfigError(f"policy {text!r}: {number!r} is no number") from None
         return FixedPolicy(int(block_size), budget)
-    raise ConfigError(f"policy {text!r}; one of: exact, fixed(BLOCK_SIZE, BUDGET %)")
+    if match := _PREDICTED.fullmatch(text.strip()):
+        try:
+            value = float(match[2])
+        except ValueError:
+            raise ConfigError(f"policy {text!r}: {match[2]!r} is no number") from None
+        return ThresholdPolicy(value) if match[1] == "threshold" else MarginalPolicy(value)
+    raise ConfigError(
+        f"policy {text!r}; one of: exact, fixed(BLOCK_SIZE, BUDGET %), threshold(ERROR), "
+        f"marginal(PRICE)"
+    )
 
 
 class StepPlan:

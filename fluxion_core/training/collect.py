@@ -21,13 +21,12 @@ from torch import Tensor
 from fluxion_core.geometry import BLOCK_SIZES, WindowSpec
 from fluxion_core.models.decoder import Decoder
 from fluxion_core.predictor.features import (
-    PROFILED_QUERIES,
-    PromptProfile,
     StepMemory,
     features,
 )
 from fluxion_core.predictor.head_profile import BUDGETS
 from fluxion_core.predictor.layer_step import LayerStep, profile_prompts
+from fluxion_core.predictor.prompt_profile import PROFILED_QUERIES, PromptProfile
 from fluxion_core.training.replay import prefill, replay
 
 RUN_OFFSETS = (0, 120, 400)

@@ -18,13 +18,12 @@ from torch import Tensor
 from fluxion_core.geometry import BLOCK_SIZES, WindowSpec
 from fluxion_core.models.decoder import Decoder
 from fluxion_core.predictor.features import (
-    PROFILED_QUERIES,
-    PromptProfile,
     features,
 )
 from fluxion_core.predictor.head_profile import log_squared_errors
 from fluxion_core.predictor.layer_step import LayerStep, no_memory, profile_prompts
 from fluxion_core.predictor.mlp import HeadProfileMlp
+from fluxion_core.predictor.prompt_profile import PROFILED_QUERIES, PromptProfile
 from fluxion_core.selector.cost_model import COARSE_LEVEL, CostModel, digest_share
 from fluxion_core.selector.reference import GroupPlans, by_price, by_threshold
 from fluxion_core.training.collect import select
