@@ -19,13 +19,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fluxion_core.errors import ShapeError
-from fluxion_core.geometry import SPAN_TOKENS, WindowSpec
+from fluxion_core.errors import FluxionError, ShapeError
+from fluxion_core.geometry import BLOCK_SIZES, SPAN_TOKENS, WindowSpec
 from fluxion_core.kernels import _native
 from fluxion_core.kernels.isa import MAX_GROUP, native_layout
 from fluxion_core.kvstore.store import HostKvStore, SequenceKv, StepAppend
 from fluxion_core.scheduler.scheduler import WAKE_BYTES, CpuPool
-from fluxion_core.selector.policy import Policy, StepPlan
+from fluxion_core.selector.planner import PlanNanoseconds, Planner, PlannerState
+from fluxion_core.selector.policy import (
+    READ_NOTHING,
+    MarginalPolicy,
+    Policy,
+    PredictedPolicy,
+    StepPlan,
+    ThresholdPolicy,
+)
 
 
 @dataclass(frozen=True)
@@ -39,11 +47,28 @@ class StepReads:
     """Digests."""
     attended_bytes: int
     """K and V: the union of what the heads of each group chose."""
+    region_bytes: int = 0
+    """K and V of the whole region: what `exact` reads."""
+    streaming_heads: int = 0
+    """Heads that read nothing of the region, summed over layers; 0 where there is no region."""
+    planned_heads: int = 0
+    """All heads, summed over layers; 0 where there is no region."""
+    groups_of_size: tuple[int, ...] = (0,) * len(BLOCK_SIZES)
+    """Groups that read blocks of each of BLOCK_SIZES, summed over layers."""
+    groups_nothing: int = 0
+    """Groups that read nothing of the region, summed over layers."""
+    groups_everything: int = 0
+    """Groups that read the whole region without a choice, summed over layers."""
 
     @property
     def total_bytes(self) -> int:
-        """Both."""
+        """Digests, K and V."""
         return self.scanned_bytes + self.attended_bytes
+
+    @property
+    def streaming_share(self) -> float:
+        """Share of heads that read nothing of the region; 0 where there is no region."""
+        return self.streaming_heads / max(1, self.planned_heads)
 
 
 class HybridAttention:
@@ -56,6 +81,7 @@ class HybridAttention:
         window: which tokens every head always attends to.
         num_heads: query heads of the model.
         pool: threads that do the work, with the calling one.
+        planner: for policies that need head profiles; without one they are refused.
 
     Raises:
         ShapeError: the heads do not form groups of at most 16, or the window is too short for
@@ -63,7 +89,13 @@ class HybridAttention:
     """
 
     def __init__(
-        self, store: HostKvStore, window: WindowSpec, *, num_heads: int, pool: CpuPool
+        self,
+        store: HostKvStore,
+        window: WindowSpec,
+        *,
+        num_heads: int,
+        pool: CpuPool,
+        planner: Planner | None = None,
     ) -> None:
         kv_heads = store.geometry.num_kv_heads
         if num_heads % kv_heads or num_heads // kv_heads > MAX_GROUP:
@@ -77,18 +109,41 @@ class HybridAttention:
         self._window = window
         self._num_heads = num_heads
         self._pool = pool
+        self._planner = planner
         self._step: _Step | None = None
+        self.plan_nanoseconds = PlanNanoseconds()
+        """Of the last step that ended."""
 
-    def begin_step(self, sequences: Sequence[SequenceKv], policies: Sequence[Policy]) -> None:
+    def begin_step(
+        self,
+        sequences: Sequence[SequenceKv],
+        policies: Sequence[Policy],
+        states: Sequence[PlannerState | None] | None = None,
+    ) -> None:
         """Prepare one token for each of these committed sequences.
 
         Args:
             sequences: with room for one more token.
             policies: what to read of each one's region.
+            states: of this attention's planner, for the sequences whose policies need head
+                profiles. A state belongs to one sequence for its whole life.
 
         Raises:
-            FluxionError: a sequence's reservation is used up.
+            FluxionError: a sequence's reservation is used up, or a policy needs head profiles
+                and there is no planner, or no state.
         """
+        self._states = list(states) if states is not None else [None] * len(sequences)
+        for policy, state in zip(policies, self._states, strict=True):
+            if not isinstance(policy, ThresholdPolicy | MarginalPolicy):
+                continue
+            if self._planner is None:
+                raise FluxionError(f"policy {policy} needs a planner; this engine has none")
+            if state is None or state.planner is not self._planner:
+                raise FluxionError(
+                    f"policy {policy} needs the planner's state of its sequence, from the "
+                    f"prompt profile that prefill sends"
+                )
+        self._policies, self._sequences = policies, sequences
         self._step = _Step(
             StepAppend(self._geometry, sequences),
             sequences,
@@ -103,6 +158,14 @@ class HybridAttention:
         assert step is not None, "begin_step comes first"
         step.append.append(layer, _rows(key), _rows(value))
         rows = _rows(query)
+        for row, policy in enumerate(self._policies):
+            state, sequence = self._states[row], self._sequences[row]
+            if isinstance(policy, PredictedPolicy) and step.regions[row]:
+                assert state is not None
+                step.plan.levels[row], step.plan.budgets[row] = state.plan_in_torch(
+                    layer, sequence, rows[row], policy, self._window
+                )
+        step.count()
         # Pointers into tensors that live until `wait` returns.
         step.tasks.submit(
             self._pool.native,
@@ -125,7 +188,21 @@ class HybridAttention:
         assert step is not None, "begin_step comes first"
         step.append.advance()
         self._step = None
-        return [StepReads(*step.tasks.read_bytes(row)) for row in range(step.output.shape[0])]
+        reads = []
+        for row, region in enumerate(step.regions):
+            counts = step.group_counts[row] if region else [0] * 8
+            reads.append(
+                StepReads(
+                    *step.tasks.read_bytes(row),
+                    region_bytes=len(region) * self._geometry.token_bytes,
+                    streaming_heads=counts[6],
+                    planned_heads=counts[7],
+                    groups_of_size=tuple(counts[:4]),
+                    groups_nothing=counts[4],
+                    groups_everything=counts[5],
+                )
+            )
+        return reads
 
 
 class _Step:
@@ -155,8 +232,22 @@ class _Step:
         self.plan = StepPlan(
             policies, regions, num_kv_heads=geometry.num_kv_heads, num_heads=num_heads
         )
+        self.regions = regions
+        self.group_counts = [[0] * 8 for _ in rows]
+        self.group = num_heads // geometry.num_kv_heads
         self.output = torch.empty(len(rows), num_heads, geometry.head_dim)
         self.lse = torch.empty(len(rows), num_heads)
+
+    def count(self) -> None:
+        """Count a layer's groups and heads by what they read."""
+        for row, counts in enumerate(self.group_counts):
+            for number, level in enumerate(self.plan.levels[row].tolist()):
+                heads = self.plan.budgets[row, number * self.group : (number + 1) * self.group]
+                nothing = self.group if level == READ_NOTHING else int((heads == 0).sum())
+                place = level if level >= 0 else 4 if level == READ_NOTHING else 5
+                counts[place] += 1
+                counts[6] += nothing if level != -1 else 0
+                counts[7] += self.group
 
 
 def _rows(tensor: Tensor) -> Tensor:
