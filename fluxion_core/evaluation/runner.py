@@ -1,0 +1,382 @@
+"""Many cases, several policies each: a prompt is prefilled once, and every policy branches from it.
+
+Two threads. One prefills, case after case, and puts sequences into the host KV store until that is
+full; the caller's thread decodes a batch of them, a token a step, and fills places that become
+free at once. Branches of a case share the full slabs of its prompt.
+
+Dense products of a step always have the same number of rows, whatever is live: what a branch
+answers does not depend on what else runs, and differences between policies are theirs.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fluxion_core.errors import CapacityError, ConfigError, ContextLengthError
+from fluxion_core.evaluation.case import Case
+from fluxion_core.evaluation.metrics import score
+from fluxion_core.evaluation.prompt_kv import PromptKv
+from fluxion_core.generation.tokenizer import Tokenizer
+from fluxion_core.geometry import KvGeometry, WindowSpec
+from fluxion_core.hybrid_attention import HybridAttention
+from fluxion_core.kvstore.store import HostKvStore, SequenceKv
+from fluxion_core.models.decoder import Decoder
+from fluxion_core.scheduler.scheduler import CpuPool
+from fluxion_core.selector.policy import Policy
+
+DEFAULT_BATCH = 16
+
+EXACT = "exact"
+"""Name of the way that all others are held against."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to answer a case."""
+
+    name: str
+    """Of the policy, as reports call it."""
+    policy: Policy
+    is_forced: bool = False
+    """Fed with the tokens that `exact` generated, whatever it would have said itself."""
+
+    @property
+    def key(self) -> str:
+        """What the journal knows it by."""
+        return f"{self.name}, forced" if self.is_forced else self.name
+
+
+@dataclass(frozen=True)
+class Work:
+    """A case and how it is to be answered."""
+
+    case: Case
+    ways: tuple[Way, ...]
+    exact_token_ids: tuple[int, ...] | None = None
+    """What `exact` generated, where that is known already; else a forced way needs an exact one."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one way made of one case."""
+
+    case_name: str
+    task: str
+    length: int
+    way: str
+    token_ids: tuple[int, ...]
+    """Generated; the most likely ones where the way is forced."""
+    text: str
+    score: float | None
+    """0 to 100; None where the case is not scored."""
+    steps: int
+    """Decode steps: the first token comes from prefill."""
+    scanned_bytes: int
+    """Digests read of the retrieval region, all steps."""
+    attended_bytes: int
+    """K and V read of it, all steps."""
+    region_bytes: int
+    """K and V of the region, all steps: what `exact` reads."""
+
+
+@dataclass(eq=False)
+class _Track:
+    """Tokens that `exact` makes of a case; forced ways follow them."""
+
+    token_ids: list[int]
+    is_ended: bool
+
+
+@dataclass(eq=False)
+class _Branch:
+    """One sequence between prefill and its answer."""
+
+    work: Work
+    way: Way
+    kv: SequenceKv
+    token_ids: list[int]
+    track: _Track | None
+    """To follow, if the way is forced; to write, if it is `exact`."""
+    steps: int = 0
+    scanned_bytes: int = 0
+    attended_bytes: int = 0
+    region_tokens: int = 0
+
+    @property
+    def next_input(self) -> int | None:
+        """The token to feed; None: `exact` has not made it yet."""
+        if not (self.way.is_forced and self.track):
+            return self.token_ids[-1]
+        made, place = self.track.token_ids, len(self.token_ids) - 1
+        return made[place] if place < len(made) else None
+
+
+@dataclass
+class RunStatistics:
+    """Where the time of a run went. Prefill and decoding overlap."""
+
+    steps: int = 0
+    tokens: int = 0
+    step_seconds: float = 0.0
+    prefills: int = 0
+    prefill_seconds: float = 0.0
+
+
+class Runner:
+    """A model, a store and threads to answer cases with.
+
+    Args:
+        decoder: that decodes; float32 on the CPU.
+        tokenizer: of the model.
+        prefill_decoder: the same model on the device where prompts are computed.
+        batch: sequences decoded together.
+        host_kv_bytes: of the store.
+        pool: attention threads.
+        window: the default window.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        tokenizer: Tokenizer,
+        *,
+        prefill_decoder: Decoder,
+        host_kv_bytes: int,
+        batch: int = DEFAULT_BATCH,
+        pool: CpuPool | None = None,
+        window: WindowSpec | None = None,
+    ) -> None:
+        config = decoder.config
+        self._decoder, self._prefill_decoder = decoder, prefill_decoder
+        self._tokenizer = tokenizer
+        self._context_tokens = config.context_tokens
+        self._stops = frozenset(tokenizer.eos_token_ids) | frozenset(config.eos_token_ids)
+        self._geometry = KvGeometry(config.num_layers, config.num_kv_heads, config.head_dim)
+        self._store = HostKvStore(self._geometry, host_kv_bytes, model_key=b"evaluation")
+        self._window = window or WindowSpec()
+        self._batch = batch
+        self._attention = HybridAttention(
+            self._store, self._window, num_heads=config.num_heads, pool=pool or CpuPool()
+        )
+        self.statistics = RunStatistics()
+        self._changed = threading.Condition()
+        self._ready: deque[_Branch] = deque()
+        self._num_held = 0
+        self._num_releases = 0
+        self._is_done = False
+        self._is_stopping = False
+        self._failure: BaseException | None = None
+
+    def run(self, work: Iterable[Work], on_answer: Callable[[Answer], None]) -> None:
+        """Answer all cases; answers come as they are finished, on this thread.
+
+        Raises:
+            FluxionError: a case does not fit the context or the store.
+        """
+        self._is_done, self._is_stopping, self._failure = False, False, None
+        thread = threading.Thread(
+            target=self._prefill_all, args=(iter(work),), name="prefill", daemon=True
+        )
+        thread.start()
+        live: list[_Branch] = []
+        try:
+            while True:
+                self._refill(live)
+                if not live:
+                    break
+                for branch in self._step(live):
+                    live.remove(branch)
+                    self._release(branch)
+                    on_answer(self._answer(branch))
+        finally:
+            with self._changed:
+                self._is_stopping = True
+                self._changed.notify_all()
+            thread.join()
+            for branch in [*live, *self._ready]:
+                self._release(branch)
+            self._ready.clear()
+        if self._failure is not None:
+            raise self._failure
+
+    # ---- prefill thread
+
+    def _prefill_all(self, work: Iterator[Work]) -> None:
+        try:
+            for item in work:
+                if self._is_stopping:
+                    return
+                self._prefill(item)
+        except BaseException as error:
+            self._failure = error
+        finally:
+            with self._changed:
+                self._is_done = True
+                self._changed.notify_all()
+
+    def _prefill(self, work: Work) -> None:
+        check_ways(work)
+        case = work.case
+        tokens = len(case.prompt_token_ids)
+        if tokens + case.max_new_tokens > self._context_tokens:
+            raise ContextLengthError(
+                prompt_tokens=tokens,
+                max_new_tokens=case.max_new_tokens,
+                context_tokens=self._context_tokens,
+            )
+        started = time.perf_counter()
+        prompt = PromptKv.prefill(self._prefill_decoder, self._geometry, case.prompt_token_ids)
+        self.statistics.prefills += 1
+        self.statistics.prefill_seconds += time.perf_counter() - started
+        known = work.exact_token_ids
+        track = None if known is None else _Track(list(known), is_ended=True)
+        # The exact way first: forced ones follow its tokens as it makes them.
+        for way in sorted(work.ways, key=lambda way: (way.is_forced, way.name != EXACT)):
+            kv = self._store_when_there_is_room(prompt, case)
+            if kv is None:
+                return
+            token_ids = [prompt.first_new_token]
+            if way.name == EXACT and not way.is_forced:
+                track = _Track(token_ids, is_ended=False)
+            branch = _Branch(work, way, kv, token_ids, track)
+            with self._changed:
+                self._ready.append(branch)
+                self._changed.notify_all()
+
+    def _store_when_there_is_room(self, prompt: PromptKv, case: Case) -> SequenceKv | None:
+        """A sequence for one branch; None: the run is stopping."""
+        while True:
+            with self._changed:
+                if self._is_stopping:
+                    return None
+                releases = self._num_releases
+            try:
+                kv = prompt.store_into(self._store, case.prompt_token_ids, case.max_new_tokens)
+            except CapacityError:
+                if not self._wait_for_release(releases):
+                    raise
+                continue
+            with self._changed:
+                self._num_held += 1
+            return kv
+
+    def _wait_for_release(self, seen: int) -> bool:
+        """Until a sequence has been released since `seen` of them; False: none is held."""
+        with self._changed:
+            if not self._num_held and self._num_releases == seen:
+                return False
+            self._changed.wait_for(lambda: self._is_stopping or self._num_releases > seen)
+            return True
+
+    # ---- decode thread
+
+    def _refill(self, live: list[_Branch]) -> None:
+        """Fill the batch; wait only if it would be empty."""
+        with self._changed:
+            while True:
+                while self._ready and len(live) < self._batch:
+                    live.append(self._ready.popleft())
+                if live or (self._is_done and not self._ready):
+                    return
+                self._changed.wait()
+
+    @torch.inference_mode()
+    def _step(self, live: list[_Branch]) -> list[_Branch]:
+        """One token for each branch that has one to go on from; returns those that are finished."""
+        finished = [branch for branch in live if self._is_finished(branch)]
+        inputs = {branch: branch.next_input for branch in live if branch not in finished}
+        going = [branch for branch, token_id in inputs.items() if token_id is not None]
+        if not going:
+            return finished
+        started = time.perf_counter()
+        places = [branch.kv.num_tokens for branch in going]
+        spare = [0] * (self._batch - len(going))
+        token_ids = torch.tensor([*(inputs[branch] for branch in going), *spare])
+        positions = torch.tensor([*places, *spare])
+        self._attention.begin_step([b.kv for b in going], [b.way.policy for b in going])
+        hidden = self._decoder(token_ids, positions, _PaddedAttention(self._attention, len(going)))
+        reads = self._attention.end_step()
+        chosen = self._decoder.logits(hidden).argmax(-1)[: len(going)].tolist()
+        for branch, token_id, read, place in zip(going, chosen, reads, places, strict=True):
+            branch.token_ids.append(token_id)
+            branch.steps += 1
+            branch.scanned_bytes += read.scanned_bytes
+            branch.attended_bytes += read.attended_bytes
+            branch.region_tokens += len(self._window.retrieval_region(place + 1))
+        self.statistics.steps += 1
+        self.statistics.tokens += len(going)
+        self.statistics.step_seconds += time.perf_counter() - started
+        return finished + [branch for branch in going if self._is_finished(branch)]
+
+    def _is_finished(self, branch: _Branch) -> bool:
+        case, ids = branch.work.case, branch.token_ids
+        if branch.way.is_forced and branch.track:
+            return branch.track.is_ended and len(ids) >= len(branch.track.token_ids)
+        return (
+            len(ids) >= case.max_new_tokens
+            or ids[-1] in self._stops
+            or case.cannot_change(self._text(branch))
+        )
+
+    def _text(self, branch: _Branch) -> str:
+        ids = branch.token_ids
+        return self._tokenizer.decode(ids[:-1] if ids[-1] in self._stops else ids)
+
+    def _release(self, branch: _Branch) -> None:
+        branch.kv.release()
+        if branch.track and not branch.way.is_forced:
+            branch.track.is_ended = True
+        with self._changed:
+            self._num_held -= 1
+            self._num_releases += 1
+            self._changed.notify_all()
+
+    def _answer(self, branch: _Branch) -> Answer:
+        case = branch.work.case
+        text = case.answer_of(self._text(branch))
+        value = None
+        if case.metric is not None and not branch.way.is_forced:
+            value = score(case.metric, text, case.answers, case.classes)
+        return Answer(
+            case_name=case.name,
+            task=case.task,
+            length=case.length,
+            way=branch.way.key,
+            token_ids=tuple(branch.token_ids),
+            text=text,
+            score=value,
+            steps=branch.steps,
+            scanned_bytes=branch.scanned_bytes,
+            attended_bytes=branch.attended_bytes,
+            region_bytes=branch.region_tokens * self._geometry.token_bytes,
+        )
+
+
+class _PaddedAttention:
+    """Attention of the first rows of a step; the others are there for their number alone."""
+
+    def __init__(self, attention: HybridAttention, rows: int) -> None:
+        self._attention, self._rows = attention, rows
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """See AttentionPort."""
+        rows = self._rows
+        output = torch.zeros_like(query)
+        output[:rows] = self._attention.attend(layer, query[:rows], key[:rows], value[:rows])
+        return output
+
+
+def check_ways(work: Work) -> None:
+    """Raise ConfigError if a forced way has nothing to follow."""
+    is_known = work.exact_token_ids is not None
+    has_exact = any(way.name == EXACT and not way.is_forced for way in work.ways)
+    for way in work.ways:
+        if way.is_forced and not (is_known or has_exact):
+            raise ConfigError(f"{work.case.name}: {way.key} needs the way `{EXACT}` beside it")

@@ -1,0 +1,15 @@
+"""What a generator makes: a text, what answers it, and how the answer begins."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Question:
+    """Before it is a model's prompt."""
+
+    text: str
+    answers: tuple[str, ...]
+    answer_prefix: str = ""
+    """Beginning of the answer that the model is to continue."""
