@@ -23,7 +23,10 @@ from fluxion_core.predictor.features import (
     kv_distribution,
 )
 from fluxion_core.predictor.head_profile import BUDGETS, ERROR_FLOOR
-from fluxion_core.predictor.prompt_profile import PromptProfile
+from fluxion_core.predictor.prompt_profile import PromptProfile, QueryNeeds
+
+TINY = 1e-37
+"""Smallest mass that is divided by or taken the logarithm of."""
 
 _ROW_TENSORS = (
     "highest", "mass", "weighted", "region_end", "in_region", "window_mass", "window_sum",
@@ -112,12 +115,9 @@ class LayerStep:
     def bounds(self) -> list[Tensor]:
         """Per level [rows, kv_heads, group, blocks of that size]; -inf outside the region."""
         if self._bounds is None:
-            kv_heads, _, head_dim = self._key.shape
             positive, negative = self._query.clamp(min=0), self._query.clamp(max=0)
             self._bounds = []
-            for level, size in enumerate(BLOCK_SIZES):
-                spans = self._key.view(kv_heads, -1, size, head_dim)
-                low, high = spans.amin(2), spans.amax(2)
+            for level, (low, high) in enumerate(key_digests(self._key)):
                 bound = torch.einsum("nkgd,kbd->nkgb", positive, high)
                 bound += torch.einsum("nkgd,kbd->nkgb", negative, low)
                 touches = self._pooled(self.in_region.float(), level) > 0
@@ -167,9 +167,8 @@ class LayerStep:
 
     def _log_square(self, read: Tensor, read_mass: Tensor) -> Tensor:
         """[..., budgets] from [..., budgets, head_dim] and [..., budgets]."""
-        output = (self.window_sum[..., None, :] + read) / (self.window_mass[..., None] + read_mass)[
-            ..., None
-        ]
+        total = (self.window_mass[..., None] + read_mass).clamp(min=TINY)
+        output = (self.window_sum[..., None, :] + read) / total[..., None]
         error = torch.linalg.vector_norm(output - self.full_output[..., None, :], dim=-1)
         return 2 * torch.log((error / self.norm[:, None, None, None]).clamp(min=ERROR_FLOOR))
 
@@ -268,6 +267,38 @@ def no_memory(rows: int, heads: int, head_dim: int, device: torch.device) -> Ste
     )
 
 
+def key_digests(key: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Lowest and highest key per channel, [kv_heads, blocks, head_dim] each, per block size.
+
+    Args:
+        key: [kv_heads, tokens, head_dim]; tokens is a multiple of 128.
+    """
+    spans = torch.unflatten(key, 1, (-1, BLOCK_TOKENS))
+    low, high = spans.amin(2), spans.amax(2)
+    digests = [(low, high)]
+    for _ in BLOCK_SIZES[1:]:
+        low = torch.unflatten(low, 1, (-1, 2)).amin(2)
+        high = torch.unflatten(high, 1, (-1, 2)).amax(2)
+        digests.append((low, high))
+    return digests
+
+
+def query_needs(step: LayerStep) -> QueryNeeds:
+    """What each row of a step would have needed. Finite, whatever the region holds."""
+    # A window that a far higher logit of the region has rounded away still has some mass.
+    window_log = step.window_mass.clamp(min=TINY).log()
+    logs = step.log_squared_errors().flatten(1, 2)
+    bounds = step.bounds[-1].flatten(1, 2) - (window_log + step.highest).flatten(1)[..., None]
+    bound_lse = torch.logsumexp(bounds, -1) + math.log(BLOCK_SIZES[-1])
+    return QueryNeeds(
+        log_squares=logs,
+        worst_log_squares=torch.stack((logs[..., 0, 0], logs[..., 0, SMALL_BUDGET]), -1),
+        region_mass=(step.region_mass.log() - window_log).flatten(1).clamp(-CLIP, CLIP),
+        bound_lse=bound_lse.clamp(-CLIP, CLIP),
+        bound_1st=bounds.amax(-1).clamp(-CLIP, CLIP),
+    )
+
+
 def profile_prompts(
     step: LayerStep, prompts: int, key: Tensor, value: Tensor, ends: Sequence[int]
 ) -> PromptProfile:
@@ -283,23 +314,5 @@ def profile_prompts(
     Returns:
         A profile whose tensors have a leading dimension of prompts.
     """
-
-    def of_prompt(rows: Tensor) -> Tensor:
-        return torch.unflatten(rows, 0, (prompts, -1))
-
-    logs = of_prompt(step.log_squared_errors().flatten(1, 2))
-    mass = (step.region_mass.log() - step.window_mass.log()).flatten(1).clamp(-CLIP, CLIP)
-    mass = of_prompt(mass)
-    worst = torch.stack((logs[..., 0, 0], logs[..., 0, SMALL_BUDGET]), -1).amax(1)
-    bounds = step.bounds[-1].flatten(1, 2)
-    bounds = bounds - (step.window_mass.log() + step.highest).flatten(1)[..., None]
-    bound_lse = (torch.logsumexp(bounds, -1) + math.log(BLOCK_SIZES[-1])).clamp(-CLIP, CLIP)
-    bound_1st = bounds.amax(-1).clamp(-CLIP, CLIP)
     kv = [kv_distribution(key[:, :end], value[:, :end]) for end in ends]
-    return PromptProfile(
-        log_squares=logs.exp().mean(1).log(),
-        worst_log_squares=worst,
-        region_mass=torch.stack((mass.mean(1), mass.amax(1)), -1),
-        bounds=torch.stack((of_prompt(bound_lse).mean(1), of_prompt(bound_1st).amax(1)), -1),
-        kv=torch.stack(kv),
-    )
+    return query_needs(step).summarize(prompts, torch.stack(kv))

@@ -43,6 +43,50 @@ class PromptProfile:
     """[kv_heads, 5]: the features of the group kv_distribution."""
 
 
+@dataclass(frozen=True)
+class QueryNeeds:
+    """What single queries would have needed, for one layer. float32, rows are queries."""
+
+    log_squares: Tensor
+    """[rows, heads, levels, len(BUDGETS)]: log of the squared head output error."""
+    worst_log_squares: Tensor
+    """[rows, heads, 2]: at budget 0 and at 1/32 and block size 16."""
+    region_mass: Tensor
+    """[rows, heads]: log of region mass / window mass."""
+    bound_lse: Tensor
+    """[rows, heads]: see features.py."""
+    bound_1st: Tensor
+    """[rows, heads]."""
+
+    def summarize(self, prompts: int, kv: Tensor) -> PromptProfile:
+        """Profiles of prompts, with a leading dimension of them.
+
+        Args:
+            prompts: rows are those of the first one, then of the second, as many of each.
+            kv: [prompts, kv_heads, 5]: see PromptProfile.
+        """
+
+        def of_prompt(rows: Tensor) -> Tensor:
+            return torch.unflatten(rows, 0, (prompts, -1))
+
+        mass = of_prompt(self.region_mass)
+        bound_lse, bound_1st = of_prompt(self.bound_lse), of_prompt(self.bound_1st)
+        return PromptProfile(
+            log_squares=of_prompt(self.log_squares).exp().mean(1).log(),
+            worst_log_squares=of_prompt(self.worst_log_squares).amax(1),
+            region_mass=torch.stack((mass.mean(1), mass.amax(1)), -1),
+            bounds=torch.stack((bound_lse.mean(1), bound_1st.amax(1)), -1),
+            kv=kv,
+        )
+
+
+def join_needs(parts: Sequence[QueryNeeds]) -> QueryNeeds:
+    """The rows of all parts, in order."""
+    return QueryNeeds(
+        *(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(QueryNeeds))
+    )
+
+
 def _shapes(num_heads: int, num_kv_heads: int) -> dict[str, tuple[int, ...]]:
     return {
         "log_squares": (num_heads, len(BLOCK_SIZES), len(BUDGETS)),
@@ -54,7 +98,7 @@ def _shapes(num_heads: int, num_kv_heads: int) -> dict[str, tuple[int, ...]]:
 
 
 def packed_bytes(num_layers: int, num_heads: int, num_kv_heads: int) -> int:
-    """Bytes of a whole model's profile: 43 kB for SmolLM2-135M, 159 kB for Llama-3.1-8B."""
+    """Bytes of a whole model's profile: 43 kB for SmolLM2-135M, 161 kB for Llama-3.1-8B."""
     shapes = _shapes(num_heads, num_kv_heads).values()
     return num_layers * sum(int(np.prod(shape)) for shape in shapes) * 4
 
