@@ -94,6 +94,8 @@ class Trailer:
     num_chunks: int
     payload_bytes: int
     """Of all CHUNK frames."""
+    prompt_profile: bytes = b""
+    """What prefill says of the prompt's heads, packed; empty if it was not asked for."""
 
 
 def frame_tokens(geometry: KvGeometry) -> int:

@@ -8,8 +8,14 @@ import google_crc32c
 import numpy as np
 from google.protobuf.message import DecodeError
 
-from fluxion_core.errors import FrameChecksumError, FrameFormatError
+from fluxion_core.errors import (
+    FrameChecksumError,
+    FrameFormatError,
+    InvalidRequestError,
+    ShapeError,
+)
 from fluxion_core.generation.sampling import SamplingParams
+from fluxion_core.geometry import WindowSpec
 from fluxion_core.kvstream.assembler import HandoffAssembler
 from fluxion_core.kvstream.handoff import Frame, FrameKind, Header, KvLayout, Trailer
 from fluxion_proto.v1 import generate_pb2, handoff_pb2
@@ -29,8 +35,10 @@ MAX_FRAME_PAYLOAD_BYTES = 4 << 20
 """No frame is larger, whatever the layout: four times what a sender aims at, for models whose
 single block row of all heads is over 1 MiB."""
 
-MAX_CONTROL_PAYLOAD_BYTES = 1 << 20
-"""HEADER and TRAILER are messages of a few hundred bytes; this leaves room for more."""
+MAX_HEADER_PAYLOAD_BYTES = 1 << 20
+"""A HEADER is a message of a few hundred bytes; this leaves room for more. A TRAILER may hold a
+prompt profile (154 B per layer and head): 0.8 MB for 80 layers of 64 heads, so it may be as large
+as any frame."""
 
 
 def encode_frame(frame: Frame) -> bytes:
@@ -99,7 +107,7 @@ def _crc32c(payload: bytes | memoryview) -> int:
 
 
 def _check_payload_bytes(kind: FrameKind, payload_bytes: int) -> None:
-    limit = MAX_FRAME_PAYLOAD_BYTES if kind is FrameKind.CHUNK else MAX_CONTROL_PAYLOAD_BYTES
+    limit = MAX_HEADER_PAYLOAD_BYTES if kind is FrameKind.HEADER else MAX_FRAME_PAYLOAD_BYTES
     if payload_bytes > limit:
         raise FrameFormatError(f"{kind.name} frame of {payload_bytes} B; the limit is {limit}")
 
@@ -170,6 +178,7 @@ def trailer_frame(trailer: Trailer) -> Frame:
         prefill_seconds=trailer.prefill_seconds,
         num_chunks=trailer.num_chunks,
         payload_bytes=trailer.payload_bytes,
+        prompt_profile=trailer.prompt_profile,
     )
     return Frame(FrameKind.TRAILER, message.SerializeToString())
 
@@ -199,6 +208,7 @@ def parse_trailer(frame: Frame) -> Trailer:
         prefill_seconds=message.prefill_seconds,
         num_chunks=message.num_chunks,
         payload_bytes=message.payload_bytes,
+        prompt_profile=message.prompt_profile,
     )
 
 
@@ -213,6 +223,25 @@ def _parse(
         message.ParseFromString(bytes(frame.payload))
     except DecodeError as error:
         raise FrameFormatError(f"{kind.name} frame holds no valid message: {error}") from None
+
+
+def profile_window_from_proto(message: handoff_pb2.HandoffRequest) -> WindowSpec | None:
+    """The default window that a profile is wanted for; None if none is wanted.
+
+    Raises:
+        InvalidRequestError: the window is impossible, or given without wanting a profile.
+    """
+    if not message.want_prompt_profile:
+        if message.sink_tokens or message.recent_tokens:
+            raise InvalidRequestError(
+                "sink_tokens and recent_tokens are for a prompt profile; set want_prompt_profile, "
+                "or leave them out"
+            )
+        return None
+    try:
+        return WindowSpec(message.sink_tokens, message.recent_tokens)
+    except ShapeError as error:
+        raise InvalidRequestError(f"the prompt profile's window: {error}") from None
 
 
 def sampling_to_proto(params: SamplingParams) -> generate_pb2.Sampling:

@@ -41,6 +41,7 @@ async def serve(settings: DecodeSettings, ending: asyncio.Event) -> None:
             settings.prefill.client,
             model.layout,
             vocab_size=model.loaded.config.vocab_size,
+            num_heads=model.loaded.config.num_heads,
         )
         admission = Admission(
             store,

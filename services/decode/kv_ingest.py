@@ -26,9 +26,12 @@ from fluxion_core.errors import (
     RequestCancelledError,
 )
 from fluxion_core.generation.sampling import SamplingParams
+from fluxion_core.geometry import WindowSpec
 from fluxion_core.kvstore.store import SequenceKv
 from fluxion_core.kvstream.assembler import HandoffAssembler
 from fluxion_core.kvstream.handoff import FrameKind, KvLayout, Trailer
+from fluxion_core.predictor import prompt_profile
+from fluxion_core.predictor.prompt_profile import PromptProfile
 from fluxion_core.telemetry import event
 from fluxion_core.wire import codec
 from fluxion_core.wire.channel import open_channel
@@ -59,6 +62,8 @@ class Prefilled:
     handoff_bytes: int
     """Payload of all KV frames."""
     prefill_address: str
+    profiles: list[PromptProfile]
+    """Of each layer, if they were asked for."""
 
 
 class KvIngest:
@@ -69,6 +74,7 @@ class KvIngest:
         client: how they are called.
         layout: what this node serves.
         vocab_size: first tokens are below it.
+        num_heads: query heads of the model, each of which a prompt profile describes.
     """
 
     def __init__(
@@ -78,9 +84,11 @@ class KvIngest:
         layout: KvLayout,
         *,
         vocab_size: int,
+        num_heads: int,
     ) -> None:
         self._layout = layout
         self._vocab_size = vocab_size
+        self._num_heads = num_heads
         self._channels = {address: open_channel(address, client) for address in addresses}
         self._next = 0
 
@@ -97,6 +105,7 @@ class KvIngest:
         sequence: SequenceKv,
         *,
         deadline_seconds: float | None,
+        profile_window: WindowSpec | None = None,
     ) -> Prefilled:
         """Have a prompt computed and stored; commits the sequence.
 
@@ -109,6 +118,7 @@ class KvIngest:
             sampling: for the first token.
             sequence: the reservation that takes the KV; committed on return.
             deadline_seconds: time left, or None.
+            profile_window: this node's default window, if a profile of the prompt is wanted.
 
         Raises:
             PeerUnavailableError: no prefill node is configured, or none could do it; the text
@@ -127,6 +137,9 @@ class KvIngest:
             sampling=codec.sampling_to_proto(sampling),
             layout=codec.layout_to_proto(self._layout),
             kv_from_token=sequence.shared_tokens,
+            want_prompt_profile=profile_window is not None,
+            sink_tokens=profile_window.sink_tokens if profile_window else 0,
+            recent_tokens=profile_window.recent_tokens if profile_window else 0,
         ).SerializeToString()
         started = time.monotonic()
         failures: list[tuple[str, FluxionError]] = []
@@ -135,7 +148,9 @@ class KvIngest:
             if deadline_seconds is not None:
                 left = max(0.0, deadline_seconds - (time.monotonic() - started))
             try:
-                return await self._attempt(address, message, sequence, left)
+                return await self._attempt(
+                    address, message, sequence, left, wants_profile=profile_window is not None
+                )
             except _WORTH_ANOTHER_NODE as error:
                 failures.append((address, error))
                 _log.warning(
@@ -147,7 +162,13 @@ class KvIngest:
         raise PeerUnavailableError(f"no prefill node could compute the prompt: {answers}")
 
     async def _attempt(
-        self, address: str, request: bytes, sequence: SequenceKv, deadline_seconds: float | None
+        self,
+        address: str,
+        request: bytes,
+        sequence: SequenceKv,
+        deadline_seconds: float | None,
+        *,
+        wants_profile: bool,
     ) -> Prefilled:
         sequence.restart()
         assembler = HandoffAssembler(
@@ -174,9 +195,25 @@ class KvIngest:
                 f"TRAILER has first token {trailer.first_token_id}; the vocabulary has "
                 f"{self._vocab_size}"
             )
+        profiles = self._unpack_profiles(trailer, wants_profile=wants_profile)
         sequence.commit()
         seconds = 0.0 if first_chunk is None else time.perf_counter() - first_chunk
-        return Prefilled(trailer, seconds, assembler.payload_bytes, address)
+        return Prefilled(trailer, seconds, assembler.payload_bytes, address, profiles)
+
+    def _unpack_profiles(self, trailer: Trailer, *, wants_profile: bool) -> list[PromptProfile]:
+        if wants_profile:
+            return prompt_profile.unpack(
+                trailer.prompt_profile,
+                num_layers=self._layout.num_layers,
+                num_heads=self._num_heads,
+                num_kv_heads=self._layout.num_kv_heads,
+            )
+        if trailer.prompt_profile:
+            raise FrameFormatError(
+                f"TRAILER has a prompt profile of {len(trailer.prompt_profile)} B; none was "
+                f"asked for"
+            )
+        return []
 
     def _in_turn(self) -> list[str]:
         """All addresses, beginning with another one each time."""

@@ -21,9 +21,10 @@ import torch
 
 from fluxion_core.errors import CapacityError, DrainingError, FluxionError, RequestCancelledError
 from fluxion_core.generation.sampling import SamplingParams, sample
-from fluxion_core.geometry import KvGeometry
+from fluxion_core.geometry import KvGeometry, WindowSpec
 from fluxion_core.kvstream.handoff import Frame, Trailer
 from fluxion_core.models.decoder import Decoder
+from fluxion_core.predictor import prompt_profile
 from fluxion_core.telemetry import event
 from services.prefill.kv_capture import KvCapture
 
@@ -44,12 +45,16 @@ class Prompt:
     """Called once, with the trailer or with what went wrong."""
     has_room: Callable[[], bool]
     """Whether another chunk's KV may be handed out now."""
+    profile_window: WindowSpec | None = None
+    """The receiver's default window, if it wants a profile of the prompt."""
     submitted: float = field(default_factory=time.perf_counter)
     is_cancelled: bool = False
     num_computed: int = 0
     capture: KvCapture | None = None
     queue_seconds: float = 0.0
     prefill_seconds: float = 0.0
+    profile_seconds: float = 0.0
+    """Of prefill_seconds."""
     num_chunks: int = 0
     payload_bytes: int = 0
 
@@ -227,6 +232,9 @@ class PrefillEngine:
         if is_last:
             logits = self._decoder.logits(hidden[-1:])[0].cpu()
             first_token_id = sample(logits, prompt.sampling, prompt.token_ids, [], position=0)
+        profiles = prompt.capture.profiles if is_last else []
+        packed = prompt_profile.pack(profiles) if profiles else b""
+        prompt.profile_seconds = prompt.capture.profile_seconds
         prompt.prefill_seconds += time.perf_counter() - started
         if not is_last:
             return None
@@ -236,6 +244,7 @@ class PrefillEngine:
             prefill_seconds=prompt.prefill_seconds,
             num_chunks=prompt.num_chunks,
             payload_bytes=prompt.payload_bytes,
+            prompt_profile=packed,
         )
 
     def _new_capture(self, prompt: Prompt) -> KvCapture:
@@ -251,4 +260,5 @@ class PrefillEngine:
             emit=emit,
             is_cancelled=lambda: prompt.is_cancelled,
             device=self._device,
+            profile_window=prompt.profile_window,
         )

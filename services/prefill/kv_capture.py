@@ -2,19 +2,29 @@
 
 K and V are rounded to bfloat16 before anything attends to them, so that the decode node, which gets
 the rounded values, continues from exactly what prefill saw.
+
+If the receiver wants a profile of the prompt, its last queries are kept, and each layer's profile
+is made once that layer's KV is whole.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from fluxion_core.errors import RequestCancelledError
-from fluxion_core.geometry import BLOCK_TOKENS, KvGeometry, ceil_div
+from fluxion_core.geometry import BLOCK_TOKENS, KvGeometry, WindowSpec, ceil_div
 from fluxion_core.kernels.dense_attention import cpu as dense_attention
 from fluxion_core.kvstream.handoff import Frame, FrameKind, frame_tokens
+from fluxion_core.predictor.prompt_estimate import (
+    PromptEstimator,
+    padded_tokens,
+    profiled_positions,
+)
+from fluxion_core.predictor.prompt_profile import PromptProfile
 
 
 class KvCapture:
@@ -27,6 +37,7 @@ class KvCapture:
         emit: takes each CHUNK frame, in order.
         is_cancelled: asked before every layer.
         device: of the model.
+        profile_window: the receiver's default window, if it wants a profile of the prompt.
     """
 
     def __init__(
@@ -38,6 +49,7 @@ class KvCapture:
         emit: Callable[[Frame], None],
         is_cancelled: Callable[[], bool],
         device: torch.device,
+        profile_window: WindowSpec | None = None,
     ) -> None:
         self._geometry = geometry
         self._kv_from_token = kv_from_token
@@ -45,8 +57,19 @@ class KvCapture:
         self._is_cancelled = is_cancelled
         self._first_token = 0
         self._frame_tokens = frame_tokens(geometry)
-        shape = (geometry.num_layers, 2, geometry.num_kv_heads, num_tokens, geometry.head_dim)
+        self._num_tokens = num_tokens
+        room = padded_tokens(num_tokens)
+        shape = (geometry.num_layers, 2, geometry.num_kv_heads, room, geometry.head_dim)
         self._kv = torch.empty(shape, dtype=torch.bfloat16, device=device)
+        self._kv[:, :, :, num_tokens:] = 0
+        self._estimator = (
+            None if profile_window is None else PromptEstimator(num_tokens, profile_window)
+        )
+        self._last_queries: list[list[Tensor]] = [[] for _ in range(geometry.num_layers)]
+        self.profiles: list[PromptProfile] = []
+        """Of each layer, once its last token is through; stays empty if none is wanted."""
+        self.profile_seconds = 0.0
+        """Spent on them."""
 
     def begin_chunk(self, first_token: int) -> None:
         """The next calls of `attend` are for tokens from this one on; a multiple of 16."""
@@ -65,8 +88,29 @@ class KvCapture:
         kv[0, :, first:end] = key.transpose(0, 1)
         kv[1, :, first:end] = value.transpose(0, 1)
         self._emit_frames(layer, max(first, self._kv_from_token), end)
-        so_far = kv[:, :, :end].float()
-        return dense_attention.attend_chunk(query.float(), so_far[0], so_far[1]).to(query.dtype)
+        wants_profile = self._estimator is not None and end == self._num_tokens
+        so_far = kv[:, :, : padded_tokens(end) if wants_profile else end].float()
+        query_ = query.float()
+        attended = dense_attention.attend_chunk(query_, so_far[0, :, :end], so_far[1, :, :end])
+        if self._estimator is not None:
+            self._keep_queries(layer, query_, first)
+        if wants_profile:
+            self._make_profile(layer, so_far[0], so_far[1])
+        return attended.to(query.dtype)
+
+    def _keep_queries(self, layer: int, query: Tensor, first: int) -> None:
+        """Those of [tokens, heads, head_dim] that the profile is made from."""
+        kept = query[max(0, profiled_positions(self._num_tokens).start - first) :]
+        if len(kept):
+            self._last_queries[layer].append(kept.clone())
+
+    def _make_profile(self, layer: int, key: Tensor, value: Tensor) -> None:
+        started = time.perf_counter()
+        assert self._estimator is not None
+        query = torch.cat(self._last_queries[layer])
+        self._last_queries[layer] = []
+        self.profiles.append(self._estimator.estimate(query, key, value))
+        self.profile_seconds += time.perf_counter() - started
 
     def _emit_frames(self, layer: int, first: int, end: int) -> None:
         while first < end:

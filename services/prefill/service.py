@@ -138,6 +138,7 @@ class HandoffService:
                     kv_from_token=prompt.kv_from_token,
                     queue_seconds=prompt.queue_seconds,
                     prefill_seconds=prompt.prefill_seconds,
+                    profile_seconds=prompt.profile_seconds,
                     payload_bytes=prompt.payload_bytes,
                 )
             )
@@ -161,6 +162,7 @@ class HandoffService:
                 on_frame=outbox.put,
                 on_end=outbox.put,
                 has_room=outbox.has_room,
+                profile_window=codec.profile_window_from_proto(request),
             )
             self._engine.submit(prompt)
         except FluxionError as error:

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from fluxion_proto.v1 import generate_pb2 as fluxion__proto_dot_v1_dot_generate__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x66luxion_proto/v1/handoff.proto\x12\nfluxion.v1\x1a\x1f\x66luxion_proto/v1/generate.proto\"\xca\x01\n\x06Layout\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\x15\n\rrevision_hash\x18\x02 \x01(\t\x12\x10\n\x08kv_dtype\x18\x03 \x01(\t\x12\x12\n\nnum_layers\x18\x04 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x05 \x01(\r\x12\x10\n\x08head_dim\x18\x06 \x01(\r\x12\x14\n\x0c\x62lock_tokens\x18\x07 \x01(\r\x12\x12\n\nrope_theta\x18\x08 \x01(\x01\x12\x1d\n\x15tokenizer_fingerprint\x18\t \x01(\t\"\x9a\x01\n\x0eHandoffRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12&\n\x08sampling\x18\x03 \x01(\x0b\x32\x14.fluxion.v1.Sampling\x12\"\n\x06layout\x18\x04 \x01(\x0b\x32\x12.fluxion.v1.Layout\x12\x15\n\rkv_from_token\x18\x05 \x01(\r\"^\n\rHandoffHeader\x12\"\n\x06layout\x18\x01 \x01(\x0b\x32\x12.fluxion.v1.Layout\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12\x15\n\rkv_from_token\x18\x03 \x01(\r\"\x83\x01\n\x0eHandoffTrailer\x12\x16\n\x0e\x66irst_token_id\x18\x01 \x01(\r\x12\x15\n\rqueue_seconds\x18\x02 \x01(\x01\x12\x17\n\x0fprefill_seconds\x18\x03 \x01(\x01\x12\x12\n\nnum_chunks\x18\x04 \x01(\x04\x12\x15\n\rpayload_bytes\x18\x05 \x01(\x04\"\x17\n\x15GetPrefillLoadRequest\"\x9b\x01\n\x16GetPrefillLoadResponse\x12\x17\n\x0frunning_prompts\x18\x01 \x01(\r\x12\x17\n\x0fwaiting_prompts\x18\x02 \x01(\r\x12\x16\n\x0epending_tokens\x18\x03 \x01(\x04\x12\"\n\x06layout\x18\x04 \x01(\x0b\x32\x12.fluxion.v1.Layout\x12\x13\n\x0bis_draining\x18\x05 \x01(\x08\x32\x66\n\x0bPrefillNode\x12W\n\x0eGetPrefillLoad\x12!.fluxion.v1.GetPrefillLoadRequest\x1a\".fluxion.v1.GetPrefillLoadResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x66luxion_proto/v1/handoff.proto\x12\nfluxion.v1\x1a\x1f\x66luxion_proto/v1/generate.proto\"\xca\x01\n\x06Layout\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\x15\n\rrevision_hash\x18\x02 \x01(\t\x12\x10\n\x08kv_dtype\x18\x03 \x01(\t\x12\x12\n\nnum_layers\x18\x04 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x05 \x01(\r\x12\x10\n\x08head_dim\x18\x06 \x01(\r\x12\x14\n\x0c\x62lock_tokens\x18\x07 \x01(\r\x12\x12\n\nrope_theta\x18\x08 \x01(\x01\x12\x1d\n\x15tokenizer_fingerprint\x18\t \x01(\t\"\xe3\x01\n\x0eHandoffRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12&\n\x08sampling\x18\x03 \x01(\x0b\x32\x14.fluxion.v1.Sampling\x12\"\n\x06layout\x18\x04 \x01(\x0b\x32\x12.fluxion.v1.Layout\x12\x15\n\rkv_from_token\x18\x05 \x01(\r\x12\x1b\n\x13want_prompt_profile\x18\x06 \x01(\x08\x12\x13\n\x0bsink_tokens\x18\x07 \x01(\r\x12\x15\n\rrecent_tokens\x18\x08 \x01(\r\"^\n\rHandoffHeader\x12\"\n\x06layout\x18\x01 \x01(\x0b\x32\x12.fluxion.v1.Layout\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12\x15\n\rkv_from_token\x18\x03 \x01(\r\"\x9b\x01\n\x0eHandoffTrailer\x12\x16\n\x0e\x66irst_token_id\x18\x01 \x01(\r\x12\x15\n\rqueue_seconds\x18\x02 \x01(\x01\x12\x17\n\x0fprefill_seconds\x18\x03 \x01(\x01\x12\x12\n\nnum_chunks\x18\x04 \x01(\x04\x12\x15\n\rpayload_bytes\x18\x05 \x01(\x04\x12\x16\n\x0eprompt_profile\x18\x06 \x01(\x0c\"\x17\n\x15GetPrefillLoadRequest\"\x9b\x01\n\x16GetPrefillLoadResponse\x12\x17\n\x0frunning_prompts\x18\x01 \x01(\r\x12\x17\n\x0fwaiting_prompts\x18\x02 \x01(\r\x12\x16\n\x0epending_tokens\x18\x03 \x01(\x04\x12\"\n\x06layout\x18\x04 \x01(\x0b\x32\x12.fluxion.v1.Layout\x12\x13\n\x0bis_draining\x18\x05 \x01(\x08\x32\x66\n\x0bPrefillNode\x12W\n\x0eGetPrefillLoad\x12!.fluxion.v1.GetPrefillLoadRequest\x1a\".fluxion.v1.GetPrefillLoadResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,15 +35,15 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LAYOUT']._serialized_start=80
   _globals['_LAYOUT']._serialized_end=282
   _globals['_HANDOFFREQUEST']._serialized_start=285
-  _globals['_HANDOFFREQUEST']._serialized_end=439
-  _globals['_HANDOFFHEADER']._serialized_start=441
-  _globals['_HANDOFFHEADER']._serialized_end=535
-  _globals['_HANDOFFTRAILER']._serialized_start=538
-  _globals['_HANDOFFTRAILER']._serialized_end=669
-  _globals['_GETPREFILLLOADREQUEST']._serialized_start=671
-  _globals['_GETPREFILLLOADREQUEST']._serialized_end=694
-  _globals['_GETPREFILLLOADRESPONSE']._serialized_start=697
-  _globals['_GETPREFILLLOADRESPONSE']._serialized_end=852
-  _globals['_PREFILLNODE']._serialized_start=854
-  _globals['_PREFILLNODE']._serialized_end=956
+  _globals['_HANDOFFREQUEST']._serialized_end=512
+  _globals['_HANDOFFHEADER']._serialized_start=514
+  _globals['_HANDOFFHEADER']._serialized_end=608
+  _globals['_HANDOFFTRAILER']._serialized_start=611
+  _globals['_HANDOFFTRAILER']._serialized_end=766
+  _globals['_GETPREFILLLOADREQUEST']._serialized_start=768
+  _globals['_GETPREFILLLOADREQUEST']._serialized_end=791
+  _globals['_GETPREFILLLOADRESPONSE']._serialized_start=794
+  _globals['_GETPREFILLLOADRESPONSE']._serialized_end=949
+  _globals['_PREFILLNODE']._serialized_start=951
+  _globals['_PREFILLNODE']._serialized_end=1053
 # @@protoc_insertion_point(module_scope)

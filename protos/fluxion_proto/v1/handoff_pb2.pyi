@@ -30,18 +30,24 @@ class Layout(_message.Message):
     def __init__(self, model_name: _Optional[str] = ..., revision_hash: _Optional[str] = ..., kv_dtype: _Optional[str] = ..., num_layers: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., block_tokens: _Optional[int] = ..., rope_theta: _Optional[float] = ..., tokenizer_fingerprint: _Optional[str] = ...) -> None: ...
 
 class HandoffRequest(_message.Message):
-    __slots__ = ("request_id", "token_ids", "sampling", "layout", "kv_from_token")
+    __slots__ = ("request_id", "token_ids", "sampling", "layout", "kv_from_token", "want_prompt_profile", "sink_tokens", "recent_tokens")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     KV_FROM_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    WANT_PROMPT_PROFILE_FIELD_NUMBER: _ClassVar[int]
+    SINK_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    RECENT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     sampling: _generate_pb2.Sampling
     layout: Layout
     kv_from_token: int
-    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_generate_pb2.Sampling, _Mapping]] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., kv_from_token: _Optional[int] = ...) -> None: ...
+    want_prompt_profile: bool
+    sink_tokens: int
+    recent_tokens: int
+    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_generate_pb2.Sampling, _Mapping]] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., kv_from_token: _Optional[int] = ..., want_prompt_profile: _Optional[bool] = ..., sink_tokens: _Optional[int] = ..., recent_tokens: _Optional[int] = ...) -> None: ...
 
 class HandoffHeader(_message.Message):
     __slots__ = ("layout", "num_tokens", "kv_from_token")
@@ -54,18 +60,20 @@ class HandoffHeader(_message.Message):
     def __init__(self, layout: _Optional[_Union[Layout, _Mapping]] = ..., num_tokens: _Optional[int] = ..., kv_from_token: _Optional[int] = ...) -> None: ...
 
 class HandoffTrailer(_message.Message):
-    __slots__ = ("first_token_id", "queue_seconds", "prefill_seconds", "num_chunks", "payload_bytes")
+    __slots__ = ("first_token_id", "queue_seconds", "prefill_seconds", "num_chunks", "payload_bytes", "prompt_profile")
     FIRST_TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
     QUEUE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     PREFILL_SECONDS_FIELD_NUMBER: _ClassVar[int]
     NUM_CHUNKS_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_PROFILE_FIELD_NUMBER: _ClassVar[int]
     first_token_id: int
     queue_seconds: float
     prefill_seconds: float
     num_chunks: int
     payload_bytes: int
-    def __init__(self, first_token_id: _Optional[int] = ..., queue_seconds: _Optional[float] = ..., prefill_seconds: _Optional[float] = ..., num_chunks: _Optional[int] = ..., payload_bytes: _Optional[int] = ...) -> None: ...
+    prompt_profile: bytes
+    def __init__(self, first_token_id: _Optional[int] = ..., queue_seconds: _Optional[float] = ..., prefill_seconds: _Optional[float] = ..., num_chunks: _Optional[int] = ..., payload_bytes: _Optional[int] = ..., prompt_profile: _Optional[bytes] = ...) -> None: ...
 
 class GetPrefillLoadRequest(_message.Message):
     __slots__ = ()

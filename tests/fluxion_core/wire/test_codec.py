@@ -8,10 +8,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fluxion_core.errors import FrameChecksumError, FrameFormatError, HandoffError, SamplingError
+from fluxion_core.errors import (
+    FrameChecksumError,
+    FrameFormatError,
+    HandoffError,
+    InvalidRequestError,
+    SamplingError,
+)
 from fluxion_core.generation.sampling import SamplingParams
+from fluxion_core.geometry import WindowSpec
 from fluxion_core.kvstream.handoff import Frame, FrameKind, Header, KvLayout, Trailer
 from fluxion_core.wire import codec
+from fluxion_proto.v1 import handoff_pb2
 
 LAYOUT = KvLayout("toy", "ab12", 2, 2, 16, 1e4, "cd34")
 # By hand: a CHUNK of layer 3, tokens 32 to 48, with the payload "123456789", whose CRC32C is the
@@ -93,6 +101,17 @@ def test_frames_above_the_limit_are_refused_on_both_sides():
         codec.decode_frame(prefix + too_large)
 
 
+def test_a_trailer_may_be_as_large_as_a_chunk_and_a_header_may_not():
+    # 80 layers of 64 heads and 8 KV heads need 0.8 MB; the limit is four times a HEADER's.
+    profile = bytes(3 << 20)
+    sent = codec.encode_frame(codec.trailer_frame(Trailer(7, 0.5, 1.5, 10, 1000, profile)))
+    assert codec.parse_trailer(codec.decode_frame(sent)).prompt_profile == profile
+    for kind, limit in ((FrameKind.TRAILER, 4 << 20), (FrameKind.HEADER, 1 << 20)):
+        codec.encode_frame(Frame(kind, bytes(limit)))
+        with pytest.raises(FrameFormatError, match=f"the limit is {limit}"):
+            codec.encode_frame(Frame(kind, bytes(limit + 1)))
+
+
 def test_control_frames_carry_no_layer():
     with pytest.raises(FrameFormatError, match="HEADER"):
         codec.decode_frame(codec.encode_frame(Frame(FrameKind.HEADER, b"", layer=1)))
@@ -100,13 +119,30 @@ def test_control_frames_carry_no_layer():
 
 def test_header_and_trailer_survive_the_wire():
     header = Header(LAYOUT, num_tokens=300, kv_from_token=128)
-    trailer = Trailer(7, 0.5, 1.5, 10, 1000)
+    trailer = Trailer(7, 0.5, 1.5, 10, 1000, b"profile")
     assert codec.parse_header(codec.header_frame(header)) == header
     assert codec.parse_trailer(codec.trailer_frame(trailer)) == trailer
     with pytest.raises(FrameFormatError, match="expected a HEADER"):
         codec.parse_header(codec.trailer_frame(trailer))
     with pytest.raises(FrameFormatError, match="no valid message"):
         codec.parse_trailer(Frame(FrameKind.TRAILER, b"\xff\xff\xff"))
+
+
+def test_the_window_of_a_profile_is_checked():
+    def window(**fields: object) -> WindowSpec | None:
+        return codec.profile_window_from_proto(handoff_pb2.HandoffRequest(**fields))
+
+    assert window() is None
+    wanted = {"want_prompt_profile": True}
+    assert window(**wanted, sink_tokens=32, recent_tokens=128) == WindowSpec(32, 128)
+    for fields, words in (
+        (wanted, "sink_tokens is 0"),
+        ({**wanted, "sink_tokens": 8, "recent_tokens": 256}, "sink_tokens is 8"),
+        ({**wanted, "sink_tokens": 64, "recent_tokens": 64}, "recent_tokens is 64"),
+        ({"sink_tokens": 64}, "set want_prompt_profile"),
+    ):
+        with pytest.raises(InvalidRequestError, match=words):
+            window(**fields)
 
 
 def test_sampling_survives_the_wire():

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from fluxion_core.errors import RequestCancelledError
-from fluxion_core.geometry import BLOCK_TOKENS, KvGeometry
+from fluxion_core.geometry import BLOCK_TOKENS, KvGeometry, WindowSpec
 from fluxion_core.kernels.dense_attention import reference
 from fluxion_core.kvstream.handoff import FRAME_PAYLOAD_BYTES, Frame
+from fluxion_core.predictor.prompt_estimate import PromptEstimator, padded_tokens
+from fluxion_core.predictor.prompt_profile import PromptProfile, pack
 from services.prefill.kv_capture import KvCapture
 
 GEOMETRY = KvGeometry(num_layers=2, num_kv_heads=2, head_dim=16)
@@ -114,6 +116,60 @@ def test_a_chunk_larger_than_a_frame_leaves_as_several():
         (16, 16),
         (32, 8),
     ]
+
+
+def profile_of(num_tokens: int, chunk_tokens: int) -> list[PromptProfile]:
+    query, key, value = random_qkv(num_tokens)
+    capture = KvCapture(
+        GEOMETRY,
+        num_tokens=num_tokens,
+        kv_from_token=0,
+        emit=lambda _: None,
+        is_cancelled=lambda: False,
+        device=torch.device("cpu"),
+        profile_window=WindowSpec(),
+    )
+    for first in range(0, num_tokens, chunk_tokens):
+        chunk = slice(first, first + chunk_tokens)
+        capture.begin_chunk(first)
+        for layer in range(GEOMETRY.num_layers):
+            capture.attend(layer, query[chunk], key[chunk] * (layer + 1), value[chunk])
+    return capture.profiles
+
+
+# 519 in chunks of 512 leaves 7 queries of the profile's 16 for the last chunk; chunks of 16, none.
+@pytest.mark.parametrize("num_tokens", [9, 512, 519])
+def test_the_profile_does_not_depend_on_chunks(num_tokens: int):
+    query, key, value = random_qkv(num_tokens)
+    padding = (0, 0, 0, padded_tokens(num_tokens) - num_tokens)
+
+    def as_sent(x: Tensor) -> Tensor:
+        return torch.nn.functional.pad(x.bfloat16().float().transpose(0, 1), padding)
+
+    estimator = PromptEstimator(num_tokens, WindowSpec())
+    expected = pack(
+        [
+            estimator.estimate(query[-16:], as_sent(key * (layer + 1)), as_sent(value))
+            for layer in range(GEOMETRY.num_layers)
+        ]
+    )
+    for chunk_tokens in (16, 48, 512, 1024):
+        assert pack(profile_of(num_tokens, chunk_tokens)) == expected
+
+
+def test_no_profile_is_made_unless_it_is_wanted():
+    query, key, value = random_qkv(64)
+    capture = KvCapture(
+        GEOMETRY,
+        num_tokens=64,
+        kv_from_token=0,
+        emit=lambda _: None,
+        is_cancelled=lambda: False,
+        device=torch.device("cpu"),
+    )
+    capture.begin_chunk(0)
+    capture.attend(0, query, key, value)
+    assert capture.profiles == []
 
 
 def test_a_cancelled_prompt_stops_at_the_next_layer():

@@ -10,6 +10,7 @@ import pytest
 
 from fluxion_core.config import ClientSettings
 from fluxion_core.kvstream.handoff import FrameKind
+from fluxion_core.predictor.prompt_profile import unpack
 from fluxion_core.wire import codec
 from fluxion_core.wire.channel import open_channel
 from fluxion_proto.v1 import handoff_pb2, handoff_pb2_grpc
@@ -54,6 +55,24 @@ async def test_every_layer_of_every_token_comes_once_in_order(
     trailer = codec.parse_trailer(frames[-1])
     assert trailer.num_chunks == len(frames) - 2
     assert trailer.payload_bytes == sum(len(frame.payload) for frame in frames[1:-1])
+
+
+async def test_a_profile_comes_with_the_trailer_if_it_is_wanted(start_prefill):
+    shape = {"num_layers": 2, "num_heads": 4, "num_kv_heads": 2}
+    wanted = {"want_prompt_profile": True, "sink_tokens": 64, "recent_tokens": 128}
+    async with start_prefill() as node, open_channel(node.address, ClientSettings()) as channel:
+        layout = await layout_of(channel)
+
+        async def profile(num_tokens: int, **fields) -> bytes:
+            frames = await frames_of(channel, request_of(layout, num_tokens, **fields))
+            return codec.parse_trailer(frames[-1]).prompt_profile
+
+        assert await profile(300) == b""
+        for num_tokens in (1, 300):
+            assert len(unpack(await profile(num_tokens, **wanted), **shape)) == 2
+        # The decode node holds what comes before; the profile is of the whole prompt all the same.
+        assert await profile(300, **wanted, kv_from_token=256) == await profile(300, **wanted)
+        assert await profile(300, **{**wanted, "sink_tokens": 32}) != await profile(300, **wanted)
 
 
 async def test_chunking_does_not_change_the_first_token(start_prefill):
@@ -141,6 +160,8 @@ async def test_a_cancelled_stream_ends_its_prompt(start_prefill):
         ({"token_ids": [1] * 2049}, grpc.StatusCode.INVALID_ARGUMENT, "2048"),
         ({"kv_from_token": 8}, grpc.StatusCode.INVALID_ARGUMENT, "kv_from_token"),
         ({"kv_from_token": 48}, grpc.StatusCode.INVALID_ARGUMENT, "kv_from_token"),
+        ({"want_prompt_profile": True}, grpc.StatusCode.INVALID_ARGUMENT, "sink_tokens is 0"),
+        ({"recent_tokens": 256}, grpc.StatusCode.INVALID_ARGUMENT, "want_prompt_profile"),
         ({"revision_hash": "other"}, grpc.StatusCode.FAILED_PRECONDITION, "revision_hash"),
         ({"num_layers": 3}, grpc.StatusCode.FAILED_PRECONDITION, "num_layers"),
         ({"tokenizer_fingerprint": "x"}, grpc.StatusCode.FAILED_PRECONDITION, "tokenizer"),
@@ -154,8 +175,8 @@ async def test_bad_requests_are_refused_before_any_byte(
         for name, value in change.items():
             if name == "token_ids":
                 request.token_ids[:] = value
-            elif name == "kv_from_token":
-                request.kv_from_token = value
+            elif name in request.DESCRIPTOR.fields_by_name:
+                setattr(request, name, value)
             else:
                 setattr(request.layout, name, value)
         call = channel.unary_stream(METHOD)(request.SerializeToString())
