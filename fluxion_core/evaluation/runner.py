@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,8 +28,10 @@ from fluxion_core.geometry import KvGeometry, WindowSpec
 from fluxion_core.hybrid_attention import HybridAttention
 from fluxion_core.kvstore.store import HostKvStore, SequenceKv
 from fluxion_core.models.decoder import Decoder
+from fluxion_core.predictor.prompt_profile import PromptProfile
 from fluxion_core.scheduler.scheduler import CpuPool
-from fluxion_core.selector.policy import Policy
+from fluxion_core.selector.planner import Planner, PlannerState
+from fluxion_core.selector.policy import Policy, PredictedPolicy
 
 DEFAULT_BATCH = 16
 
@@ -84,6 +86,8 @@ class Answer:
     """K and V read of it, all steps."""
     region_bytes: int
     """K and V of the region, all steps: what `exact` reads."""
+    streaming_share: float
+    """Heads that read nothing of the region, mean over the steps that have one."""
 
 
 @dataclass(eq=False)
@@ -101,13 +105,16 @@ class _Branch:
     work: Work
     way: Way
     kv: SequenceKv
+    state: PlannerState | None
     token_ids: list[int]
     track: _Track | None
     """To follow, if the way is forced; to write, if it is `exact`."""
     steps: int = 0
     scanned_bytes: int = 0
     attended_bytes: int = 0
-    region_tokens: int = 0
+    region_bytes: int = 0
+    streaming_heads: int = 0
+    planned_heads: int = 0
 
     @property
     def next_input(self) -> int | None:
@@ -139,6 +146,7 @@ class Runner:
         batch: sequences decoded together.
         host_kv_bytes: of the store.
         pool: attention threads.
+        planner: for policies that need head profiles.
         window: the default window.
     """
 
@@ -151,6 +159,7 @@ class Runner:
         host_kv_bytes: int,
         batch: int = DEFAULT_BATCH,
         pool: CpuPool | None = None,
+        planner: Planner | None = None,
         window: WindowSpec | None = None,
     ) -> None:
         config = decoder.config
@@ -162,8 +171,13 @@ class Runner:
         self._store = HostKvStore(self._geometry, host_kv_bytes, model_key=b"evaluation")
         self._window = window or WindowSpec()
         self._batch = batch
+        self._planner = planner
         self._attention = HybridAttention(
-            self._store, self._window, num_heads=config.num_heads, pool=pool or CpuPool()
+            self._store,
+            self._window,
+            num_heads=config.num_heads,
+            pool=pool or CpuPool(),
+            planner=planner,
         )
         self.statistics = RunStatistics()
         self._changed = threading.Condition()
@@ -233,6 +247,8 @@ class Runner:
             )
         started = time.perf_counter()
         prompt = PromptKv.prefill(self._prefill_decoder, self._geometry, case.prompt_token_ids)
+        needs_profiles = any(isinstance(way.policy, PredictedPolicy) for way in work.ways)
+        profiles = prompt.profiles(self._window) if needs_profiles else []
         self.statistics.prefills += 1
         self.statistics.prefill_seconds += time.perf_counter() - started
         known = work.exact_token_ids
@@ -245,7 +261,8 @@ class Runner:
             token_ids = [prompt.first_new_token]
             if way.name == EXACT and not way.is_forced:
                 track = _Track(token_ids, is_ended=False)
-            branch = _Branch(work, way, kv, token_ids, track)
+            state = self._new_state(way, profiles)
+            branch = _Branch(work, way, kv, state, token_ids, track)
             with self._changed:
                 self._ready.append(branch)
                 self._changed.notify_all()
@@ -266,6 +283,13 @@ class Runner:
             with self._changed:
                 self._num_held += 1
             return kv
+
+    def _new_state(self, way: Way, profiles: Sequence[PromptProfile]) -> PlannerState | None:
+        if not isinstance(way.policy, PredictedPolicy):
+            return None
+        if self._planner is None:
+            raise ConfigError(f"policy {way.policy} needs a planner; this run has none")
+        return self._planner.new_state(profiles)
 
     def _wait_for_release(self, seen: int) -> bool:
         """Until a sequence has been released since `seen` of them; False: none is held."""
@@ -300,16 +324,22 @@ class Runner:
         spare = [0] * (self._batch - len(going))
         token_ids = torch.tensor([*(inputs[branch] for branch in going), *spare])
         positions = torch.tensor([*places, *spare])
-        self._attention.begin_step([b.kv for b in going], [b.way.policy for b in going])
+        self._attention.begin_step(
+            [branch.kv for branch in going],
+            [branch.way.policy for branch in going],
+            [branch.state for branch in going],
+        )
         hidden = self._decoder(token_ids, positions, _PaddedAttention(self._attention, len(going)))
         reads = self._attention.end_step()
         chosen = self._decoder.logits(hidden).argmax(-1)[: len(going)].tolist()
-        for branch, token_id, read, place in zip(going, chosen, reads, places, strict=True):
+        for branch, token_id, read in zip(going, chosen, reads, strict=True):
             branch.token_ids.append(token_id)
             branch.steps += 1
             branch.scanned_bytes += read.scanned_bytes
             branch.attended_bytes += read.attended_bytes
-            branch.region_tokens += len(self._window.retrieval_region(place + 1))
+            branch.region_bytes += read.region_bytes
+            branch.streaming_heads += read.streaming_heads
+            branch.planned_heads += read.planned_heads
         self.statistics.steps += 1
         self.statistics.tokens += len(going)
         self.statistics.step_seconds += time.perf_counter() - started
@@ -355,7 +385,8 @@ class Runner:
             steps=branch.steps,
             scanned_bytes=branch.scanned_bytes,
             attended_bytes=branch.attended_bytes,
-            region_bytes=branch.region_tokens * self._geometry.token_bytes,
+            region_bytes=branch.region_bytes,
+            streaming_share=branch.streaming_heads / max(1, branch.planned_heads),
         )
 
 
