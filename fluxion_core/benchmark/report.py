@@ -3,32 +3,12 @@
 from __future__ import annotations
 
 import json
-import platform
 import statistics
-import subprocess
 from collections.abc import Callable, Sequence
-from importlib import metadata
 from pathlib import Path
 
 from fluxion_core.errors import ConfigError
-from fluxion_core.kernels import isa
-
-
-def describe_machine() -> dict[str, str]:
-    """Processor, cores, and the versions that matter to speed."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        model = f"{len(names)} x {names[0].split(':', 1)[1].strip()}" if names else model
-    versions = {name: metadata.version(name) for name in ("grpcio", "protobuf", "torch")}
-    return {
-        "processor": model,
-        "isa": isa.current_isa(),
-        "python": platform.python_version(),
-        **versions,
-        "commit": _commit(),
-    }
+from fluxion_core.machine import describe_machine as describe_machine
 
 
 def write_json(report: dict[str, object], path: Path) -> None:
@@ -79,15 +59,3 @@ def draw_bars(
     if limits:
         axes.legend(loc="lower right")
     figure.savefig(path, dpi=120)
-
-
-def _commit() -> str:
-    """Of the working tree this runs from; "unknown" for an installed package."""
-    found = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return found.stdout.strip() or "unknown"

@@ -18,7 +18,7 @@ from typing import Any
 from fluxion_core.errors import ConfigError, FluxionError
 from fluxion_core.evaluation.evaluate import evaluate
 from fluxion_core.evaluation.options import EvaluationOptions
-from fluxion_core.evaluation.runner import Answer
+from fluxion_core.evaluation.work import Answer
 
 PROGRESS_SECONDS = 10.0
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from fluxion_core.errors import ContextLengthError
-from fluxion_core.evaluation.metrics import Metric, match_all, match_part
+from fluxion_core.evaluation.metrics import Metric, first_code_line, match_all, match_part
 from fluxion_core.generation.chat import ChatMessage
 from fluxion_core.generation.tokenizer import Tokenizer
 
@@ -52,6 +52,9 @@ class Case:
             return True
         if self.metric is Metric.MATCH_ALL:
             return match_all(text, self.answers) == 1.0
+        if self.metric is Metric.CODE_SIMILARITY:
+            line = first_code_line(text)
+            return bool(line) and f"{line}\n" in text
         return self.metric is Metric.MATCH_PART and match_part(text, self.answers) == 1.0
 
 

@@ -5,15 +5,23 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import asdict
+from functools import partial
+from pathlib import Path
 
-from fluxion_core.benchmark.report import describe_machine
 from fluxion_core.evaluation import render
+from fluxion_core.evaluation.agreement import run_agreement
+from fluxion_core.evaluation.files_run import run_files
 from fluxion_core.evaluation.options import EvaluationOptions
-from fluxion_core.evaluation.report import Report
 from fluxion_core.evaluation.ruler_run import run_ruler
 from fluxion_core.evaluation.session import EvaluationModel, OnAnswer, Session
+from fluxion_core.machine import describe_machine
 
-_TITLES = {"ruler": "RULER", "longbench": "LongBench", "leval": "L-Eval"}
+_TITLES = {
+    "ruler": "RULER",
+    "longbench": "LongBench",
+    "leval": "L-Eval",
+    "agreement": "Greedy agreement with exact",
+}
 
 
 def evaluate(options: EvaluationOptions, on_answer: OnAnswer) -> str:
@@ -26,40 +34,58 @@ def evaluate(options: EvaluationOptions, on_answer: OnAnswer) -> str:
         FluxionError: something that is asked for is not there or cannot be used.
     """
     started = time.perf_counter()
+    _check_writable(options.json, options.markdown, options.plot)
     model = EvaluationModel.load(options)
-    report, session = run_ruler(model, options, on_answer)
     title = f"{_TITLES[options.benchmark]}, {model.loaded.name}"
-    settings = describe(session) | {"seconds": f"{time.perf_counter() - started:.0f}"}
-    text = render.markdown(title, report, settings)
+    if options.benchmark == "agreement":
+        rows, session = run_agreement(model, options, on_answer)
+        settings = describe(session, started)
+        text = render.agreement_markdown(title, rows, settings, session.notes)
+        draw = partial(render.draw_agreement, title, rows)
+        content: dict[str, object] = {"rows": [asdict(row) for row in rows], "notes": session.notes}
+    else:
+        run = run_ruler if options.benchmark == "ruler" else run_files
+        report, session = run(model, options, on_answer)
+        settings = describe(session, started)
+        text = render.markdown(title, report, settings)
+        draw = partial(render.draw, title, report)
+        content = {"report": asdict(report)}
     if options.json:
-        content = {"title": title, "settings": settings, "report": asdict(report)}
-        options.json.write_text(json.dumps(content, indent=2) + "\n")
+        whole = {"title": title, "settings": settings, **content}
+        options.json.write_text(json.dumps(whole, indent=2) + "\n")
     if options.markdown:
         options.markdown.write_text(text)
     if options.plot:
-        _draw(title, report, options)
+        draw(options.plot)
     return text
 
 
-def describe(session: Session) -> dict[str, str]:
-    """What a reader must know of a run."""
+def describe(session: Session, started: float) -> dict[str, str]:
+    """What a reader must know of a run.
+
+    Args:
+        session: that has run.
+        started: time.perf_counter() at its start.
+    """
     machine = describe_machine()
     done = session.statistics
     steps, tokens = sum(s.steps for s in done), sum(s.tokens for s in done)
-    options = session.options
+    prefills, prefill_seconds = sum(s.prefills for s in done), sum(s.prefill_seconds for s in done)
     return session.settings | {
         "machine": ", ".join(f"{name} {value}" for name, value in machine.items()),
-        "prompts computed on": options.device_name,
+        "prompts computed on": session.options.device_name,
         "policies": ", ".join(
             way.name if way.name == str(way.policy) else f"{way.name} = {way.policy}"
             for way in session.ways
         ),
         "lengths": "prompt and answer together have at most that many of the model's tokens",
-        "this run": f"{steps} steps, {tokens} tokens, "
-        f"{sum(s.prefills for s in done)} prompts in {sum(s.prefill_seconds for s in done):.0f} s",
+        "this run": f"{time.perf_counter() - started:.0f} s: {tokens} tokens in {steps} steps of "
+        f"{sum(s.step_seconds for s in done):.0f} s, {prefills} prompts in {prefill_seconds:.0f} s",
     }
 
 
-def _draw(title: str, report: Report, options: EvaluationOptions) -> None:
-    assert options.plot is not None
-    render.draw(title, report, options.plot)
+def _check_writable(*paths: Path | None) -> None:
+    """Make folders now: a run of hours must not end without its report."""
+    for path in paths:
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)

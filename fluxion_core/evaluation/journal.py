@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TextIO
 
 from fluxion_core.errors import ConfigError
-from fluxion_core.evaluation.runner import Answer
+from fluxion_core.evaluation.work import Answer
 
 
 class Journal:

@@ -59,6 +59,9 @@ class EvaluationOptions:
     """Of the KV store; 0 for what the batch needs."""
     device: str = "auto"
     """Where prompts are computed: auto, cpu or cuda."""
+    stop_after_seconds: float = 0.0
+    """No case is begun after this; what is begun is finished, the rest left for a resumed run. 0:
+    never."""
     journal: Path | None = None
     """JSON lines of all answers."""
     resume: bool = False

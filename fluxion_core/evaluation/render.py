@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fluxion_core.errors import ConfigError
+from fluxion_core.evaluation.agreement import AgreementRow
 from fluxion_core.evaluation.report import Interval, Report
-from fluxion_core.evaluation.runner import EXACT
+from fluxion_core.evaluation.work import EXACT
 
 
 def markdown(title: str, report: Report, settings: Mapping[str, str]) -> str:
@@ -61,6 +62,34 @@ def markdown(title: str, report: Report, settings: Mapping[str, str]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def agreement_markdown(
+    title: str, rows: Sequence[AgreementRow], settings: Mapping[str, str], notes: Sequence[str]
+) -> str:
+    """Agreement with `exact`, per length and policy."""
+    lines = [f"# {title}", "", *(f"- {name}: {value}" for name, value in settings.items()), ""]
+    head = ["length", "documents", "policy", "same token, fed exact's", "equal before the first"]
+    head += ["first difference after", "documents without one", "bytes of exact", "streaming"]
+    lines += table(
+        head,
+        [
+            [
+                str(row.length),
+                str(row.documents),
+                row.way,
+                _share(row.forced_share),
+                _share(row.equal_share),
+                f"{row.first_divergence:.1f}",
+                f"{row.fully_equal:.0%}",
+                f"{row.of_exact:.3f}",
+                f"{row.streaming_share:.0%}",
+            ]
+            for row in rows
+        ],
+    )
+    lines += ["", "In brackets: 95 % bootstrap interval over documents.", ""]
+    return "\n".join([*lines, *(f"- {note}" for note in notes)]).rstrip() + "\n"
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of a Markdown table."""
     return [
@@ -98,6 +127,39 @@ def draw(title: str, report: Report, path: Path) -> None:
     axes.set_ylabel("average score; bars: 95 % of the difference to exact")
     axes.set_title(title)
     figure.savefig(path, dpi=120)
+
+
+def draw_agreement(title: str, rows: Sequence[AgreementRow], path: Path) -> None:
+    """Share of steps with the same token against bytes relative to `exact`.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError("plots need matplotlib: pip install 'fluxion[plots]'") from None
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for row in rows:
+        share = row.forced_share
+        error = [[share.mean - share.low], [share.high - share.mean]]
+        axes.errorbar(row.of_exact, share.mean, yerr=error, fmt="o", capsize=3)
+        axes.annotate(
+            f"{row.way}, {row.length}",
+            (row.of_exact, share.mean),
+            xytext=(6, 5),
+            textcoords="offset points",
+        )
+    axes.set_xscale("log")
+    axes.set_xlabel("bytes read of the retrieval region, share of exact")
+    axes.set_ylabel("steps with exact's token, fed its tokens; bars: 95 %")
+    axes.set_title(title)
+    figure.savefig(path, dpi=120)
+
+
+def _share(interval: Interval) -> str:
+    return f"{interval.mean:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
 
 
 def _points(difference: Interval) -> str:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fluxion_core.evaluation.runner import EXACT, Answer
+from fluxion_core.evaluation.work import EXACT, Answer
 
 ABLE_SCORE = 50.0
 """A task counts if `exact` scores at least this."""
@@ -80,7 +80,12 @@ class Report:
 
 
 def summarize(
-    answers: Iterable[Answer], ways: Sequence[str], notes: Sequence[str] = (), *, seed: int = 0
+    answers: Iterable[Answer],
+    ways: Sequence[str],
+    notes: Sequence[str] = (),
+    *,
+    able_score: float = ABLE_SCORE,
+    seed: int = 0,
 ) -> Report:
     """A report of scored answers.
 
@@ -88,6 +93,7 @@ def summarize(
         answers: of any number of tasks; those of other ways are ignored.
         ways: in the order of columns; `exact` must be one.
         notes: to be kept with it.
+        able_score: what `exact` must score for a task to count.
         seed: of the bootstrap.
     """
     by_task: dict[tuple[str, int], dict[str, dict[str, Answer]]] = defaultdict(dict)
@@ -102,7 +108,7 @@ def summarize(
         whole = [case for case in cases.values() if all(way in case for way in ways)]
         used = whole or [case for case in cases.values() if EXACT in case]
         scores = {way: _scores(used, way) for way in ways if all(way in case for case in used)}
-        is_able = bool(whole) and float(scores[EXACT].mean()) >= ABLE_SCORE
+        is_able = bool(whole) and float(scores[EXACT].mean()) >= able_score
         samples = _bootstrap({way: s - scores[EXACT] for way, s in scores.items()}, generator)
         rows.append(
             TaskRow(
@@ -120,7 +126,7 @@ def summarize(
         else:
             all_notes.append(
                 f"{_label(task, length)}: exact scores {scores[EXACT].mean():.1f} over {len(used)} "
-                f"cases, below {ABLE_SCORE:g}: the model cannot do it; left out of averages"
+                f"cases, below {able_score:g}: the model cannot do it; left out of averages"
             )
         if whole and len(whole) < len(cases):
             all_notes.append(

@@ -7,9 +7,9 @@ from statistics import mean
 
 from fluxion_core.evaluation.options import EvaluationOptions
 from fluxion_core.evaluation.report import ABLE_SCORE, Report, summarize
-from fluxion_core.evaluation.runner import EXACT
 from fluxion_core.evaluation.session import CaseSource, EvaluationModel, OnAnswer, Session
 from fluxion_core.evaluation.tasks.ruler import TASK_NAMES, RulerSuite
+from fluxion_core.evaluation.work import EXACT
 
 PILOT_MARGIN = 20.0
 """A task whose pilot scores this much below ABLE_SCORE is given up: with 10 cases, one that scores

@@ -23,6 +23,7 @@ from fluxion_core.errors import CapacityError, ConfigError, ContextLengthError
 from fluxion_core.evaluation.case import Case
 from fluxion_core.evaluation.metrics import score
 from fluxion_core.evaluation.prompt_kv import PromptKv
+from fluxion_core.evaluation.work import EXACT, Answer, Branch, Track, Way, Work, check_ways
 from fluxion_core.generation.tokenizer import Tokenizer
 from fluxion_core.geometry import KvGeometry, WindowSpec
 from fluxion_core.hybrid_attention import HybridAttention
@@ -31,98 +32,9 @@ from fluxion_core.models.decoder import Decoder
 from fluxion_core.predictor.prompt_profile import PromptProfile
 from fluxion_core.scheduler.scheduler import CpuPool
 from fluxion_core.selector.planner import Planner, PlannerState
-from fluxion_core.selector.policy import Policy, PredictedPolicy
+from fluxion_core.selector.policy import PredictedPolicy
 
 DEFAULT_BATCH = 16
-
-EXACT = "exact"
-"""Name of the way that all others are held against."""
-
-
-@dataclass(frozen=True)
-class Way:
-    """One way to answer a case."""
-
-    name: str
-    """Of the policy, as reports call it."""
-    policy: Policy
-    is_forced: bool = False
-    """Fed with the tokens that `exact` generated, whatever it would have said itself."""
-
-    @property
-    def key(self) -> str:
-        """What the journal knows it by."""
-        return f"{self.name}, forced" if self.is_forced else self.name
-
-
-@dataclass(frozen=True)
-class Work:
-    """A case and how it is to be answered."""
-
-    case: Case
-    ways: tuple[Way, ...]
-    exact_token_ids: tuple[int, ...] | None = None
-    """What `exact` generated, where that is known already; else a forced way needs an exact one."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What one way made of one case."""
-
-    case_name: str
-    task: str
-    length: int
-    way: str
-    token_ids: tuple[int, ...]
-    """Generated; the most likely ones where the way is forced."""
-    text: str
-    score: float | None
-    """0 to 100; None where the case is not scored."""
-    steps: int
-    """Decode steps: the first token comes from prefill."""
-    scanned_bytes: int
-    """Digests read of the retrieval region, all steps."""
-    attended_bytes: int
-    """K and V read of it, all steps."""
-    region_bytes: int
-    """K and V of the region, all steps: what `exact` reads."""
-    streaming_share: float
-    """Heads that read nothing of the region, mean over the steps that have one."""
-
-
-@dataclass(eq=False)
-class _Track:
-    """Tokens that `exact` makes of a case; forced ways follow them."""
-
-    token_ids: list[int]
-    is_ended: bool
-
-
-@dataclass(eq=False)
-class _Branch:
-    """One sequence between prefill and its answer."""
-
-    work: Work
-    way: Way
-    kv: SequenceKv
-    state: PlannerState | None
-    token_ids: list[int]
-    track: _Track | None
-    """To follow, if the way is forced; to write, if it is `exact`."""
-    steps: int = 0
-    scanned_bytes: int = 0
-    attended_bytes: int = 0
-    region_bytes: int = 0
-    streaming_heads: int = 0
-    planned_heads: int = 0
-
-    @property
-    def next_input(self) -> int | None:
-        """The token to feed; None: `exact` has not made it yet."""
-        if not (self.way.is_forced and self.track):
-            return self.token_ids[-1]
-        made, place = self.track.token_ids, len(self.token_ids) - 1
-        return made[place] if place < len(made) else None
 
 
 @dataclass
@@ -181,7 +93,7 @@ class Runner:
         )
         self.statistics = RunStatistics()
         self._changed = threading.Condition()
-        self._ready: deque[_Branch] = deque()
+        self._ready: deque[Branch] = deque()
         self._num_held = 0
         self._num_releases = 0
         self._is_done = False
@@ -199,7 +111,7 @@ class Runner:
             target=self._prefill_all, args=(iter(work),), name="prefill", daemon=True
         )
         thread.start()
-        live: list[_Branch] = []
+        live: list[Branch] = []
         try:
             while True:
                 self._refill(live)
@@ -252,7 +164,7 @@ class Runner:
         self.statistics.prefills += 1
         self.statistics.prefill_seconds += time.perf_counter() - started
         known = work.exact_token_ids
-        track = None if known is None else _Track(list(known), is_ended=True)
+        track = None if known is None else Track(list(known), is_ended=True)
         # The exact way first: forced ones follow its tokens as it makes them.
         for way in sorted(work.ways, key=lambda way: (way.is_forced, way.name != EXACT)):
             kv = self._store_when_there_is_room(prompt, case)
@@ -260,9 +172,9 @@ class Runner:
                 return
             token_ids = [prompt.first_new_token]
             if way.name == EXACT and not way.is_forced:
-                track = _Track(token_ids, is_ended=False)
+                track = Track(token_ids, is_ended=False)
             state = self._new_state(way, profiles)
-            branch = _Branch(work, way, kv, state, token_ids, track)
+            branch = Branch(work, way, kv, state, token_ids, track)
             with self._changed:
                 self._ready.append(branch)
                 self._changed.notify_all()
@@ -301,7 +213,7 @@ class Runner:
 
     # ---- decode thread
 
-    def _refill(self, live: list[_Branch]) -> None:
+    def _refill(self, live: list[Branch]) -> None:
         """Fill the batch; wait only if it would be empty."""
         with self._changed:
             while True:
@@ -312,7 +224,7 @@ class Runner:
                 self._changed.wait()
 
     @torch.inference_mode()
-    def _step(self, live: list[_Branch]) -> list[_Branch]:
+    def _step(self, live: list[Branch]) -> list[Branch]:
         """One token for each branch that has one to go on from; returns those that are finished."""
         finished = [branch for branch in live if self._is_finished(branch)]
         inputs = {branch: branch.next_input for branch in live if branch not in finished}
@@ -345,7 +257,7 @@ class Runner:
         self.statistics.step_seconds += time.perf_counter() - started
         return finished + [branch for branch in going if self._is_finished(branch)]
 
-    def _is_finished(self, branch: _Branch) -> bool:
+    def _is_finished(self, branch: Branch) -> bool:
         case, ids = branch.work.case, branch.token_ids
         if branch.way.is_forced and branch.track:
             return branch.track.is_ended and len(ids) >= len(branch.track.token_ids)
@@ -355,11 +267,11 @@ class Runner:
             or case.cannot_change(self._text(branch))
         )
 
-    def _text(self, branch: _Branch) -> str:
+    def _text(self, branch: Branch) -> str:
         ids = branch.token_ids
         return self._tokenizer.decode(ids[:-1] if ids[-1] in self._stops else ids)
 
-    def _release(self, branch: _Branch) -> None:
+    def _release(self, branch: Branch) -> None:
         branch.kv.release()
         if branch.track and not branch.way.is_forced:
             branch.track.is_ended = True
@@ -368,7 +280,7 @@ class Runner:
             self._num_releases += 1
             self._changed.notify_all()
 
-    def _answer(self, branch: _Branch) -> Answer:
+    def _answer(self, branch: Branch) -> Answer:
         case = branch.work.case
         text = case.answer_of(self._text(branch))
         value = None
@@ -402,12 +314,3 @@ class _PaddedAttention:
         output = torch.zeros_like(query)
         output[:rows] = self._attention.attend(layer, query[:rows], key[:rows], value[:rows])
         return output
-
-
-def check_ways(work: Work) -> None:
-    """Raise ConfigError if a forced way has nothing to follow."""
-    is_known = work.exact_token_ids is not None
-    has_exact = any(way.name == EXACT and not way.is_forced for way in work.ways)
-    for way in work.ways:
-        if way.is_forced and not (is_known or has_exact):
-            raise ConfigError(f"{work.case.name}: {way.key} needs the way `{EXACT}` beside it")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -17,7 +18,8 @@ from fluxion_core.errors import ConfigError, ContextLengthError
 from fluxion_core.evaluation.case import Case, PromptEncoder
 from fluxion_core.evaluation.journal import Journal
 from fluxion_core.evaluation.options import EvaluationOptions
-from fluxion_core.evaluation.runner import EXACT, Answer, Runner, RunStatistics, Way, Work
+from fluxion_core.evaluation.runner import Runner, RunStatistics
+from fluxion_core.evaluation.work import EXACT, Answer, Way, Work
 from fluxion_core.generation.tokenizer import Tokenizer
 from fluxion_core.geometry import KvGeometry, ceil_div
 from fluxion_core.kvstore.store import SLAB_ALIGNMENT_BYTES
@@ -147,6 +149,7 @@ class Session:
         self.ways = self.model.ways(self.options.policies)
         self.settings = self._settings()
         self.journal = Journal(self.options.journal, self.settings, resume=self.options.resume)
+        self._started = time.monotonic()
         self._too_long: set[tuple[str, int]] = set()
 
     def answer(self, sources: Sequence[CaseSource], ways: Sequence[Way]) -> None:
@@ -183,7 +186,13 @@ class Session:
         return [answer.score for answer in found if answer and answer.score is not None]
 
     def _work(self, missing: Sequence[tuple[CaseSource, tuple[Way, ...]]]) -> Iterator[Work]:
-        for source, needed in missing:
+        for index, (source, needed) in enumerate(missing):
+            limit = self.options.stop_after_seconds
+            if limit and time.monotonic() - self._started > limit:
+                self.notes.append(
+                    f"stopped after {limit:g} s with {len(missing) - index} cases to do: resume"
+                )
+                return
             if (source.task, source.length) in self._too_long:
                 continue
             try:

@@ -50,6 +50,15 @@ bench_app = typer.Typer(
 app.add_typer(bench_app, name="bench")
 
 
+class Benchmark(StrEnum):
+    """What `eval` can run."""
+
+    RULER = "ruler"
+    LONGBENCH = "longbench"
+    LEVAL = "leval"
+    AGREEMENT = "agreement"
+
+
 class Quality(StrEnum):
     """Quality levels of a request, best first."""
 
@@ -180,6 +189,12 @@ def generate(
     quality: Annotated[
         Quality | None, typer.Option(help="How much of the KV is read; the node's default if not.")
     ] = None,
+    policy: Annotated[
+        str | None,
+        typer.Option(
+            help="In its place: exact, fixed(16, 5 %), threshold(0.1) or marginal(0.001)."
+        ),
+    ] = None,
     deadline_seconds: Annotated[
         float | None, typer.Option(min=0.001, help="Fail if it takes longer, s.")
     ] = None,
@@ -214,6 +229,7 @@ def generate(
         stop_strings=tuple(stop or ()),
         ignore_eos=ignore_eos,
         quality=None if quality is None else quality.name,
+        policy=policy,
         deadline_seconds=deadline_seconds,
     )
     client = ClientSettings(
@@ -341,6 +357,109 @@ def bench_decode_step(
         write_json(report, json_path)
     if plot_path is not None:
         plot(report, plot_path)
+
+
+@app.command("eval")
+def evaluate(
+    benchmark: Annotated[Benchmark, typer.Argument(help="What the model is asked.")],
+    *,
+    model: ModelOption = "smollm2-135m",
+    models_dir: ModelsDirOption = None,
+    lengths: Annotated[
+        str,
+        typer.Option(
+            help="Tokens of prompt and answer together, comma-separated (ruler, agreement)."
+        ),
+    ] = "4096,8192",
+    cases: Annotated[int, typer.Option(min=1, help="Of each task and length.")] = 50,
+    tasks: Annotated[str, typer.Option(help="By name, comma-separated; all if not given.")] = "",
+    policies: Annotated[
+        str,
+        typer.Option(
+            help="Levels (accurate, balanced, fast) or policies by name, comma-separated."
+        ),
+    ] = "exact,accurate,balanced,fast,fixed(16, 5 %)",
+    weights: Annotated[
+        Path | None,
+        typer.Option(help="Predictor weights; without, the package's, or none (training-free)."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed makes the same cases.")] = 0,
+    chat: Annotated[
+        bool, typer.Option("--chat/--raw", help="Through the model's chat template, or not.")
+    ] = True,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Directory: files of longbench or leval, documents of agreement."),
+    ] = None,
+    prose: Annotated[
+        Path | None, typer.Option(help="Directory of texts for ruler's prose; generated if not.")
+    ] = None,
+    squad: Annotated[Path | None, typer.Option(help="SQuAD-like file, for ruler's qa_1.")] = None,
+    hotpot: Annotated[
+        Path | None, typer.Option(help="HotpotQA-like file, for ruler's qa_2.")
+    ] = None,
+    pilot_cases: Annotated[
+        int, typer.Option(min=0, help="Of exact, before a ruler task is given up; 0 gives none up.")
+    ] = 10,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Per document, for agreement.")] = 128,
+    minimum_tokens: Annotated[
+        int, typer.Option(min=0, help="Shorter prompts are left out (longbench, leval).")
+    ] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences decoded together.")] = 16,
+    host_kv_gib: Annotated[
+        float, typer.Option(min=0, help="Memory for KV, GiB; 0 for what the batch needs.")
+    ] = 0.0,
+    device: Annotated[
+        str, typer.Option(help="Where prompts are computed: auto, cpu or cuda.")
+    ] = "auto",
+    stop_after_seconds: Annotated[
+        float, typer.Option(min=0, help="Begin no case after this, s; 0 for no limit.")
+    ] = 0.0,
+    journal: Annotated[
+        Path | None, typer.Option(help="Keep every answer in this file of JSON lines.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the journal.")] = False,
+    json_path: JsonOption = None,
+    markdown_path: Annotated[
+        Path | None, typer.Option("--markdown", help="Write the report into this file.")
+    ] = None,
+    plot_path: PlotOption = None,
+) -> None:
+    """Quality of policies: scores and agreement against exact, and what they read for it."""
+    from rich.console import Console
+
+    from fluxion_core.evaluation.options import EvaluationOptions
+    from services.cli.eval_command import run_evaluation, split_numbers, split_policies
+
+    options = EvaluationOptions(
+        benchmark=benchmark.value,
+        model=model,
+        models_dir=models_dir,
+        lengths=split_numbers(lengths),
+        cases=cases,
+        tasks=tuple(name.strip() for name in tasks.split(",") if name.strip()),
+        policies=split_policies(policies),
+        weights=weights,
+        seed=seed,
+        chat=chat,
+        data=data,
+        prose=prose,
+        squad=squad,
+        hotpot=hotpot,
+        pilot_cases=pilot_cases,
+        new_tokens=new_tokens,
+        minimum_tokens=minimum_tokens,
+        batch=batch,
+        host_kv_gib=host_kv_gib,
+        device=device,
+        stop_after_seconds=stop_after_seconds,
+        journal=journal,
+        resume=resume,
+        json=json_path,
+        markdown=markdown_path,
+        plot=plot_path,
+    )
+    run_evaluation(options, Console(), Console(stderr=True))
 
 
 def run() -> None:
