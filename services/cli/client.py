@@ -52,6 +52,8 @@ class GenerationOptions:
     """Go on past the end-of-text token."""
     quality: str | None = None
     """Name of a quality level: EXACT, ACCURATE, BALANCED or FAST."""
+    policy: str | None = None
+    """In its place: exact, fixed(16, 5 %), threshold(0.1) or marginal(0.001)."""
     deadline_seconds: float | None = None
     """Fail if the whole takes longer."""
 
@@ -98,6 +100,8 @@ def build_request(options: GenerationOptions) -> generate_pb2.GenerateRequest:
             setattr(request.sampling, name, value)
     if options.quality is not None:
         request.quality = generate_pb2.QualityLevel.Value(f"QUALITY_LEVEL_{options.quality}")
+    if options.policy is not None:
+        request.policy = options.policy
     return request
 
 

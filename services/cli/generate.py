@@ -11,6 +11,7 @@ from rich.table import Table
 
 from fluxion_core.config import ClientSettings
 from fluxion_core.errors import InvalidRequestError
+from fluxion_proto.v1 import generate_pb2
 from services.cli.client import Generation, GenerationOptions, stream_generation
 
 
@@ -93,10 +94,38 @@ def timings_table(generation: Generation) -> Table:
     table.add_row(
         "KV in host memory",
         f"{usage.kv_bytes_in_host_memory / 1e6:.1f} MB",
-        f"{usage.kv_bytes_read_per_token / 1e6:.1f} MB read per token",
+        "digests included",
     )
+    if usage.kv_reads.policy:
+        table.add_row("KV read per token", *kv_read_cells(usage))
+        if blocks := chosen_blocks(usage.kv_reads):
+            table.add_row("block sizes", "", blocks)
     table.add_row("total", f"{generation.total_seconds:.2f} s", "")
     return table
+
+
+def kv_read_cells(usage: generate_pb2.Usage) -> tuple[str, str]:
+    """Bytes of a step, and what they are of what other policies read."""
+    reads = usage.kv_reads
+    read = f"{usage.kv_bytes_read_per_token / 1e6:.3g} MB"
+    if not reads.share_of_exact:
+        return read, f"{reads.policy}: the default window was enough"
+    return (
+        read,
+        f"{reads.policy}: {reads.share_of_exact:.1%} of exact, {reads.share_of_fixed_estimate:.2f} "
+        f"of fixed(16, 5 %) (estimated), {reads.streaming_share:.0%} of heads streaming",
+    )
+
+
+def chosen_blocks(reads: generate_pb2.KvReads) -> str:
+    """Shares of groups by the block size that they chose; empty if none chose."""
+    sizes = zip(("16", "32", "64", "128"), reads.groups_by_block_size, strict=False)
+    counts = {f"{size} tokens": count for size, count in sizes}
+    if not any(counts.values()):
+        return ""
+    counts |= {"nothing": reads.groups_nothing, "everything": reads.groups_everything}
+    total = sum(counts.values())
+    return ", ".join(f"{name} {count / total:.0%}" for name, count in counts.items() if count)
 
 
 def handoff_cells(generation: Generation) -> tuple[str, str]:

@@ -10,7 +10,6 @@ from fluxion_core.geometry import WindowSpec
 from fluxion_core.hybrid_attention import HybridAttention
 from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.scheduler.scheduler import CpuPool
-from fluxion_core.selector.policy import parse_policy
 from fluxion_core.telemetry import event
 from fluxion_core.wire.server import NodeServer
 from fluxion_proto.v1 import generate_pb2_grpc
@@ -18,6 +17,7 @@ from services.decode.admission import Admission
 from services.decode.config import DecodeSettings
 from services.decode.engine import DecodeEngine
 from services.decode.kv_ingest import KvIngest
+from services.decode.planning import Planning, make_planning
 from services.decode.service import GENERATION_SERVICE, GenerationService
 from services.node import NodeModel, load_node_model, run_node
 
@@ -33,9 +33,16 @@ async def serve(settings: DecodeSettings, ending: asyncio.Event) -> None:
     ingest: KvIngest | None = None
     try:
         model = await asyncio.to_thread(load_node_model, settings.model)
-        policy = parse_policy(settings.engine.default_policy)
+        planning = make_planning(
+            settings.engine.predictor_weights,
+            settings.engine.default_policy,
+            model.loaded,
+            WindowSpec(settings.store.sink_tokens, settings.store.recent_tokens),
+            digest_bits=settings.store.digest_bits,
+        )
         store = make_store(settings, model)
-        engine = DecodeEngine(model.loaded.decoder, make_attention(settings, model, store))
+        attention = make_attention(settings, model, store, planning)
+        engine = DecodeEngine(model.loaded.decoder, attention)
         ingest = KvIngest(
             settings.prefill.addresses,
             settings.prefill.client,
@@ -55,7 +62,7 @@ async def serve(settings: DecodeSettings, ending: asyncio.Event) -> None:
             ingest,
             engine,
             default_max_new_tokens=settings.engine.default_max_new_tokens,
-            default_policy=policy,
+            planning=planning,
         )
         engine.start()
         generate_pb2_grpc.add_GenerationServicer_to_server(service, server)
@@ -66,7 +73,7 @@ async def serve(settings: DecodeSettings, ending: asyncio.Event) -> None:
                 address=address,
                 model=model.loaded.name,
                 host_kv_bytes=store.statistics().capacity_bytes,
-                policy=str(policy),
+                policy=str(planning.default_policy),
                 prefill=",".join(settings.prefill.addresses) or "none",
             )
         )
@@ -102,18 +109,19 @@ def make_store(settings: DecodeSettings, model: NodeModel) -> HostKvStore:
 
 
 def make_attention(
-    settings: DecodeSettings, model: NodeModel, store: HostKvStore
+    settings: DecodeSettings, model: NodeModel, store: HostKvStore, planning: Planning
 ) -> HybridAttention:
     """Attention over the store, with threads of its own.
 
     Raises:
-        ShapeError: an impossible window, or heads that do not form groups.
+        ShapeError: the window is too short for the digests, or heads do not form groups.
     """
     return HybridAttention(
         store,
-        WindowSpec(settings.store.sink_tokens, settings.store.recent_tokens),
+        planning.window,
         num_heads=model.loaded.config.num_heads,
         pool=CpuPool(settings.engine.attention_threads),
+        planner=planning.planner,
     )
 
 

@@ -34,7 +34,11 @@ class EngineSettings(Section):
     default_max_new_tokens: int = Field(default=256, gt=0)
     """For requests that do not say."""
     default_policy: str = "exact"
-    """What is read for requests that name no quality: exact, or fixed(BLOCK_SIZE, BUDGET %)."""
+    """What is read for requests that name neither quality nor policy: EXACT, ACCURATE, BALANCED or
+    FAST, or a policy: exact, fixed(BLOCK_SIZE, BUDGET %), threshold(ERROR) or marginal(PRICE)."""
+    predictor_weights: str = "auto"
+    """File of the head predictor, as `fluxion train` writes it. auto: the package's own for the
+    model, if it has them. none: head profiles are prefill's estimates alone."""
     attention_threads: int | None = Field(default=None, gt=0)
     """Threads that attend over host KV; one per usable CPU if not given."""
 

@@ -15,7 +15,8 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, field
 
 import torch
 
@@ -24,8 +25,10 @@ from fluxion_core.generation.sampling import SamplingParams, sample
 from fluxion_core.hybrid_attention import HybridAttention
 from fluxion_core.kvstore.store import SequenceKv
 from fluxion_core.models.decoder import Decoder
+from fluxion_core.selector.planner import PlannerState
 from fluxion_core.selector.policy import Policy
 from fluxion_core.telemetry import event
+from services.decode.read_totals import ReadTotals
 
 _log = logging.getLogger(__name__)
 
@@ -39,6 +42,8 @@ class DecodeSequence:
     """Committed: the store holds every prompt token."""
     policy: Policy
     """What its steps read."""
+    planner_state: PlannerState | None
+    """For policies that need head profiles."""
     prompt_token_ids: list[int]
     generated_token_ids: list[int]
     """Begins with the first token, which the prefill node sampled."""
@@ -48,8 +53,8 @@ class DecodeSequence:
     on_end: Callable[[BaseException | None], None]
     """Called once, with what went wrong, if anything did."""
     is_cancelled: bool = False
-    kv_bytes_read: int = 0
-    """Host KV and digest bytes read for this sequence, all steps."""
+    reads: ReadTotals = field(default_factory=ReadTotals)
+    """What its steps have read."""
     decode_seconds: float = 0.0
     """Time in steps that this sequence was part of."""
     steps: int = 0
@@ -63,10 +68,8 @@ class EngineStatistics:
     tokens: int = 0
     busy_seconds: float = 0.0
     idle_seconds: float = 0.0
-    kv_bytes_scanned: int = 0
-    """Digests of retrieval regions."""
-    kv_bytes_attended: int = 0
-    """K and V of retrieval regions."""
+    reads: ReadTotals = field(default_factory=ReadTotals)
+    """What all steps have read of retrieval regions."""
 
 
 class DecodeEngine:
@@ -114,7 +117,7 @@ class DecodeEngine:
 
     def statistics(self) -> EngineStatistics:
         """A copy of the counters."""
-        return EngineStatistics(**vars(self._statistics))
+        return deepcopy(self._statistics)
 
     def _run(self) -> None:
         running: list[DecodeSequence] = []
@@ -167,7 +170,9 @@ class DecodeEngine:
         """One token for every sequence of the batch; returns those that are finished."""
         token_ids = torch.tensor([s.generated_token_ids[-1] for s in batch], device=self._device)
         positions = torch.tensor([s.kv.num_tokens for s in batch], device=self._device)
-        self._attention.begin_step([s.kv for s in batch], [s.policy for s in batch])
+        self._attention.begin_step(
+            [s.kv for s in batch], [s.policy for s in batch], [s.planner_state for s in batch]
+        )
         hidden = self._decoder(token_ids, positions, self._attention)
         reads = self._attention.end_step()
         logits = self._decoder.logits(hidden).cpu()
@@ -181,12 +186,11 @@ class DecodeEngine:
                 position=len(sequence.generated_token_ids),
             )
             sequence.generated_token_ids.append(token)
-            sequence.kv_bytes_read += reads[row].total_bytes
+            sequence.reads.add(reads[row])
+            self._statistics.reads.add(reads[row])
             sequence.steps += 1
             if not sequence.on_token(token):
                 finished.append(sequence)
         self._statistics.steps += 1
         self._statistics.tokens += len(batch)
-        self._statistics.kv_bytes_scanned += sum(read.scanned_bytes for read in reads)
-        self._statistics.kv_bytes_attended += sum(read.attended_bytes for read in reads)
         return finished

@@ -10,23 +10,22 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from fluxion_core.errors import ContextLengthError, InvalidRequestError
+from fluxion_core.errors import ConfigError, ContextLengthError, InvalidRequestError
 from fluxion_core.generation.chat import ChatMessage
 from fluxion_core.generation.sampling import MAX_SEED, SamplingParams
 from fluxion_core.generation.stopping import StopSettings
 from fluxion_core.generation.tokenizer import Tokenizer
 from fluxion_core.models.config import ModelConfig
-from fluxion_core.selector.policy import ExactPolicy, Policy
+from fluxion_core.selector.policy import Policy, parse_policy
 from fluxion_core.wire import codec
 from fluxion_proto.v1 import generate_pb2
+from services.decode.planning import Planning
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARACTERS = 256
 MAX_STOP_TOKEN_IDS = 256
 MAX_REQUEST_ID_CHARACTERS = 128
-
-SERVED_LEVELS = (generate_pb2.QUALITY_LEVEL_EXACT,)
-"""Quality levels that this node serves."""
+MAX_POLICY_CHARACTERS = 64
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ def check_request(
     config: ModelConfig,
     *,
     default_max_new_tokens: int,
-    default_policy: Policy,
+    planning: Planning,
 ) -> GenerationRequest:
     """Turn a message into a request that can be run.
 
@@ -58,7 +57,7 @@ def check_request(
         raise InvalidRequestError(
             f"request_id must be printable and at most {MAX_REQUEST_ID_CHARACTERS} characters"
         )
-    policy = _policy(message.quality, default_policy)
+    policy = _policy(message, planning)
     sampling = codec.sampling_from_proto(message.sampling)
     if not message.sampling.HasField("seed"):
         sampling = replace(sampling, seed=secrets.randbelow(MAX_SEED + 1))
@@ -90,16 +89,31 @@ def prompt_token_ids(
             raise InvalidRequestError("no prompt; set text, token_ids or chat")
 
 
-def _policy(quality: int, default: Policy) -> Policy:
-    """What a quality level means; none is the node's default."""
-    levels = generate_pb2.QualityLevel
-    if quality == levels.QUALITY_LEVEL_UNSPECIFIED:
-        return default
-    if quality == levels.QUALITY_LEVEL_EXACT:
-        return ExactPolicy()
-    name = levels.Name(quality) if quality in levels.values() else str(quality)
-    served = ", ".join(levels.Name(level) for level in SERVED_LEVELS)
-    raise InvalidRequestError(f"quality {name} is not served by this node; served: {served}")
+def _policy(message: generate_pb2.GenerateRequest, planning: Planning) -> Policy:
+    """What a request reads: its policy, what its quality level means, or the node's default."""
+    quality = generate_pb2.QualityLevel
+    is_level_given = message.quality != quality.QUALITY_LEVEL_UNSPECIFIED
+    if message.HasField("policy"):
+        if is_level_given:
+            raise InvalidRequestError("quality and policy exclude each other; set one of them")
+        if len(message.policy) > MAX_POLICY_CHARACTERS:
+            raise InvalidRequestError(f"policy is longer than {MAX_POLICY_CHARACTERS} characters")
+        try:
+            return parse_policy(message.policy)
+        except ConfigError as error:
+            raise InvalidRequestError(str(error)) from None
+    if not is_level_given:
+        return planning.default_policy
+    if message.quality not in quality.values():
+        served = ", ".join(planning.levels)
+        raise InvalidRequestError(f"quality {message.quality} is unknown; one of {served}")
+    return planning.levels[level_name(message.quality)]
+
+
+def level_name(level: int) -> str:
+    """EXACT, ACCURATE, BALANCED or FAST."""
+    name: str = generate_pb2.QualityLevel.Name(level)
+    return name.removeprefix("QUALITY_LEVEL_")
 
 
 def _max_new_tokens(

@@ -11,26 +11,20 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 
 import grpc
 
 from fluxion_core.errors import FluxionError
-from fluxion_core.generation.stopping import StopChecker
 from fluxion_core.generation.tokenizer import IncrementalDetokenizer
 from fluxion_core.kvstore.store import HostKvStore
-from fluxion_core.selector.policy import Policy
 from fluxion_core.telemetry import event
 from fluxion_proto.v1 import generate_pb2, generate_pb2_grpc
 from services.decode.admission import Admission, Admitted
 from services.decode.engine import DecodeEngine, DecodeSequence
 from services.decode.kv_ingest import KvIngest, Prefilled
-from services.decode.request import (
-    SERVED_LEVELS,
-    GenerationRequest,
-    check_request,
-    prompt_token_ids,
-)
+from services.decode.planning import Planning
+from services.decode.request import GenerationRequest, check_request, prompt_token_ids
+from services.decode.token_stream import Ended, TokenStream
 from services.node import NodeModel
 
 _log = logging.getLogger(__name__)
@@ -43,68 +37,6 @@ _FINISH_REASONS = {
 }
 
 
-@dataclass(frozen=True)
-class _Delta:
-    """What one token added."""
-
-    token_id: int
-    text: str
-
-
-@dataclass(frozen=True)
-class _Ended:
-    """The engine has let go of the sequence."""
-
-    error: BaseException | None
-
-
-class TokenStream:
-    """Turns one sequence's tokens into text deltas; bridges the engine's thread to the event loop.
-
-    `take` runs on whichever thread has the next token, one at a time; `next` on the event loop.
-    """
-
-    def __init__(
-        self,
-        request: GenerationRequest,
-        detokenizer: IncrementalDetokenizer,
-        loop: asyncio.AbstractEventLoop,
-    ) -> None:
-        self._detokenizer = detokenizer
-        self._stop = StopChecker(request.stop)
-        self._loop = loop
-        self._items: asyncio.Queue[_Delta | _Ended] = asyncio.Queue()
-
-    @property
-    def finish_reason(self) -> str | None:
-        """stop or length, once known."""
-        return self._stop.finish_reason
-
-    def take(self, token_id: int) -> bool:
-        """Take a new token; returns whether generation goes on."""
-        if self._stop.is_ending_token(token_id):
-            text = self._stop.push_text(self._detokenizer.flush())
-            if self._stop.finish_reason is None:
-                text += self._stop.push(token_id, "")
-        else:
-            text = self._stop.push(token_id, self._detokenizer.push(token_id))
-            if self._stop.finish_reason == "length":
-                text += self._stop.push_text(self._detokenizer.flush())
-        self._put(_Delta(token_id, text))
-        return self._stop.finish_reason is None
-
-    def end(self, error: BaseException | None) -> None:
-        """The engine is done with the sequence."""
-        self._put(_Ended(error))
-
-    async def next(self) -> _Delta | _Ended:
-        """The next token's delta, or the end."""
-        return await self._items.get()
-
-    def _put(self, item: _Delta | _Ended) -> None:
-        self._loop.call_soon_threadsafe(self._items.put_nowait, item)
-
-
 class GenerationService(generate_pb2_grpc.GenerationServicer):
     """Serves Generate over one model, one store and one engine.
 
@@ -115,7 +47,7 @@ class GenerationService(generate_pb2_grpc.GenerationServicer):
         ingest: gets prompts computed.
         engine: decodes.
         default_max_new_tokens: for requests that do not say.
-        default_policy: for requests that name no quality.
+        planning: policies, and the planner's state of each sequence.
     """
 
     def __init__(
@@ -127,7 +59,7 @@ class GenerationService(generate_pb2_grpc.GenerationServicer):
         engine: DecodeEngine,
         *,
         default_max_new_tokens: int,
-        default_policy: Policy,
+        planning: Planning,
     ) -> None:
         self._model = model
         self._store = store
@@ -135,7 +67,7 @@ class GenerationService(generate_pb2_grpc.GenerationServicer):
         self._ingest = ingest
         self._engine = engine
         self._default_max_new_tokens = default_max_new_tokens
-        self._default_policy = default_policy
+        self._planning = planning
         self.is_draining = False
 
     async def Generate(  # noqa: N802 - the rpc's name
@@ -148,7 +80,7 @@ class GenerationService(generate_pb2_grpc.GenerationServicer):
             self._model.tokenizer,
             self._model.loaded.config,
             default_max_new_tokens=self._default_max_new_tokens,
-            default_policy=self._default_policy,
+            planning=self._planning,
         )
         outcome = "cancelled"
         try:
@@ -161,6 +93,7 @@ class GenerationService(generate_pb2_grpc.GenerationServicer):
                     request.sampling,
                     admitted.sequence,
                     deadline_seconds=context.time_remaining(),
+                    profile_window=self._planning.profile_window(request.policy),
                 )
                 async for response in self._decode(
                     request, admitted, prefilled, arrived, admitted_after
@@ -177,6 +110,7 @@ class GenerationService(generate_pb2_grpc.GenerationServicer):
                     request_id=request.request_id,
                     outcome=outcome,
                     prompt_tokens=len(request.prompt_token_ids),
+                    policy=str(request.policy),
                     seconds=time.perf_counter() - arrived,
                 )
             )
@@ -196,7 +130,11 @@ class GenerationService(generate_pb2_grpc.GenerationServicer):
         """What does not change while the node runs."""
         del message, context
         loaded, tokenizer = self._model.loaded, self._model.tokenizer
-        config = loaded.config
+        config, planning = loaded.config, self._planning
+        levels = {
+            generate_pb2.QualityLevel.Value(f"QUALITY_LEVEL_{name}"): str(policy)
+            for name, policy in planning.levels.items()
+        }
         return generate_pb2.GetModelInfoResponse(
             name=loaded.name,
             architecture=config.architecture,
@@ -208,11 +146,18 @@ class GenerationService(generate_pb2_grpc.GenerationServicer):
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
             kv_bytes_per_token=self._store.geometry.token_bytes,
-            quality_levels=SERVED_LEVELS,
+            quality_levels=levels,
             has_chat_template=tokenizer.has_chat_template,
             eos_token_ids=sorted({*config.eos_token_ids, *tokenizer.eos_token_ids}),
             tokenizer_fingerprint=tokenizer.fingerprint,
             device=str(loaded.decoder.embedding.device),
+            level_policies=[
+                generate_pb2.LevelPolicy(level=level, policy=policy)
+                for level, policy in levels.items()
+            ],
+            default_policy=str(planning.default_policy),
+            predictor_mode=planning.planner.mode,
+            predictor_fingerprint=planning.weights_fingerprint,
         )
 
     async def GetLoad(  # noqa: N802 - the rpc's name
@@ -252,6 +197,9 @@ class GenerationService(generate_pb2_grpc.GenerationServicer):
             request_id=request.request_id,
             kv=admitted.sequence,
             policy=request.policy,
+            planner_state=(
+                self._planning.planner.new_state(prefilled.profiles) if prefilled.profiles else None
+            ),
             prompt_token_ids=request.prompt_token_ids,
             generated_token_ids=[first_token_id],
             sampling=request.sampling,
@@ -267,7 +215,7 @@ class GenerationService(generate_pb2_grpc.GenerationServicer):
         try:
             while True:
                 item = await stream.next()
-                if isinstance(item, _Ended):
+                if isinstance(item, Ended):
                     is_running = False
                     if item.error is not None:
                         raise item.error
@@ -294,9 +242,24 @@ class GenerationService(generate_pb2_grpc.GenerationServicer):
                 decode_seconds=sequence.decode_seconds,
                 time_to_first_token_seconds=first_token_after,
                 handoff_bytes=prefilled.handoff_bytes,
-                kv_bytes_read_per_token=sequence.kv_bytes_read / max(1, sequence.steps),
+                kv_bytes_read_per_token=sequence.reads.total_bytes / max(1, sequence.steps),
                 kv_bytes_in_host_memory=admitted.sequence.held_bytes,
+                kv_reads=self._kv_reads(sequence),
             ),
+        )
+
+    def _kv_reads(self, sequence: DecodeSequence) -> generate_pb2.KvReads:
+        reads, steps = sequence.reads, max(1, sequence.steps)
+        return generate_pb2.KvReads(
+            policy=str(sequence.policy),
+            scanned_bytes_per_token=reads.scanned_bytes / steps,
+            attended_bytes_per_token=reads.attended_bytes / steps,
+            share_of_exact=reads.share_of_exact,
+            share_of_fixed_estimate=reads.share_of_exact / self._planning.baseline_share,
+            streaming_share=reads.streaming_share,
+            groups_by_block_size=reads.groups_of_size,
+            groups_nothing=reads.groups_nothing,
+            groups_everything=reads.groups_everything,
         )
 
     async def _reclaim(self, sequence: DecodeSequence, stream: TokenStream) -> None:
@@ -307,7 +270,7 @@ class GenerationService(generate_pb2_grpc.GenerationServicer):
         self._engine.cancel(sequence)
 
         async def until_ended() -> None:
-            while not isinstance(await stream.next(), _Ended):
+            while not isinstance(await stream.next(), Ended):
                 pass
 
         waiting = asyncio.ensure_future(until_ended())

@@ -74,7 +74,7 @@ class Sampling(_message.Message):
     def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., seed: _Optional[int] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "text", "token_ids", "chat", "sampling", "max_new_tokens", "stop_strings", "stop_token_ids", "ignore_eos", "quality")
+    __slots__ = ("request_id", "text", "token_ids", "chat", "sampling", "max_new_tokens", "stop_strings", "stop_token_ids", "ignore_eos", "quality", "policy")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -85,6 +85,7 @@ class GenerateRequest(_message.Message):
     STOP_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     IGNORE_EOS_FIELD_NUMBER: _ClassVar[int]
     QUALITY_FIELD_NUMBER: _ClassVar[int]
+    POLICY_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     text: str
     token_ids: TokenIds
@@ -95,10 +96,33 @@ class GenerateRequest(_message.Message):
     stop_token_ids: _containers.RepeatedScalarFieldContainer[int]
     ignore_eos: bool
     quality: QualityLevel
-    def __init__(self, request_id: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., max_new_tokens: _Optional[int] = ..., stop_strings: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ..., quality: _Optional[_Union[QualityLevel, str]] = ...) -> None: ...
+    policy: str
+    def __init__(self, request_id: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., max_new_tokens: _Optional[int] = ..., stop_strings: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ..., quality: _Optional[_Union[QualityLevel, str]] = ..., policy: _Optional[str] = ...) -> None: ...
+
+class KvReads(_message.Message):
+    __slots__ = ("policy", "scanned_bytes_per_token", "attended_bytes_per_token", "share_of_exact", "share_of_fixed_estimate", "streaming_share", "groups_by_block_size", "groups_nothing", "groups_everything")
+    POLICY_FIELD_NUMBER: _ClassVar[int]
+    SCANNED_BYTES_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    ATTENDED_BYTES_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    SHARE_OF_EXACT_FIELD_NUMBER: _ClassVar[int]
+    SHARE_OF_FIXED_ESTIMATE_FIELD_NUMBER: _ClassVar[int]
+    STREAMING_SHARE_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_BY_BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_NOTHING_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_EVERYTHING_FIELD_NUMBER: _ClassVar[int]
+    policy: str
+    scanned_bytes_per_token: float
+    attended_bytes_per_token: float
+    share_of_exact: float
+    share_of_fixed_estimate: float
+    streaming_share: float
+    groups_by_block_size: _containers.RepeatedScalarFieldContainer[int]
+    groups_nothing: int
+    groups_everything: int
+    def __init__(self, policy: _Optional[str] = ..., scanned_bytes_per_token: _Optional[float] = ..., attended_bytes_per_token: _Optional[float] = ..., share_of_exact: _Optional[float] = ..., share_of_fixed_estimate: _Optional[float] = ..., streaming_share: _Optional[float] = ..., groups_by_block_size: _Optional[_Iterable[int]] = ..., groups_nothing: _Optional[int] = ..., groups_everything: _Optional[int] = ...) -> None: ...
 
 class Usage(_message.Message):
-    __slots__ = ("prompt_tokens", "cached_tokens", "generated_tokens", "queue_seconds", "prefill_seconds", "handoff_seconds", "decode_seconds", "time_to_first_token_seconds", "handoff_bytes", "kv_bytes_read_per_token", "kv_bytes_in_host_memory")
+    __slots__ = ("prompt_tokens", "cached_tokens", "generated_tokens", "queue_seconds", "prefill_seconds", "handoff_seconds", "decode_seconds", "time_to_first_token_seconds", "handoff_bytes", "kv_bytes_read_per_token", "kv_bytes_in_host_memory", "kv_reads")
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -110,6 +134,7 @@ class Usage(_message.Message):
     HANDOFF_BYTES_FIELD_NUMBER: _ClassVar[int]
     KV_BYTES_READ_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
     KV_BYTES_IN_HOST_MEMORY_FIELD_NUMBER: _ClassVar[int]
+    KV_READS_FIELD_NUMBER: _ClassVar[int]
     prompt_tokens: int
     cached_tokens: int
     generated_tokens: int
@@ -121,7 +146,8 @@ class Usage(_message.Message):
     handoff_bytes: int
     kv_bytes_read_per_token: float
     kv_bytes_in_host_memory: int
-    def __init__(self, prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., queue_seconds: _Optional[float] = ..., prefill_seconds: _Optional[float] = ..., handoff_seconds: _Optional[float] = ..., decode_seconds: _Optional[float] = ..., time_to_first_token_seconds: _Optional[float] = ..., handoff_bytes: _Optional[int] = ..., kv_bytes_read_per_token: _Optional[float] = ..., kv_bytes_in_host_memory: _Optional[int] = ...) -> None: ...
+    kv_reads: KvReads
+    def __init__(self, prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., queue_seconds: _Optional[float] = ..., prefill_seconds: _Optional[float] = ..., handoff_seconds: _Optional[float] = ..., decode_seconds: _Optional[float] = ..., time_to_first_token_seconds: _Optional[float] = ..., handoff_bytes: _Optional[int] = ..., kv_bytes_read_per_token: _Optional[float] = ..., kv_bytes_in_host_memory: _Optional[int] = ..., kv_reads: _Optional[_Union[KvReads, _Mapping]] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("request_id", "text", "token_ids", "finish_reason", "usage")
@@ -155,8 +181,16 @@ class GetModelInfoRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class LevelPolicy(_message.Message):
+    __slots__ = ("level", "policy")
+    LEVEL_FIELD_NUMBER: _ClassVar[int]
+    POLICY_FIELD_NUMBER: _ClassVar[int]
+    level: QualityLevel
+    policy: str
+    def __init__(self, level: _Optional[_Union[QualityLevel, str]] = ..., policy: _Optional[str] = ...) -> None: ...
+
 class GetModelInfoResponse(_message.Message):
-    __slots__ = ("name", "architecture", "revision_hash", "context_tokens", "vocab_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "kv_bytes_per_token", "quality_levels", "has_chat_template", "eos_token_ids", "tokenizer_fingerprint", "device")
+    __slots__ = ("name", "architecture", "revision_hash", "context_tokens", "vocab_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "kv_bytes_per_token", "quality_levels", "has_chat_template", "eos_token_ids", "tokenizer_fingerprint", "device", "level_policies", "default_policy", "predictor_mode", "predictor_fingerprint")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ARCHITECTURE_FIELD_NUMBER: _ClassVar[int]
     REVISION_HASH_FIELD_NUMBER: _ClassVar[int]
@@ -172,6 +206,10 @@ class GetModelInfoResponse(_message.Message):
     EOS_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     TOKENIZER_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
+    LEVEL_POLICIES_FIELD_NUMBER: _ClassVar[int]
+    DEFAULT_POLICY_FIELD_NUMBER: _ClassVar[int]
+    PREDICTOR_MODE_FIELD_NUMBER: _ClassVar[int]
+    PREDICTOR_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     name: str
     architecture: str
     revision_hash: str
@@ -187,7 +225,11 @@ class GetModelInfoResponse(_message.Message):
     eos_token_ids: _containers.RepeatedScalarFieldContainer[int]
     tokenizer_fingerprint: str
     device: str
-    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., revision_hash: _Optional[str] = ..., context_tokens: _Optional[int] = ..., vocab_size: _Optional[int] = ..., num_layers: _Optional[int] = ..., num_heads: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., kv_bytes_per_token: _Optional[int] = ..., quality_levels: _Optional[_Iterable[_Union[QualityLevel, str]]] = ..., has_chat_template: _Optional[bool] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., tokenizer_fingerprint: _Optional[str] = ..., device: _Optional[str] = ...) -> None: ...
+    level_policies: _containers.RepeatedCompositeFieldContainer[LevelPolicy]
+    default_policy: str
+    predictor_mode: str
+    predictor_fingerprint: str
+    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., revision_hash: _Optional[str] = ..., context_tokens: _Optional[int] = ..., vocab_size: _Optional[int] = ..., num_layers: _Optional[int] = ..., num_heads: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., kv_bytes_per_token: _Optional[int] = ..., quality_levels: _Optional[_Iterable[_Union[QualityLevel, str]]] = ..., has_chat_template: _Optional[bool] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., tokenizer_fingerprint: _Optional[str] = ..., device: _Optional[str] = ..., level_policies: _Optional[_Iterable[_Union[LevelPolicy, _Mapping]]] = ..., default_policy: _Optional[str] = ..., predictor_mode: _Optional[str] = ..., predictor_fingerprint: _Optional[str] = ...) -> None: ...
 
 class GetLoadRequest(_message.Message):
     __slots__ = ()

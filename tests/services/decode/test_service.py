@@ -16,6 +16,8 @@ import pytest
 
 from fluxion_core.config import ClientSettings
 from fluxion_core.kvstream.handoff import Frame, FrameKind
+from fluxion_core.predictor.prompt_profile import packed_bytes
+from fluxion_core.selector.planner_weights import TRAINING_FREE_LEVELS
 from fluxion_core.wire import codec
 from fluxion_core.wire.channel import open_channel
 from fluxion_proto.v1 import generate_pb2
@@ -129,7 +131,11 @@ async def test_a_stop_string_ends_the_text_before_it(start_prefill, start_decode
         (request_of(sampling={"repetition_penalty": 0.0}), "repetition_penalty"),
         (request_of(sampling={"presence_penalty": 3.0}), "presence_penalty"),
         (request_of(sampling={"frequency_penalty": math.nan}), "frequency_penalty"),
-        (request_of(quality=Levels.QUALITY_LEVEL_FAST), "QUALITY_LEVEL_FAST"),
+        (request_of(policy="threshold(-1)"), "above 0"),
+        (request_of(policy="fixed(17, 5 %)"), "block size 17"),
+        (request_of(policy=""), "one of: exact"),
+        (request_of(policy="x" * 65), "64 characters"),
+        (request_of(policy="exact", quality=Levels.QUALITY_LEVEL_FAST), "exclude each other"),
         (request_of(quality=77), "77"),
         (request_of(stop_strings=[""]), "stop string"),
         (request_of(stop_strings=["x"] * 17), "stop_strings"),
@@ -381,7 +387,11 @@ async def test_tokenize_and_model_info_tell_the_truth(start_decode, open_stub):
         assert len(answer.token_ids) == 3
         assert (info.context_tokens, info.num_layers, info.vocab_size) == (2048, 2, 256)
         assert info.kv_bytes_per_token == 2 * 2 * 2 * 16 * 2
-        assert list(info.quality_levels) == [Levels.QUALITY_LEVEL_EXACT]
+        assert list(info.quality_levels) == [1, 2, 3, 4]
+        policies = {each.level: each.policy for each in info.level_policies}
+        assert policies[Levels.QUALITY_LEVEL_EXACT] == info.default_policy == "exact"
+        assert policies[Levels.QUALITY_LEVEL_BALANCED] == TRAINING_FREE_LEVELS["BALANCED"]
+        assert (info.predictor_mode, info.predictor_fingerprint) == ("training-free", "")
 
 
 async def test_reflection_lists_the_services(start_decode):

@@ -1,0 +1,72 @@
+"""One sequence's tokens on their way from the engine's thread to the client, as text deltas."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from fluxion_core.generation.stopping import StopChecker
+from fluxion_core.generation.tokenizer import IncrementalDetokenizer
+from services.decode.request import GenerationRequest
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What one token added."""
+
+    token_id: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The engine has let go of the sequence."""
+
+    error: BaseException | None
+
+
+class TokenStream:
+    """Turns one sequence's tokens into text deltas; bridges the engine's thread to the event loop.
+
+    `take` runs on whichever thread has the next token, one at a time; `next` on the event loop.
+    """
+
+    def __init__(
+        self,
+        request: GenerationRequest,
+        detokenizer: IncrementalDetokenizer,
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        self._detokenizer = detokenizer
+        self._stop = StopChecker(request.stop)
+        self._loop = loop
+        self._items: asyncio.Queue[Delta | Ended] = asyncio.Queue()
+
+    @property
+    def finish_reason(self) -> str | None:
+        """stop or length, once known."""
+        return self._stop.finish_reason
+
+    def take(self, token_id: int) -> bool:
+        """Take a new token; returns whether generation goes on."""
+        if self._stop.is_ending_token(token_id):
+            text = self._stop.push_text(self._detokenizer.flush())
+            if self._stop.finish_reason is None:
+                text += self._stop.push(token_id, "")
+        else:
+            text = self._stop.push(token_id, self._detokenizer.push(token_id))
+            if self._stop.finish_reason == "length":
+                text += self._stop.push_text(self._detokenizer.flush())
+        self._put(Delta(token_id, text))
+        return self._stop.finish_reason is None
+
+    def end(self, error: BaseException | None) -> None:
+        """The engine is done with the sequence."""
+        self._put(Ended(error))
+
+    async def next(self) -> Delta | Ended:
+        """The next token's delta, or the end."""
+        return await self._items.get()
+
+    def _put(self, item: Delta | Ended) -> None:
+        self._loop.call_soon_threadsafe(self._items.put_nowait, item)
