@@ -31,6 +31,16 @@ USAGE = generate_pb2.Usage(
     handoff_bytes=1_000_000_000,
     kv_bytes_read_per_token=20e6,
     kv_bytes_in_host_memory=160_000_000,
+    kv_reads=generate_pb2.KvReads(
+        policy="threshold(0.1)",
+        scanned_bytes_per_token=5e6,
+        attended_bytes_per_token=15e6,
+        share_of_exact=0.125,
+        share_of_fixed_estimate=0.5,
+        streaming_share=0.25,
+        groups_by_block_size=[10, 0, 0, 40],
+        groups_nothing=50,
+    ),
 )
 
 

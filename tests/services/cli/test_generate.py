@@ -50,6 +50,7 @@ def test_a_flag_that_is_not_given_is_not_sent(decode_node: SimpleNamespace):
     assert [(m.role, m.content) for m in request.chat.messages] == [("user", "Why?")]
     assert request.sampling.temperature == 0
     assert request.quality == 0
+    assert not request.HasField("policy")
     for name in ("top_k", "top_p", "min_p", "repetition_penalty", "seed"):
         assert not request.sampling.HasField(name)
 
@@ -72,6 +73,21 @@ def test_every_flag_arrives(decode_node: SimpleNamespace):
     assert request.ignore_eos
     assert request.quality == QUALITY_ACCURATE
     assert [m.role for m in request.chat.messages] == ["system", "user"]
+
+
+def test_a_policy_arrives_as_it_is_written(decode_node: SimpleNamespace):
+    generate(decode_node, "Why?", "--policy", "fixed(16, 5 %)")
+    (request,) = decode_node.generation.requests
+    assert (request.policy, request.quality) == ("fixed(16, 5 %)", 0)
+
+
+def test_the_figures_say_what_was_read(decode_node: SimpleNamespace):
+    result = generate(decode_node, "Why?")
+    for figure in (
+        *("20 MB", "threshold(0.1)", "12.5% of exact", "0.50 of fixed(16, 5 %)"),
+        *("25% of heads", "16 tokens 10%", "128 tokens 40%", "nothing 50%"),
+    ):
+        assert figure in " ".join(result.stderr.split()), figure
 
 
 def test_raw_sends_standard_input_as_it_stands(decode_node: SimpleNamespace):

@@ -9,6 +9,7 @@ import asyncio
 import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -20,7 +21,7 @@ from fluxion_core.predictor.prompt_profile import packed_bytes
 from fluxion_core.selector.planner_weights import TRAINING_FREE_LEVELS
 from fluxion_core.wire import codec
 from fluxion_core.wire.channel import open_channel
-from fluxion_proto.v1 import generate_pb2
+from fluxion_proto.v1 import generate_pb2, handoff_pb2
 from services.prefill.service import HandoffService
 
 Levels = generate_pb2.QualityLevel
@@ -221,6 +222,109 @@ async def test_a_prefill_node_with_another_model_is_refused(
         await assert_nothing_is_held(stub)
 
 
+GROUPS = 2 * 2
+"""KV heads of all layers of the toy model."""
+
+
+async def usage_of(stub, request) -> generate_pb2.Usage:
+    return [response async for response in stub.Generate(request)][-1].usage
+
+
+@pytest.mark.parametrize(
+    ("asked", "policy"),
+    [
+        ({}, "exact"),
+        ({"quality": Levels.QUALITY_LEVEL_ACCURATE}, TRAINING_FREE_LEVELS["ACCURATE"]),
+        ({"quality": Levels.QUALITY_LEVEL_BALANCED}, TRAINING_FREE_LEVELS["BALANCED"]),
+        ({"quality": Levels.QUALITY_LEVEL_FAST}, TRAINING_FREE_LEVELS["FAST"]),
+        ({"policy": "fixed(16, 5 %)"}, "fixed(16, 5 %)"),
+        ({"policy": " threshold( 0.3 )"}, "threshold(0.3)"),
+        ({"policy": "marginal(0.01)"}, "marginal(0.01)"),
+    ],
+)
+async def test_usage_says_what_was_read_by_which_policy(
+    start_prefill, start_decode, open_stub, asked: dict, policy: str
+):
+    async with start_prefill() as prefill, start_decode(prefill.address) as node:
+        async with open_stub(node.address) as stub:
+            request = request_of("long " * 200, max_new_tokens=9, ignore_eos=True, **asked)
+            usage = await usage_of(stub, request)
+            await assert_nothing_is_held(stub)
+    reads = usage.kv_reads
+    assert reads.policy == policy
+    # By hand: 8 steps; the region begins at 64 and ends a block above the last 256 tokens, at 736
+    # or 752; a token has 256 B of KV in both layers and heads.
+    assert sum(reads.groups_by_block_size) + reads.groups_nothing + reads.groups_everything == (
+        8 * GROUPS
+    )
+    both = reads.scanned_bytes_per_token + reads.attended_bytes_per_token
+    assert both == pytest.approx(usage.kv_bytes_read_per_token)
+    region_bytes = both / reads.share_of_exact
+    assert 256 * (736 - 64) <= region_bytes <= 256 * (752 - 64)
+    if policy == "exact":
+        assert (reads.share_of_exact, reads.groups_everything) == (1, 8 * GROUPS)
+        assert reads.scanned_bytes_per_token == reads.streaming_share == 0
+    else:
+        assert reads.share_of_exact < 1
+    if policy.startswith("fixed"):
+        # 3 of 43 blocks are a little more than 5 %, and the union is modelled, not counted.
+        assert reads.share_of_fixed_estimate == pytest.approx(1, rel=0.5)
+        assert list(reads.groups_by_block_size) == [8 * GROUPS, 0, 0, 0]
+
+
+async def test_a_prompt_without_a_region_reads_none_of_it(start_prefill, start_decode, open_stub):
+    async with start_prefill() as prefill, start_decode(prefill.address) as node:
+        async with open_stub(node.address) as stub:
+            for text in ("a", "a" * 200):
+                request = request_of(text, policy="threshold(0.1)", ignore_eos=True)
+                reads = (await usage_of(stub, request)).kv_reads
+                assert (reads.share_of_exact, reads.share_of_fixed_estimate) == (0, 0)
+                assert sum(reads.groups_by_block_size) == reads.groups_nothing == 0
+
+
+async def test_policies_of_a_batch_do_not_meddle(start_prefill, start_decode, open_stub):
+    policies = ("exact", "threshold(0.2)", "marginal(0.003)", "fixed(32, 10 %)", "threshold(0.02)")
+    async with start_prefill() as prefill, start_decode(prefill.address) as node:
+        async with open_stub(node.address) as stub:
+            requests = [
+                request_of("word " * (90 + 20 * i), max_new_tokens=20, policy=policy)
+                for i, policy in enumerate(policies)
+            ]
+            for request in requests:
+                request.ignore_eos = True
+            alone = [await tokens_of(stub, request) for request in requests]
+            together = await asyncio.gather(*(tokens_of(stub, request) for request in requests))
+            assert alone == list(together)
+
+
+async def test_a_level_may_be_the_nodes_default(start_prefill, start_decode, open_stub):
+    async with (
+        start_prefill() as prefill,
+        start_decode(prefill.address, default_policy="balanced") as node,
+        open_stub(node.address) as stub,
+    ):
+        info = await stub.GetModelInfo(generate_pb2.GetModelInfoRequest())
+        usage = await usage_of(stub, request_of("x" * 600, ignore_eos=True))
+        assert usage.kv_reads.policy == info.default_policy == TRAINING_FREE_LEVELS["BALANCED"]
+
+
+async def test_only_policies_that_need_a_profile_ask_for_one(
+    start_prefill, start_decode, open_stub
+):
+    async with (
+        start_prefill() as prefill,
+        tampered(prefill.address, lambda frames: frames) as (proxy, address),
+        start_decode(address) as node,
+        open_stub(node.address) as stub,
+    ):
+        for policy in ("exact", "fixed(16, 5 %)", "threshold(0.1)"):
+            await tokens_of(stub, request_of("x" * 400, policy=policy))
+    wanted = [(r.want_prompt_profile, r.sink_tokens, r.recent_tokens) for r in proxy.requests]
+    assert wanted == [(False, 0, 0), (False, 0, 0), (True, 64, 256)]
+    # The second and third find all but the last slab in the store.
+    assert [r.kv_from_token for r in proxy.requests] == [0, 384, 384]
+
+
 class Tampered:
     """A prefill node whose stream is changed on its way: a proxy in front of a real one."""
 
@@ -228,8 +332,10 @@ class Tampered:
         self.target = target
         self.change = change
         self.is_honest = False
+        self.requests: list[handoff_pb2.HandoffRequest] = []
 
     async def prefill(self, message: bytes, context) -> AsyncIterator[bytes]:
+        self.requests.append(handoff_pb2.HandoffRequest.FromString(message))
         async with open_channel(self.target, ClientSettings()) as channel:
             call = channel.unary_stream("/fluxion.v1.Handoff/Prefill")(message)
             frames = [frame async for frame in call]
@@ -260,6 +366,14 @@ def flip_payload(frames: list[bytes]) -> list[bytes]:
     return [*frames[:3], frames[3][:-1] + bytes([frames[3][-1] ^ 1]), *frames[4:]]
 
 
+def with_profile(frames: list[bytes], profile: bytes) -> list[bytes]:
+    trailer = replace(codec.parse_trailer(codec.decode_frame(frames[-1])), prompt_profile=profile)
+    return [*frames[:-1], codec.encode_frame(codec.trailer_frame(trailer))]
+
+
+PROFILE_BYTES = packed_bytes(num_layers=2, num_heads=4, num_kv_heads=2)
+NAN = b"\x00\x00\xc0\x7f"
+
 DAMAGE: dict[str, tuple[Callable[[list[bytes]], list[bytes]], str]] = {
     "wrong checksum": (flip_payload, "CRC32C"),
     "gap": (lambda f: [*f[:3], *f[4:]], "gap"),
@@ -285,6 +399,7 @@ DAMAGE: dict[str, tuple[Callable[[list[bytes]], list[bytes]], str]] = {
         lambda f: [*f[:-1], codec.encode_frame(Frame(FrameKind.TRAILER, b"\xff\xff"))],
         "TRAILER",
     ),
+    "a profile nobody asked for": (lambda f: with_profile(f, bytes(PROFILE_BYTES)), "asked for"),
     "oversized frame": (lambda f: [f[0], f[1][:32] + bytes(5 << 20), *f[2:]], "oversized"),
 }
 
@@ -310,6 +425,33 @@ async def test_damaged_hand_offs_are_data_loss_and_nothing_is_decoded(
         healed = await tokens_of(stub, request)
         async with start_decode(prefill.address) as fresh, open_stub(fresh.address) as other:
             assert healed == await tokens_of(other, request)
+        await assert_goes_on(stub)
+
+
+@pytest.mark.parametrize(
+    ("profile", "words"),
+    [
+        (b"", "need"),
+        (bytes(PROFILE_BYTES - 4), f"need {PROFILE_BYTES}"),
+        (bytes(PROFILE_BYTES + 4), f"need {PROFILE_BYTES}"),
+        (bytes(PROFILE_BYTES - 4) + NAN, "not finite"),
+    ],
+)
+async def test_damaged_profiles_are_data_loss_and_nothing_is_decoded(
+    start_prefill, start_decode, open_stub, profile: bytes, words: str
+):
+    async with (
+        start_prefill() as prefill,
+        tampered(prefill.address, lambda f: with_profile(f, profile)) as (proxy, address),
+        start_decode(address) as node,
+        open_stub(node.address) as stub,
+    ):
+        request = request_of("y" * 400, ignore_eos=True, policy="threshold(0.1)")
+        failure = await failure_of(stub, request)
+        assert failure.code() is grpc.StatusCode.DATA_LOSS
+        assert words in failure.details()
+        proxy.is_honest = True
+        assert len(await tokens_of(stub, request)) == 8
         await assert_goes_on(stub)
 
 
