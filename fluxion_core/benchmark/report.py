@@ -8,7 +8,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fluxion_core.errors import ConfigError
-from fluxion_core.machine import describe_machine as describe_machine
+from fluxion_core.machine import describe_machine
+
+__all__ = ["describe_machine", "draw_bars", "median_of", "write_json"]
 
 
 def write_json(report: dict[str, object], path: Path) -> None:
