@@ -8,7 +8,9 @@ What does not change: KV that is stored is never moved or rewritten. What a sequ
 the last bit, does not depend on what else is in the batch, nor on the number of threads.
 
 On the CPU the window is read from the store like everything else: it is in the same memory, and one
-pass needs no merge. Not here: how KV comes into the store, and the model's weights.
+pass needs no merge. Where plans are predicted, it is attended to first, for what that tells the
+predictor, and its state merged afterwards. Not here: how KV comes into the store, and the model's
+weights.
 """
 
 from __future__ import annotations
@@ -25,14 +27,16 @@ from fluxion_core.kernels import _native
 from fluxion_core.kernels.isa import MAX_GROUP, native_layout
 from fluxion_core.kvstore.store import HostKvStore, SequenceKv, StepAppend
 from fluxion_core.scheduler.scheduler import WAKE_BYTES, CpuPool
-from fluxion_core.selector.planner import PlanNanoseconds, Planner, PlannerState
+from fluxion_core.selector.planner import (
+    PlanNanoseconds,
+    Planner,
+    PlannerState,
+    native_policy,
+)
 from fluxion_core.selector.policy import (
-    READ_NOTHING,
-    MarginalPolicy,
     Policy,
     PredictedPolicy,
     StepPlan,
-    ThresholdPolicy,
 )
 
 
@@ -132,22 +136,11 @@ class HybridAttention:
             FluxionError: a sequence's reservation is used up, or a policy needs head profiles
                 and there is no planner, or no state.
         """
-        self._states = list(states) if states is not None else [None] * len(sequences)
-        for policy, state in zip(policies, self._states, strict=True):
-            if not isinstance(policy, ThresholdPolicy | MarginalPolicy):
-                continue
-            if self._planner is None:
-                raise FluxionError(f"policy {policy} needs a planner; this engine has none")
-            if state is None or state.planner is not self._planner:
-                raise FluxionError(
-                    f"policy {policy} needs the planner's state of its sequence, from the "
-                    f"prompt profile that prefill sends"
-                )
-        self._policies, self._sequences = policies, sequences
         self._step = _Step(
             StepAppend(self._geometry, sequences),
             sequences,
             policies,
+            self._checked_states(policies, states),
             self._window,
             self._num_heads,
         )
@@ -158,28 +151,21 @@ class HybridAttention:
         assert step is not None, "begin_step comes first"
         step.append.append(layer, _rows(key), _rows(value))
         rows = _rows(query)
-        for row, policy in enumerate(self._policies):
-            state, sequence = self._states[row], self._sequences[row]
-            if isinstance(policy, PredictedPolicy) and step.regions[row]:
-                assert state is not None
-                step.plan.levels[row], step.plan.budgets[row] = state.plan_in_torch(
-                    layer, sequence, rows[row], policy, self._window
-                )
-        step.count()
+        plan = min(layer, step.levels.shape[0] - 1)
         # Pointers into tensors that live until `wait` returns.
         step.tasks.submit(
             self._pool.native,
             layer,
             rows.data_ptr(),
             rows.stride(0),
-            step.plan.levels.data_ptr(),
-            step.plan.budgets.data_ptr(),
+            step.levels[plan].data_ptr(),
+            step.budgets[plan].data_ptr(),
             step.output.data_ptr(),
             step.lse.data_ptr(),
             WAKE_BYTES,
         )
         self._pool.wait()
-        step.tasks.count_bytes()
+        step.tasks.finish_layer()
         return step.output.to(query.dtype, copy=True)
 
     def end_step(self) -> list[StepReads]:
@@ -188,21 +174,46 @@ class HybridAttention:
         assert step is not None, "begin_step comes first"
         step.append.advance()
         self._step = None
-        reads = []
-        for row, region in enumerate(step.regions):
-            counts = step.group_counts[row] if region else [0] * 8
-            reads.append(
-                StepReads(
-                    *step.tasks.read_bytes(row),
-                    region_bytes=len(region) * self._geometry.token_bytes,
-                    streaming_heads=counts[6],
-                    planned_heads=counts[7],
-                    groups_of_size=tuple(counts[:4]),
-                    groups_nothing=counts[4],
-                    groups_everything=counts[5],
+        self.plan_nanoseconds = PlanNanoseconds(*step.tasks.plan_nanoseconds())
+        return [self._reads(step, row) for row in range(len(step.regions))]
+
+    def _reads(self, step: _Step, row: int) -> StepReads:
+        scanned, attended = step.tasks.read_bytes(row)
+        of_size, nothing, everything, streaming, heads = step.tasks.group_counts(row)
+        return StepReads(
+            scanned_bytes=scanned,
+            attended_bytes=attended,
+            region_bytes=len(step.regions[row]) * self._geometry.token_bytes,
+            streaming_heads=streaming,
+            planned_heads=heads,
+            groups_of_size=of_size,
+            groups_nothing=nothing,
+            groups_everything=everything,
+        )
+
+    def _checked_states(
+        self, policies: Sequence[Policy], states: Sequence[PlannerState | None] | None
+    ) -> list[PlannerState | None]:
+        """Those that are needed; None elsewhere."""
+        needed: list[PlannerState | None] = []
+        for policy, state in zip(policies, states or [None] * len(policies), strict=True):
+            if not isinstance(policy, PredictedPolicy):
+                needed.append(None)
+                continue
+            if self._planner is None:
+                raise FluxionError(
+                    f"policy {policy} needs a planner, and this attention was made without one; "
+                    f"use exact or fixed, or give it a planner"
                 )
-            )
-        return reads
+            if state is None or state.planner is not self._planner:
+                raise FluxionError(
+                    f"policy {policy} needs its sequence's planner state, made by this "
+                    f"attention's planner from the prompt profile that prefill sends"
+                )
+            if any(state is other for other in needed):
+                raise FluxionError("two sequences of a step share a planner state; make one each")
+            needed.append(state)
+        return needed
 
 
 class _Step:
@@ -213,6 +224,7 @@ class _Step:
         append: StepAppend,
         sequences: Sequence[SequenceKv],
         policies: Sequence[Policy],
+        states: Sequence[PlannerState | None],
         window: WindowSpec,
         num_heads: int,
     ) -> None:
@@ -229,25 +241,28 @@ class _Step:
         self.tasks = _native.LayerAttention(
             native_layout(geometry), table.data_ptr(), len(rows), num_heads
         )
-        self.plan = StepPlan(
-            policies, regions, num_kv_heads=geometry.num_kv_heads, num_heads=num_heads
-        )
         self.regions = regions
-        self.group_counts = [[0] * 8 for _ in rows]
-        self.group = num_heads // geometry.num_kv_heads
+        plan = StepPlan(policies, regions, num_kv_heads=geometry.num_kv_heads, num_heads=num_heads)
+        self.levels = plan.levels[None]
+        """[layers or 1, batch, kv_heads] int32; rows whose plans are made natively are not read."""
+        self.budgets = plan.budgets[None]
+        """[layers or 1, batch, heads] int32."""
+        for row, (policy, state) in enumerate(zip(policies, states, strict=True)):
+            if state is not None and isinstance(policy, PredictedPolicy) and regions[row]:
+                self._predict(row, policy, state)
         self.output = torch.empty(len(rows), num_heads, geometry.head_dim)
         self.lse = torch.empty(len(rows), num_heads)
 
-    def count(self) -> None:
-        """Count a layer's groups and heads by what they read."""
-        for row, counts in enumerate(self.group_counts):
-            for number, level in enumerate(self.plan.levels[row].tolist()):
-                heads = self.plan.budgets[row, number * self.group : (number + 1) * self.group]
-                nothing = self.group if level == READ_NOTHING else int((heads == 0).sum())
-                place = level if level >= 0 else 4 if level == READ_NOTHING else 5
-                counts[place] += 1
-                counts[6] += nothing if level != -1 else 0
-                counts[7] += self.group
+    def _predict(self, row: int, policy: PredictedPolicy, state: PlannerState) -> None:
+        planner = state.planner
+        if planner.mode == "network":
+            self.tasks.predict(row, planner.native, state.native, *native_policy(policy))
+            return
+        if len(self.levels) < planner.num_layers:
+            self.levels = self.levels.repeat(planner.num_layers, 1, 1)
+            self.budgets = self.budgets.repeat(planner.num_layers, 1, 1)
+        levels, budgets = state.fixed_plans(policy, self.regions[row])
+        self.levels[:, row], self.budgets[:, row] = levels, budgets
 
 
 def _rows(tensor: Tensor) -> Tensor:

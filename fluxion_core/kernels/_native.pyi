@@ -1,5 +1,7 @@
 """The native module. Arguments are addresses and sizes; cpu.py of each operation checks them."""
 
+from collections.abc import Sequence
+
 class SlabLayout:
     def __init__(
         self,
@@ -93,6 +95,58 @@ class TaskPool:
     def set_tracing(self, on: bool, /) -> None: ...
     def take_trace(self) -> list[tuple[int, int, int, int, int, int]]: ...
 
+def feature_names() -> list[str]: ...
+
+class Planner:
+    def __init__(
+        self,
+        num_layers: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        priors: int,
+        head_weights: int,
+        scan_costs: Sequence[float],
+        spreads: Sequence[float],
+        largest_costs: Sequence[float],
+        /,
+    ) -> None: ...
+    def set_network(
+        self,
+        hidden: int,
+        standards: Sequence[int],
+        weights: Sequence[int],
+        biases: Sequence[int],
+        /,
+    ) -> None: ...
+    def features(
+        self,
+        state: PlannerState,
+        layer: int,
+        region_tokens: int,
+        query: int,
+        sights: int,
+        bounds: int,
+        num_blocks: int,
+        features: int,
+        /,
+    ) -> None: ...
+    def predict(self, features: int, rows: int, profiles: int, /) -> None: ...
+    def select(
+        self,
+        log_squares: int,
+        layer: int,
+        by_price: bool,
+        number: float,
+        levels: int,
+        budgets: int,
+        /,
+    ) -> None: ...
+
+class PlannerState:
+    def __init__(self, planner: Planner, profile: int, /) -> None: ...
+    def remember(self, layer: int, query: int, seen: int, /) -> None: ...
+
 class LayerAttention:
     def __init__(self, layout: SlabLayout, sequences: int, batch: int, heads: int, /) -> None: ...
     def submit(
@@ -108,6 +162,17 @@ class LayerAttention:
         wake_bytes: int,
         /,
     ) -> None: ...
-    def count_bytes(self) -> None: ...
+    def predict(
+        self,
+        row: int,
+        planner: Planner,
+        state: PlannerState,
+        by_price: bool,
+        number: float,
+        /,
+    ) -> None: ...
+    def finish_layer(self) -> None: ...
+    def group_counts(self, sequence: int, /) -> tuple[tuple[int, ...], int, int, int, int]: ...
+    def plan_nanoseconds(self) -> tuple[int, int, int]: ...
     def read_bytes(self, sequence: int, /) -> tuple[int, int]: ...
     def runs(self, sequence: int, kv_head: int, /) -> list[tuple[int, int, int, int]]: ...

@@ -1,32 +1,40 @@
 """The planner: predictor and selector of one model, and what it keeps for each sequence.
 
 At every layer of a decode step it turns what the step has seen so far into group plans: features,
-network, head profiles, then the cheapest plans by the sequence's policy. In training-free mode
-the profiles are what prefill estimated, and plans do not change from step to step.
+network, head profiles, then the cheapest plans by the sequence's policy. That is native and part
+of the layer's call (kernels/native/layer_plan.h); here are its weights, packed once, and its
+states. In training-free mode the profiles are what prefill estimated, and plans do not change from
+step to step: they are made here, once for each sequence and policy.
 
 Not here: what is attended to (hybrid_attention.py), and how weights are fitted (training).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fluxion_core.errors import ConfigError, ShapeError
-from fluxion_core.geometry import BLOCK_SIZES, BLOCK_TOKENS, WindowSpec
-from fluxion_core.kvstore.digest_index import gather_kv
-from fluxion_core.kvstore.store import SequenceKv
-from fluxion_core.predictor.features import features
-from fluxion_core.predictor.head_profile import log_squared_errors
-from fluxion_core.predictor.layer_step import LayerStep, no_memory
-from fluxion_core.predictor.prompt_profile import PromptProfile
+from fluxion_core.geometry import BLOCK_SIZES, ceil_div
+from fluxion_core.kernels import _native
+from fluxion_core.predictor.features import FEATURES, NUM_FEATURES
+from fluxion_core.predictor.head_profile import BUDGETS
+from fluxion_core.predictor.mlp import HeadProfileMlp
+from fluxion_core.predictor.prompt_profile import PromptProfile, pack
 from fluxion_core.selector.planner_weights import PlannerWeights
-from fluxion_core.selector.policy import PredictedPolicy, ThresholdPolicy
-from fluxion_core.selector.reference import blocks_of, by_price, by_threshold
+from fluxion_core.selector.policy import (
+    READ_ALL,
+    READ_NOTHING,
+    MarginalPolicy,
+    PredictedPolicy,
+    ThresholdPolicy,
+)
+
+_GRID = torch.tensor([*BUDGETS, 1.0], dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -34,7 +42,7 @@ class PlanNanoseconds:
     """Time of one step's planning, summed over layers and sequences."""
 
     scan: int = 0
-    """Scanning the digests of 128 tokens, summed over threads."""
+    """Scanning the digests of 128-token blocks, summed over threads."""
     predict: int = 0
     """From there to head profiles: statistics, features and network."""
     select: int = 0
@@ -61,19 +69,28 @@ class Planner:
         num_kv_heads: int,
         head_dim: int,
     ) -> None:
-        expected = (num_layers, num_heads)
-        for name, tensor, shape in (
-            ("priors", weights.priors, (*expected, 3)),
-            ("head_weights", weights.head_weights, expected),
-        ):
-            if tuple(tensor.shape) != shape:
-                raise ConfigError(
-                    f"predictor weights: {name} are {list(tensor.shape)}, the model needs "
-                    f"{list(shape)}; they were fitted to another model"
-                )
+        if num_heads % num_kv_heads:
+            raise ShapeError(f"{num_heads} query heads for {num_kv_heads} KV heads")
+        priors = _checked("priors", weights.priors, (num_layers, num_heads, 3))
+        head_weights = _checked("head_weights", weights.head_weights, (num_layers, num_heads))
         self.weights = weights
         self.num_layers, self.num_heads = num_layers, num_heads
         self.num_kv_heads, self.head_dim = num_kv_heads, head_dim
+        cost = weights.cost
+        self.native = _native.Planner(
+            num_layers,
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            priors.data_ptr(),
+            head_weights.data_ptr(),
+            [cost.scan(level) for level in range(len(BLOCK_SIZES))],
+            list(cost.spread),
+            [1 - spread for spread in cost.spread],
+        )
+        """Weights as the kernels take them."""
+        if weights.network is not None:
+            _pack_network(self.native, weights.network)
 
     @property
     def mode(self) -> str:
@@ -93,80 +110,118 @@ class Planner:
 
 
 class PlannerState:
-    """One sequence's prompt profile, and what its last step saw. Made by `Planner.new_state`."""
+    """One sequence's prompt profile, and what its last step saw. Made by `Planner.new_state`.
+
+    It belongs to one sequence for its whole life, and steps change it.
+    """
 
     def __init__(self, planner: Planner, profiles: Sequence[PromptProfile]) -> None:
-        heads = planner.num_heads
-        if len(profiles) != planner.num_layers or any(p.kv.dim() != 2 for p in profiles):
+        heads, kv_heads = planner.num_heads, planner.num_kv_heads
+        if len(profiles) != planner.num_layers:
             raise ShapeError(
-                f"{len(profiles)} profiles; one for each of {planner.num_layers} layers"
+                f"{len(profiles)} prompt profiles for a model of {planner.num_layers} layers"
             )
-        if any(len(p.log_squares) != heads for p in profiles):
-            raise ShapeError(f"prompt profiles of other than {heads} heads")
+        curves = (heads, len(BLOCK_SIZES), len(BUDGETS))
+        for profile in profiles:
+            if tuple(profile.log_squares.shape) != curves or len(profile.kv) != kv_heads:
+                raise ShapeError(
+                    f"prompt profile of shape {list(profile.log_squares.shape)} with KV statistics "
+                    f"of {len(profile.kv)} heads; the model needs {list(curves)} and {kv_heads}"
+                )
         self.planner = planner
-        self._profiles = [
-            PromptProfile(*(getattr(p, f.name)[None].float() for f in fields(PromptProfile)))
-            for p in profiles
-        ]
-        empty = no_memory(1, heads, planner.head_dim, torch.device("cpu"))
-        self._memory = [empty] * planner.num_layers
-
-    @torch.no_grad()
-    def plan_in_torch(
-        self,
-        layer: int,
-        sequence: SequenceKv,
-        query: Tensor,
-        policy: PredictedPolicy,
-        window: WindowSpec,
-    ) -> tuple[Tensor, Tensor]:
-        """Levels [kv_heads] and blocks [heads] for a step whose KV is appended."""
-        planner, weights = self.planner, self.planner.weights
-        position = sequence.num_tokens
-        region = window.retrieval_region(position + 1)
-        step = _layer_step(layer, sequence, query, window)
-        groups = (planner.num_kv_heads, planner.num_heads // planner.num_kv_heads)
-        if weights.network is None:
-            logs = self._profiles[layer].log_squares
-        else:
-            seen = step.observe(
-                layer,
-                planner.num_layers,
-                self._profiles[layer],
-                self._memory[layer],
-                weights.priors[layer],
-            )
-            logs = log_squared_errors(weights.network(features(seen)))
-        logs = torch.unflatten(logs, 1, groups)
-        if isinstance(policy, ThresholdPolicy):
-            plans = by_threshold(logs, torch.tensor([policy.error]), weights.cost)
-        else:
-            of_layer = weights.head_weights[layer].view(groups)
-            plans = by_price(logs, torch.tensor([policy.price]), weights.cost, of_layer)
-        chosen = step.chosen_blocks(plans.levels, plans.budgets)
-        self._memory[layer] = step.remember(chosen, step.attend(chosen)[1])
-        levels, budgets = plans.levels[0].int(), plans.budgets[0]
-        counts = torch.tensor(
-            [
-                blocks_of(budget, region, max(int(levels[i // groups[1]]), 0))
-                for i, budget in enumerate(budgets.flatten().tolist())
-            ]
+        packed = np.frombuffer(pack(profiles), dtype=np.float32)
+        self.native = _native.PlannerState(planner.native, packed.ctypes.data)
+        """What the kernels keep: estimates, and the memory of the last step."""
+        self._log_squares = (
+            torch.stack([p.log_squares.float().cpu() for p in profiles]).contiguous()
+            if planner.weights.network is None
+            else None
         )
-        return levels, counts.int()
+        self._fixed: tuple[PredictedPolicy, Tensor, Tensor] | None = None
+
+    def fixed_plans(self, policy: PredictedPolicy, region: range) -> tuple[Tensor, Tensor]:
+        """Training-free plans for a region: levels and numbers of blocks, of all layers.
+
+        Returns:
+            [layers, kv_heads] int32: index into BLOCK_SIZES, READ_ALL or READ_NOTHING;
+            [layers, heads] int32.
+        """
+        if self._fixed is None or self._fixed[0] != policy:
+            self._fixed = (policy, *self._select(policy))
+        _, levels, shares = self._fixed
+        planner = self.planner
+        groups = (planner.num_kv_heads, planner.num_heads // planner.num_kv_heads)
+        totals = torch.tensor(
+            [ceil_div(region.stop, size) - region.start // size for size in BLOCK_SIZES]
+        )
+        total = totals[levels.clamp(min=0)][..., None]
+        # Without the margin, a share of whole blocks could be rounded up to one more.
+        counts = torch.ceil(torch.unflatten(shares, 1, groups) * total * (1 - 1e-9))
+        # Without a choice there is nothing to scan.
+        is_everything = (counts == total).all(-1) & (levels != READ_NOTHING)
+        read = torch.where(is_everything, READ_ALL, levels)
+        return read.int(), counts.flatten(1).int()
+
+    def _select(self, policy: PredictedPolicy) -> tuple[Tensor, Tensor]:
+        """Levels [layers, kv_heads] int64 and budgets [layers, heads] float64."""
+        planner, logs = self.planner, self._log_squares
+        assert logs is not None
+        levels = torch.empty(planner.num_layers, planner.num_kv_heads, dtype=torch.int32)
+        budgets = torch.empty(planner.num_layers, planner.num_heads, dtype=torch.int32)
+        by_price, number = native_policy(policy)
+        for layer in range(planner.num_layers):
+            planner.native.select(
+                logs[layer].data_ptr(),
+                layer,
+                by_price,
+                number,
+                levels[layer].data_ptr(),
+                budgets[layer].data_ptr(),
+            )
+        return levels.long(), _GRID[budgets.long()]
 
 
-def _layer_step(layer: int, sequence: SequenceKv, query: Tensor, window: WindowSpec) -> LayerStep:
-    geometry, position = sequence.store.geometry, sequence.num_tokens
-    slab, row = divmod(position, geometry.slab_tokens)
-    block, inside = divmod(row, BLOCK_TOKENS)
-    own = sequence.store.slab_kv(sequence.slabs[slab])[layer, :, block, :, inside].float()
-    pairs = [gather_kv(sequence, layer, head) for head in range(geometry.num_kv_heads)]
-    whole = math.ceil((position + 1) / BLOCK_SIZES[-1]) * BLOCK_SIZES[-1]
-    padding = (0, 0, 0, whole - position)
-    key, value = (
-        torch.nn.functional.pad(torch.stack(part).float(), padding)
-        for part in zip(*pairs, strict=True)
-    )
-    return LayerStep(
-        key, value, query[None], own[None, :, 0], own[None, :, 1], torch.tensor([position]), window
+def native_policy(policy: PredictedPolicy) -> tuple[bool, float]:
+    """Whether plans are chosen by price, and the price; else 2 log(threshold)."""
+    if isinstance(policy, MarginalPolicy):
+        return True, policy.price
+    assert isinstance(policy, ThresholdPolicy)
+    # In float32, as the reference compares.
+    return False, float(2 * torch.log(torch.tensor(policy.error)))
+
+
+def _checked(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if tuple(tensor.shape) != shape:
+        raise ConfigError(
+            f"predictor weights: {name} are {list(tensor.shape)}, the model needs {list(shape)}; "
+            f"they were fitted to another model"
+        )
+    return tensor.float().cpu().contiguous()
+
+
+def _pack_network(native: _native.Planner, network: HeadProfileMlp) -> None:
+    if _native.feature_names() != [feature.name for feature in FEATURES]:
+        raise ConfigError(
+            "the native module was built for other features; rebuild it with `make native`"
+        )
+    linear = [layer for layer in network.layers if isinstance(layer, torch.nn.Linear)]
+    hidden = linear[0].out_features
+    shapes = [(layer.in_features, layer.out_features) for layer in linear]
+    expected = [(NUM_FEATURES, hidden), (hidden, hidden), (hidden, len(network.output_mean))]
+    if shapes != expected:
+        raise ConfigError(f"the predictor's network has layers {shapes}; need {expected}")
+
+    def flat(tensor: Tensor) -> Tensor:
+        return tensor.detach().float().cpu().contiguous()
+
+    standards = [flat(t) for t in (network.feature_mean, network.feature_scale)]
+    standards.append(flat(network.output_mean))
+    weights = [flat(layer.weight) for layer in linear]
+    biases = [flat(layer.bias) for layer in linear]
+    # Copied by the call.
+    native.set_network(
+        hidden,
+        [t.data_ptr() for t in standards],
+        [t.data_ptr() for t in weights],
+        [t.data_ptr() for t in biases],
     )

@@ -15,12 +15,15 @@
 #include <vector>
 
 #include "kernel_table.h"
-#include "layer_attention.h"
 #include "slab_layout.h"
 #include "task_pool.h"
 #include "timed.h"
 
 namespace nb = nanobind;
+
+namespace fluxion {
+void bind_attention(nb::module_& m);  // attention_bindings.cpp
+}
 
 namespace {
 
@@ -29,7 +32,6 @@ using fluxion::DigestTarget;
 using fluxion::kBlockTokens;
 using fluxion::kernels;
 using fluxion::kSpanBlocks;
-using fluxion::LayerAttention;
 using fluxion::SlabLayout;
 using fluxion::TaskPool;
 
@@ -269,30 +271,5 @@ NB_MODULE(_native, m) {
         }
         return spans;
       });
-  nb::class_<LayerAttention>(m, "LayerAttention")
-      .def("__init__", [](LayerAttention* self, const SlabLayout& layout, uintptr_t sequences,
-                          int64_t batch, int64_t heads) {
-        new (self) LayerAttention(layout, reinterpret_cast<const int64_t*>(sequences), batch, heads);
-      })
-      .def("submit", [](LayerAttention& self, TaskPool& pool, int64_t layer, uintptr_t query,
-                        int64_t query_stride, uintptr_t levels, uintptr_t budgets, uintptr_t output,
-                        uintptr_t lse, int64_t wake_bytes) {
-        nb::gil_scoped_release unlocked;
-        self.submit(pool, layer, reinterpret_cast<const float*>(query), query_stride,
-                    reinterpret_cast<const int32_t*>(levels),
-                    reinterpret_cast<const int32_t*>(budgets), reinterpret_cast<float*>(output),
-                    reinterpret_cast<float*>(lse), wake_bytes);
-      })
-      .def("count_bytes", &LayerAttention::count_bytes)
-      .def("runs", [](const LayerAttention& self, int64_t sequence, int64_t kv_head) {
-        std::vector<std::tuple<uintptr_t, int, int, int>> runs;
-        for (const BlockRun& run : self.runs(sequence, kv_head)) {
-          runs.emplace_back(uintptr_t(run.blocks), run.num_blocks, run.heads, run.last_tokens);
-        }
-        return runs;
-      })
-      .def("read_bytes", [](const LayerAttention& self, int64_t sequence) {
-        const fluxion::ReadBytes& bytes = self.read_bytes(sequence);
-        return std::make_tuple(bytes.scanned, bytes.attended);
-      });
+  fluxion::bind_attention(m);
 }

@@ -13,6 +13,7 @@ constexpr int kTileBlocks = 16;
 constexpr int kSpanBlocks = 16;  // 256 tokens share one map from bytes to keys
 constexpr int kMaxHeadDim = 256;
 constexpr int kMaxGroup = 16;  // query heads that share a KV head
+constexpr int kPanelColumns = 16;  // outputs of a network's layer whose weights lie side by side
 
 constexpr int64_t top_scratch_bytes(int64_t count) { return 8 * count + (count + 63) / 64 * 64; }
 
@@ -41,6 +42,12 @@ struct PartialState {
   float* sums;
   float* highest;
   float* weight_sums;
+};
+
+// Of the upper bounds of one head's blocks, scaled.
+struct BoundStatistics {
+  float best[4];  // highest first; -inf where there are fewer
+  float lse, mean, deviation;
 };
 
 struct KernelTable {
@@ -78,6 +85,16 @@ struct KernelTable {
   // Read memory and do nothing with it, the next piece prefetched: the limit of all the others.
   // Returns a sum, so that no reading can be left out.
   uint64_t (*read_pieces)(const char* const* pieces, int64_t num_pieces, int64_t piece_bytes);
+  // One layer of a network: output = input . weights + bias, and with `relu` negatives become 0.
+  //   input    rows of `depth` values, input_stride apart
+  //   panels   [num_panels][depth][kPanelColumns]; bias likewise [num_panels][kPanelColumns]
+  //   output   rows of num_panels * kPanelColumns values, output_stride apart
+  void (*dense_rows)(const float* input, int64_t input_stride, int32_t rows, int32_t depth,
+                     const float* panels, const float* bias, int32_t num_panels, bool relu,
+                     float* output, int64_t output_stride);
+  // Of scores[0 .. count) times `scale`; count is at least 1.
+  void (*bound_statistics)(const float* scores, int32_t count, float scale,
+                           BoundStatistics* found);
 };
 
 extern const KernelTable kScalarKernels;

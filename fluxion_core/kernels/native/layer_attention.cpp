@@ -33,6 +33,20 @@ LayerAttention::LayerAttention(const SlabLayout& layout, const int64_t* sequence
   tasks_.resize(size_t(batch * layout.kv_heads));
   priorities_.resize(tasks_.size());
   read_bytes_.resize(size_t(batch));
+  group_counts_.resize(size_t(batch));
+}
+
+void LayerAttention::predict(int64_t row, const Planner& planner, PlannerState& state,
+                             bool by_price, float number) {
+  if (planner.heads != heads_ || planner.kv_heads != layout_.kv_heads ||
+      planner.head_dim != layout_.head_dim) {
+    throw std::invalid_argument("the planner is of a model of another shape");
+  }
+  const SequenceView& sequence = sequences_[size_t(row)];
+  if (sequence.region_end <= sequence.region_begin) return;
+  if (!plan_) plan_ = std::make_unique<LayerPlan>(layout_, planner);
+  plan_->add(row, sequence, state, by_price, number);
+  predicted_.push_back(&state);
 }
 
 void LayerAttention::submit(TaskPool& pool, int64_t layer, const float* query,
@@ -43,13 +57,16 @@ void LayerAttention::submit(TaskPool& pool, int64_t layer, const float* query,
   query_stride_ = query_stride;
   output_ = output;
   lse_ = lse;
+  if (plan_) plan_->run_layer(pool, layer, query, query_stride, wake_bytes);
   for (size_t i = 0; i < tasks_.size(); ++i) {
     Task& task = tasks_[i];
     task.sequence = int64_t(i) / layout_.kv_heads;
     task.kv_head = int64_t(i) % layout_.kv_heads;
-    task.level = levels[i];
-    task.budgets = budgets + int64_t(i) * group_;
+    task.seen = plan_ ? plan_->seen(task.sequence, task.kv_head) : nullptr;
+    task.level = task.seen ? task.seen->level : levels[i];
+    task.budgets = task.seen ? task.seen->budgets : budgets + int64_t(i) * group_;
     task.bytes = {};
+    std::fill_n(task.head_blocks, group_, 0);
     const SequenceView& sequence = sequences_[size_t(task.sequence)];
     if (sequence.region_end <= sequence.region_begin) task.level = kReadNothing;
     if (task.level >= 0) {
@@ -62,11 +79,29 @@ void LayerAttention::submit(TaskPool& pool, int64_t layer, const float* query,
   pool.submit(this, priorities_, wake_bytes);
 }
 
-void LayerAttention::count_bytes() {
+void LayerAttention::finish_layer() {
   for (const Task& task : tasks_) {
     ReadBytes& total = read_bytes_[size_t(task.sequence)];
     total.scanned += task.bytes.scanned;
     total.attended += task.bytes.attended;
+    count_groups(task);
+  }
+  for (PlannerState* state : predicted_) state->known[size_t(layer_)] = 1;
+}
+
+void LayerAttention::count_groups(const Task& task) {
+  const SequenceView& sequence = sequences_[size_t(task.sequence)];
+  if (sequence.region_end <= sequence.region_begin) return;
+  GroupCounts& counts = group_counts_[size_t(task.sequence)];
+  counts.heads += group_;
+  if (task.level == kReadAll) {
+    ++counts.everything;
+  } else if (task.level == kReadNothing) {
+    ++counts.nothing;
+    counts.streaming_heads += group_;
+  } else {
+    ++counts.of_level[size_t(task.level)];
+    counts.streaming_heads += std::count(task.budgets, task.budgets + group_, 0);
   }
 }
 
@@ -75,7 +110,7 @@ int64_t LayerAttention::planned_bytes(const Task& task) const {
   const SequenceView& sequence = sequences_[size_t(task.sequence)];
   const int64_t token_bytes = layout_.block_bytes / kBlockTokens;
   const int64_t region = sequence.region_end - sequence.region_begin;
-  int64_t bytes = sequence.attends_rest ? (sequence.num_tokens - region) * token_bytes : 0;
+  int64_t bytes = sequence.attends_rest && !task.seen ? (sequence.num_tokens - region) * token_bytes : 0;
   if (task.level == kReadAll) bytes += region * token_bytes;
   if (task.level < 0) return bytes;
   int64_t blocks = 0;
@@ -103,15 +138,21 @@ int64_t LayerAttention::chunk_records(int32_t level) const {
 
 int32_t LayerAttention::open_scores(Task& task) {
   const SequenceView& sequence = sequences_[size_t(task.sequence)];
+  task.chosen.resize(size_t(ceil_div(task.num_blocks, 64) * group_));
+  task.select_scratch.resize(size_t(top_scratch_bytes(task.num_blocks) * group_));
+  if (task.seen && task.level == kCoarseLevel) {
+    // They were scored for the plan.
+    task.scores_from = task.seen->coarse_scores;
+    task.score_stride = task.seen->score_stride;
+    return 0;
+  }
   const int32_t width = layout_.record_blocks(task.level);
   const int64_t first = task.first_block / width;
   const int64_t end = ceil_div(task.first_block + task.num_blocks, width);
   layout_.list_records(sequence.slabs, layer_, task.kv_head, task.level, first, end, task.records);
-  task.skip_scores = int32_t(task.first_block - first * width);
   task.score_stride = ceil_div((end - first) * width, 64) * 64;
   task.scores.resize(size_t(task.score_stride * group_));
-  task.chosen.resize(size_t(ceil_div(task.num_blocks, 64) * group_));
-  task.select_scratch.resize(size_t(top_scratch_bytes(task.num_blocks) * group_));
+  task.scores_from = task.scores.data() + (task.first_block - first * width);
   task.bytes.scanned = (end - first) * layout_.record_bytes(task.level);
   return int32_t(ceil_div(end - first, chunk_records(task.level)));
 }
@@ -121,10 +162,14 @@ int32_t LayerAttention::open_attend(Task& task) {
   const uint16_t all = uint16_t((1u << group_) - 1);
   task.runs.clear();
   task.chunks.clear();
-  if (sequence.attends_rest) add_range(task, 0, std::min(sequence.region_begin, sequence.num_tokens), all);
+  const bool attends_rest = sequence.attends_rest && !task.seen;
+  if (task.seen) task.bytes.scanned += task.seen->scanned_bytes;
+  if (attends_rest) add_range(task, 0, std::min(sequence.region_begin, sequence.num_tokens), all);
   if (task.level == kReadAll) {
     add_range(task, sequence.region_begin, sequence.region_end, all);
-    task.bytes.attended = (sequence.region_end - sequence.region_begin) / kBlockTokens * layout_.block_bytes;
+    const int64_t blocks = (sequence.region_end - sequence.region_begin) / kBlockTokens;
+    std::fill_n(task.head_blocks, group_, blocks);
+    task.bytes.attended = blocks * layout_.block_bytes;
   } else if (task.level >= 0) {
     const int64_t words = ceil_div(task.num_blocks, 64);
     const int64_t size = int64_t(kBlockTokens) << task.level;
@@ -141,11 +186,13 @@ int32_t LayerAttention::open_attend(Task& task) {
         const int64_t begin = std::max(block * size, sequence.region_begin);
         const int64_t end = std::min((block + 1) * size, sequence.region_end);
         add_range(task, begin, end, heads);
-        task.bytes.attended += (end - begin) / kBlockTokens * layout_.block_bytes;
+        const int64_t blocks = (end - begin) / kBlockTokens;
+        for (int64_t head = 0; head < group_; ++head) task.head_blocks[head] += blocks * (heads >> head & 1);
+        task.bytes.attended += blocks * layout_.block_bytes;
       }
     }
   }
-  if (sequence.attends_rest && sequence.region_end < sequence.num_tokens) {
+  if (attends_rest && sequence.region_end < sequence.num_tokens) {
     add_range(task, std::max(sequence.region_begin, sequence.region_end), sequence.num_tokens, all);
   }
   task.partials.resize(task.chunks.size() * size_t(group_ * (layout_.head_dim + 2)));
@@ -218,7 +265,7 @@ void LayerAttention::run(int32_t index, int32_t phase, int32_t chunk) {
     }
     case kSelect: {
       const int64_t words = ceil_div(task.num_blocks, 64);
-      kernels().choose_top(task.scores.data() + chunk * task.score_stride + task.skip_scores,
+      kernels().choose_top(task.scores_from + chunk * task.score_stride,
                            task.num_blocks, task.budgets[chunk],
                            task.chosen.data() + chunk * words,
                            task.select_scratch.data() + chunk * top_scratch_bytes(task.num_blocks));
@@ -235,33 +282,46 @@ void LayerAttention::run(int32_t index, int32_t phase, int32_t chunk) {
   }
 }
 
+// Merge the chunks' states, and before them the window's, if that was attended to for the plan.
 void LayerAttention::close(int32_t index) {
   Task& task = tasks_[size_t(index)];
   const int64_t dim = layout_.head_dim;
-  const int64_t row = task.sequence * heads_ + task.kv_head * group_;
   for (int64_t head = 0; head < group_; ++head) {
-    float* output = output_ + (row + head) * dim;
-    std::fill(output, output + dim, 0.0f);
+    const int64_t in_layer = task.kv_head * group_ + head;
+    const int64_t row = task.sequence * heads_ + in_layer;
+    float* output = output_ + row * dim;
     float highest = kMinusInfinity;
     for (size_t chunk = 0; chunk < task.chunks.size(); ++chunk) {
       highest = std::max(highest, partial(task, int32_t(chunk)).highest[head]);
     }
-    if (highest == kMinusInfinity) {
-      lse_[row + head] = kMinusInfinity;
-      continue;
-    }
+    const float highest_read = highest;
+    if (task.seen) highest = std::max(highest, task.seen->window.highest[head]);
+    std::fill(output, output + dim, 0.0f);
     float weight_sum = 0.0f;
-    for (size_t chunk = 0; chunk < task.chunks.size(); ++chunk) {
-      const PartialState part = partial(task, int32_t(chunk));
-      if (part.highest[head] == kMinusInfinity) continue;
+    const auto add = [&](const PartialState& part) {
+      if (part.highest[head] == kMinusInfinity) return;
       const float factor = std::exp2(part.highest[head] - highest);
       weight_sum += part.weight_sums[head] * factor;
       const float* sums = part.sums + head * dim;
       for (int64_t i = 0; i < dim; ++i) output[i] += sums[i] * factor;
+    };
+    for (size_t chunk = 0; chunk < task.chunks.size(); ++chunk) add(partial(task, int32_t(chunk)));
+    if (task.seen) {
+      const bool any = highest_read != kMinusInfinity;
+      const float lse = any ? (highest + std::log2(weight_sum)) * kLn2 : kMinusInfinity;
+      const SequenceView& sequence = sequences_[size_t(task.sequence)];
+      const int64_t region = (sequence.region_end - sequence.region_begin) / kBlockTokens;
+      plan_->remember(task.sequence, in_layer, lse,
+                      float(task.head_blocks[head]) / float(region));
+      add(task.seen->window);
+    }
+    if (highest == kMinusInfinity) {
+      lse_[row] = kMinusInfinity;
+      continue;
     }
     const float inverse = 1.0f / weight_sum;
     for (int64_t i = 0; i < dim; ++i) output[i] *= inverse;
-    lse_[row + head] = (highest + std::log2(weight_sum)) * kLn2;
+    lse_[row] = (highest + std::log2(weight_sum)) * kLn2;
   }
 }
 

@@ -6,40 +6,44 @@
 // the batch, the number of threads or who took which chunk.
 #pragma once
 
+#include <array>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "kernel_table.h"
+#include "layer_plan.h"
 #include "slab_layout.h"
 #include "task_pool.h"
 
 namespace fluxion {
-
-// One sequence of a step; all numbers are of tokens. Rows of an int64 table from Python.
-struct SequenceView {
-  const int64_t* slabs;  // addresses, in token order
-  int64_t num_tokens;    // the new one included
-  int64_t region_begin, region_end;  // what the plan decides about, whole 16-token blocks
-  int64_t attends_rest;  // whether the tokens outside the region are read here too
-};
-
-// What is read of the region, per KV head: a level of digests to choose by, or one of these.
-constexpr int32_t kReadAll = -1;
-constexpr int32_t kReadNothing = -2;
 
 // `bytes` counts the region alone: what the policies differ in.
 struct ReadBytes {
   int64_t scanned = 0, attended = 0;
 };
 
+// What groups and heads read of the region, summed over layers.
+struct GroupCounts {
+  std::array<int64_t, kLevels> of_level{};
+  int64_t nothing = 0, everything = 0;
+  int64_t streaming_heads = 0, heads = 0;
+};
+
 class LayerAttention final : public Work {
  public:
   LayerAttention(const SlabLayout& layout, const int64_t* sequences, int64_t batch, int64_t heads);
 
-  // Start a layer on the pool. Everything pointed to must live until the pool's `wait` returns.
+  // Before the first layer: this row's plans are made anew in every layer, by this planner. Rows
+  // without a region stay as they are. number: 2 log(threshold), or the price.
+  void predict(int64_t row, const Planner& planner, PlannerState& state, bool by_price,
+               float number);
+
+  // Start a layer on the pool, after its plans have been made where they are. Everything pointed to must live until the pool's `wait` returns.
   //   query    [batch] rows of [heads][head_dim], query_stride apart, unscaled
   //   levels   [batch][kv_heads]  level of digests, or kReadAll, or kReadNothing
-  //   budgets  [batch][heads]     blocks of that level that each query head reads
+  //   budgets  [batch][heads]     blocks of that level that each query head reads; of rows whose
+  //            plans are made here, neither counts
   //   output   [batch][heads][head_dim], normalised; zeros where nothing was read
   //   lse      [batch][heads], natural log; -inf where nothing was read
   void submit(TaskPool& pool, int64_t layer, const float* query, int64_t query_stride,
@@ -52,8 +56,12 @@ class LayerAttention final : public Work {
   }
 
   const ReadBytes& read_bytes(int64_t sequence) const { return read_bytes_[size_t(sequence)]; }
-  // After the pool's `wait`: add the layer's bytes to the sequences'.
-  void count_bytes();
+  const GroupCounts& group_counts(int64_t sequence) const { return group_counts_[size_t(sequence)]; }
+  PlanNanoseconds plan_nanoseconds() const {
+    return plan_ ? plan_->nanoseconds() : PlanNanoseconds{};
+  }
+  // After the pool's `wait`: add what the layer read to the sequences' numbers, and remember it.
+  void finish_layer();
 
   int32_t num_phases() const override { return 3; }
   int32_t open(int32_t task, int32_t phase) override;
@@ -69,8 +77,10 @@ class LayerAttention final : public Work {
     int32_t level;
     const int32_t* budgets;  // of this group's heads
     int32_t first_block, num_blocks;  // of the level, those that touch the region
-    int32_t skip_scores;              // scores before first_block in its record
     int64_t score_stride;
+    const LayerPlan::Seen* seen;      // null: the plan was given
+    int64_t head_blocks[kMaxGroup];   // of 16 tokens, that each head reads of the region
+    const float* scores_from;         // [group][score_stride]
     std::vector<const void*> records;  // tiles or spans of digests
     std::vector<float> scores;
     std::vector<uint64_t> chosen;  // [group][words]
@@ -89,6 +99,7 @@ class LayerAttention final : public Work {
   void add_blocks(Task& task, int64_t first, int64_t count, uint16_t heads, uint16_t last_tokens);
   PartialState partial(Task& task, int32_t chunk);
   int64_t planned_bytes(const Task& task) const;
+  void count_groups(const Task& task);
 
   SlabLayout layout_;
   std::vector<SequenceView> sequences_;
@@ -97,6 +108,9 @@ class LayerAttention final : public Work {
   std::vector<Task> tasks_;
   std::vector<int64_t> priorities_;
   std::vector<ReadBytes> read_bytes_;
+  std::vector<GroupCounts> group_counts_;
+  std::unique_ptr<LayerPlan> plan_;
+  std::vector<PlannerState*> predicted_;
 
   int64_t layer_ = 0;
   const float* query_ = nullptr;

@@ -60,7 +60,8 @@ TaskPool::~TaskPool() {
   for (std::thread& thread : threads_) thread.join();
 }
 
-void TaskPool::submit(Work* work, const std::vector<int64_t>& bytes, int64_t wake_bytes) {
+void TaskPool::submit(Work* work, const std::vector<int64_t>& bytes, int64_t wake_bytes,
+                      bool another_follows) {
   const int32_t count = int32_t(bytes.size());
   if (count > capacity_) {
     tasks_ = std::make_unique<Task[]>(size_t(count));
@@ -79,6 +80,7 @@ void TaskPool::submit(Work* work, const std::vector<int64_t>& bytes, int64_t wak
   head_.store(0, std::memory_order_relaxed);
   remaining_.store(count, std::memory_order_relaxed);
   helpers_.store(0, std::memory_order_relaxed);
+  another_follows_.store(another_follows, std::memory_order_relaxed);
   const uint32_t cpu = uint32_t(sched_getcpu());
   if (cpu != caller_cpu_.load(std::memory_order_relaxed)) {
     caller_cpu_.store(cpu);
@@ -150,7 +152,12 @@ void TaskPool::worker_main(int worker, int cpu) {
     }
     const int64_t until = now_ns() + spin_ns_;
     bool has_work = false;
-    while (spin_ns_ > 0 && now_ns() < until && !has_work) {
+    while (!has_work && !stopping_.load(std::memory_order_relaxed)) {
+      if (another_follows_.load(std::memory_order_relaxed)) {
+        sched_yield();  // the thread that starts the next round may want this CPU
+      } else if (spin_ns_ == 0 || now_ns() >= until) {
+        break;
+      }
       for (int i = 0; i < 32 && !has_work; ++i) {
         pause();
         const uint32_t current = round_.load(std::memory_order_acquire);

@@ -50,7 +50,9 @@ class TaskPool {
 
   // Start a round: tasks 0 to bytes.size() - 1. One round at a time; `work` must live until `wait`
   // returns. Rounds of fewer bytes than `wake_bytes` wake nobody: the waiting thread does them.
-  void submit(Work* work, const std::vector<int64_t>& bytes, int64_t wake_bytes);
+  // If another round follows within microseconds, workers that are awake do not sleep until then.
+  void submit(Work* work, const std::vector<int64_t>& bytes, int64_t wake_bytes,
+              bool another_follows = false);
   // Help until all tasks are done, those of another consumer included.
   void wait();
 
@@ -96,6 +98,7 @@ class TaskPool {
   std::atomic<int32_t> sleepers_{0};
   // Where the thread that starts rounds was last; its CPU's worker sleeps on this.
   std::atomic<uint32_t> caller_cpu_{kNoCpu};
+  std::atomic<bool> another_follows_{false};
   std::atomic<int32_t> helpers_{0};  // that have entered this round
   std::atomic<bool> stopping_{false};
   alignas(64) std::atomic<int32_t> inside_{0};

@@ -4,6 +4,8 @@
 #include "ops/block_digest.inl"
 #include "ops/block_score.inl"
 #include "ops/block_topk.inl"
+#include "ops/bound_statistics.inl"
+#include "ops/dense_rows.inl"
 #include "ops/read_limit.inl"
 #include "ops/span_digest.inl"
 #include "ops/span_score.inl"
@@ -11,4 +13,5 @@
 
 const fluxion::KernelTable fluxion::kScalarKernels = {
     "scalar",     digest_blocks, digest_span, copy_past_cache, score_tiles,
-    score_spans, choose_top,    attend_runs, read_pieces};
+    score_spans, choose_top,    attend_runs, read_pieces,
+    dense_rows,  bound_statistics};

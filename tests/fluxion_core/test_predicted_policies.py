@@ -1,0 +1,202 @@
+"""Policies that predict: what is read, and what comes out, is what the torch planner says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import pytest
+import torch
+from torch import Tensor
+
+from fluxion_core.geometry import BLOCK_SIZES, BLOCK_TOKENS, KvGeometry, WindowSpec, ceil_div
+from fluxion_core.hybrid_attention import HybridAttention, StepReads
+from fluxion_core.kernels.block_score import cpu as block_score
+from fluxion_core.kvstore.digest_index import gather_kv
+from fluxion_core.kvstore.store import HostKvStore, SequenceKv
+from fluxion_core.predictor.features import StepMemory, features
+from fluxion_core.predictor.head_profile import log_squared_errors
+from fluxion_core.predictor.layer_step import LayerStep, no_memory
+from fluxion_core.predictor.prompt_profile import PromptProfile
+from fluxion_core.scheduler.scheduler import CpuPool
+from fluxion_core.selector.planner import Planner, PlannerState
+from fluxion_core.selector.policy import (
+    READ_NOTHING,
+    MarginalPolicy,
+    Policy,
+    ThresholdPolicy,
+)
+from fluxion_core.selector.reference import GroupPlans, by_price, by_threshold
+from tests.fluxion_core.planner_fixtures import make_planner, random_network, random_profile
+
+LAYERS, HEADS, KV_HEADS, DIM = 2, 6, 2, 32
+GROUP = HEADS // KV_HEADS
+WINDOW = WindowSpec(sink_tokens=64, recent_tokens=256)
+
+
+@dataclass
+class Decoded:
+    """A sequence with its planner state, and what the oracle remembers of it."""
+
+    kv: SequenceKv
+    state: PlannerState
+    profiles: list[PromptProfile]
+    memory: list[StepMemory]
+
+
+def make_store(digest_bits: int) -> HostKvStore:
+    geometry = KvGeometry(LAYERS, KV_HEADS, DIM, 256, digest_bits=digest_bits)
+    return HostKvStore(geometry, 80 * (geometry.slab_bytes + 4096), model_key=b"toy")
+
+
+def fill(store: HostKvStore, planner: Planner, num_tokens: int, seed: int) -> Decoded:
+    """Random KV with some keys that stand out, so that heads differ in what they need."""
+    generator = torch.Generator().manual_seed(seed)
+    kv = store.reserve([seed] * num_tokens, 24)
+    blocks = ceil_div(num_tokens, BLOCK_TOKENS)
+    for layer in range(LAYERS):
+        payload = torch.randn(KV_HEADS, blocks, 2, BLOCK_TOKENS, DIM, generator=generator)
+        payload[:, ::7, 0, 3] *= 3
+        raw = payload.bfloat16().view(torch.uint8).numpy().tobytes()
+        kv.write_blocks(layer, 0, num_tokens, raw)
+    kv.commit()
+    profiles = [random_profile(HEADS, KV_HEADS, generator) for _ in range(LAYERS)]
+    memory = no_memory(1, HEADS, DIM, torch.device("cpu"))
+    return Decoded(kv, planner.new_state(profiles), profiles, [memory] * LAYERS)
+
+
+def token(generator: torch.Generator) -> Tensor:
+    """[layers, heads + 2 kv_heads, head_dim]."""
+    return torch.randn(LAYERS, HEADS + 2 * KV_HEADS, DIM, generator=generator) * 1.5
+
+
+def run_step(
+    attention: HybridAttention,
+    sequences: list[Decoded],
+    policies: list[Policy],
+    rows: list[Tensor],
+) -> tuple[Tensor, list[list[Tensor]], list[StepReads]]:
+    """Outputs [rows, layers, heads, head_dim]; per layer and row which blocks heads read."""
+    attention.begin_step([s.kv for s in sequences], policies, [s.state for s in sequences])
+    outputs, read = [], []
+    for layer in range(LAYERS):
+        query, key, value = torch.stack([r[layer] for r in rows]).split((HEADS, 2, 2), dim=1)
+        outputs.append(attention.attend(layer, query, key, value))
+        read.append([blocks_read(attention, row, s, layer) for row, s in enumerate(sequences)])
+    return torch.stack(outputs, 1), read, attention.end_step()
+
+
+def blocks_read(attention: HybridAttention, row: int, sequence: Decoded, layer: int) -> Tensor:
+    """bool [kv_heads, group, blocks] of the region, from the runs that were attended to."""
+    store, geometry = sequence.kv.store, sequence.kv.store.geometry
+    blocks = torch.zeros(
+        KV_HEADS, GROUP, ceil_div(sequence.kv.num_tokens + 1, 16), dtype=torch.bool
+    )
+    step = attention._step
+    assert step is not None
+    place = {}
+    for kv_head in range(KV_HEADS):
+        for ordinal, slab in enumerate(sequence.kv.slabs):
+            for block in range(geometry.slab_blocks):
+                address = store.slab_address(slab) + geometry.kv_offset(layer, kv_head, block)
+                place[address] = (kv_head, ordinal * geometry.slab_blocks + block)
+        for address, count, heads, _ in step.tasks.runs(row, kv_head):
+            owner, first = place[address]
+            assert owner == kv_head
+            for head in range(GROUP):
+                blocks[kv_head, head, first : first + count] |= bool(heads >> head & 1)
+    region = WINDOW.retrieval_region(sequence.kv.num_tokens + 1)
+    inside = torch.zeros(blocks.shape[-1], dtype=torch.bool)
+    inside[region.start // 16 : max(region.start, region.stop) // 16] = True
+    return blocks & inside
+
+
+def oracle_step(sequence: Decoded, rows: Tensor, layer: int, digest_bits: int) -> LayerStep:
+    """The step in torch, from the store's KV; with 8-bit digests by the store's own scores."""
+    position = sequence.kv.num_tokens
+    query, own_key, own_value = rows[layer].split((HEADS, KV_HEADS, KV_HEADS))
+    pairs = [gather_kv(sequence.kv, layer, head) for head in range(KV_HEADS)]
+    padding = (0, 0, 0, ceil_div(position + 1, 128) * 128 - position)
+    key, value = (
+        torch.nn.functional.pad(torch.stack(part).float(), padding)
+        for part in zip(*pairs, strict=True)
+    )
+    own = [own_key.bfloat16().float()[None], own_value.bfloat16().float()[None]]
+    step = LayerStep(key, value, query[None], *own, torch.tensor([position]), WINDOW)
+    if digest_bits == 8:
+        region = WINDOW.retrieval_region(position + 1)
+        for level, size in enumerate(BLOCK_SIZES if region else ()):
+            first, end = region.start // size, ceil_div(region.stop, size)
+            for kv_head in range(KV_HEADS):
+                of_group = query[kv_head * GROUP : (kv_head + 1) * GROUP]
+                scores = block_score.score_blocks(
+                    sequence.kv.store.geometry,
+                    sequence.kv.slab_table,
+                    layer,
+                    kv_head,
+                    level,
+                    range(first, end),
+                    of_group,
+                )
+                step.bounds[level][0, kv_head, :, first:end] = scores / DIM**0.5
+    return step
+
+
+def oracle_plan(
+    planner: Planner, sequence: Decoded, step: LayerStep, layer: int, policy: Policy
+) -> GroupPlans:
+    weights = planner.weights
+    profile = sequence.profiles[layer]
+    profile = PromptProfile(*(getattr(profile, f.name)[None] for f in fields(PromptProfile)))
+    if weights.network is None:
+        logs = profile.log_squares
+    else:
+        memory, priors = sequence.memory[layer], weights.priors[layer]
+        seen = step.observe(layer, LAYERS, profile, memory, priors)
+        with torch.no_grad():
+            logs = log_squared_errors(weights.network(features(seen)))
+    logs = torch.unflatten(logs, 1, (KV_HEADS, GROUP))
+    if isinstance(policy, ThresholdPolicy):
+        return by_threshold(logs, torch.tensor([policy.error]), weights.cost)
+    assert isinstance(policy, MarginalPolicy)
+    of_layer = weights.head_weights[layer].view(KV_HEADS, GROUP)
+    return by_price(logs, torch.tensor([policy.price]), weights.cost, of_layer)
+
+
+LENGTHS = (40, 335, 337, 352, 500, 1000, 1301, 2047)
+"""Without a region, with one from the second step on, with one of few blocks, across slabs."""
+
+
+@pytest.mark.parametrize("digest_bits", [16, 8])
+@pytest.mark.parametrize("mode", ["network", "training-free"])
+@pytest.mark.parametrize("policy", [ThresholdPolicy(0.6), MarginalPolicy(20.0)], ids=str)
+def test_every_step_reads_and_gives_what_the_torch_planner_says(
+    digest_bits: int, mode: str, policy: Policy
+):
+    network = random_network(3) if mode == "network" else None
+    planner = make_planner(LAYERS, HEADS, KV_HEADS, DIM, network=network, digest_bits=digest_bits)
+    store = make_store(digest_bits)
+    attention = HybridAttention(store, WINDOW, num_heads=HEADS, pool=CpuPool(2), planner=planner)
+    sequences = [fill(store, planner, length, seed) for seed, length in enumerate(LENGTHS)]
+    generator = torch.Generator().manual_seed(11)
+    seen_levels = set()
+    for _ in range(6):
+        rows = [token(generator) for _ in sequences]
+        outputs, read, _ = run_step(attention, sequences, [policy] * len(LENGTHS), rows)
+        for index, sequence in enumerate(sequences):
+            sequence.kv.num_tokens -= 1  # as it was before the step
+            for layer in range(LAYERS):
+                step = oracle_step(sequence, rows[index], layer, digest_bits)
+                chosen = torch.zeros_like(step.mass, dtype=torch.bool)
+                if step.in_region.any():
+                    plans = oracle_plan(planner, sequence, step, layer, policy)
+                    seen_levels.update(plans.levels.flatten().tolist())
+                    chosen = step.chosen_blocks(plans.levels, plans.budgets)
+                blocks = read[layer][index]
+                assert torch.equal(chosen[0, ..., : blocks.shape[-1]], blocks)
+                output, read_lse = step.attend(chosen)
+                torch.testing.assert_close(outputs[index, layer], output[0], atol=4e-6, rtol=1e-4)
+                if step.in_region.any():
+                    sequence.memory[layer] = step.remember(chosen, read_lse)
+            sequence.kv.num_tokens += 1
+    assert READ_NOTHING in seen_levels
+    assert len(seen_levels) >= 3
