@@ -270,7 +270,7 @@ class _Measured:
         # Decoding goes from layer to layer; its threads are awake.
         run(nothing)
         seconds = _seconds(lambda: run(levels))
-        attention.count_bytes()
+        attention.finish_layer()
         return sum(attention.read_bytes(0)), seconds
 
     def _pieces(self, size: int, layer: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
