@@ -71,7 +71,6 @@ def run_agreement(
         raise ConfigError(f"no document in {options.data} is long enough for {options.lengths}")
     forced = [replace(way, is_forced=True) for way in session.ways if way.name != EXACT]
     session.answer(sources, [*session.ways, *forced])
-    session.journal.close()
     names = {source.name for source in sources}
     answers = [a for a in session.journal.answers.values() if a.case_name in names]
     return compare(answers, [way.name for way in session.ways]), session

@@ -50,7 +50,6 @@ def run_files(
     session = Session(model, options, settings, on_answer, longest)
     session.notes.append("instructions are our own: compare policies, not published tables")
     session.answer([_source(case) for case in cases], session.ways)
-    session.journal.close()
     names = {case.name for case in cases}
     answers = [a for a in session.journal.answers.values() if a.case_name in names]
     ways = [way.name for way in session.ways]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TextIO
 
 from fluxion_core.errors import ConfigError
 from fluxion_core.evaluation.work import Answer
@@ -30,17 +29,15 @@ class Journal:
     def __init__(self, path: Path | None, settings: dict[str, str], *, resume: bool) -> None:
         self.answers: dict[tuple[str, str], Answer] = {}
         """By case and way."""
-        self._file: TextIO | None = None
+        self._path = path
         if path is None:
             return
         if path.exists() and path.stat().st_size:
             if not resume:
                 raise ConfigError(f"journal {path} exists; resume it, or name another file")
             self._read(path, settings)
-            self._file = path.open("a")
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("w")
         self._write({"settings": settings})
 
     def add(self, answer: Answer) -> None:
@@ -48,16 +45,10 @@ class Journal:
         self.answers[answer.case_name, answer.way] = answer
         self._write(asdict(answer))
 
-    def close(self) -> None:
-        """No more will come."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
     def _write(self, line: dict[str, object]) -> None:
-        if self._file is not None:
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
+        if self._path is not None:
+            with self._path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
 
     def _read(self, path: Path, settings: dict[str, str]) -> None:
         whole = path.read_text()

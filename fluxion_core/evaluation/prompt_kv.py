@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from fluxion_core.geometry import BLOCK_SIZES, BLOCK_TOKENS, KvGeometry, WindowSpec, ceil_div
+from fluxion_core.geometry import BLOCK_TOKENS, KvGeometry, WindowSpec, ceil_div
 from fluxion_core.kernels.dense_attention import cpu as dense_attention
 from fluxion_core.kvstore.store import HostKvStore, SequenceKv
 from fluxion_core.models.decoder import Decoder
-from fluxion_core.predictor.layer_step import LayerStep, profile_prompts
+from fluxion_core.predictor.prompt_estimate import PromptEstimator, padded_tokens
 from fluxion_core.predictor.prompt_profile import PROFILED_QUERIES, PromptProfile
 
 CHUNK_TOKENS = 1024
@@ -89,31 +89,15 @@ class PromptKv:
 
     @torch.inference_mode()
     def profiles(self, window: WindowSpec) -> list[PromptProfile]:
-        """What the prompt's last queries would have needed, per layer, on the CPU.
-
-        They are decode steps over the prompt before them, as the decode engine would make them.
-        """
-        geometry, tokens = self._geometry, self.num_tokens
-        count = self._last_queries[0].shape[0]
-        positions = torch.arange(tokens - count, tokens, device=self._kv.device)
-        # Blocks of every size must be whole; what is added lies after every query.
-        padding = -tokens % BLOCK_SIZES[-1]
+        """What the prompt's last queries would have needed, per layer, on the CPU."""
+        padding = padded_tokens(self.num_tokens) - self.num_tokens
+        estimator = PromptEstimator(self.num_tokens, window)
         profiles = []
-        for layer in range(geometry.num_layers):
+        for layer, query in enumerate(self._last_queries):
             key, value = F.pad(self._kv[layer].float(), (0, 0, 0, padding))
-            own = slice(tokens - count, tokens)
-            step = LayerStep(
-                key,
-                value,
-                self._last_queries[layer],
-                key[:, own].transpose(0, 1),
-                value[:, own].transpose(0, 1),
-                positions,
-                window,
-            )
-            profile = profile_prompts(step, 1, key, value, [tokens])
+            profile = estimator.estimate(query, key, value)
             profiles.append(
-                PromptProfile(**{name: part[0].cpu() for name, part in vars(profile).items()})
+                PromptProfile(**{name: part.cpu() for name, part in vars(profile).items()})
             )
         return profiles
 

@@ -52,7 +52,6 @@ def run_ruler(
         else:
             possible += of_task
     session.answer(possible, session.ways)
-    session.journal.close()
     answers = session.journal.answers.values()
     wanted = {source.name for of_task in sources.values() for source in of_task}
     ways = [way.name for way in session.ways]

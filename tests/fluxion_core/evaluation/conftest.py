@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import tokenizers
 import torch
 from tokenizers import decoders, models, pre_tokenizers
 
 from fluxion_core.evaluation.case import PromptEncoder
+from fluxion_core.evaluation.work import Answer
 from fluxion_core.generation.tokenizer import Tokenizer
 from fluxion_core.models.config import ModelConfig, RopeConfig
 from fluxion_core.models.decoder import Decoder
@@ -56,3 +59,37 @@ def decoder() -> Decoder:
     for parameter in decoder.parameters():
         parameter.normal_(std=0.2, generator=generator)
     return decoder
+
+
+@pytest.fixture
+def answer() -> Callable[..., Answer]:
+    """Makes up answers."""
+
+    def make(
+        task: str,
+        number: int,
+        way: str,
+        score: float | None,
+        *,
+        token_ids: tuple[int, ...] = (1, 2, 3),
+        read: tuple[int, int] = (0, 1000),
+        region: int = 1000,
+        steps: int = 2,
+        length: int = 1024,
+    ) -> Answer:
+        return Answer(
+            case_name=f"{task}/{length}/{number}",
+            task=task,
+            length=length,
+            way=way,
+            token_ids=token_ids,
+            text="",
+            score=score,
+            steps=steps,
+            scanned_bytes=read[0],
+            attended_bytes=read[1],
+            region_bytes=region,
+            streaming_share=0.25,
+        )
+
+    return make
