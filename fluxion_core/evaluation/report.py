@@ -97,14 +97,15 @@ def summarize(
         seed: of the bootstrap.
     """
     by_task: dict[tuple[str, int], dict[str, dict[str, Answer]]] = defaultdict(dict)
-    for answer in answers:
+    # In an order of their own, not in that of their completion: the same answers, the same report.
+    for answer in sorted(answers, key=lambda answer: answer.case_name):
         if answer.way in ways and answer.score is not None:
             of_task = by_task[answer.task, answer.length]
             of_task.setdefault(answer.case_name, {})[answer.way] = answer
     generator = np.random.default_rng(seed)
     rows, able_samples, able_answers = [], [], []
     all_notes = list(notes)
-    for (task, length), cases in sorted(by_task.items(), key=lambda item: item[0][1]):
+    for (task, length), cases in sorted(by_task.items(), key=lambda item: (item[0][1], item[0][0])):
         whole = [case for case in cases.values() if all(way in case for way in ways)]
         used = whole or [case for case in cases.values() if EXACT in case]
         scores = {way: _scores(used, way) for way in ways if all(way in case for case in used)}
