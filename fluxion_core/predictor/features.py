@@ -242,8 +242,10 @@ def kv_distribution(key: Tensor, value: Tensor) -> Tensor:
     """
     key, value = key.float(), value.float()
     tiny = 1e-20
-    key_scale = key.square().sum(-1).mean(-1).sqrt().clamp(min=tiny)
-    value_scale = value.square().sum(-1).mean(-1).sqrt().clamp(min=tiny)
+    key_scale, value_scale = (
+        (torch.linalg.vector_norm(x, dim=(1, 2)) / math.sqrt(x.shape[1])).clamp(min=tiny)
+        for x in (key, value)
+    )
     first = torch.linalg.vector_norm(value[:, 0], dim=-1).clamp(min=tiny)
     return torch.stack(
         (

@@ -91,14 +91,8 @@ class PromptEstimator:
             ]
             parts.append([torch.cat(column, 1) for column in zip(*looks, strict=True)])
         needs = _needs(*(torch.cat(column) for column in zip(*parts, strict=True)))
-        # Head by head, for its temporaries are as large as the KV.
-        kv = [
-            kv_distribution(
-                key[head, None, : self._num_tokens], value[head, None, : self._num_tokens]
-            )
-            for head in range(kv_heads)
-        ]
-        profile = needs.summarize(1, torch.cat(kv)[None])
+        kv = kv_distribution(key[:, : self._num_tokens], value[:, : self._num_tokens])
+        profile = needs.summarize(1, kv[None])
         return PromptProfile(*(getattr(profile, field.name)[0] for field in fields(PromptProfile)))
 
 
@@ -144,6 +138,9 @@ class _Regions:
     """[rows, blocks of all levels, side by side] bool: blocks that touch the region."""
     counts: Tensor
     """[rows, levels, budgets above 0] int64: blocks that a budget is."""
+    spread: Tensor
+    """[levels * blocks] int64: for each level and 16-token block, its block among those of all
+    levels."""
     surely_inside: tuple[int, int]
     """First 16-token block that is in every row's region, and the one after the last."""
 
@@ -156,7 +153,11 @@ class _Regions:
             for edge in ("start", "stop")
         )
         inside = (blocks >= begin) & (blocks < end)
-        levels = [torch.unflatten(inside, 1, (-1, 1 << level)).any(-1) for level in range(4)]
+        levels = [
+            torch.unflatten(inside, 1, (-1, 1 << level)).any(-1)
+            for level in range(len(BLOCK_SIZES))
+        ]
+        begins = [sum(level.shape[1] for level in levels[:number]) for number in range(len(levels))]
         shares = torch.tensor(BUDGETS[1:], device=device)
         totals = torch.stack([level.sum(-1) for level in levels], 1)
         numbers = torch.arange(positions.start, tokens, device=device)
@@ -165,6 +166,12 @@ class _Regions:
             hidden=numbers > last,
             inside=inside,
             touching=torch.cat(levels, 1),
+            spread=torch.cat(
+                [
+                    begin + (torch.arange(inside.shape[1], device=device) >> level)
+                    for level, begin in enumerate(begins)
+                ]
+            ),
             surely_inside=(
                 max(region.start for region in regions) // BLOCK_TOKENS,
                 min(region.stop for region in regions) // BLOCK_TOKENS,
@@ -210,7 +217,9 @@ def _look(
     bounds.masked_fill_(~regions.touching[:, None], -math.inf)
     read = _read(bounds, regions, buffers)
     sums = torch.bmm(read, weighted.transpose(0, 1)).view(rows, group, -1, head_dim)
-    masses = torch.bmm(read, weights.sum(-1, keepdim=True)).view(rows, group, -1, 1)
+    # Four times faster than as a product with one column.
+    of_blocks = weights.sum(-1)[:, None]
+    masses = torch.mul(read, of_blocks, out=read).sum(-1).view(rows, group, -1, 1)
 
     window_mass, region_mass = masses[:, :, 0, 0], masses[:, :, 1, 0]
     full = (sums[:, :, 0] + sums[:, :, 1]) / (window_mass + region_mass)[..., None]
@@ -257,16 +266,17 @@ def _read(bounds: Tensor, regions: _Regions, buffers: _Buffers) -> Tensor:
     inside = regions.inside[:, None]
     read[:, :, 0] = ~inside
     read[:, :, 1] = inside
+    lowest = []
     sizes = [blocks >> level for level in range(len(BLOCK_SIZES))]
     for level, bound in enumerate(torch.split(bounds, sizes, -1)):
         counts = regions.counts[:, level, None].expand(-1, group, -1)
-        # The lowest bound that is still read; without a region all are -inf, and none is.
+        # The lowest bound that is still read; without a region all are -inf, and so is this.
         place = (sizes[level] - counts).clamp(max=sizes[level] - 1)
-        lowest = _ascending(bound).gather(-1, place)[..., None]
-        taken = (bound[:, :, None] >= lowest)[..., None]
-        first = 2 + level * budgets
-        here = read[:, :, first : first + budgets].view(rows, group, budgets, -1, 1 << level)
-        here.copy_(taken.expand_as(here))
+        lowest.append(_ascending(bound).gather(-1, place))
+    # By 16-token block, the bound of the block of each size that it lies in.
+    spread = bounds.index_select(-1, regions.spread).view(rows, group, len(BLOCK_SIZES), 1, blocks)
+    taken = read[:, :, 2:].view(rows, group, len(BLOCK_SIZES), budgets, blocks)
+    torch.ge(spread, torch.stack(lowest, 2)[..., None], out=taken)
     # Blocks of 32 tokens and more may reach beyond the region.
     begin, end = regions.surely_inside
     for edge in (slice(0, begin), slice(end, blocks)):

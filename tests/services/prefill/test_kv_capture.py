@@ -144,7 +144,8 @@ def test_the_profile_does_not_depend_on_chunks(num_tokens: int):
     padding = (0, 0, 0, padded_tokens(num_tokens) - num_tokens)
 
     def as_sent(x: Tensor) -> Tensor:
-        return torch.nn.functional.pad(x.bfloat16().float().transpose(0, 1), padding)
+        padded = torch.nn.functional.pad(x.bfloat16().float().transpose(0, 1), padding)
+        return padded.contiguous()
 
     estimator = PromptEstimator(num_tokens, WindowSpec())
     expected = pack(
