@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -24,20 +24,21 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from fluxion_core.benchmark.prompt_kv import PromptKv
 from fluxion_core.benchmark.report import describe_machine, draw_bars
 from fluxion_core.errors import ConfigError
-from fluxion_core.geometry import BLOCK_TOKENS, KvGeometry, WindowSpec, ceil_div
+from fluxion_core.geometry import KvGeometry, WindowSpec
 from fluxion_core.hybrid_attention import HybridAttention
 from fluxion_core.kernels import _native
-from fluxion_core.kernels.dense_attention import cpu as dense_attention
 from fluxion_core.kvstore.digest_index import gather_kv
-from fluxion_core.kvstore.store import HostKvStore, SequenceKv
+from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.models.attention_port import AttentionPort
 from fluxion_core.models.decoder import Decoder
 from fluxion_core.scheduler.scheduler import CpuPool, usable_cpus
-from fluxion_core.selector.policy import Policy, parse_policy
+from fluxion_core.selector.planner import PlanNanoseconds, Planner, PlannerState
+from fluxion_core.selector.planner_weights import PlannerWeights
+from fluxion_core.selector.policy import Policy, PredictedPolicy, parse_policy
 
-PREFILL_CHUNK_TOKENS = 512
 WARM_UP_STEPS = 2
 
 
@@ -54,6 +55,19 @@ class StepFigure:
     """Digests and KV of the retrieval region, per token."""
     limit_milliseconds: float
     """Step without attention, plus all bytes at the sequential read rate; 0 for no limit."""
+    predict_milliseconds: float = 0.0
+    """Of the step, for predicting head profiles; median. 0 where nothing is predicted."""
+    select_milliseconds: float = 0.0
+    """Of the step, for choosing plans from profiles."""
+    scan_milliseconds: float = 0.0
+    """Scanning the coarsest digests for the prediction, summed over threads."""
+    region_share: float = 0.0
+    """Bytes read of the region's, per token."""
+
+    @property
+    def plan_share(self) -> float:
+        """Predictor and selector's share of the step."""
+        return (self.predict_milliseconds + self.select_milliseconds) / self.milliseconds
 
 
 def run_decode_step_bench(
@@ -65,6 +79,7 @@ def run_decode_step_bench(
     policies: Sequence[str] = ("exact", "fixed(16, 5 %)"),
     transformers_model: torch.nn.Module | None = None,
     digest_bits: int = 16,
+    weights: PlannerWeights | None = None,
 ) -> dict[str, object]:
     """Measure; print a table, return everything as plain data.
 
@@ -76,6 +91,7 @@ def run_decode_step_bench(
         policies: by name.
         transformers_model: the same model in transformers, or None to leave it out.
         digest_bits: of the store.
+        weights: for policies that predict; None for the training-free mode.
 
     Raises:
         ConfigError: no policy, or one that does not exist.
@@ -88,7 +104,9 @@ def run_decode_step_bench(
         f"[bold]decode step[/bold], {len(token_ids):,} tokens, batch 1; {machine}", highlight=False
     )
     with _torch_threads(len(usable_cpus())):
-        bench = _Bench(decoder, token_ids, len(chosen), steps + WARM_UP_STEPS, digest_bits)
+        bench = _Bench(
+            decoder, token_ids, chosen, steps + WARM_UP_STEPS, digest_bits, weights=weights
+        )
         console.print(f"prefilled in {bench.prefill_seconds:.1f} s", highlight=False)
         rows = _take_turns(bench, chosen, transformers_model, steps)
         figures = _figures(bench, chosen, rows)
@@ -97,8 +115,9 @@ def run_decode_step_bench(
         "machine": machine | {"omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "unset")},
         "tokens": len(token_ids),
         "steps": steps,
+        "planner": bench.planner.mode,
         "read_gigabytes_per_second": bench.read_rate / 1e9,
-        "figures": [asdict(figure) for figure in figures],
+        "figures": [asdict(figure) | {"plan_share": figure.plan_share} for figure in figures],
         "tokens_equal": _tokens_equal(rows),
         "peace_with_torch": peace,
     }
@@ -126,6 +145,8 @@ class _Turn:
     token_id: int
     read_bytes: int = 0
     window_bytes: int = 0
+    region_bytes: int = 0
+    plan: PlanNanoseconds = field(default_factory=PlanNanoseconds)
 
 
 class _Bench:
@@ -135,9 +156,11 @@ class _Bench:
         self,
         decoder: Decoder,
         token_ids: Sequence[int],
-        num_sequences: int,
+        policies: Sequence[Policy],
         new_tokens: int,
         digest_bits: int,
+        *,
+        weights: PlannerWeights | None,
     ) -> None:
         config = decoder.config
         self.decoder = decoder
@@ -145,23 +168,39 @@ class _Bench:
         self.geometry = KvGeometry(
             config.num_layers, config.num_kv_heads, config.head_dim, digest_bits=digest_bits
         )
-        capture = _Capture(self.geometry, len(token_ids))
+        prompt = PromptKv(self.geometry, len(token_ids))
         start = time.perf_counter()
-        self.first_token = _prefill(decoder, token_ids, capture)
+        self.first_token = prompt.prefill(decoder, token_ids)
         self.prefill_seconds = time.perf_counter() - start
-        slabs = self.geometry.slabs_for(len(token_ids) + new_tokens) * num_sequences
+        slabs = self.geometry.slabs_for(len(token_ids) + new_tokens) * len(policies)
         self.store = HostKvStore(
             self.geometry, slabs * (self.geometry.slab_bytes + 4096), model_key=b"", populate=True
         )
         # Different first ids, so that no two sequences share slabs.
         self.sequences = [
-            capture.store_into(self.store, [index, *token_ids[1:]], new_tokens)
-            for index in range(num_sequences)
+            prompt.store_into(self.store, [index, *token_ids[1:]], new_tokens)
+            for index in range(len(policies))
         ]
         self.window = WindowSpec()
         self.pool = CpuPool()
+        self.planner = Planner(
+            weights
+            or PlannerWeights.training_free(config.num_layers, config.num_heads, digest_bits),
+            num_layers=config.num_layers,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+        )
+        self.states: list[PlannerState | None] = [None] * len(policies)
+        if any(isinstance(policy, PredictedPolicy) for policy in policies):
+            profiles = prompt.profiles(self.window)
+            self.states = [self.planner.new_state(profiles) for _ in policies]
         self.attention = HybridAttention(
-            self.store, self.window, num_heads=config.num_heads, pool=self.pool
+            self.store,
+            self.window,
+            num_heads=config.num_heads,
+            pool=self.pool,
+            planner=self.planner,
         )
         self.read_rate = self._measure_read()
 
@@ -170,12 +209,19 @@ class _Bench:
         sequence = self.sequences[row]
         position = sequence.num_tokens
         start = time.perf_counter()
-        self.attention.begin_step([sequence], [policy])
+        self.attention.begin_step([sequence], [policy], [self.states[row]])
         token = self._forward(token_id, position, self.attention)
         reads = self.attention.end_step()[0]
         seconds = time.perf_counter() - start
         outside = position + 1 - len(self.window.retrieval_region(position + 1))
-        return _Turn(seconds, token, reads.total_bytes, outside * self.geometry.token_bytes)
+        return _Turn(
+            seconds,
+            token,
+            reads.total_bytes,
+            outside * self.geometry.token_bytes,
+            reads.region_bytes,
+            self.attention.plan_nanoseconds,
+        )
 
     def step_without_attention(self, token_id: int) -> _Turn:
         """The same step with attention that does nothing."""
@@ -206,40 +252,6 @@ class _Bench:
         return len(pieces) * piece / median(seconds)
 
 
-class _Capture:
-    """Attention port of the prefill: causal, KV rounded to bfloat16 before it is attended to."""
-
-    def __init__(self, geometry: KvGeometry, num_tokens: int) -> None:
-        self._geometry = geometry
-        shape = (geometry.num_layers, 2, geometry.num_kv_heads, num_tokens, geometry.head_dim)
-        self._kv = torch.empty(shape, dtype=torch.bfloat16)
-        self.first_token = 0
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """See AttentionPort."""
-        end = self.first_token + key.shape[0]
-        kv = self._kv[layer]
-        kv[0, :, self.first_token : end] = key.transpose(0, 1)
-        kv[1, :, self.first_token : end] = value.transpose(0, 1)
-        so_far = kv[:, :, :end].float()
-        return dense_attention.attend_chunk(query, so_far[0], so_far[1])
-
-    def store_into(self, store: HostKvStore, token_ids: list[int], new_tokens: int) -> SequenceKv:
-        """A committed sequence that holds what was captured."""
-        geometry, count = self._geometry, len(token_ids)
-        sequence = store.reserve(token_ids, new_tokens)
-        blocks = ceil_div(count, BLOCK_TOKENS)
-        for layer in range(geometry.num_layers):
-            padding = (0, 0, 0, blocks * BLOCK_TOKENS - count)
-            kv = torch.nn.functional.pad(self._kv[layer], padding)
-            blocked = torch.unflatten(kv, 2, (blocks, BLOCK_TOKENS)).permute(1, 2, 0, 3, 4)
-            sequence.write_blocks(
-                layer, 0, count, blocked.contiguous().view(torch.uint8).numpy().tobytes()
-            )
-        sequence.commit()
-        return sequence
-
-
 class _NoAttention:
     """Attention port that does nothing."""
 
@@ -247,17 +259,6 @@ class _NoAttention:
         """See AttentionPort."""
         del layer, key, value
         return query
-
-
-@torch.inference_mode()
-def _prefill(decoder: Decoder, token_ids: Sequence[int], capture: _Capture) -> int:
-    """Fill the capture; returns the first token, greedily."""
-    hidden = torch.empty(0)
-    for first in range(0, len(token_ids), PREFILL_CHUNK_TOKENS):
-        chunk = torch.tensor(token_ids[first : first + PREFILL_CHUNK_TOKENS])
-        capture.first_token = first
-        hidden = decoder(chunk, torch.arange(first, first + len(chunk)), capture)
-    return int(decoder.logits(hidden[-1:]).argmax())
 
 
 def _take_turns(
@@ -317,7 +318,19 @@ def _figures(
         all_bytes = read + median(turn.window_bytes for turn in own)
         attention = median(t[name].seconds - t["without attention"].seconds for t in turns)
         limit = dense + all_bytes / bench.read_rate if name in names else 0.0
-        figures.append(StepFigure(name, seconds * 1e3, attention * 1e3, read, limit * 1e3))
+        figures.append(
+            StepFigure(
+                name,
+                seconds * 1e3,
+                attention * 1e3,
+                read,
+                limit * 1e3,
+                median(turn.plan.predict for turn in own) / 1e6,
+                median(turn.plan.select for turn in own) / 1e6,
+                median(turn.plan.scan for turn in own) / 1e6,
+                read / max(1, median(turn.region_bytes for turn in own)),
+            )
+        )
     return figures
 
 
@@ -366,17 +379,30 @@ def _torch_threads(count: int) -> Iterator[None]:
 
 def _print(console: Console, report: dict[str, object], figures: list[StepFigure]) -> None:
     table = Table(box=None, pad_edge=False)
-    for column in ("way", "ms a token", "attention ms", "region MB", "limit ms", "of limit"):
+    columns = (
+        "way",
+        "ms a token",
+        "attention ms",
+        "region MB",
+        "of region",
+        "limit ms",
+        "of limit",
+    )
+    for column in (*columns, "predict ms", "select ms", "of step"):
         table.add_column(column, justify="left" if column == "way" else "right")
     for figure in figures:
-        has_limit = figure.limit_milliseconds > 0
+        has_limit, plans = figure.limit_milliseconds > 0, figure.predict_milliseconds > 0
         table.add_row(
             figure.name,
             f"{figure.milliseconds:.1f}",
             f"{figure.attention_milliseconds:.1f}",
             f"{figure.read_bytes / 1e6:.1f}" if has_limit else "",
+            f"{figure.region_share:.3f}" if has_limit else "",
             f"{figure.limit_milliseconds:.1f}" if has_limit else "",
             f"{figure.milliseconds / figure.limit_milliseconds:.2f}" if has_limit else "",
+            f"{figure.predict_milliseconds:.2f}" if plans else "",
+            f"{figure.select_milliseconds:.2f}" if plans else "",
+            f"{figure.plan_share * 100:.1f} %" if plans else "",
         )
     console.print(table)
     equal = report["tokens_equal"]

@@ -16,6 +16,7 @@ from fluxion_core.errors import ConfigError, InvalidRequestError
 from fluxion_core.generation.tokenizer import Tokenizer
 from fluxion_core.models.locate import default_models_dir, locate_model
 from fluxion_core.models.weights import load_model
+from fluxion_core.selector.planner_weights import load_planner_weights, shipped_planner_weights
 from services.cli.demo import load_document
 
 
@@ -29,13 +30,15 @@ def bench_decode_step(
     policies: Sequence[str],
     with_transformers: bool,
     digest_bits: int,
+    weights: Path | None = None,
 ) -> dict[str, object]:
     """Load the model, take the demo's document as the prompt, measure.
 
     Raises:
         ModelError: the model is not there or cannot be used.
         InvalidRequestError: more tokens than the model's context has.
-        ConfigError: transformers is asked for and not installed, or an unknown policy.
+        ConfigError: transformers is asked for and not installed, an unknown policy, or predictor
+            weights that cannot be read or are of another model.
     """
     path = locate_model(model, models_dir or default_models_dir())
     loaded = load_model(path, device=torch.device("cpu"), dtype=torch.float32)
@@ -52,6 +55,11 @@ def bench_decode_step(
         policies=policies,
         transformers_model=_load_transformers(path) if with_transformers else None,
         digest_bits=digest_bits,
+        weights=(
+            load_planner_weights(weights, digest_bits=digest_bits)
+            if weights is not None
+            else shipped_planner_weights(loaded.revision_hash, digest_bits=digest_bits)
+        ),
     )
 
 

@@ -327,12 +327,19 @@ def bench_decode_step(
     steps: Annotated[int, typer.Option(min=1, help="Tokens that count.")] = 20,
     policy: Annotated[
         list[str] | None,
-        typer.Option(help="exact or fixed(BLOCK_SIZE, BUDGET %); may be repeated."),
+        typer.Option(
+            help="exact, fixed(BLOCK_SIZE, BUDGET %), threshold(ERROR) or marginal(PRICE); "
+            "may be repeated."
+        ),
     ] = None,
     transformers: Annotated[
         bool, typer.Option(help="Beside transformers with its ordinary cache.")
     ] = True,
     digest_bits: Annotated[int, typer.Option(help="16 or 8.")] = 16,
+    weights: Annotated[
+        Path | None,
+        typer.Option(help="Predictor weights; without, the package's, or none (training-free)."),
+    ] = None,
     json_path: JsonOption = None,
     plot_path: PlotOption = None,
 ) -> None:
@@ -352,6 +359,7 @@ def bench_decode_step(
         policies=policy or ("exact", "fixed(16, 5 %)"),
         with_transformers=transformers,
         digest_bits=digest_bits,
+        weights=weights,
     )
     if json_path is not None:
         write_json(report, json_path)
