@@ -25,6 +25,10 @@ from fluxion_core.training.collect import Samples
 RATIO_CAP = 4.0
 """Log of observed / predicted from which on the loss grows linearly."""
 
+IMPORTANT_SQUARE = 0.003
+"""Squared head output error whose weight is 1; weights lie within the bounds below."""
+LEAST_WEIGHT, MOST_WEIGHT = 0.1, 4.0
+
 
 @dataclass(frozen=True)
 class TrainingSet:
@@ -78,11 +82,21 @@ def fit_cost(shards: Sequence[Samples], digest_bits: int = 16) -> CostModel:
     return CostModel((spread[0], spread[1], spread[2], spread[3]), digest_bits)
 
 
-def deviance(predicted: Tensor, observed: Tensor) -> Tensor:
+def deviance(predicted: Tensor, observed: Tensor, cap: float = RATIO_CAP) -> Tensor:
     """Loss of log means against log observations, elementwise."""
     ratio = observed - predicted
-    capped = ratio.clamp(max=RATIO_CAP)
+    capped = ratio.clamp(max=cap)
     return capped.exp() * (1 + ratio - capped) - ratio - 1
+
+
+def weighted_deviance(predicted: Tensor, observed: Tensor) -> Tensor:
+    """The same, and the larger the predicted error, the more it counts.
+
+    With the weight `predicted ** 0.5` it is least at the mean as well, as the deviance of a Tweedie
+    distribution of power 1.5 is, but spends the network on heads that matter.
+    """
+    weight = (0.5 * (predicted.detach() - math.log(IMPORTANT_SQUARE))).exp()
+    return weight.clamp(LEAST_WEIGHT, MOST_WEIGHT) * deviance(predicted, observed, 6.0)
 
 
 def squared_log_error(predicted: Tensor, observed: Tensor) -> Tensor:
@@ -151,5 +165,5 @@ def fit(
         optimizer.step()
         schedule.step()
         if on_step is not None and (step % 200 == 0 or step == steps - 1):
-            on_step(step + 1, steps, float(value))
+            on_step(step + 1, steps, float(value.detach()))
     return network.eval()
