@@ -82,7 +82,8 @@ def needle_question(
         f"you will be asked about them afterwards.\n\n{joiner.join(lines)}\n\n"
         f"Which {'are' if some else 'is'} the {plural} of {names} in the text above?"
     )
-    prefix = f"The {plural} of {names} in the text {'are' if some else 'is'}"
+    # Of one needle, the needle's own words: models that cannot follow a question can do that.
+    prefix = f"The {plural} of {names} {'are' if some else 'is'}:"
     return Question(text, answers, prefix)
 
 
