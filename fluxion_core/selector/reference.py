@@ -38,7 +38,16 @@ def by_threshold(log_squares: Tensor, threshold: Tensor, cost: CostModel) -> Gro
         threshold: [rows]: head output error.
         cost: what plans cost.
     """
-    needed = smallest_budgets(log_squares, threshold.view(-1, 1, 1, 1, 1))
+    return by_budgets(smallest_budgets(log_squares, threshold.view(-1, 1, 1, 1, 1)), cost)
+
+
+def by_budgets(needed: Tensor, cost: CostModel) -> GroupPlans:
+    """The cheapest plans that read at least these budgets.
+
+    Args:
+        needed: [rows, kv_heads, group, levels]: shares of the region.
+        cost: what plans cost.
+    """
     costs = [
         cost.scan(level) + cost.union(level, needed[..., level])
         for level in range(len(BLOCK_SIZES))

@@ -9,6 +9,8 @@ One shard per document; a directory of shards is resumed where it ended.
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -27,13 +29,16 @@ from fluxion_core.predictor.features import (
 from fluxion_core.predictor.head_profile import BUDGETS
 from fluxion_core.predictor.layer_step import LayerStep, profile_prompts
 from fluxion_core.predictor.prompt_profile import PROFILED_QUERIES, PromptProfile
-from fluxion_core.training.replay import prefill, replay
+from fluxion_core.training.replay import COARSEST, prefill, replay
 
 RUN_OFFSETS = (0, 120, 400)
 """Distances from the prompt's end at which runs begin."""
 
 RUN_STEPS = 8
 """As in the paper: decode steps of each sample point."""
+
+EVERY_TOKENS = 1024
+"""Distance between the ends of a document's prompts."""
 
 _T = TypeVar("_T", PromptProfile, StepMemory)
 
@@ -81,14 +86,20 @@ class _Rows:
     """[samples]: rows that are samples."""
 
 
-def plan_rows(prompt_ends: Sequence[int], device: torch.device) -> _Rows:
+def prompt_ends(num_tokens: int, every_tokens: int = EVERY_TOKENS) -> list[int]:
+    """Where the prompts of a document of so many tokens end."""
+    usable = num_tokens // COARSEST * COARSEST
+    return list(range(every_tokens, usable - max(RUN_OFFSETS) - RUN_STEPS, every_tokens))
+
+
+def plan_rows(ends: Sequence[int], device: torch.device) -> _Rows:
     """Rows for prompts that end before these positions."""
     positions: list[int] = []
     prompt: list[int] = []
     previous: list[int] = []
     samples: list[int] = []
     estimates: list[int] = []
-    for index, end in enumerate(prompt_ends):
+    for index, end in enumerate(ends):
         estimates += range(len(positions), len(positions) + PROFILED_QUERIES)
         positions += range(end - PROFILED_QUERIES, end)
         previous += [-1] * PROFILED_QUERIES
@@ -121,7 +132,7 @@ def collect_document(
     token_ids: Sequence[int],
     window: WindowSpec,
     *,
-    every_tokens: int = 1024,
+    every_tokens: int = EVERY_TOKENS,
     seed: int = 0,
 ) -> Samples:
     """Samples of one document.
@@ -135,9 +146,8 @@ def collect_document(
     """
     kv = prefill(decoder, token_ids)
     config, device = decoder.config, kv.keys.device
-    last = kv.token_ids.shape[0] - max(RUN_OFFSETS) - RUN_STEPS
-    prompt_ends = list(range(every_tokens, last, every_tokens))
-    rows = plan_rows(prompt_ends, device)
+    ends = prompt_ends(len(token_ids), every_tokens)
+    rows = plan_rows(ends, device)
     generator = torch.Generator(device).manual_seed(seed)
     seen: list[Tensor] = []
     labels: list[Tensor] = []
@@ -147,7 +157,7 @@ def collect_document(
     def attend(layer: int, step: LayerStep) -> Tensor:
         last = step.rows_of(rows.estimates)
         keys, values = kv.keys[layer], kv.values[layer]
-        profiles = profile_prompts(last, len(prompt_ends), keys, values, prompt_ends)
+        profiles = profile_prompts(last, len(ends), keys, values, ends)
         levels, budgets = _random_plans(step, generator)
         chosen = step.chosen_blocks(levels, budgets)
         plans.append(_union_of(step, levels, chosen))
@@ -194,7 +204,9 @@ def collect(
     window: WindowSpec,
     directory: Path,
     on_done: Callable[[int, int], None],
-) -> None:
+    *,
+    seconds: float = math.inf,
+) -> list[Path]:
     """Write one shard per document; those that are there already are left alone.
 
     Args:
@@ -203,10 +215,20 @@ def collect(
         window: the default window.
         directory: of the shards, made if it is not there.
         on_done: called after each document with how many are done, and of how many.
+        seconds: no document is begun after this time.
+
+    Returns:
+        The shards that are there now.
     """
     directory.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    shards = []
     for number, (name, token_ids) in enumerate(documents):
         path = directory / f"{name}.safetensors"
         if not path.is_file():
+            if time.monotonic() - started > seconds:
+                continue
             collect_document(decoder, token_ids, window, seed=number).save(path)
+        shards.append(path)
         on_done(number + 1, len(documents))
+    return shards

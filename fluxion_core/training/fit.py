@@ -2,8 +2,9 @@
 
 What is fitted is the conditional mean of the squared head output error, whose logarithm the network
 gives. The loss of one value is `r - log r - 1` with `r = observed / predicted`, the deviance of a
-gamma distribution: least where the prediction is the mean, blind to scale, and hard on what
-comes out a hundred times worse than predicted. Rare spikes count as much as they cost.
+gamma distribution: least where the prediction is the mean, and hard on what comes out a hundred
+times worse than predicted. Rare spikes count as much as they cost. It is weighted by the root of
+the prediction, so that the network is spent on heads whose errors matter.
 """
 
 from __future__ import annotations
@@ -117,10 +118,10 @@ def pinball(quantile: float) -> Callable[[Tensor, Tensor], Tensor]:
 def fit(
     data: TrainingSet,
     *,
-    epochs: float = 12.0,
+    epochs: float = 30.0,
     batch: int = 16_384,
     learning_rate: float = 2e-3,
-    loss: Callable[[Tensor, Tensor], Tensor] = deviance,
+    loss: Callable[[Tensor, Tensor], Tensor] = weighted_deviance,
     without: Sequence[str] = (),
     seed: int = 0,
     on_step: Callable[[int, int, float], None] | None = None,

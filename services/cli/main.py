@@ -470,6 +470,57 @@ def evaluate(
     run_evaluation(options, Console(), Console(stderr=True))
 
 
+@app.command()
+def train(
+    output: Annotated[Path, typer.Argument(help="Takes samples, weights, report, card, plots.")],
+    *,
+    model: ModelOption = "smollm2-135m",
+    models_dir: ModelsDirOption = None,
+    documents: Annotated[
+        Path, typer.Option(help="Long documents; gathered from packages if there are none.")
+    ] = Path("documents"),
+    device: Annotated[
+        str, typer.Option(help="cpu or cuda; auto takes a GPU if there is.")
+    ] = "auto",
+    collect_seconds: Annotated[
+        float, typer.Option(min=1, help="No training text is begun after this time, s.")
+    ] = 3600.0,
+    epochs: Annotated[float, typer.Option(min=0.1, help="Passes over the samples.")] = 30.0,
+    curve_documents: Annotated[
+        int, typer.Option(min=1, help="Unseen texts that KL over bytes is measured on.")
+    ] = 16,
+    ablation: Annotated[
+        bool, typer.Option("--ablation", help="Train without each group of features, too.")
+    ] = False,
+    level: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=POLICY of a quality level; may be repeated."),
+    ] = None,
+    plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Draw the report.")] = True,
+) -> None:
+    """Fit the head predictor to a model: collect, fit, report. Resumes where it was stopped."""
+    import torch
+    from rich.console import Console
+
+    from fluxion_core.models.locate import default_models_dir, locate_model
+    from fluxion_core.training.pipeline import TrainOptions
+    from services.cli.train_command import parse_levels, run_training
+
+    has_gpu = torch.cuda.is_available()
+    options = TrainOptions(
+        model=locate_model(model, models_dir or default_models_dir()),
+        documents=documents,
+        output=output,
+        device=("cuda" if has_gpu else "cpu") if device == "auto" else device,
+        collect_seconds=collect_seconds,
+        epochs=epochs,
+        curve_documents=curve_documents,
+        ablation=ablation,
+        **({"levels": parse_levels(level)} if level else {}),
+    )
+    typer.echo(run_training(options, Console(stderr=True), plots=plots))
+
+
 def run() -> None:
     """Entry point of the installed command."""
     app(prog_name="fluxion")

@@ -1,0 +1,334 @@
+"""`fluxion train`: from documents to weights with a report. Every stage can be resumed or repeated.
+
+documents ─► pieces ─► samples (one shard each) ─► priors, cost model, head weights, network
+                                                     └─► assessment and curve on test documents
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fluxion_core.errors import FluxionError
+from fluxion_core.generation.tokenizer import Tokenizer
+from fluxion_core.geometry import WindowSpec
+from fluxion_core.models.weights import LoadedModel, load_model
+from fluxion_core.predictor.features import GROUPS, PRIORS
+from fluxion_core.predictor.head_profile import log_squared_errors
+from fluxion_core.predictor.mlp import HeadProfileMlp
+from fluxion_core.selector.planner_weights import PlannerWeights
+from fluxion_core.selector.policy import parse_policy
+from fluxion_core.telemetry import event
+from fluxion_core.training import assess, corpus
+from fluxion_core.training.collect import RUN_OFFSETS, RUN_STEPS, Samples, collect
+from fluxion_core.training.curve import PlannedWay, Runs, Way, WayResult, WaySimulator
+from fluxion_core.training.direct import DirectMlp, fit_direct
+from fluxion_core.training.fit import (
+    deviance,
+    fit,
+    fit_cost,
+    fit_priors,
+    weighted_deviance,
+    with_priors,
+)
+from fluxion_core.training.frontier import (
+    NETWORK,
+    figures,
+    relative_bytes_at_reference,
+    standard_ways,
+)
+from fluxion_core.training.losses import copied_steps, loss_report
+from fluxion_core.training.pieces import cut
+from fluxion_core.training.replay import prefill
+from fluxion_core.training.sensitivity import measure_sensitivity
+
+_log = logging.getLogger(__name__)
+
+LABEL_THRESHOLDS = (0.05, 0.1, 0.2, 0.3)
+LONGEST_TRAINED = 4096
+"""Prompts of training pieces are no longer."""
+COMPARED_PRICE = 1.0
+"""Policy marginal at this price is compared with the oracle head by head."""
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """What to train on, how long, and what to measure."""
+
+    model: Path
+    """GGUF file or model directory."""
+    documents: Path
+    """A directory that `corpus.gather` filled."""
+    output: Path
+    """Takes samples, weights, report and plots."""
+    device: str = "cpu"
+    collect_seconds: float = 3600.0
+    """No training piece is begun after this time; what is there is trained on."""
+    epochs: float = 30.0
+    sensitivity_pieces: int = 24
+    assessed_documents: int = 10
+    """Test documents whose labels are compared, over prompts of all lengths."""
+    curve_documents: int = 16
+    """Test documents of the curve."""
+    curve_starts: tuple[int, ...] = (4000, 5000, 6000, 7000)
+    """Prompt lengths of the curve; each is followed by 8 steps."""
+    direct_thresholds: tuple[float, ...] = (0.1, 0.2, 0.3)
+    """Thresholds at which the paper's own form of the predictor is trained and compared."""
+    ablation: bool = False
+    """Train without each feature group in turn, a fifth of the epochs each."""
+    levels: tuple[tuple[str, str], ...] = (
+        ("ACCURATE", "marginal(0.1)"),
+        ("BALANCED", "marginal(0.5)"),
+        ("FAST", "marginal(3)"),
+    )
+    """What the weights' quality levels mean; choose them by `fluxion eval`."""
+
+
+class Training:
+    """One run.
+
+    Args:
+        options: what to do.
+        on_progress: called with a stage's name, what is done and of how much.
+    """
+
+    def __init__(self, options: TrainOptions, on_progress: Callable[[str, int, int], None]) -> None:
+        self._options, self._progress = options, on_progress
+        self._device = torch.device(options.device)
+        self._window = WindowSpec()
+        self._model: LoadedModel = load_model(
+            options.model, device=self._device, dtype=torch.float32
+        )
+        self._tokenizer = Tokenizer.load(options.model)
+        self._report: dict[str, Any] = {}
+
+    def run(self) -> Path:
+        """Everything; returns the weights' path.
+
+        Raises:
+            FluxionError: there are no documents, or the model cannot be used.
+        """
+        options = self._options
+        pieces = [(p.name, p.token_ids) for p in cut(self._texts("train"))]
+        shards = self._samples("train", pieces, options.collect_seconds)
+        validation = self._samples(
+            "validation", [(p.name, p.token_ids) for p in cut(self._texts("validation"))][:12]
+        )
+        tests = self._texts("test", minimum=max(options.curve_starts) + 200)
+        if not shards or not validation or not tests:
+            raise FluxionError(f"{options.documents} has no documents long enough; gather more")
+        assessed = self._samples("test", tests[: options.assessed_documents])
+        self._progress("head weights", 0, 1)
+        sensitivity = measure_sensitivity(
+            self._model.decoder,
+            [ids for _, ids in pieces[: options.sensitivity_pieces]],
+            self._window,
+        )
+        cost, priors = fit_cost(shards), fit_priors(shards)
+        data = with_priors(shards, self._device)
+        network = fit(
+            data,
+            epochs=options.epochs,
+            on_step=lambda step, steps, _: self._progress("network", step, steps),
+        )
+        head_weights = sensitivity / sensitivity.mean()
+        weights = PlannerWeights(
+            network=network,
+            priors=priors,
+            head_weights=head_weights,
+            cost=cost,
+            levels={name: parse_policy(text) for name, text in options.levels},
+            model_name=options.model.stem,
+            revision_hash=self._model.revision_hash,
+        )
+        path = options.output / "weights.safetensors"
+        weights.save(path)
+        self._report |= {
+            "model": options.model.stem,
+            "parameters": network.num_parameters,
+            "head_steps": data.features.shape[0],
+            "shards": len(shards),
+            "spread": cost.spread,
+            "sensitivity": sensitivity.tolist(),
+            "validation": self._quality(network, validation, priors),
+            "assessment": self._assess(network, assessed, priors),
+        }
+        if options.ablation:
+            self._report["ablation"] = self._ablate(data, validation, assessed, priors)
+        self._write_report()
+        direct = {
+            f"direct {threshold:g}": fit_direct(data, threshold)
+            for threshold in options.direct_thresholds
+        }
+        self._curve(tests, weights, {NETWORK: network} | direct)
+        self._write_report()
+        return path
+
+    def _texts(self, split: str, minimum: int = 0) -> list[tuple[str, list[int]]]:
+        """Documents of a split; with a minimum of tokens, taking turns among the kinds."""
+        context = self._model.config.context_tokens
+        by_kind: dict[str, list[tuple[str, list[int]]]] = {}
+        for document, text in corpus.load(self._options.documents, split):
+            ids = self._tokenizer.encode(text)
+            if minimum:
+                ids = ids[:context]
+            if len(ids) >= minimum:
+                by_kind.setdefault(document.kind, []).append((document.name, ids))
+        columns = by_kind.values()
+        deepest = max((len(column) for column in columns), default=0)
+        return [column[row] for row in range(deepest) for column in columns if row < len(column)]
+
+    def _samples(
+        self,
+        split: str,
+        documents: Sequence[tuple[str, Sequence[int]]],
+        seconds: float = float("inf"),
+    ) -> list[Samples]:
+        paths = collect(
+            self._model.decoder,
+            documents,
+            self._window,
+            self._options.output / "samples" / split,
+            lambda done, total: self._progress(f"{split} samples", done, total),
+            seconds=seconds,
+        )
+        return [Samples.load(path) for path in paths]
+
+    def _rows(self, shards: Sequence[Samples], priors: Tensor) -> tuple[Tensor, Tensor]:
+        """Features [samples, layers, heads, …] with priors, and log squared errors."""
+        features = torch.cat([shard.features for shard in shards]).to(self._device)
+        features[..., PRIORS] = priors.to(self._device)
+        return features, torch.cat([s.log_squares for s in shards]).to(self._device).float()
+
+    @torch.no_grad()
+    def _quality(
+        self, network: HeadProfileMlp, shards: Sequence[Samples], priors: Tensor
+    ) -> dict[str, float]:
+        features, observed = self._rows(shards, priors)
+        predicted = log_squared_errors(network(features))
+        return {
+            "weighted_deviance": float(weighted_deviance(predicted, observed).mean()),
+            "deviance": float(deviance(predicted, observed).mean()),
+        }
+
+    @torch.no_grad()
+    def _assess(
+        self, network: HeadProfileMlp, shards: Sequence[Samples], priors: Tensor
+    ) -> dict[str, object]:
+        """Labels and calibration on test documents, by prompt length."""
+        per_prompt = len(RUN_OFFSETS) * RUN_STEPS
+        split_at = LONGEST_TRAINED // 1024 * per_prompt
+        found: dict[str, object] = {}
+        for name, part in (
+            ("trained lengths", slice(0, split_at)),
+            ("longer", slice(split_at, None)),
+        ):
+            cut_shards = [
+                Samples(
+                    s.features[part],
+                    s.log_squares[part],
+                    s.plan_levels,
+                    s.plan_shares,
+                    s.plan_unions,
+                )
+                for s in shards
+                if s.features[part].shape[0]
+            ]
+            if not cut_shards:
+                continue
+            features, observed = self._rows(cut_shards, priors)
+            predicted = log_squared_errors(network(features))
+            flat, true = predicted.flatten(0, 2), observed.flatten(0, 2)
+            found[name] = {
+                "head_steps": flat.shape[0],
+                "labels": [asdict(assess.label_agreement(flat, true, t)) for t in LABEL_THRESHOLDS],
+                "calibration": {
+                    str(index): assess.calibration(flat[:, 0, index], true[:, 0, index])
+                    for index in (0, 3, 5)
+                },
+                "histogram": assess.error_histogram(flat[:, 0, 0], true[:, 0, 0]),
+                "streaming_by_layer": {
+                    str(t): assess.streaming_by_layer(predicted, observed, t) for t in (0.1, 0.2)
+                },
+            }
+        return found
+
+    def _ablate(
+        self,
+        data: Any,
+        validation: Sequence[Samples],
+        assessed: Sequence[Samples],
+        priors: Tensor,
+    ) -> dict[str, object]:
+        found: dict[str, object] = {}
+        for done, group in enumerate((None, *GROUPS)):
+            without = () if group is None else (group,)
+            network = fit(data, epochs=self._options.epochs / 5, without=without)
+            found[group or "none"] = {
+                "validation": self._quality(network, validation, priors),
+                "test": self._quality(network, assessed, priors),
+            }
+            self._progress("ablation", done + 1, len(GROUPS) + 1)
+        return found
+
+    def _curve(
+        self,
+        tests: Sequence[tuple[str, list[int]]],
+        weights: PlannerWeights,
+        networks: dict[str, HeadProfileMlp | DirectMlp],
+    ) -> None:
+        ways = standard_ways(self._options.direct_thresholds)
+        documents: list[dict[Way, WayResult]] = []
+        kinds: list[tuple[str, Tensor, Runs]] = []
+        chosen = tests[: self._options.curve_documents]
+        for done, (name, ids) in enumerate(chosen):
+            kv = prefill(self._model.decoder, ids)
+            runs = Runs(kv, self._options.curve_starts, RUN_STEPS)
+            simulator = WaySimulator(
+                self._model.decoder, runs, self._window, networks, weights.priors, weights.cost,
+                weights.head_weights,
+            )  # fmt: skip
+            documents.append(simulator.run(ways))
+            kinds.append((name.split("-")[0], copied_steps(runs, self._window), runs))
+            self._progress("curve", done + 1, len(chosen))
+        self._report["curve"] = {
+            "documents": [name for name, _ in chosen],
+            "steps": sum(next(iter(d.values())).kl.numel() for d in documents),
+            "figures": [asdict(figure) for figure in figures(documents)],
+            "bytes_at_reference_kl": relative_bytes_at_reference(documents),
+        }
+        predicted = PlannedWay("marginal", COMPARED_PRICE, NETWORK)
+        self._report["losses"] = asdict(
+            loss_report(documents, predicted, weights.head_weights, _kinds_of_steps(kinds))
+        )
+
+    def _write_report(self) -> None:
+        path = self._options.output / "report.json"
+        path.write_text(json.dumps(self._report, indent=1) + "\n")
+        _log.info(event("report written", path=path))
+
+
+def _kinds_of_steps(documents: Sequence[tuple[str, Tensor, Runs]]) -> dict[str, Tensor]:
+    """Masks over the steps of all documents: kinds of text, copies, a prompt's first step."""
+    names = [kind for kind, copied, _ in documents for _ in range(copied.numel())]
+    copied = torch.cat([copied for _, copied, _ in documents])
+    first = torch.cat(
+        [torch.arange(copied.numel()) < len(runs.starts) for _, copied, runs in documents]
+    )
+    kinds = {
+        f"text: {kind}": torch.tensor([name == kind for name in names])
+        for kind in sorted(set(names))
+    }
+    return kinds | {
+        "next token copies the region": copied,
+        "next token does not": ~copied,
+        "first step of a prompt": first,
+        "later steps": ~first,
+    }
