@@ -57,6 +57,13 @@ LONGEST_TRAINED = 4096
 COMPARED_PRICE = 1.0
 """Policy marginal at this price is compared with the oracle head by head."""
 
+DEFAULT_LEVELS = (
+    ("ACCURATE", "marginal(0.1)"),
+    ("BALANCED", "marginal(0.5)"),
+    ("FAST", "marginal(3)"),
+)
+"""What quality levels mean until `fluxion eval` says better."""
+
 
 @dataclass(frozen=True)
 class TrainOptions:
@@ -83,11 +90,7 @@ class TrainOptions:
     """Thresholds at which the paper's own form of the predictor is trained and compared."""
     ablation: bool = False
     """Train without each feature group in turn, a fifth of the epochs each."""
-    levels: tuple[tuple[str, str], ...] = (
-        ("ACCURATE", "marginal(0.1)"),
-        ("BALANCED", "marginal(0.5)"),
-        ("FAST", "marginal(3)"),
-    )
+    levels: tuple[tuple[str, str], ...] = DEFAULT_LEVELS
     """What the weights' quality levels mean; choose them by `fluxion eval`."""
 
 

@@ -503,7 +503,7 @@ def train(
     from rich.console import Console
 
     from fluxion_core.models.locate import default_models_dir, locate_model
-    from fluxion_core.training.pipeline import TrainOptions
+    from fluxion_core.training.pipeline import DEFAULT_LEVELS, TrainOptions
     from services.cli.train_command import parse_levels, run_training
 
     has_gpu = torch.cuda.is_available()
@@ -516,7 +516,7 @@ def train(
         epochs=epochs,
         curve_documents=curve_documents,
         ablation=ablation,
-        **({"levels": parse_levels(level)} if level else {}),
+        levels=parse_levels(level) if level else DEFAULT_LEVELS,
     )
     typer.echo(run_training(options, Console(stderr=True), plots=plots))
 
