@@ -124,13 +124,14 @@ def unpack(
             f"prompt profile of {len(payload)} B; {num_layers} layers of {num_heads} heads need "
             f"{expected}"
         )
-    values = torch.from_numpy(np.frombuffer(payload, dtype="<f4").astype(np.float32))
-    if not torch.isfinite(values).all():
+    numbers = np.frombuffer(payload, dtype="<f4").astype(np.float32)
+    # NumPy's check wakes no threads: the caller is an event loop.
+    if not np.isfinite(numbers).all():
         raise FrameFormatError("prompt profile holds values that are not finite")
     shapes = _shapes(num_heads, num_kv_heads)
     sizes = [int(np.prod(shape)) for shape in shapes.values()]
     profiles = []
-    for layer in values.view(num_layers, -1):
+    for layer in torch.from_numpy(numbers).view(num_layers, -1):
         parts = layer.split(sizes)
         named = zip(shapes.items(), parts, strict=True)
         profiles.append(PromptProfile(**{name: part.view(shape) for (name, shape), part in named}))
