@@ -26,7 +26,11 @@ def run_ruler(
     """
     suite = RulerSuite(model.encoder, options.seed, options.prose, options.squad, options.hotpot)
     session = Session(
-        model, options, {"prose": suite.prose.origin}, on_answer, max(options.lengths)
+        model,
+        options,
+        {"prose": suite.prose.origin, "texts": suite.fingerprint},
+        on_answer,
+        max(options.lengths),
     )
     names = options.tasks or TASK_NAMES
     for name in names:

@@ -7,6 +7,7 @@ single needles, whose score cannot change after a few dozen.
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,6 +29,9 @@ from fluxion_core.evaluation.tasks.question_answering import QuestionFile
 
 SHORT_LENGTH = 4096
 """Below this, common words occur less often: else they alone would be too long."""
+
+FINGERPRINT_SIZE = 200
+"""Of the haystacks that a fingerprint is taken of."""
 
 Generator = Callable[[int, random.Random], Question]
 
@@ -78,6 +82,16 @@ class RulerSuite:
     def task_names(self) -> tuple[str, ...]:
         """Of tasks that can be made."""
         return tuple(name for name in TASK_NAMES if name not in self.needs_file)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all wording, vocabulary, prose and question files: equal for the same cases."""
+        texts = []
+        for name in self.task_names:
+            task = self._task(name, SHORT_LENGTH)
+            size = max(task.smallest, FINGERPRINT_SIZE)
+            texts.append(task.generate(size, random.Random(self.seed)))
+        return hashlib.sha256(repr(texts).encode()).hexdigest()[:16]
 
     def case(self, name: str, length: int, number: int) -> Case:
         """The same for the same seed, model, task, length and number.

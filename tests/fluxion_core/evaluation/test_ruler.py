@@ -220,3 +220,16 @@ def test_a_directory_with_too_little_prose_is_refused(encoder: PromptEncoder, tm
     (tmp_path / "short.txt").write_text("One. Two.")
     with pytest.raises(ConfigError, match="2 sentences"):
         RulerSuite(encoder, seed=3, prose_directory=tmp_path)
+
+
+def test_a_fingerprint_changes_with_prose_files_and_seed(encoder: PromptEncoder, tmp_path: Path):
+    base = RulerSuite(encoder, seed=3)
+    assert base.fingerprint == RulerSuite(encoder, seed=3).fingerprint
+    (tmp_path / "essay.txt").write_text("One more sentence. " * 200)
+    squad = squad_file(tmp_path / "squad.json")
+    others = [
+        RulerSuite(encoder, seed=4),
+        RulerSuite(encoder, seed=3, prose_directory=tmp_path),
+        RulerSuite(encoder, seed=3, squad_file=squad),
+    ]
+    assert len({suite.fingerprint for suite in [base, *others]}) == 4
