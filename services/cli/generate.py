@@ -97,6 +97,8 @@ def timings_table(generation: Generation) -> Table:
         "digests included",
     )
     if usage.kv_reads.policy:
+        reads = usage.kv_reads
+        table.add_row("policy", reads.policy, f"{reads.streaming_share:.0%} of heads streaming")
         table.add_row("KV read per token", *kv_read_cells(usage))
         if blocks := chosen_blocks(usage.kv_reads):
             table.add_row("block sizes", "", blocks)
@@ -109,12 +111,9 @@ def kv_read_cells(usage: generate_pb2.Usage) -> tuple[str, str]:
     reads = usage.kv_reads
     read = f"{usage.kv_bytes_read_per_token / 1e6:.3g} MB"
     if not reads.share_of_exact:
-        return read, f"{reads.policy}: the default window was enough"
-    return (
-        read,
-        f"{reads.policy}: {reads.share_of_exact:.1%} of exact, {reads.share_of_fixed_estimate:.2f} "
-        f"of fixed(16, 5 %) (estimated), {reads.streaming_share:.0%} of heads streaming",
-    )
+        return read, "all of the text was in the default window"
+    fixed = f"{reads.share_of_fixed_estimate:.2f} of fixed(16, 5 %), estimated"
+    return read, f"{reads.share_of_exact:.1%} of exact, {fixed}"
 
 
 def chosen_blocks(reads: generate_pb2.KvReads) -> str:
