@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fluxion_core.errors import FluxionError, ShapeError
-from fluxion_core.geometry import BLOCK_SIZES, SPAN_TOKENS, WindowSpec
+from fluxion_core.geometry import BLOCK_SIZES, SPAN_TOKENS, KvGeometry, WindowSpec
 from fluxion_core.kernels import _native
 from fluxion_core.kernels.isa import MAX_GROUP, native_layout
 from fluxion_core.kvstore.store import HostKvStore, SequenceKv, StepAppend
@@ -88,8 +88,8 @@ class HybridAttention:
         planner: for policies that need head profiles; without one they are refused.
 
     Raises:
-        ShapeError: the heads do not form groups of at most 16, or the window is too short for
-            the store's digests.
+        ShapeError: the heads do not form groups of at most 16, the window is too short for the
+            store's digests, or the planner is of a model of another shape.
     """
 
     def __init__(
@@ -109,6 +109,8 @@ class HybridAttention:
             raise ShapeError(
                 f"recent_tokens is {window.recent_tokens}; 8-bit digests need {SPAN_TOKENS} or more"
             )
+        if planner is not None:
+            _check_planner(planner, store.geometry, num_heads)
         self._geometry = store.geometry
         self._window = window
         self._num_heads = num_heads
@@ -263,6 +265,20 @@ class _Step:
             self.budgets = self.budgets.repeat(planner.num_layers, 1, 1)
         levels, budgets = state.fixed_plans(policy, self.regions[row])
         self.levels[:, row], self.budgets[:, row] = levels, budgets
+
+
+def _check_planner(planner: Planner, geometry: KvGeometry, num_heads: int) -> None:
+    needed = {
+        "num_layers": geometry.num_layers,
+        "num_heads": num_heads,
+        "num_kv_heads": geometry.num_kv_heads,
+        "head_dim": geometry.head_dim,
+    }
+    for name, number in needed.items():
+        if getattr(planner, name) != number:
+            raise ShapeError(
+                f"the planner's {name} is {getattr(planner, name)}, the model's {number}"
+            )
 
 
 def _rows(tensor: Tensor) -> Tensor:

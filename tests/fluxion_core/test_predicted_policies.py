@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fluxion_core.errors import FluxionError, ShapeError
 from fluxion_core.geometry import BLOCK_SIZES, BLOCK_TOKENS, KvGeometry, WindowSpec, ceil_div
 from fluxion_core.hybrid_attention import HybridAttention, StepReads
 from fluxion_core.kernels.block_score import cpu as block_score
@@ -21,6 +22,8 @@ from fluxion_core.scheduler.scheduler import CpuPool
 from fluxion_core.selector.planner import Planner, PlannerState
 from fluxion_core.selector.policy import (
     READ_NOTHING,
+    ExactPolicy,
+    FixedPolicy,
     MarginalPolicy,
     Policy,
     ThresholdPolicy,
@@ -200,3 +203,111 @@ def test_every_step_reads_and_gives_what_the_torch_planner_says(
             sequence.kv.num_tokens += 1
     assert READ_NOTHING in seen_levels
     assert len(seen_levels) >= 3
+
+
+def test_a_sequences_result_does_not_depend_on_its_company_or_on_the_threads():
+    planner = make_planner(LAYERS, HEADS, KV_HEADS, DIM, network=random_network(3))
+    free = (LENGTHS[5], LENGTHS[6], LENGTHS[7], LENGTHS[4], LENGTHS[0])
+    policies: list[Policy] = [
+        MarginalPolicy(20.0),
+        ExactPolicy(),
+        ThresholdPolicy(0.6),
+        FixedPolicy(32, 0.1),
+        ThresholdPolicy(0.6),
+    ]
+    results = []
+    for threads, alone in ((3, False), (1, True)):
+        store = make_store(16)
+        pool = CpuPool(threads)
+        attention = HybridAttention(store, WINDOW, num_heads=HEADS, pool=pool, planner=planner)
+        sequences = [fill(store, planner, length, seed) for seed, length in enumerate(free)]
+        generator = torch.Generator().manual_seed(5)
+        for _ in range(4):
+            rows = [token(generator) for _ in sequences]
+            if alone:
+                parts = [
+                    run_step(attention, [sequence], [policy], [row])
+                    for sequence, policy, row in zip(sequences, policies, rows, strict=True)
+                ]
+                outputs = torch.cat([part[0] for part in parts])
+                reads = [part[2][0] for part in parts]
+            else:
+                outputs, _, reads = run_step(attention, sequences, policies, rows)
+            results.append((outputs, reads))
+    for together, by_itself in zip(results[:4], results[4:], strict=True):
+        assert torch.equal(together[0], by_itself[0])
+        assert together[1] == by_itself[1]
+
+
+def test_a_threshold_that_nothing_meets_is_exact_and_reads_everything():
+    planner = make_planner(LAYERS, HEADS, KV_HEADS, DIM, network=random_network(3))
+    outputs = []
+    for policy in (ThresholdPolicy(1e-30), ExactPolicy()):
+        store = make_store(16)
+        attention = HybridAttention(
+            store, WINDOW, num_heads=HEADS, pool=CpuPool(2), planner=planner
+        )
+        sequence = fill(store, planner, 1000, 0)
+        rows = token(torch.Generator().manual_seed(1))
+        output, _, (reads,) = run_step(attention, [sequence], [policy], [rows])
+        outputs.append(output)
+        assert reads.attended_bytes == reads.region_bytes
+        assert reads.groups_everything == LAYERS * KV_HEADS
+        assert reads.groups_of_size == (0, 0, 0, 0)
+        assert reads.streaming_share == 0.0
+    torch.testing.assert_close(outputs[0], outputs[1], atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["network", "training-free"])
+def test_a_threshold_that_all_meet_reads_nothing_but_the_coarse_digests(mode: str):
+    network = random_network(3) if mode == "network" else None
+    planner = make_planner(LAYERS, HEADS, KV_HEADS, DIM, network=network)
+    store = make_store(16)
+    attention = HybridAttention(store, WINDOW, num_heads=HEADS, pool=CpuPool(2), planner=planner)
+    sequence = fill(store, planner, 1000, 0)
+    rows = token(torch.Generator().manual_seed(1))
+    _, _, (reads,) = run_step(attention, [sequence], [ThresholdPolicy(1e30)], [rows])
+    # By hand: the region, 64 to 736, touches blocks 0 to 5 of 128 tokens; they lie in three slabs
+    # of two blocks, each with one record, of a word for each block and channel.
+    scanned = LAYERS * KV_HEADS * 3 * 2 * DIM * 4 if mode == "network" else 0
+    assert (reads.scanned_bytes, reads.attended_bytes) == (scanned, 0)
+    assert reads.region_bytes == (736 - 64) * LAYERS * KV_HEADS * DIM * 4
+    assert (reads.groups_nothing, reads.streaming_share) == (LAYERS * KV_HEADS, 1.0)
+    assert (reads.streaming_heads, reads.planned_heads) == (LAYERS * HEADS, LAYERS * HEADS)
+    spent = attention.plan_nanoseconds
+    assert (spent.predict > 0, spent.select > 0, spent.scan > 0) == (mode == "network",) * 3
+
+
+def test_without_a_region_nothing_is_planned_or_counted():
+    planner = make_planner(LAYERS, HEADS, KV_HEADS, DIM, network=random_network(3))
+    store = make_store(16)
+    attention = HybridAttention(store, WINDOW, num_heads=HEADS, pool=CpuPool(1), planner=planner)
+    sequence = fill(store, planner, 100, 0)
+    rows = token(torch.Generator().manual_seed(1))
+    _, _, (reads,) = run_step(attention, [sequence], [ThresholdPolicy(0.1)], [rows])
+    assert reads == StepReads(0, 0)
+    assert reads.streaming_share == 0.0
+
+
+def test_predicted_policies_without_planner_or_state_are_refused():
+    planner = make_planner(LAYERS, HEADS, KV_HEADS, DIM, network=None)
+    other = make_planner(LAYERS, HEADS, KV_HEADS, DIM, network=None)
+    store = make_store(16)
+    one, two = (fill(store, planner, 1000, seed) for seed in range(2))
+    policy = ThresholdPolicy(0.1)
+    bare = HybridAttention(store, WINDOW, num_heads=HEADS, pool=CpuPool(1))
+    with pytest.raises(FluxionError, match="without one"):
+        bare.begin_step([one.kv], [policy], [one.state])
+    attention = HybridAttention(store, WINDOW, num_heads=HEADS, pool=CpuPool(1), planner=planner)
+    with pytest.raises(FluxionError, match="planner state"):
+        attention.begin_step([one.kv], [policy])
+    with pytest.raises(FluxionError, match="planner state"):
+        attention.begin_step([one.kv], [policy], [other.new_state(one.profiles)])
+    with pytest.raises(FluxionError, match="share"):
+        attention.begin_step([one.kv, two.kv], [policy] * 2, [one.state] * 2)
+
+
+def test_a_planner_of_another_shape_is_refused():
+    planner = make_planner(LAYERS, HEADS, KV_HEADS, DIM * 2, network=None)
+    with pytest.raises(ShapeError, match="head_dim"):
+        HybridAttention(make_store(16), WINDOW, num_heads=HEADS, pool=CpuPool(1), planner=planner)
