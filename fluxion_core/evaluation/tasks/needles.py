@@ -83,7 +83,7 @@ def needle_question(
         f"Which {'are' if some else 'is'} the {plural} of {names} in the text above?"
     )
     # Of one needle, the needle's own words: models that cannot follow a question can do that.
-    prefix = f"The {plural} of {names} {'are' if some else 'is'}:"
+    prefix = f"The {plural} of {names} {'are' if some else 'is'}"
     return Question(text, answers, prefix)
 
 
