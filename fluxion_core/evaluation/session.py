@@ -220,18 +220,23 @@ class Session:
         return slabs * stride
 
     def _settings(self) -> dict[str, str]:
-        weights = self.options.weights
-        fingerprint = (
-            hashlib.sha256(weights.read_bytes()).hexdigest()[:16] if weights else "not given"
-        )
         return {
             "benchmark": self.options.benchmark,
             "model": self.model.loaded.name,
             "revision": self.model.loaded.revision_hash,
             "prompts": "chat template" if self.model.encoder.is_chat else "plain text",
             "seed": str(self.options.seed),
-            "planner": f"{self.model.weights.mode}, weights {fingerprint}",
+            "planner": f"{self.model.weights.mode}, weights {_fingerprint(self.model.weights)}",
             # One journal may gather several policies, run after run; a level must stay the same.
             **{f"level {n.lower()}": str(p) for n, p in sorted(self.model.weights.levels.items())},
             **self.benchmark_settings,
         }
+
+
+def _fingerprint(weights: PlannerWeights) -> str:
+    """Of all numbers that plans depend on."""
+    digest = hashlib.sha256(repr(weights.cost).encode())
+    state = {} if weights.network is None else weights.network.state_dict()
+    for tensor in (weights.priors, weights.head_weights, *state.values()):
+        digest.update(tensor.float().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

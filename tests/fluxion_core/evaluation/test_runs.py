@@ -99,6 +99,15 @@ def test_a_resumed_run_answers_only_what_is_missing(model: EvaluationModel, tmp_
     assert again == complete
 
 
+def test_a_journal_of_other_weights_is_refused(model: EvaluationModel, tmp_path: Path):
+    options = replace(OPTIONS, tasks=("vt",), cases=1, journal=tmp_path / "journal.jsonl")
+    run_ruler(model, options, ignore)
+    heavier = replace(model.weights, head_weights=model.weights.head_weights * 2)
+    other = replace(model, weights=heavier)
+    with pytest.raises(ConfigError, match="planner was"):
+        run_ruler(other, replace(options, resume=True), ignore)
+
+
 def test_a_run_that_is_out_of_time_begins_no_case_and_says_so(model: EvaluationModel):
     report, session = run_ruler(model, replace(OPTIONS, stop_after_seconds=1e-9), ignore)
     assert not session.journal.answers
