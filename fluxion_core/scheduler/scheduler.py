@@ -30,8 +30,10 @@ class TaskSpan:
     worker: int
     """Of the pool's workers; the number after the last one is the thread that waits."""
     task: int
+    """Of attention: sequence * kv_heads + KV head; of a layer's plans: which of their sequences."""
     phase: int
-    """0 score, 1 select, 2 attend."""
+    """Attention: 0 score, 1 select, 2 attend. Plans: 3 look, 4 see, 5 and 6 the network's hidden
+    layers, 7 its last one and the selection."""
     chunk: int
     start_ns: int
     """On the system's monotonic clock."""

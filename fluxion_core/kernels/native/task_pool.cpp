@@ -103,7 +103,13 @@ void TaskPool::wait() {
     }
   }
   round_.fetch_add(1);  // even: nobody comes in any more
-  while (inside_.load() > 0) pause();
+  for (int pauses = 1; inside_.load() > 0; ++pauses) {
+    if (pauses % kPausesBeforeYield == 0) {
+      sched_yield();
+    } else {
+      pause();
+    }
+  }
   work_ = nullptr;
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from fluxion_core.benchmark.decode_step import run_decode_step_bench
 from fluxion_core.errors import ConfigError
 from fluxion_core.models.config import ModelConfig, RopeConfig
 from fluxion_core.models.decoder import Decoder
+from fluxion_core.selector.planner_weights import PlannerWeights
+from tests.fluxion_core.planner_fixtures import random_network
 
 CONFIG = ModelConfig(
     architecture="llama",
@@ -105,6 +108,35 @@ def test_the_bench_decodes_the_tokens_of_plain_attention(decoder, token_ids, mon
     assert figures["fixed(16, 100 %)"]["read_bytes"] > figures["exact"]["read_bytes"]
     assert 0 < figures["fixed(64, 5 %)"]["read_bytes"] < figures["exact"]["read_bytes"]
     assert report["tokens_equal"] is None
+
+
+@pytest.mark.parametrize("mode", ["network", "training-free"])
+def test_predicted_policies_report_what_planning_costs(decoder, token_ids, mode):
+    network = random_network(3) if mode == "network" else None
+    layers, heads = CONFIG.num_layers, CONFIG.num_heads
+    weights = replace(PlannerWeights.training_free(layers, heads), network=network)
+    report = run_decode_step_bench(
+        Console(file=io.StringIO()),
+        decoder,
+        token_ids,
+        steps=2,
+        policies=("exact", "threshold(1e-30)", "marginal(1e30)"),
+        weights=weights,
+    )
+    assert report["planner"] == mode
+    figures = {figure["name"]: figure for figure in report["figures"]}
+    exact, all_read, none_read = (
+        figures[name] for name in ("exact", "threshold(1e-30)", "marginal(1e+30)")
+    )
+    assert exact["plan_share"] == 0.0
+    # Two layers and KV heads, blocks 0 to 3 of 128 tokens in one slab: one record of 4 blocks.
+    coarse = 2 * 2 * 4 * 64 * 4 if mode == "network" else 0
+    assert all_read["read_bytes"] == exact["read_bytes"] + coarse
+    assert none_read["read_bytes"] == coarse
+    for figure in (all_read, none_read):
+        assert (figure["predict_milliseconds"] > 0) == (mode == "network")
+        assert (figure["select_milliseconds"] > 0) == (mode == "network")
+        assert figure["region_share"] == figure["read_bytes"] / exact["read_bytes"]
 
 
 def test_no_policies_are_refused(decoder, token_ids):
