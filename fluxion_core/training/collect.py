@@ -30,6 +30,7 @@ from fluxion_core.predictor.head_profile import BUDGETS
 from fluxion_core.predictor.layer_step import LayerStep, profile_prompts
 from fluxion_core.predictor.prompt_profile import PROFILED_QUERIES, PromptProfile
 from fluxion_core.training.replay import COARSEST, prefill, replay
+from fluxion_core.training.workers import Workers
 
 RUN_OFFSETS = (0, 120, 400)
 """Distances from the prompt's end at which runs begin."""
@@ -198,8 +199,29 @@ def _union_of(step: LayerStep, levels: Tensor, chosen: Tensor) -> tuple[Tensor, 
     return levels.flatten(), shares.flatten(0, 1), union.flatten()
 
 
+@dataclass(frozen=True)
+class _Errand:
+    """One document to collect, for a worker."""
+
+    path: Path
+    token_ids: Sequence[int]
+    window: WindowSpec
+    seed: int
+    latest_start: float
+    """Of time.time()."""
+
+
+def _run_errand(decoder: Decoder, errand: _Errand) -> Path | None:
+    if not errand.path.is_file():
+        if time.time() > errand.latest_start:
+            return None
+        samples = collect_document(decoder, errand.token_ids, errand.window, seed=errand.seed)
+        samples.save(errand.path)
+    return errand.path
+
+
 def collect(
-    decoder: Decoder,
+    workers: Workers,
     documents: Sequence[tuple[str, Sequence[int]]],
     window: WindowSpec,
     directory: Path,
@@ -210,7 +232,7 @@ def collect(
     """Write one shard per document; those that are there already are left alone.
 
     Args:
-        decoder: float32.
+        workers: that do it.
         documents: name and token ids of each.
         window: the default window.
         directory: of the shards, made if it is not there.
@@ -221,14 +243,14 @@ def collect(
         The shards that are there now.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    started = time.monotonic()
+    latest = time.time() + seconds
+    errands = [
+        _Errand(directory / f"{name}.safetensors", token_ids, window, number, latest)
+        for number, (name, token_ids) in enumerate(documents)
+    ]
     shards = []
-    for number, (name, token_ids) in enumerate(documents):
-        path = directory / f"{name}.safetensors"
-        if not path.is_file():
-            if time.monotonic() - started > seconds:
-                continue
-            collect_document(decoder, token_ids, window, seed=number).save(path)
-        shards.append(path)
-        on_done(number + 1, len(documents))
+    for number, path in enumerate(workers.map(_run_errand, errands)):
+        on_done(number + 1, len(errands))
+        if path is not None:
+            shards.append(path)
     return shards

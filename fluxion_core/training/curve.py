@@ -47,7 +47,7 @@ class PlannedWay:
     """Plans by a policy, from decisions of some source."""
 
     policy: str
-    """threshold, marginal, unweighted (marginal, but all heads weigh the same) or direct."""
+    """threshold, direct, marginal, or a name for marginal with other weights of heads."""
     number: float
     """The threshold, or the price."""
     source: str
@@ -127,7 +127,7 @@ class WaySimulator:
         networks: by name.
         priors: [layers, heads, 3].
         cost: the selector's cost model.
-        weights: [layers, heads]: what squared errors count under policy `marginal`.
+        weights: by policy, [layers, heads]: what squared errors count; all the same if absent.
     """
 
     def __init__(
@@ -138,12 +138,12 @@ class WaySimulator:
         networks: Mapping[str, HeadProfileMlp | DirectMlp],
         priors: Tensor,
         cost: CostModel,
-        weights: Tensor,
+        weights: Mapping[str, Tensor],
     ) -> None:
         self._decoder, self._runs, self._window = decoder, runs, window
         self._networks, self._cost = networks, cost
         self._priors = priors.to(runs.kv.keys.device)
-        self._weights = weights.to(runs.kv.keys.device)
+        self._weights = {name: each.to(runs.kv.keys.device) for name, each in weights.items()}
         self._profiles = profile_runs(decoder, runs, window)
         with torch.no_grad():
             self._exact = F.log_softmax(self._logits(self._attend_exact), dim=-1)
@@ -273,11 +273,9 @@ class WaySimulator:
         policy = ways[0].policy
         if policy == "threshold":
             return by_threshold(log_squares, numbers, self._cost)
-        # `unweighted` is `marginal` before heads were weighted: what that is compared with.
-        weights = self._weights[layer].view(log_squares.shape[1:3])
-        return by_price(
-            log_squares, numbers, self._cost, None if policy == "unweighted" else weights
-        )
+        weights = self._weights.get(policy)
+        of_layer = None if weights is None else weights[layer].view(log_squares.shape[1:3])
+        return by_price(log_squares, numbers, self._cost, of_layer)
 
 
 def join(results: Sequence[WayResult]) -> WayResult:

@@ -1,8 +1,9 @@
-"""Token ids of documents, cut for training: pieces, some of them with quotations.
+"""Token ids of documents, cut for training: pieces, some of them with quotations or look-ups.
 
 In ordinary text, heads seldom need anything from far back. So that there are enough steps in which
-they do, every third piece quotes itself: at each sampled run, tokens are a copy of an earlier
-stretch, of which the run sees the beginning and then has to go on.
+they do, one piece of three quotes itself: at each sampled run, tokens are a copy of an earlier
+stretch, of which the run sees the beginning and then has to go on. Another one of three has facts
+written into it that are asked for at the runs (lookups.py).
 """
 
 from __future__ import annotations
@@ -12,13 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fluxion_core.training.collect import RUN_OFFSETS, RUN_STEPS, prompt_ends
+from fluxion_core.training.lookups import Encode, with_lookups
 
 PIECE_TOKENS = 4608
 """Room for prompts of up to 4,096 tokens and the steps after them."""
 
 MINIMUM_TOKENS = 2600
-
-QUOTE_EVERY = 3
 
 _LEAD_TOKENS = 8
 """Quoted tokens before a run's first step."""
@@ -32,12 +32,15 @@ class Piece:
     token_ids: list[int]
 
 
-def cut(documents: Sequence[tuple[str, Sequence[int]]], *, seed: int = 1) -> list[Piece]:
+def cut(
+    documents: Sequence[tuple[str, Sequence[int]]], encode: Encode, *, seed: int = 1
+) -> list[Piece]:
     """Training pieces of documents, in random order.
 
     Args:
         documents: name and token ids of each.
-        seed: of quotations and order.
+        encode: text to tokens, without a beginning-of-text token.
+        seed: of quotations, look-ups and order.
     """
     generator = random.Random(seed)
     pieces: list[Piece] = []
@@ -46,9 +49,12 @@ def cut(documents: Sequence[tuple[str, Sequence[int]]], *, seed: int = 1) -> lis
             ids = list(token_ids[first : first + PIECE_TOKENS])
             if len(ids) < MINIMUM_TOKENS:
                 continue
-            quotes = len(pieces) % QUOTE_EVERY == QUOTE_EVERY - 1
-            ids = with_quotations(ids, generator) if quotes else ids
-            pieces.append(Piece(f"{name}-{first}{'-quoting' if quotes else ''}", ids))
+            kind = ("plain", "quoting", "asking")[len(pieces) % 3]
+            if kind == "quoting":
+                ids = with_quotations(ids, generator)
+            elif kind == "asking":
+                ids = with_lookups(ids, encode, generator)
+            pieces.append(Piece(f"{name}-{first}-{kind}", ids))
     generator.shuffle(pieces)
     return pieces
 

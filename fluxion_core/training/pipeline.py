@@ -6,6 +6,7 @@ documents ─► pieces ─► samples (one shard each) ─► priors, cost mode
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -28,7 +29,8 @@ from fluxion_core.selector.policy import parse_policy
 from fluxion_core.telemetry import event
 from fluxion_core.training import assess, corpus
 from fluxion_core.training.collect import RUN_OFFSETS, RUN_STEPS, Samples, collect
-from fluxion_core.training.curve import PlannedWay, Runs, Way, WayResult, WaySimulator
+from fluxion_core.training.curve import PlannedWay, Way, WayResult
+from fluxion_core.training.curve_errand import CurveErrand, run_curve_errand
 from fluxion_core.training.direct import DirectMlp, fit_direct
 from fluxion_core.training.fit import (
     deviance,
@@ -44,16 +46,17 @@ from fluxion_core.training.frontier import (
     relative_bytes_at_reference,
     standard_ways,
 )
-from fluxion_core.training.losses import copied_steps, loss_report
+from fluxion_core.training.losses import loss_report
 from fluxion_core.training.pieces import cut
-from fluxion_core.training.replay import prefill
 from fluxion_core.training.sensitivity import measure_sensitivity
+from fluxion_core.training.workers import Workers
 
 _log = logging.getLogger(__name__)
 
 LABEL_THRESHOLDS = (0.05, 0.1, 0.2, 0.3)
 LONGEST_TRAINED = 4096
 """Prompts of training pieces are no longer."""
+VALIDATION_PIECES = 12
 COMPARED_PRICE = 1.0
 """Policy marginal at this price is compared with the oracle head by head."""
 
@@ -76,10 +79,12 @@ class TrainOptions:
     output: Path
     """Takes samples, weights, report and plots."""
     device: str = "cpu"
+    workers: int = 1
+    """Processes that collect and replay."""
     collect_seconds: float = 3600.0
     """No training piece is begun after this time; what is there is trained on."""
     epochs: float = 30.0
-    sensitivity_pieces: int = 24
+    sensitivity_pieces: int = 48
     assessed_documents: int = 10
     """Test documents whose labels are compared, over prompts of all lengths."""
     curve_documents: int = 16
@@ -106,8 +111,9 @@ class Training:
         self._options, self._progress = options, on_progress
         self._device = torch.device(options.device)
         self._window = WindowSpec()
+        self._workers = Workers(options.workers, options.model, options.device)
         self._model: LoadedModel = load_model(
-            options.model, device=self._device, dtype=torch.float32
+            options.model, device=torch.device("cpu"), dtype=torch.float32
         )
         self._tokenizer = Tokenizer.load(options.model)
         self._report: dict[str, Any] = {}
@@ -119,21 +125,16 @@ class Training:
             FluxionError: there are no documents, or the model cannot be used.
         """
         options = self._options
-        pieces = [(p.name, p.token_ids) for p in cut(self._texts("train"))]
+        pieces = self._pieces("train")
         shards = self._samples("train", pieces, options.collect_seconds)
-        validation = self._samples(
-            "validation", [(p.name, p.token_ids) for p in cut(self._texts("validation"))][:12]
-        )
+        validation = self._samples("validation", self._pieces("validation")[:VALIDATION_PIECES])
         tests = self._texts("test", minimum=max(options.curve_starts) + 200)
         if not shards or not validation or not tests:
             raise FluxionError(f"{options.documents} has no documents long enough; gather more")
         assessed = self._samples("test", tests[: options.assessed_documents])
         self._progress("head weights", 0, 1)
-        sensitivity = measure_sensitivity(
-            self._model.decoder,
-            [ids for _, ids in pieces[: options.sensitivity_pieces]],
-            self._window,
-        )
+        texts = [ids for _, ids in pieces[: options.sensitivity_pieces]]
+        sensitivity = measure_sensitivity(self._workers, texts, self._window)
         cost, priors = fit_cost(shards), fit_priors(shards)
         data = with_priors(shards, self._device)
         network = fit(
@@ -174,6 +175,12 @@ class Training:
         self._write_report()
         return path
 
+    def _pieces(self, split: str) -> list[tuple[str, list[int]]]:
+        def encode(text: str) -> list[int]:
+            return self._tokenizer.encode(text, add_special_tokens=False)
+
+        return [(piece.name, piece.token_ids) for piece in cut(self._texts(split), encode)]
+
     def _texts(self, split: str, minimum: int = 0) -> list[tuple[str, list[int]]]:
         """Documents of a split; with a minimum of tokens, taking turns among the kinds."""
         context = self._model.config.context_tokens
@@ -195,7 +202,7 @@ class Training:
         seconds: float = float("inf"),
     ) -> list[Samples]:
         paths = collect(
-            self._model.decoder,
+            self._workers,
             documents,
             self._window,
             self._options.output / "samples" / split,
@@ -288,19 +295,28 @@ class Training:
         networks: dict[str, HeadProfileMlp | DirectMlp],
     ) -> None:
         ways = standard_ways(self._options.direct_thresholds)
-        documents: list[dict[Way, WayResult]] = []
-        kinds: list[tuple[str, Tensor, Runs]] = []
         chosen = tests[: self._options.curve_documents]
-        for done, (name, ids) in enumerate(chosen):
-            kv = prefill(self._model.decoder, ids)
-            runs = Runs(kv, self._options.curve_starts, RUN_STEPS)
-            simulator = WaySimulator(
-                self._model.decoder, runs, self._window, networks, weights.priors, weights.cost,
-                weights.head_weights,
-            )  # fmt: skip
-            documents.append(simulator.run(ways))
-            kinds.append((name.split("-")[0], copied_steps(runs, self._window), runs))
-            self._progress("curve", done + 1, len(chosen))
+        errands = [
+            CurveErrand(
+                ids,
+                self._options.curve_starts,
+                self._window,
+                ways,
+                {name: copy.deepcopy(network).cpu() for name, network in networks.items()},
+                weights.priors,
+                weights.cost,
+                {"marginal": weights.head_weights},
+            )
+            for _, ids in chosen
+        ]
+        documents: list[dict[Way, WayResult]] = []
+        kinds: list[tuple[str, Tensor, int]] = []
+        for (name, _), (results, copied) in zip(
+            chosen, self._workers.map(run_curve_errand, errands), strict=True
+        ):
+            documents.append(results)
+            kinds.append((name.split("-")[0], copied, len(self._options.curve_starts)))
+            self._progress("curve", len(documents), len(chosen))
         self._report["curve"] = {
             "documents": [name for name, _ in chosen],
             "steps": sum(next(iter(d.values())).kl.numel() for d in documents),
@@ -318,13 +334,15 @@ class Training:
         _log.info(event("report written", path=path))
 
 
-def _kinds_of_steps(documents: Sequence[tuple[str, Tensor, Runs]]) -> dict[str, Tensor]:
-    """Masks over the steps of all documents: kinds of text, copies, a prompt's first step."""
+def _kinds_of_steps(documents: Sequence[tuple[str, Tensor, int]]) -> dict[str, Tensor]:
+    """Masks over the steps of all documents: kinds of text, copies, a prompt's first step.
+
+    Args:
+        documents: kind of text, which steps are copies, and runs of each.
+    """
     names = [kind for kind, copied, _ in documents for _ in range(copied.numel())]
     copied = torch.cat([copied for _, copied, _ in documents])
-    first = torch.cat(
-        [torch.arange(copied.numel()) < len(runs.starts) for _, copied, runs in documents]
-    )
+    first = torch.cat([torch.arange(copied.numel()) < runs for _, copied, runs in documents])
     kinds = {
         f"text: {kind}": torch.tensor([name == kind for name in names])
         for kind in sorted(set(names))

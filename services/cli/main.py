@@ -482,6 +482,9 @@ def train(
     device: Annotated[
         str, typer.Option(help="cpu or cuda; auto takes a GPU if there is.")
     ] = "auto",
+    workers: Annotated[
+        int, typer.Option(min=1, help="Processes that collect and replay; 6 use a GPU well.")
+    ] = 1,
     collect_seconds: Annotated[
         float, typer.Option(min=1, help="No training text is begun after this time, s.")
     ] = 3600.0,
@@ -512,6 +515,7 @@ def train(
         documents=documents,
         output=output,
         device=("cuda" if has_gpu else "cpu") if device == "auto" else device,
+        workers=workers,
         collect_seconds=collect_seconds,
         epochs=epochs,
         curve_documents=curve_documents,

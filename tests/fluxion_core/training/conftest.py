@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from fluxion_core.geometry import WindowSpec
 from fluxion_core.models.config import ModelConfig, RopeConfig
 from fluxion_core.models.decoder import Decoder
+from fluxion_core.training.workers import Workers
 
 CONFIG = ModelConfig(
     architecture="llama",
@@ -48,3 +51,10 @@ def token_ids() -> list[int]:
 @pytest.fixture(scope="session")
 def window() -> WindowSpec:
     return WindowSpec()
+
+
+@pytest.fixture
+def workers(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> Workers:
+    """This process alone, with the toy for its model."""
+    monkeypatch.setattr(Workers, "decoder", lambda self: decoder)
+    return Workers(1, Path("toy"), "cpu")

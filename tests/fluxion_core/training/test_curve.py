@@ -72,20 +72,20 @@ def test_the_papers_form_decides_too(simulator):
     assert result.attended.max() == 0
 
 
-def test_samples_are_whole_resumable_and_seeded(decoder, token_ids, window, tmp_path):
+def test_samples_are_whole_resumable_and_seeded(decoder, workers, token_ids, window, tmp_path):
     told = []
     documents = [("one", token_ids), ("two", token_ids[::-1])]
-    paths = collect(decoder, documents[:1], window, tmp_path, lambda *done: told.append(done))
+    paths = collect(workers, documents[:1], window, tmp_path, lambda *done: told.append(done))
     before = paths[0].read_bytes()
     first = collect_document(decoder, token_ids, window, seed=0)
     assert torch.isfinite(first.features).all()
     assert first.log_squares.max() <= 2.0
-    paths = collect(decoder, documents, window, tmp_path, lambda *done: told.append(done))
+    paths = collect(workers, documents, window, tmp_path, lambda *done: told.append(done))
     assert [path.stem for path in paths] == ["one", "two"]
     assert paths[0].read_bytes() == before
     assert told == [(1, 1), (1, 2), (2, 2)]
     # Time is up before anything new is begun; what is there is still found.
-    late = collect(decoder, [*documents, ("three", token_ids)], window, tmp_path, print, seconds=-1)
+    late = collect(workers, [*documents, ("three", token_ids)], window, tmp_path, print, seconds=-1)
     assert [path.stem for path in late] == ["one", "two"]
 
 
@@ -103,13 +103,13 @@ def test_copied_steps_are_found_in_the_region_only(decoder, token_ids, window):
     assert copied_steps(runs, window).tolist() == [True, False]
 
 
-def test_heads_that_do_not_reach_the_output_weigh_nothing(decoder, token_ids, window):
-    sensitivity = measure_sensitivity(decoder, [token_ids], window, steps=3, draws=2)
+def test_heads_that_do_not_reach_the_output_weigh_nothing(decoder, workers, token_ids, window):
+    sensitivity = measure_sensitivity(workers, [token_ids], window, steps=3, draws=2)
     assert sensitivity.shape == (2, 4)
     assert (sensitivity > 0).all()
     before = decoder.layers[1].output.clone()
     decoder.layers[1].output[:, :16] = 0
-    muted = measure_sensitivity(decoder, [token_ids], window, steps=3, draws=2)
+    muted = measure_sensitivity(workers, [token_ids], window, steps=3, draws=2)
     decoder.layers[1].output.copy_(before)
     assert muted[1, 0] == 0
     assert muted[1, 1] > 0

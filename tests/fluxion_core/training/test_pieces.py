@@ -7,17 +7,37 @@ import random
 import torch
 
 from fluxion_core.training.collect import RUN_OFFSETS, RUN_STEPS, plan_rows, prompt_ends
+from fluxion_core.training.lookups import with_lookups
 from fluxion_core.training.pieces import MINIMUM_TOKENS, PIECE_TOKENS, cut, with_quotations
 
 
-def test_pieces_cover_a_document_and_every_third_quotes():
+def test_pieces_cover_a_document_and_kinds_take_turns():
     documents = [("a", list(range(10_000))), ("short", list(range(MINIMUM_TOKENS - 1)))]
-    pieces = {piece.name: piece.token_ids for piece in cut(documents * 1)}
-    assert sorted(pieces) == ["a-0", f"a-{PIECE_TOKENS}"]
-    assert pieces["a-0"] == list(range(PIECE_TOKENS))
-    more = cut([(str(i), list(range(3000))) for i in range(6)])
-    assert sum("quoting" in piece.name for piece in more) == 2
-    assert cut(documents) == cut(documents)
+    pieces = {piece.name: piece.token_ids for piece in cut(documents, encode)}
+    assert sorted(pieces) == ["a-0-plain", f"a-{PIECE_TOKENS}-quoting"]
+    assert pieces["a-0-plain"] == list(range(PIECE_TOKENS))
+    more = cut([(str(i), list(range(3000))) for i in range(6)], encode)
+    kinds = sorted(piece.name.split("-")[-1] for piece in more)
+    assert kinds == ["asking", "asking", "plain", "plain", "quoting", "quoting"]
+    assert cut(documents, encode) == cut(documents, encode)
+
+
+def encode(text: str) -> list[int]:
+    return list(text.encode())
+
+
+def test_a_lookup_asks_for_a_fact_of_the_region_and_the_run_is_its_value():
+    text = list(b"." * 4608)
+    asking = bytes(with_lookups(text, encode, random.Random(0)))
+    assert len(asking) == len(text)
+    found = 0
+    for end in prompt_ends(len(text)):
+        for offset in RUN_OFFSETS:
+            first = end + offset
+            value = asking[first : first + RUN_STEPS + 2].split(b"\n")[0].strip(b' ".|')
+            # Facts are written over one another now and then: most are still there.
+            found += value[:5] in asking[: first - 300]
+    assert found >= 0.8 * len(prompt_ends(len(text))) * len(RUN_OFFSETS)
 
 
 def test_a_quotation_is_a_copy_from_before_the_recent_window_that_runs_lie_in():

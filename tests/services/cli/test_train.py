@@ -47,6 +47,7 @@ def test_training_writes_weights_with_a_card_and_plots_and_resumes(
         documents=documents,
         output=tmp_path / "out",
         epochs=1,
+        workers=2,
         sensitivity_pieces=1,
         curve_starts=(1100,),
         direct_thresholds=(0.2,),
