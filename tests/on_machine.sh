@@ -1,16 +1,49 @@
 #!/usr/bin/env bash
-# Build the extension with this machine's own Python and packages, and run every test that needs no model.
+# Build the extension with this machine's own Python and packages, run the tests that need no model, and, with MODEL
+# (a GGUF file) and DOCUMENTS (what `fluxion train` gathered) given, measure quality: RULER and greedy agreement.
 # For machines where the project cannot be installed with its pins; needs what README says to install.
+#   OUT           takes reports and journals (.)
+#   PYTEST        arguments of pytest; "none" for no tests
+#   WEIGHTS       predictor weights in place of the package's
+#   POLICIES      separated by semicolons
+#   RULER_SECONDS no case is begun after this (600)
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 build=${BUILD_DIR:-build/on_machine}
-export PYTHONPATH=.:protos${PYTHONPATH:+:$PYTHONPATH}
+out=${OUT:-.}
+policies=${POLICIES:-exact;accurate;balanced;fast;fixed(16, 5 %)}
+export PYTHONPATH=.:protos${PYTHONPATH:+:$PYTHONPATH} OMP_WAIT_POLICY=PASSIVE
 
 "$python" --version
 grep -m1 'model name' /proc/cpuinfo; nproc
 cmake -S fluxion_core/kernels/native -B "$build" -G Ninja -DPython_EXECUTABLE="$(command -v "$python")" >/dev/null &&
   cmake --build "$build" 2>&1 | tail -1 && cp "$build"/_native*.so fluxion_core/kernels/ || exit 1
-"$python" -m pytest -q -x -p no:cacheprovider -m "not model" -W default tests/fluxion_core tests/services/prefill tests/services/decode "$@" 2>&1 | tail -15
-status=${PIPESTATUS[0]}
+status=0
+if [ "${PYTEST:-}" != none ]; then
+  # shellcheck disable=SC2086
+  "$python" -m pytest -q -x -p no:cacheprovider -m "not model" -W default ${PYTEST:-tests/fluxion_core tests/services/prefill tests/services/decode} 2>&1 | tail -15
+  status=${PIPESTATUS[0]}
+fi
+if [ -n "${MODEL:-}" ]; then
+  evaluate() {
+    "$python" -m fluxion_core.evaluation "$@" model="$MODEL" ${WEIGHTS:+weights="$WEIGHTS"} policies="$policies" ||
+      status=1
+  }
+  mkdir -p "$out/prose" "$out/unseen"
+  "$python" - "$DOCUMENTS" "$out" <<'PYTHON'
+import json, pathlib, shutil, sys
+source, out = map(pathlib.Path, sys.argv[1:])
+tests = [d for d in json.loads((source / "manifest.json").read_text()) if d["split"] == "test"]
+for document in tests:
+    for folder, wanted in (("prose", document["kind"] == "prose"), ("unseen", document["characters"] > 33_000)):
+        if wanted:
+            shutil.copy(source / f"{document['name']}.txt", out / folder)
+PYTHON
+  evaluate agreement lengths=7168 data="$out/unseen" cases=20 batch=32 journal="$out/agreement.jsonl" json="$out/agreement.json" \
+    markdown="$out/agreement.md"
+  evaluate ruler lengths=4096,8192 chat=false pilot_cases=0 batch=32 cases="${CASES:-50}" prose="$out/prose" \
+    tasks=niah_single_1,niah_single_2,niah_single_3,niah_multivalue,niah_multiquery \
+    stop_after_seconds="${RULER_SECONDS:-600}" journal="$out/ruler.jsonl" json="$out/ruler.json" markdown="$out/ruler.md"
+fi
 exit "$status"

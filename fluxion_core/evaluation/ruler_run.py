@@ -55,6 +55,8 @@ def run_ruler(
             )
         else:
             possible += of_task
+    # Task after task in turn, so that a run that is stopped has as many cases of each.
+    possible.sort(key=lambda source: source.number)
     session.answer(possible, session.ways)
     answers = session.journal.answers.values()
     wanted = {source.name for of_task in sources.values() for source in of_task}

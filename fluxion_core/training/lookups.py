@@ -1,9 +1,10 @@
-"""Synthetic facts in real text, and questions for them at the runs that are sampled.
+"""Synthetic facts in texts, and questions for them at the runs that are sampled.
 
 Retrieval of a fact that stands once, far back, is rare in documents and common in use. A piece gets
 a few facts of several written forms, and at each run the beginning of one again, so that the run
 itself is the value: numbers, words, codes. Names and wording are made here and are those of no
-benchmark.
+benchmark. The text around them is a document's, or one passage of it over and over, as logs and
+templates are: there, bounds of all blocks are alike and the one that matters hides among them.
 """
 
 from __future__ import annotations
@@ -38,8 +39,10 @@ _FORMS = (
     ("{name} was given the {kind} {value} then.", "As said, {name} was given the {kind}"),
 )  # fmt: skip
 
-_FACTS = 3
+_MOST_FACTS = 3
 """Of one form for each run; one of them is asked for."""
+
+_PASSAGE_TOKENS = (12, 96)
 
 
 def with_lookups(token_ids: Sequence[int], encode: Encode, generator: random.Random) -> list[int]:
@@ -72,6 +75,16 @@ def with_lookups(token_ids: Sequence[int], encode: Encode, generator: random.Ran
     return ids
 
 
+def repeated_passage(token_ids: Sequence[int], generator: random.Random) -> list[int]:
+    """The same length: the first tokens as they are, then one short passage over and over."""
+    count = generator.randrange(*_PASSAGE_TOKENS)
+    first = generator.randrange(len(token_ids) - count)
+    passage = list(token_ids[first : first + count])
+    head = list(token_ids[:64])
+    repeats = (len(token_ids) - len(head)) // count + 1
+    return (head + passage * repeats)[: len(token_ids)]
+
+
 def _write(ids: list[int], at: int, tokens: Sequence[int]) -> None:
     ids[at : at + len(tokens)] = tokens
 
@@ -80,7 +93,8 @@ def _facts(form: str, generator: random.Random) -> list[tuple[str, str, str]]:
     """(text, name, value) of different names with values of one kind."""
     make = generator.choice((_number, _code, _words))
     facts: dict[str, tuple[str, str, str]] = {}
-    while len(facts) < _FACTS:
+    count = generator.randrange(1, _MOST_FACTS + 1)
+    while len(facts) < count:
         place, thing = generator.choice(_PLACES), generator.choice(_OBJECTS)
         name = f"{thing} {generator.randrange(1, 90)} at {place}"
         value = make(generator)

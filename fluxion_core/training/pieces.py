@@ -1,9 +1,10 @@
 """Token ids of documents, cut for training: pieces, some of them with quotations or look-ups.
 
 In ordinary text, heads seldom need anything from far back. So that there are enough steps in which
-they do, one piece of three quotes itself: at each sampled run, tokens are a copy of an earlier
-stretch, of which the run sees the beginning and then has to go on. Another one of three has facts
-written into it that are asked for at the runs (lookups.py).
+they do, one piece of five quotes itself: at each sampled run, tokens are a copy of an earlier
+stretch, of which the run sees the beginning and then has to go on. Another one has facts written
+into it that are asked for at the runs, and a third one the same, but in place of the document's
+text a passage of it over and over (lookups.py).
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fluxion_core.training.collect import RUN_OFFSETS, RUN_STEPS, prompt_ends
-from fluxion_core.training.lookups import Encode, with_lookups
+from fluxion_core.training.lookups import Encode, repeated_passage, with_lookups
 
 PIECE_TOKENS = 4608
 """Room for prompts of up to 4,096 tokens and the steps after them."""
 
 MINIMUM_TOKENS = 2600
+
+KINDS = ("plain", "quoting", "plain", "asking", "repeating")
 
 _LEAD_TOKENS = 8
 """Quoted tokens before a run's first step."""
@@ -49,11 +52,12 @@ def cut(
             ids = list(token_ids[first : first + PIECE_TOKENS])
             if len(ids) < MINIMUM_TOKENS:
                 continue
-            kind = ("plain", "quoting", "asking")[len(pieces) % 3]
+            kind = KINDS[len(pieces) % len(KINDS)]
             if kind == "quoting":
                 ids = with_quotations(ids, generator)
-            elif kind == "asking":
-                ids = with_lookups(ids, encode, generator)
+            elif kind != "plain":
+                text = ids if kind == "asking" else repeated_passage(ids, generator)
+                ids = with_lookups(text, encode, generator)
             pieces.append(Piece(f"{name}-{first}-{kind}", ids))
     generator.shuffle(pieces)
     return pieces

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+import re
+import zlib
 
 import torch
 
 from fluxion_core.training.collect import RUN_OFFSETS, RUN_STEPS, plan_rows, prompt_ends
-from fluxion_core.training.lookups import with_lookups
-from fluxion_core.training.pieces import MINIMUM_TOKENS, PIECE_TOKENS, cut, with_quotations
+from fluxion_core.training.lookups import repeated_passage, with_lookups
+from fluxion_core.training.pieces import KINDS, MINIMUM_TOKENS, PIECE_TOKENS, cut, with_quotations
 
 
 def test_pieces_cover_a_document_and_kinds_take_turns():
@@ -16,42 +18,40 @@ def test_pieces_cover_a_document_and_kinds_take_turns():
     pieces = {piece.name: piece.token_ids for piece in cut(documents, encode)}
     assert sorted(pieces) == ["a-0-plain", f"a-{PIECE_TOKENS}-quoting"]
     assert pieces["a-0-plain"] == list(range(PIECE_TOKENS))
-    more = cut([(str(i), list(range(3000))) for i in range(6)], encode)
+    more = cut([(str(i), list(range(3000))) for i in range(10)], encode)
     kinds = sorted(piece.name.split("-")[-1] for piece in more)
-    assert kinds == ["asking", "asking", "plain", "plain", "quoting", "quoting"]
+    assert kinds == sorted(KINDS * 2)
     assert cut(documents, encode) == cut(documents, encode)
 
 
 def encode(text: str) -> list[int]:
-    return list(text.encode())
+    """A token for each word and for each other character."""
+    return [zlib.crc32(part.encode()) for part in re.findall(r"\w+|\W", text)]
 
 
 def test_a_lookup_asks_for_a_fact_of_the_region_and_the_run_is_its_value():
-    text = list(b"." * 4608)
-    asking = bytes(with_lookups(text, encode, random.Random(0)))
-    assert len(asking) == len(text)
-    found = 0
-    for end in prompt_ends(len(text)):
+    filler, space = 7, encode(" ")[0]
+    asking = with_lookups([filler] * 4608, encode, random.Random(0))
+    assert len(asking) == 4608
+    found = []
+    for end in prompt_ends(4608):
         for offset in RUN_OFFSETS:
             first = end + offset
-            value = asking[first : first + RUN_STEPS + 2].split(b"\n")[0].strip(b' ".|')
-            # Facts are written over one another now and then: most are still there.
-            found += value[:5] in asking[: first - 300]
-    assert found >= 0.8 * len(prompt_ends(len(text))) * len(RUN_OFFSETS)
+            value = asking[first + 1] if asking[first] == space else asking[first]
+            assert value != filler
+            found.append(value in asking[64 : first - 300])
+    # Facts are written over one another now and then.
+    assert sum(found) >= 0.9 * len(found)
 
 
-def test_a_quotation_is_a_copy_from_before_the_recent_window_that_runs_lie_in():
-    ids = list(range(4608))
-    quoting = with_quotations(ids, random.Random(0))
-    assert len(quoting) == len(ids)
-    for end in prompt_ends(len(ids)):
-        for offset in RUN_OFFSETS:
-            first = end + offset
-            run = quoting[first - 8 : first + RUN_STEPS + 2]
-            # Somewhere in the retrieval region of the run's first step.
-            sources = range(64, first - 8 - 256)
-            assert any(quoting[at : at + len(run)] == run for at in sources)
-    assert quoting[:900] == ids[:900]
+def test_a_repeated_passage_is_one_of_the_document_over_and_over():
+    text = list(range(4608))
+    repeated = repeated_passage(text, random.Random(2))
+    assert len(repeated) == len(text)
+    assert repeated[:64] == text[:64]
+    period = repeated[64:].index(repeated[64], 1)
+    assert 12 <= period < 96
+    assert repeated[64:-period] == repeated[64 + period :]
 
 
 def test_runs_begin_at_the_prompts_end_or_with_a_step_before_them():
