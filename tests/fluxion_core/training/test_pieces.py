@@ -44,6 +44,19 @@ def test_a_lookup_asks_for_a_fact_of_the_region_and_the_run_is_its_value():
     assert sum(found) >= 0.9 * len(found)
 
 
+def test_a_quotation_is_a_copy_from_the_retrieval_region_that_runs_lie_in():
+    ids = list(range(4608))
+    quoting = with_quotations(ids, random.Random(0))
+    assert len(quoting) == len(ids)
+    assert quoting[:900] == ids[:900]
+    for end in prompt_ends(len(ids)):
+        for offset in RUN_OFFSETS:
+            first = end + offset
+            run = quoting[first - 8 : first + RUN_STEPS + 2]
+            sources = range(64, first - 8 - 256)
+            assert any(quoting[at : at + len(run)] == run for at in sources)
+
+
 def test_a_repeated_passage_is_one_of_the_document_over_and_over():
     text = list(range(4608))
     repeated = repeated_passage(text, random.Random(2))
