@@ -21,25 +21,17 @@ from fluxion_core.errors import FluxionError
 from fluxion_core.generation.tokenizer import Tokenizer
 from fluxion_core.geometry import WindowSpec
 from fluxion_core.models.weights import LoadedModel, load_model
-from fluxion_core.predictor.features import GROUPS, PRIORS
-from fluxion_core.predictor.head_profile import log_squared_errors
 from fluxion_core.predictor.mlp import HeadProfileMlp
 from fluxion_core.selector.planner_weights import PlannerWeights
 from fluxion_core.selector.policy import parse_policy
 from fluxion_core.telemetry import event
-from fluxion_core.training import assess, corpus
-from fluxion_core.training.collect import RUN_OFFSETS, RUN_STEPS, Samples, collect
+from fluxion_core.training import corpus
+from fluxion_core.training.assessment import ablate, assess_network, network_loss
+from fluxion_core.training.collect import Samples, collect
 from fluxion_core.training.curve import PlannedWay, Way, WayResult
 from fluxion_core.training.curve_errand import CurveErrand, run_curve_errand
 from fluxion_core.training.direct import DirectMlp, fit_direct
-from fluxion_core.training.fit import (
-    deviance,
-    fit,
-    fit_cost,
-    fit_priors,
-    weighted_deviance,
-    with_priors,
-)
+from fluxion_core.training.fit import fit, fit_cost, fit_priors, with_priors
 from fluxion_core.training.frontier import (
     NETWORK,
     figures,
@@ -53,17 +45,14 @@ from fluxion_core.training.workers import Workers
 
 _log = logging.getLogger(__name__)
 
-LABEL_THRESHOLDS = (0.05, 0.1, 0.2, 0.3)
-LONGEST_TRAINED = 4096
-"""Prompts of training pieces are no longer."""
 VALIDATION_PIECES = 12
 COMPARED_PRICE = 1.0
 """Policy marginal at this price is compared with the oracle head by head."""
 
 DEFAULT_LEVELS = (
-    ("ACCURATE", "marginal(0.1)"),
+    ("ACCURATE", "marginal(0.03)"),
     ("BALANCED", "marginal(0.5)"),
-    ("FAST", "marginal(3)"),
+    ("FAST", "marginal(1)"),
 )
 """What quality levels mean until `fluxion eval` says better."""
 
@@ -161,11 +150,18 @@ class Training:
             "shards": len(shards),
             "spread": cost.spread,
             "sensitivity": sensitivity.tolist(),
-            "validation": self._quality(network, validation, priors),
-            "assessment": self._assess(network, assessed, priors),
+            "validation": network_loss(network, validation, priors),
+            "assessment": assess_network(network, assessed, priors),
         }
         if options.ablation:
-            self._report["ablation"] = self._ablate(data, validation, assessed, priors)
+            self._report["ablation"] = ablate(
+                data,
+                validation,
+                assessed,
+                priors,
+                epochs=options.epochs / 5,
+                on_done=lambda done, total: self._progress("ablation", done, total),
+            )
         self._write_report()
         direct = {
             f"direct {threshold:g}": fit_direct(data, threshold)
@@ -210,83 +206,6 @@ class Training:
             seconds=seconds,
         )
         return [Samples.load(path) for path in paths]
-
-    def _rows(self, shards: Sequence[Samples], priors: Tensor) -> tuple[Tensor, Tensor]:
-        """Features [samples, layers, heads, …] with priors, and log squared errors."""
-        features = torch.cat([shard.features for shard in shards]).to(self._device)
-        features[..., PRIORS] = priors.to(self._device)
-        return features, torch.cat([s.log_squares for s in shards]).to(self._device).float()
-
-    @torch.no_grad()
-    def _quality(
-        self, network: HeadProfileMlp, shards: Sequence[Samples], priors: Tensor
-    ) -> dict[str, float]:
-        features, observed = self._rows(shards, priors)
-        predicted = log_squared_errors(network(features))
-        return {
-            "weighted_deviance": float(weighted_deviance(predicted, observed).mean()),
-            "deviance": float(deviance(predicted, observed).mean()),
-        }
-
-    @torch.no_grad()
-    def _assess(
-        self, network: HeadProfileMlp, shards: Sequence[Samples], priors: Tensor
-    ) -> dict[str, object]:
-        """Labels and calibration on test documents, by prompt length."""
-        per_prompt = len(RUN_OFFSETS) * RUN_STEPS
-        split_at = LONGEST_TRAINED // 1024 * per_prompt
-        found: dict[str, object] = {}
-        for name, part in (
-            ("trained lengths", slice(0, split_at)),
-            ("longer", slice(split_at, None)),
-        ):
-            cut_shards = [
-                Samples(
-                    s.features[part],
-                    s.log_squares[part],
-                    s.plan_levels,
-                    s.plan_shares,
-                    s.plan_unions,
-                )
-                for s in shards
-                if s.features[part].shape[0]
-            ]
-            if not cut_shards:
-                continue
-            features, observed = self._rows(cut_shards, priors)
-            predicted = log_squared_errors(network(features))
-            flat, true = predicted.flatten(0, 2), observed.flatten(0, 2)
-            found[name] = {
-                "head_steps": flat.shape[0],
-                "labels": [asdict(assess.label_agreement(flat, true, t)) for t in LABEL_THRESHOLDS],
-                "calibration": {
-                    str(index): assess.calibration(flat[:, 0, index], true[:, 0, index])
-                    for index in (0, 3, 5)
-                },
-                "histogram": assess.error_histogram(flat[:, 0, 0], true[:, 0, 0]),
-                "streaming_by_layer": {
-                    str(t): assess.streaming_by_layer(predicted, observed, t) for t in (0.1, 0.2)
-                },
-            }
-        return found
-
-    def _ablate(
-        self,
-        data: Any,
-        validation: Sequence[Samples],
-        assessed: Sequence[Samples],
-        priors: Tensor,
-    ) -> dict[str, object]:
-        found: dict[str, object] = {}
-        for done, group in enumerate((None, *GROUPS)):
-            without = () if group is None else (group,)
-            network = fit(data, epochs=self._options.epochs / 5, without=without)
-            found[group or "none"] = {
-                "validation": self._quality(network, validation, priors),
-                "test": self._quality(network, assessed, priors),
-            }
-            self._progress("ablation", done + 1, len(GROUPS) + 1)
-        return found
 
     def _curve(
         self,
