@@ -1,4 +1,4 @@
-"""A network against samples it was not trained on: loss, labels, what each feature group is worth."""
+"""A network against samples it was not trained on: loss, labels, what each group is worth."""
 
 from __future__ import annotations
 
