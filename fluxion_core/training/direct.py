@@ -7,8 +7,6 @@ steps, so a retrieval head gets what it needs on average, not what it may need.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
@@ -19,7 +17,7 @@ from fluxion_core.predictor.head_profile import BUDGETS, smallest_budgets
 from fluxion_core.predictor.mlp import CLIP_DEVIATIONS, HIDDEN
 from fluxion_core.selector.cost_model import CostModel
 from fluxion_core.selector.reference import GroupPlans, by_budgets
-from fluxion_core.training.fit import TrainingSet
+from fluxion_core.training.fit import TrainingSet, minimise
 
 _SLOPE_SCALE = 10.0
 
@@ -76,23 +74,15 @@ def fit_direct(
     network.feature_mean.copy_(seen.mean(0))
     network.feature_scale.copy_(1 / seen.std(0).clamp(min=1e-3))
     limit = torch.tensor(threshold, device=device)
-    steps = max(1, math.ceil(epochs * rows / batch))
-    optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, learning_rate, total_steps=steps, pct_start=0.05
-    )
-    for _ in range(steps):
-        index = torch.randint(0, rows, (batch,), device=device)
-        budgets = smallest_budgets(data.log_squares[index].float(), limit)
-        streaming, base, slope = network(data.features[index]).unbind(-1)
+
+    def batch_loss(features: Tensor, log_squares: Tensor) -> Tensor:
+        budgets = smallest_budgets(log_squares, limit)
+        streaming, base, slope = network(features).unbind(-1)
         is_streaming = (budgets[:, 0] == 0).float()
         growth = (budgets[:, -1] - budgets[:, 0]) / (len(BLOCK_SIZES) - 1) * _SLOPE_SCALE
         error = (base - budgets[:, 0].clamp(min=BUDGETS[1]).log2()) ** 2 + (slope - growth) ** 2
-        loss = F.binary_cross_entropy_with_logits(streaming, is_streaming)
-        loss = loss + ((1 - is_streaming) * error).mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        total: Tensor = ((1 - is_streaming) * error).mean()
+        return total + F.binary_cross_entropy_with_logits(streaming, is_streaming)
+
+    minimise(network, data, batch_loss, epochs=epochs, batch=batch, learning_rate=learning_rate)
     return network.eval()

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fluxion_core.geometry import BLOCK_SIZES
 from fluxion_core.predictor.features import FEATURES, PRIORS, SMALL_BUDGET
@@ -151,6 +151,36 @@ def fit(
     network.feature_scale.copy_(scale)
     labels = data.log_squares[sample].float()
     network.output_mean[: len(BUDGETS)] = labels[:, 0].mean(0)
+
+    def batch_loss(features: Tensor, log_squares: Tensor) -> Tensor:
+        return loss(log_squared_errors(network(features)), log_squares).mean()
+
+    minimise(
+        network, data, batch_loss,
+        epochs=epochs, batch=batch, learning_rate=learning_rate, on_step=on_step,
+    )  # fmt: skip
+    return network.eval()
+
+
+def minimise(
+    network: nn.Module,
+    data: TrainingSet,
+    batch_loss: Callable[[Tensor, Tensor], Tensor],
+    *,
+    epochs: float,
+    batch: int,
+    learning_rate: float,
+    on_step: Callable[[int, int, float], None] | None = None,
+) -> None:
+    """AdamW over random batches, the learning rate up and then down in one cycle.
+
+    Args:
+        network: whose parameters are trained.
+        data: features, and labels that are given to the loss as float32.
+        batch_loss: of a batch's features and log squares; a scalar.
+        epochs, batch, learning_rate, on_step: see `fit`.
+    """
+    rows, device = data.features.shape[0], data.features.device
     steps = max(1, math.ceil(epochs * rows / batch))
     optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -158,8 +188,7 @@ def fit(
     )
     for step in range(steps):
         index = torch.randint(0, rows, (batch,), device=device)
-        predicted = log_squared_errors(network(data.features[index]))
-        value = loss(predicted, data.log_squares[index].float()).mean()
+        value = batch_loss(data.features[index], data.log_squares[index].float())
         optimizer.zero_grad(set_to_none=True)
         value.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -167,4 +196,3 @@ def fit(
         schedule.step()
         if on_step is not None and (step % 200 == 0 or step == steps - 1):
             on_step(step + 1, steps, float(value.detach()))
-    return network.eval()
