@@ -33,7 +33,9 @@ def simulator(decoder, token_ids, window) -> WaySimulator:
         direct.layers[-1].bias.copy_(torch.tensor([5.0, -3.0, 0.0]))
     networks = {"careless": network(-20.0), "anxious": network(5.0), "direct": direct}
     return WaySimulator(decoder, runs, window, networks, torch.zeros(2, 4, 3), CostModel(), {})
-:
+
+
+def test_reading_everything_is_exact_and_bytes_are_counted(simulator):
     ways = [FixedWay(0, 1.0), FixedWay(2, 0.1)]
     everything, some = simulator.run(ways).values()
     assert everything.kl.abs().max() < 1e-4
