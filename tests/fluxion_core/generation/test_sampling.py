@@ -169,7 +169,8 @@ def test_a_draw_depends_on_nothing_but_its_arguments(
 
 
 @given(
-    values=st.lists(st.floats(-30, 30, width=32), min_size=1, max_size=40),
+    # A hundredth apart or equal: what differs less may become a tie once the largest is subtracted.
+    values=st.lists(st.integers(-3000, 3000).map(lambda n: n / 100), min_size=1, max_size=40),
     temperature=st.floats(0.05, 10.0),
     top_p=st.floats(0.001, 0.999),
 )
