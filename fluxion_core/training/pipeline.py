@@ -50,7 +50,7 @@ COMPARED_PRICE = 1.0
 """Policy marginal at this price is compared with the oracle head by head."""
 
 DEFAULT_LEVELS = (
-    ("ACCURATE", "marginal(0.03)"),
+    ("ACCURATE", "threshold(0.05)"),
     ("BALANCED", "marginal(0.5)"),
     ("FAST", "marginal(1)"),
 )
