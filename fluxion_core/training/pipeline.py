@@ -20,7 +20,6 @@ from torch import Tensor
 from fluxion_core.errors import FluxionError
 from fluxion_core.generation.tokenizer import Tokenizer
 from fluxion_core.geometry import WindowSpec
-from fluxion_core.models.weights import LoadedModel, load_model
 from fluxion_core.predictor.mlp import HeadProfileMlp
 from fluxion_core.selector.planner_weights import PlannerWeights
 from fluxion_core.selector.policy import parse_policy
@@ -101,9 +100,7 @@ class Training:
         self._device = torch.device(options.device)
         self._window = WindowSpec()
         self._workers = Workers(options.workers, options.model, options.device)
-        self._model: LoadedModel = load_model(
-            options.model, device=torch.device("cpu"), dtype=torch.float32
-        )
+        self._model = self._workers.loaded()
         self._tokenizer = Tokenizer.load(options.model)
         self._report: dict[str, Any] = {}
 

@@ -16,12 +16,12 @@ from typing import TypeVar
 import torch
 
 from fluxion_core.models.decoder import Decoder
-from fluxion_core.models.weights import load_model
+from fluxion_core.models.weights import LoadedModel, load_model
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 
-_decoders: dict[str, Decoder] = {}
+_models: dict[str, LoadedModel] = {}
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,15 @@ class Workers:
 
     def decoder(self) -> Decoder:
         """This process's model, loaded once."""
+        return self.loaded().decoder
+
+    def loaded(self) -> LoadedModel:
+        """The same, with what identifies it."""
         key = f"{self.model} {self.device}"
-        if key not in _decoders:
+        if key not in _models:
             device = torch.device(self.device)
-            _decoders[key] = load_model(self.model, device=device, dtype=torch.float32).decoder
-        return _decoders[key]
+            _models[key] = load_model(self.model, device=device, dtype=torch.float32)
+        return _models[key]
 
 
 def _call(workers: Workers, function: Callable[[Decoder, ItemT], ResultT], item: ItemT) -> ResultT:
