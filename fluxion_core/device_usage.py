@@ -1,0 +1,60 @@
+"""What the engine itself counts of its GPU: busy and idle seconds, bytes over PCIe, who did tasks.
+
+Plain counters since start, of one device. Whoever runs the steps adds to them; the metrics read a
+copy. They exist only where there is a GPU: without one there is no DeviceUsage, and the metrics
+made from it are absent rather than zero.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+IdleCause = Literal["host_attention", "no_work", "host_step"]
+"""Why the GPU did nothing: it waited for the CPU's share of a layer; there was no sequence to
+decode; Python prepared or ended a step."""
+
+PcieDirection = Literal["host_to_device", "device_to_host"]
+
+PciePurpose = Literal[
+    "digests", "selected_kv", "queries", "attention_states", "window", "prefill_kv", "weights"
+]
+"""What bytes crossed PCIe for: digests that the GPU scans and KV that it attends to in host memory;
+queries for the CPU and attention states that come back; KV for the device's default window;
+a prompt's KV on its way from a prefill GPU; weights of the model."""
+
+TaskDevice = Literal["cpu", "gpu"]
+
+IDLE_CAUSES: tuple[IdleCause, ...] = get_args(IdleCause)
+PCIE_DIRECTIONS: tuple[PcieDirection, ...] = get_args(PcieDirection)
+PCIE_PURPOSES: tuple[PciePurpose, ...] = get_args(PciePurpose)
+TASK_DEVICES: tuple[TaskDevice, ...] = get_args(TaskDevice)
+
+
+@dataclass
+class DeviceUsage:
+    """Counters of one GPU since start.
+
+    Busy and idle seconds add up to the time since the engine's start.
+    """
+
+    busy_seconds: float = 0.0
+    """Kernels of ours ran, those that stalled on host memory included."""
+    idle_seconds: dict[IdleCause, float] = field(
+        default_factory=lambda: dict.fromkeys(IDLE_CAUSES, 0.0)
+    )
+    """By cause; every cause has an entry."""
+    pcie_bytes: dict[tuple[PcieDirection, PciePurpose], int] = field(default_factory=dict)
+    """By direction and purpose; what never happened has no entry."""
+    tasks_by_device: dict[TaskDevice, int] = field(
+        default_factory=lambda: dict.fromkeys(TASK_DEVICES, 0)
+    )
+    """Attention tasks (GQA groups of sequences, per layer) by who did them."""
+
+    def add_pcie_bytes(
+        self, direction: PcieDirection, purpose: PciePurpose, num_bytes: int
+    ) -> None:
+        """Count bytes that crossed PCIe."""
+        self.pcie_bytes[direction, purpose] = (
+            self.pcie_bytes.get((direction, purpose), 0) + num_bytes
+        )

@@ -1,0 +1,26 @@
+"""Spans: what was done from when to when, on which lane. The common form of all step traces."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Span:
+    """One piece of work on one lane.
+
+    Lanes are named by what works there: "cpu 0", "cpu 1", … for attention workers, "engine" for
+    the step loop, "gpu" for the GPU lane, "pcie host_to_device" and "pcie device_to_host", and
+    "handoff HOST:PORT" for a hand-off stream. Spans of one lane do not overlap, except where one
+    holds the other whole.
+    """
+
+    lane: str
+    name: str
+    start_ns: int
+    """On the system's monotonic clock (time.monotonic_ns), like end_ns."""
+    end_ns: int
+    """start_ns for something that happened at a moment."""
+    args: Mapping[str, int | float | str] = field(default_factory=dict)
+    """What a viewer shows beside it: bytes, sequence, layer."""
