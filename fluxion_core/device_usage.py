@@ -1,13 +1,15 @@
 """What the engine itself counts of its GPU: busy and idle seconds, bytes over PCIe, who did tasks.
 
-Plain counters since start, of one device. Whoever runs the steps adds to them; the metrics read a
-copy. They exist only where there is a GPU: without one there is no DeviceUsage, and the metrics
-made from it are absent rather than zero.
+Plain counters since start, of one device. Whoever runs the steps adds to them, the metrics read a
+copy: no key is ever added, so that one may be taken from another thread. They exist only where
+there is a GPU: without one there is no DeviceUsage, and the metrics made from it are absent rather
+than zero.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Literal, get_args
 
 IdleCause = Literal["host_attention", "no_work", "host_step"]
@@ -44,17 +46,11 @@ class DeviceUsage:
         default_factory=lambda: dict.fromkeys(IDLE_CAUSES, 0.0)
     )
     """By cause; every cause has an entry."""
-    pcie_bytes: dict[tuple[PcieDirection, PciePurpose], int] = field(default_factory=dict)
-    """By direction and purpose; what never happened has no entry."""
+    pcie_bytes: dict[tuple[PcieDirection, PciePurpose], int] = field(
+        default_factory=lambda: dict.fromkeys(product(PCIE_DIRECTIONS, PCIE_PURPOSES), 0)
+    )
+    """By direction and purpose; every pair has an entry."""
     tasks_by_device: dict[TaskDevice, int] = field(
         default_factory=lambda: dict.fromkeys(TASK_DEVICES, 0)
     )
     """Attention tasks (GQA groups of sequences, per layer) by who did them."""
-
-    def add_pcie_bytes(
-        self, direction: PcieDirection, purpose: PciePurpose, num_bytes: int
-    ) -> None:
-        """Count bytes that crossed PCIe."""
-        self.pcie_bytes[direction, purpose] = (
-            self.pcie_bytes.get((direction, purpose), 0) + num_bytes
-        )

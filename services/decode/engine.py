@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from fluxion_core.device_usage import DeviceUsage
 from fluxion_core.errors import FluxionError
 from fluxion_core.generation.sampling import SamplingParams, sample
 from fluxion_core.hybrid_attention import HybridAttention
@@ -70,6 +71,8 @@ class EngineStatistics:
     idle_seconds: float = 0.0
     reads: ReadTotals = field(default_factory=ReadTotals)
     """What all steps have read of retrieval regions."""
+    device: DeviceUsage | None = None
+    """Of the GPU; None where there is none."""
 
 
 class DecodeEngine:
