@@ -29,8 +29,15 @@ _OPTIONS: tuple[tuple[str, int | str], ...] = (
 )
 
 
-def open_channel(address: str, settings: ClientSettings) -> grpc.aio.Channel:
+def open_channel(
+    address: str, settings: ClientSettings, *, server_name: str | None = None
+) -> grpc.aio.Channel:
     """A channel to `address` (host:port); connects when first used. Close it.
+
+    Args:
+        address: host:port.
+        settings: how to call.
+        server_name: whose certificate is expected there, if `address` is what a name resolved to.
 
     Raises:
         OSError: a TLS file or the token file cannot be read.
@@ -38,16 +45,20 @@ def open_channel(address: str, settings: ClientSettings) -> grpc.aio.Channel:
     interceptors = []
     if settings.bearer_token_file is not None:
         interceptors.append(_BearerToken(settings.bearer_token_file.read_text().strip()))
+    options = _OPTIONS
+    if server_name is not None:
+        options += (
+            ("grpc.default_authority", server_name),
+            ("grpc.ssl_target_name_override", server_name),
+        )
     if settings.tls_authority is None:
-        return grpc.aio.insecure_channel(address, options=_OPTIONS, interceptors=interceptors)
+        return grpc.aio.insecure_channel(address, options=options, interceptors=interceptors)
     credentials = grpc.ssl_channel_credentials(
         settings.tls_authority.read_bytes(),
         settings.tls_key.read_bytes() if settings.tls_key else None,
         settings.tls_certificate.read_bytes() if settings.tls_certificate else None,
     )
-    return grpc.aio.secure_channel(
-        address, credentials, options=_OPTIONS, interceptors=interceptors
-    )
+    return grpc.aio.secure_channel(address, credentials, options=options, interceptors=interceptors)
 
 
 class _BearerToken(

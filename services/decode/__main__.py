@@ -16,9 +16,13 @@ from fluxion_proto.v1 import generate_pb2_grpc
 from services.decode.admission import Admission
 from services.decode.config import DecodeSettings
 from services.decode.engine import DecodeEngine
+from services.decode.gpu_metrics import nvml_collectors
 from services.decode.kv_ingest import KvIngest
+from services.decode.metrics import DecodeCollector, RequestCounters
 from services.decode.planning import Planning, make_planning
+from services.decode.prefill_nodes import PrefillNodes
 from services.decode.service import GENERATION_SERVICE, GenerationService
+from services.metrics import MetricsEndpoint, NodeMetrics
 from services.node import NodeModel, load_node_model, run_node
 
 _log = logging.getLogger(__name__)
@@ -27,10 +31,12 @@ _log = logging.getLogger(__name__)
 async def serve(settings: DecodeSettings, ending: asyncio.Event) -> None:
     """Load the model, serve Generate until `ending`, then drain."""
     server = NodeServer(settings.server, GENERATION_SERVICE, reflected=[GENERATION_SERVICE])
+    metrics = NodeMetrics("decode")
+    endpoint = MetricsEndpoint(settings.server.metrics_listen, metrics)
     address = await server.start()
     _log.info(event("listening", address=address))
     engine: DecodeEngine | None = None
-    ingest: KvIngest | None = None
+    nodes: PrefillNodes | None = None
     try:
         model = await asyncio.to_thread(load_node_model, settings.model)
         planning = make_planning(
@@ -43,12 +49,14 @@ async def serve(settings: DecodeSettings, ending: asyncio.Event) -> None:
         store = make_store(settings, model)
         attention = make_attention(settings, model, store, planning)
         engine = DecodeEngine(model.loaded.decoder, attention)
+        counters = RequestCounters()
+        nodes = PrefillNodes(settings.prefill.addresses, settings.prefill.client)
         ingest = KvIngest(
-            settings.prefill.addresses,
-            settings.prefill.client,
+            nodes,
             model.layout,
             vocab_size=model.loaded.config.vocab_size,
             num_heads=model.loaded.config.num_heads,
+            counters=counters,
         )
         admission = Admission(
             store,
@@ -63,10 +71,19 @@ async def serve(settings: DecodeSettings, ending: asyncio.Event) -> None:
             engine,
             default_max_new_tokens=settings.engine.default_max_new_tokens,
             planning=planning,
+            counters=counters,
+        )
+        device = model.loaded.decoder.embedding.device
+        metrics.loaded(
+            model.loaded.name,
+            str(device),
+            DecodeCollector(counters, admission, store, engine),
+            *nvml_collectors(device),
         )
         engine.start()
         generate_pb2_grpc.add_GenerationServicer_to_server(service, server)
         await server.set_ready(is_ready=True)
+        metrics.is_ready = True
         _log.info(
             event(
                 "ready",
@@ -80,6 +97,7 @@ async def serve(settings: DecodeSettings, ending: asyncio.Event) -> None:
         await ending.wait()
         _log.info(event("draining", grace_seconds=settings.server.grace_seconds))
         service.is_draining = True
+        metrics.is_ready = False
         admission.drain()
         await server.set_ready(is_ready=False)
         await server.stop(settings.server.grace_seconds)
@@ -88,8 +106,9 @@ async def serve(settings: DecodeSettings, ending: asyncio.Event) -> None:
         await server.stop(0)
         if engine is not None:
             await asyncio.to_thread(engine.stop)
-        if ingest is not None:
-            await ingest.close()
+        if nodes is not None:
+            await nodes.close()
+        endpoint.close()
         _log.info(event("stopped"))
 
 

@@ -4,12 +4,13 @@ Before any work is done for a request, it holds host KV for its prompt and every
 generate, and a place in the decode batch. An admitted request therefore never fails for lack of
 room. Requests wait in the order they came; nobody overtakes.
 
-Not here: what the memory is used for. Runs on the event loop only; not thread-safe.
+Not here: what the memory is used for. Runs on the event loop only, but for `statistics`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -33,6 +34,16 @@ class AdmissionStatistics:
 
     admitted: int
     waiting: int
+    oldest_wait_seconds: float
+    """How long the first of the queue has waited; 0 if nobody waits."""
+
+
+class _Turn:
+    """A request's place in the queue."""
+
+    def __init__(self) -> None:
+        self.may_look = asyncio.Event()
+        self.since = time.perf_counter()
 
 
 class Admission:
@@ -48,19 +59,24 @@ class Admission:
         self._store = store
         self._max_running = max_running
         self._max_waiting = max_waiting
-        self._queue: deque[asyncio.Event] = deque()
+        self._queue: deque[_Turn] = deque()
         self._admitted = 0
         self._draining = False
 
     def statistics(self) -> AdmissionStatistics:
-        """Requests admitted and waiting now."""
-        return AdmissionStatistics(admitted=self._admitted, waiting=len(self._queue))
+        """Requests admitted and waiting now. From any thread."""
+        queue = list(self._queue)
+        return AdmissionStatistics(
+            admitted=self._admitted,
+            waiting=len(queue),
+            oldest_wait_seconds=time.perf_counter() - queue[0].since if queue else 0.0,
+        )
 
     def drain(self) -> None:
         """Refuse every request from now on, those that wait included."""
         self._draining = True
-        for waiter in self._queue:
-            waiter.set()
+        for turn in self._queue:
+            turn.may_look.set()
 
     @asynccontextmanager
     async def admit(self, token_ids: Sequence[int], max_new_tokens: int) -> AsyncIterator[Admitted]:
@@ -91,7 +107,7 @@ class Admission:
                 unit="places",
                 remedy=f"{len(self._queue)} requests wait already; retry later or elsewhere",
             )
-        turn = asyncio.Event()
+        turn = _Turn()
         self._queue.append(turn)
         try:
             while True:
@@ -100,8 +116,8 @@ class Admission:
                     admitted := self._try_take(token_ids, max_new_tokens)
                 ):
                     return admitted
-                await turn.wait()
-                turn.clear()
+                await turn.may_look.wait()
+                turn.may_look.clear()
                 self._refuse_when_draining()
         finally:
             self._queue.remove(turn)
@@ -119,7 +135,7 @@ class Admission:
 
     def _wake_first(self) -> None:
         if self._queue:
-            self._queue[0].set()
+            self._queue[0].may_look.set()
 
     def _refuse_when_draining(self) -> None:
         if self._draining:

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 import grpc
 
-from fluxion_core.config import ClientSettings
 from fluxion_core.errors import (
     CapacityError,
     DrainingError,
@@ -34,9 +33,10 @@ from fluxion_core.predictor import prompt_profile
 from fluxion_core.predictor.prompt_profile import PromptProfile
 from fluxion_core.telemetry import event
 from fluxion_core.wire import codec
-from fluxion_core.wire.channel import open_channel
 from fluxion_core.wire.status import RemoteCapacityError, RemoteError, error_from_rpc
 from fluxion_proto.v1 import handoff_pb2
+from services.decode.metrics import RequestCounters
+from services.decode.prefill_nodes import PrefillNodes
 
 _log = logging.getLogger(__name__)
 
@@ -70,32 +70,27 @@ class KvIngest:
     """Hands prompts to prefill nodes, and takes their KV in.
 
     Args:
-        addresses: host:port of the prefill nodes.
-        client: how they are called.
+        nodes: the prefill nodes.
         layout: what this node serves.
         vocab_size: first tokens are below it.
         num_heads: query heads of the model, each of which a prompt profile describes.
+        counters: count what was handed off, and what failed.
     """
 
     def __init__(
         self,
-        addresses: Sequence[str],
-        client: ClientSettings,
+        nodes: PrefillNodes,
         layout: KvLayout,
         *,
         vocab_size: int,
         num_heads: int,
+        counters: RequestCounters,
     ) -> None:
+        self._nodes = nodes
+        self._counters = counters
         self._layout = layout
         self._vocab_size = vocab_size
         self._num_heads = num_heads
-        self._channels = {address: open_channel(address, client) for address in addresses}
-        self._next = 0
-
-    async def close(self) -> None:
-        """Close all channels; streams that still run are cancelled."""
-        for channel in self._channels.values():
-            await channel.close()
 
     async def fetch(
         self,
@@ -127,7 +122,7 @@ class KvIngest:
             InvalidRequestError: the prefill node finds the request wrong.
             DeadlineError: the deadline passed.
         """
-        if not self._channels:
+        if not self._nodes:
             raise PeerUnavailableError(
                 "no prefill node is configured; start this node with --prefill-addresses HOST:PORT"
             )
@@ -143,27 +138,48 @@ class KvIngest:
         ).SerializeToString()
         started = time.monotonic()
         failures: list[tuple[str, FluxionError]] = []
-        for address in self._in_turn():
+        for address in await self._nodes.in_turn():
             left = None
             if deadline_seconds is not None:
                 left = max(0.0, deadline_seconds - (time.monotonic() - started))
             try:
-                return await self._attempt(
-                    address, message, sequence, left, wants_profile=profile_window is not None
-                )
+                async with self._nodes.channel(address) as channel:
+                    prefilled = await self._attempt(
+                        address,
+                        channel,
+                        message,
+                        sequence,
+                        left,
+                        wants_profile=profile_window is not None,
+                    )
             except _WORTH_ANOTHER_NODE as error:
                 failures.append((address, error))
+                self._counters.handoff_failed(error)
                 _log.warning(
                     event("hand-off failed", request_id=request_id, node=address, error=str(error))
                 )
+            else:
+                self._counters.handed_off(
+                    address,
+                    num_bytes=prefilled.handoff_bytes,
+                    seconds=prefilled.handoff_seconds,
+                )
+                return prefilled
         if len(failures) == 1:
             raise failures[0][1]
+        if not failures:
+            none_found = PeerUnavailableError(
+                "no prefill node was found: none of prefill.addresses resolves to an address"
+            )
+            self._counters.handoff_failed(none_found)
+            raise none_found
         answers = "; ".join(f"{address}: {error}" for address, error in failures)
         raise PeerUnavailableError(f"no prefill node could compute the prompt: {answers}")
 
     async def _attempt(
         self,
         address: str,
+        channel: grpc.aio.Channel,
         request: bytes,
         sequence: SequenceKv,
         deadline_seconds: float | None,
@@ -177,7 +193,7 @@ class KvIngest:
             num_tokens=sequence.num_prompt_tokens,
             kv_from_token=sequence.shared_tokens,
         )
-        call = self._channels[address].unary_stream(_METHOD)(request, timeout=deadline_seconds)
+        call = channel.unary_stream(_METHOD)(request, timeout=deadline_seconds)
         first_chunk: float | None = None
         try:
             async for message in call:
@@ -214,12 +230,6 @@ class KvIngest:
                 f"asked for"
             )
         return []
-
-    def _in_turn(self) -> list[str]:
-        """All addresses, beginning with another one each time."""
-        addresses = list(self._channels)
-        self._next = (self._next + 1) % len(addresses)
-        return addresses[self._next :] + addresses[: self._next]
 
 
 def _of_node(error: FluxionError, address: str) -> FluxionError:

@@ -14,7 +14,6 @@ from collections.abc import AsyncIterator
 
 import grpc
 
-from fluxion_core.errors import FluxionError
 from fluxion_core.generation.tokenizer import IncrementalDetokenizer
 from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.telemetry import event
@@ -22,9 +21,11 @@ from fluxion_proto.v1 import generate_pb2, generate_pb2_grpc
 from services.decode.admission import Admission, Admitted
 from services.decode.engine import DecodeEngine, DecodeSequence
 from services.decode.kv_ingest import KvIngest, Prefilled
+from services.decode.metrics import RequestCounters
 from services.decode.planning import Planning
 from services.decode.request import GenerationRequest, check_request, prompt_token_ids
 from services.decode.token_stream import Ended, TokenStream
+from services.metrics import outcome_of
 from services.node import NodeModel
 
 _log = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ class GenerationService(generate_pb2_grpc.GenerationServicer):
         engine: decodes.
         default_max_new_tokens: for requests that do not say.
         planning: policies, and the planner's state of each sequence.
+        counters: count how requests go.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class GenerationService(generate_pb2_grpc.GenerationServicer):
         *,
         default_max_new_tokens: int,
         planning: Planning,
+        counters: RequestCounters,
     ) -> None:
         self._model = model
         self._store = store
@@ -68,6 +71,7 @@ class GenerationService(generate_pb2_grpc.GenerationServicer):
         self._engine = engine
         self._default_max_new_tokens = default_max_new_tokens
         self._planning = planning
+        self._counters = counters
         self.is_draining = False
 
     async def Generate(  # noqa: N802 - the rpc's name
@@ -75,18 +79,24 @@ class GenerationService(generate_pb2_grpc.GenerationServicer):
     ) -> AsyncIterator[generate_pb2.GenerateResponse]:
         """Stream tokens as they are made; the last message has the reason and the usage."""
         arrived = time.perf_counter()
-        request = check_request(
-            message,
-            self._model.tokenizer,
-            self._model.loaded.config,
-            default_max_new_tokens=self._default_max_new_tokens,
-            planning=self._planning,
-        )
-        outcome = "cancelled"
+        request: GenerationRequest | None = None
+        failure: BaseException | None = None
         try:
+            request = check_request(
+                message,
+                self._model.tokenizer,
+                self._model.loaded.config,
+                default_max_new_tokens=self._default_max_new_tokens,
+                planning=self._planning,
+            )
             admission = self._admission.admit(request.prompt_token_ids, request.stop.max_new_tokens)
             async with admission as admitted:
                 admitted_after = time.perf_counter() - arrived
+                self._counters.admitted(
+                    prompt_tokens=len(request.prompt_token_ids),
+                    cached_tokens=admitted.sequence.shared_tokens,
+                    seconds=admitted_after,
+                )
                 prefilled = await self._ingest.fetch(
                     request.request_id,
                     request.prompt_token_ids,
@@ -99,21 +109,11 @@ class GenerationService(generate_pb2_grpc.GenerationServicer):
                     request, admitted, prefilled, arrived, admitted_after
                 ):
                     yield response
-            outcome = "finished"
-        except FluxionError as error:
-            outcome = type(error).__name__
+        except BaseException as error:
+            failure = error
             raise
         finally:
-            _log.info(
-                event(
-                    "request",
-                    request_id=request.request_id,
-                    outcome=outcome,
-                    prompt_tokens=len(request.prompt_token_ids),
-                    policy=str(request.policy),
-                    seconds=time.perf_counter() - arrived,
-                )
-            )
+            self._ended(request, failure, time.perf_counter() - arrived)
 
     async def Tokenize(  # noqa: N802 - the rpc's name
         self, message: generate_pb2.TokenizeRequest, context: grpc.aio.ServicerContext
@@ -178,6 +178,24 @@ class GenerationService(generate_pb2_grpc.GenerationServicer):
             is_draining=self.is_draining,
         )
 
+    def _ended(
+        self, request: GenerationRequest | None, failure: BaseException | None, seconds: float
+    ) -> None:
+        """Count and log a request's end; one that was malformed is only counted."""
+        self._counters.request_ended(failure, seconds)
+        if request is None:
+            return
+        _log.info(
+            event(
+                "request",
+                request_id=request.request_id,
+                outcome="finished" if failure is None else outcome_of(failure)[1],
+                prompt_tokens=len(request.prompt_token_ids),
+                policy=str(request.policy),
+                seconds=seconds,
+            )
+        )
+
     async def _decode(
         self,
         request: GenerationRequest,
@@ -206,7 +224,7 @@ class GenerationService(generate_pb2_grpc.GenerationServicer):
             on_token=stream.take,
             on_end=stream.end,
         )
-        num_tokens, first_token_after = 0, 0.0
+        num_tokens, first_token_after, last_token_at = 0, 0.0, 0.0
         is_running = stream.take(first_token_id)
         if is_running:
             self._engine.submit(sequence)
@@ -220,8 +238,15 @@ class GenerationService(generate_pb2_grpc.GenerationServicer):
                     if item.error is not None:
                         raise item.error
                     break
+                now = time.perf_counter()
                 num_tokens += 1
-                first_token_after = first_token_after or time.perf_counter() - arrived
+                self._counters.generated_tokens += 1
+                if num_tokens == 1:
+                    first_token_after = now - arrived
+                    self._counters.first_token_seconds.observe(first_token_after)
+                else:
+                    self._counters.inter_token_seconds.observe(now - last_token_at)
+                last_token_at = now
                 yield generate_pb2.GenerateResponse(
                     request_id=request.request_id, text=item.text, token_ids=[item.token_id]
                 )

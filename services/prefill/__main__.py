@@ -11,10 +11,12 @@ import torch
 from fluxion_core.telemetry import event
 from fluxion_core.wire.server import NodeServer
 from fluxion_proto.v1 import handoff_pb2_grpc
+from services.metrics import MetricsEndpoint, NodeMetrics
 from services.node import NodeModel, load_node_model, run_node
 from services.prefill.config import PrefillNodeSettings
 from services.prefill.engine import PrefillEngine
 from services.prefill.kv_capture import KvCapture
+from services.prefill.metrics import PrefillCollector, PromptCounters
 from services.prefill.service import (
     HANDOFF_SERVICE,
     PREFILL_NODE_SERVICE,
@@ -28,6 +30,8 @@ _log = logging.getLogger(__name__)
 async def serve(settings: PrefillNodeSettings, ending: asyncio.Event) -> None:
     """Load the model, answer hand-offs until `ending`, then drain."""
     server = NodeServer(settings.server, HANDOFF_SERVICE, reflected=[PREFILL_NODE_SERVICE])
+    metrics = NodeMetrics("prefill")
+    endpoint = MetricsEndpoint(settings.server.metrics_listen, metrics)
     address = await server.start()
     _log.info(event("listening", address=address))
     engine: PrefillEngine | None = None
@@ -43,27 +47,37 @@ async def serve(settings: PrefillNodeSettings, ending: asyncio.Event) -> None:
         )
         await asyncio.to_thread(warm_up, model)
         engine.start()
+        counters = PromptCounters()
+        metrics.loaded(
+            model.loaded.name,
+            str(model.loaded.decoder.embedding.device),
+            PrefillCollector(counters, engine),
+        )
         handoff = HandoffService(
             engine,
             model.layout,
             vocab_size=model.loaded.config.vocab_size,
             context_tokens=model.loaded.config.context_tokens,
             outgoing_bytes=settings.engine.outgoing_bytes,
+            counters=counters,
         )
         node = PrefillNodeService(engine, model.layout)
         server.add_generic_rpc_handlers((handoff.generic_handler(),))
         handoff_pb2_grpc.add_PrefillNodeServicer_to_server(node, server)
         await server.set_ready(is_ready=True)
+        metrics.is_ready = True
         _log.info(event("ready", address=address, model=model.loaded.name))
         await ending.wait()
         _log.info(event("draining", grace_seconds=settings.server.grace_seconds))
         node.is_draining = True
+        metrics.is_ready = False
         await server.set_ready(is_ready=False)
         await server.stop(settings.server.grace_seconds)
     finally:
         await server.stop(0)
         if engine is not None:
             engine.stop()
+        endpoint.close()
         _log.info(event("stopped"))
 
 

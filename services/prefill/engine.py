@@ -15,7 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -68,6 +68,15 @@ class PrefillLoad:
     pending_tokens: int
 
 
+@dataclass
+class PrefillStatistics:
+    """Counters since start. Seconds are of the engine's thread."""
+
+    tokens: int = 0
+    busy_seconds: float = 0.0
+    payload_bytes: int = 0
+
+
 class PrefillEngine:
     """Computes prompts on a thread of its own.
 
@@ -101,6 +110,7 @@ class PrefillEngine:
         self._waiting: deque[Prompt] = deque()
         self._running: deque[Prompt] = deque()
         self._stopping = False
+        self._statistics = PrefillStatistics()
         self._thread = threading.Thread(target=self._run, name="prefill-engine", daemon=True)
 
     def start(self) -> None:
@@ -163,6 +173,10 @@ class PrefillEngine:
                 waiting_prompts=len(self._waiting),
                 pending_tokens=sum(len(p.token_ids) - p.num_computed for p in prompts),
             )
+
+    def statistics(self) -> PrefillStatistics:
+        """A copy of the counters."""
+        return replace(self._statistics)
 
     def _run(self) -> None:
         while (prompt := self._next_prompt()) is not None:
@@ -235,7 +249,10 @@ class PrefillEngine:
         profiles = prompt.capture.profiles if is_last else []
         packed = prompt_profile.pack(profiles) if profiles else b""
         prompt.profile_seconds = prompt.capture.profile_seconds
-        prompt.prefill_seconds += time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        prompt.prefill_seconds += seconds
+        self._statistics.busy_seconds += seconds
+        self._statistics.tokens += len(piece)
         if not is_last:
             return None
         return Trailer(
@@ -251,6 +268,7 @@ class PrefillEngine:
         def emit(frame: Frame) -> None:
             prompt.num_chunks += 1
             prompt.payload_bytes += len(frame.payload)
+            self._statistics.payload_bytes += len(frame.payload)
             prompt.on_frame(frame)
 
         return KvCapture(

@@ -20,7 +20,9 @@ from fluxion_core.kvstream.handoff import Frame, Header, KvLayout, Trailer
 from fluxion_core.telemetry import event
 from fluxion_core.wire import codec
 from fluxion_proto.v1 import handoff_pb2, handoff_pb2_grpc
+from services.metrics import outcome_of
 from services.prefill.engine import PrefillEngine, Prompt
+from services.prefill.metrics import PromptCounters
 
 _log = logging.getLogger(__name__)
 
@@ -79,6 +81,7 @@ class HandoffService:
         vocab_size: ids are below it.
         context_tokens: the model's context.
         outgoing_bytes: bound on KV of one prompt that waits for its receiver.
+        counters: count how hand-offs end.
     """
 
     def __init__(
@@ -89,7 +92,9 @@ class HandoffService:
         vocab_size: int,
         context_tokens: int,
         outgoing_bytes: int,
+        counters: PromptCounters,
     ) -> None:
+        self._counters = counters
         self._engine = engine
         self._layout = layout
         self._vocab_size = vocab_size
@@ -109,7 +114,7 @@ class HandoffService:
         del context
         outbox = Outbox(self._outgoing_bytes, asyncio.get_running_loop())
         prompt = self._submit(message, outbox)
-        outcome = "cancelled"
+        outcome = ""
         try:
             header = Header(self._layout, len(prompt.token_ids), prompt.kv_from_token)
             yield codec.encode_frame(codec.header_frame(header))
@@ -122,11 +127,15 @@ class HandoffService:
                     self._engine.wake()
                 elif isinstance(item, Trailer):
                     yield codec.encode_frame(codec.trailer_frame(item))
-                    outcome = "finished"
-                    return
+                    break
                 else:
-                    outcome = type(item).__name__
                     raise item
+            outcome = "finished"
+            self._counters.prompt_ended(None, prompt)
+        except BaseException as error:
+            outcome = outcome_of(error)[1]
+            self._counters.prompt_ended(error, prompt)
+            raise
         finally:
             self._engine.cancel(prompt)
             _log.info(
@@ -168,7 +177,8 @@ class HandoffService:
         except FluxionError as error:
             shown = request.request_id[:MAX_REQUEST_ID_CHARACTERS]
             request_id = shown if shown.isprintable() else ""
-            outcome = type(error).__name__
+            self._counters.prompt_ended(error, None)
+            outcome = outcome_of(error)[1]
             _log.info(event("prompt", request_id=request_id, outcome=outcome, reason=error))
             raise
         return prompt

@@ -137,17 +137,23 @@ def free_address() -> str:
         return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
-def prefill_settings(model: Path, **engine) -> PrefillNodeSettings:
+def server_settings(metrics_listen: str) -> ServerSettings:
+    return ServerSettings(listen=free_address(), metrics_listen=metrics_listen, grace_seconds=0.5)
+
+
+def prefill_settings(model: Path, metrics_listen: str = "", **engine) -> PrefillNodeSettings:
     return PrefillNodeSettings(
-        server=ServerSettings(listen=free_address(), grace_seconds=0.5),
+        server=server_settings(metrics_listen),
         model=ModelSettings(model=str(model), device="cpu", threads=1),
         engine=PrefillEngineSettings(**{"chunk_tokens": 64, **engine}),
     )
 
 
-def decode_settings(model: Path, *prefill: str, store_bytes: int = 8 << 20, **engine):
+def decode_settings(
+    model: Path, *prefill: str, store_bytes: int = 8 << 20, metrics_listen: str = "", **engine
+):
     return DecodeSettings(
-        server=ServerSettings(listen=free_address(), grace_seconds=0.5),
+        server=server_settings(metrics_listen),
         model=ModelSettings(model=str(model), device="cpu", threads=1),
         store=StoreSettings(host_kv_bytes=store_bytes, slab_tokens=128),
         prefill=PrefillSettings(addresses=prefill),
@@ -191,3 +197,9 @@ def open_stub():
 def free_port() -> int:
     """A port of this machine that nobody listens on."""
     return int(free_address().rpartition(":")[2])
+
+
+@pytest.fixture
+def find_free_address() -> Callable[[], str]:
+    """Makes host:port of this machine that nobody listens on."""
+    return free_address

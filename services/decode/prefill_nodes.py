@@ -1,0 +1,109 @@
+"""The prefill nodes that a decode node calls: names resolved to all their replicas, used in turn.
+
+A host name stands for every address that it resolves to (a Compose service with replicas, a
+headless Kubernetes service); it is looked up again for each prompt, so that replicas that come are
+used at once and those that go are not asked. Each replica has a channel of its own: which one
+failed, and that the next attempt goes to another, is then ours to say.
+
+Not here: what is asked of them (kv_ingest.py). On the event loop only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import socket
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+import grpc
+
+from fluxion_core.config import ClientSettings
+from fluxion_core.telemetry import event
+from fluxion_core.wire.channel import open_channel
+
+_log = logging.getLogger(__name__)
+
+
+class PrefillNodes:
+    """Channels to prefill nodes.
+
+    Args:
+        addresses: host:port of each, or of each set of replicas.
+        client: how they are called.
+    """
+
+    def __init__(self, addresses: Sequence[str], client: ClientSettings) -> None:
+        self._addresses = tuple(addresses)
+        self._client = client
+        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._calls: dict[str, int] = {}
+        self._next = 0
+
+    def __len__(self) -> int:
+        """How many addresses are configured; each may stand for several nodes."""
+        return len(self._addresses)
+
+    async def in_turn(self) -> list[str]:
+        """host:port of every node there is now, beginning with another one each time.
+
+        A name that does not resolve gives no node, and a line in the log.
+        """
+        found: dict[str, str] = {}
+        for address in self._addresses:
+            host, _, port = address.rpartition(":")
+            for node in await _resolve(host, port):
+                found.setdefault(node, host)
+        for gone in self._channels.keys() - found.keys():
+            # Its running hand-offs end by themselves.
+            if not self._calls.get(gone):
+                await self._channels.pop(gone).close()
+        for node, host in found.items():
+            if node not in self._channels:
+                self._channels[node] = open_channel(node, self._client, server_name=host)
+        nodes = list(found)
+        self._next = (self._next + 1) % max(1, len(nodes))
+        return nodes[self._next :] + nodes[: self._next]
+
+    @asynccontextmanager
+    async def channel(self, node: str) -> AsyncIterator[grpc.aio.Channel]:
+        """The channel to a node that `in_turn` gave; open until the block ends."""
+        if node not in self._channels:
+            self._channels[node] = open_channel(node, self._client)
+        self._calls[node] = self._calls.get(node, 0) + 1
+        try:
+            yield self._channels[node]
+        finally:
+            self._calls[node] -= 1
+
+    async def close(self) -> None:
+        """Close all channels; streams that still run are cancelled."""
+        for channel in self._channels.values():
+            await channel.close()
+
+
+async def _resolve(host: str, port: str) -> list[str]:
+    """HOST:PORT of every address of a name, sorted; an address stands for itself.
+
+    IPv4 addresses if there are any, else IPv6 ones: a node that has both is one node.
+    """
+    try:
+        ipaddress.ip_address(host.strip("[]"))
+    except ValueError:
+        pass
+    else:
+        return [f"{host}:{port}"]
+    loop = asyncio.get_running_loop()
+    try:
+        answers = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        _log.warning(event("prefill node not found", host=host, error=str(error)))
+        return []
+    hosts = {family: set[str]() for family in (socket.AF_INET, socket.AF_INET6)}
+    for family, _, _, _, where in answers:
+        if family in hosts:
+            hosts[family].add(str(where[0]))
+    if found := hosts[socket.AF_INET]:
+        return [f"{one}:{port}" for one in sorted(found)]
+    return [f"[{one}]:{port}" for one in sorted(hosts[socket.AF_INET6])]

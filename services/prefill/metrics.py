@@ -1,0 +1,96 @@
+"""Metrics of a prefill node: what they are, what counts them, and how a scrape reads them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from fluxion_core.metrics import MetricDefinition, PlainHistogram
+from services.metrics import SECONDS_BOUNDS, outcome_of
+from services.prefill.engine import PrefillEngine, Prompt
+
+PROMPTS = MetricDefinition(
+    "fluxion_prefill_prompts_total",
+    "counter",
+    "prompts",
+    "Hand-offs that ended, by outcome (finished, cancelled, failed) and gRPC status.",
+    ("outcome", "status"),
+)
+RUNNING = MetricDefinition(
+    "fluxion_prefill_prompts_running", "gauge", "prompts", "Prompts computed in turns."
+)
+WAITING = MetricDefinition(
+    "fluxion_prefill_prompts_waiting", "gauge", "prompts", "Prompts that wait for their turn."
+)
+PENDING_TOKENS = MetricDefinition(
+    "fluxion_prefill_pending_tokens", "gauge", "tokens", "Prompt tokens still to be computed."
+)
+TOKENS = MetricDefinition(
+    "fluxion_prefill_tokens_total", "counter", "tokens", "Prompt tokens computed."
+)
+BUSY = MetricDefinition(
+    "fluxion_prefill_busy_seconds_total", "counter", "seconds", "Engine thread computing prompts."
+)
+KV_BYTES = MetricDefinition(
+    "fluxion_prefill_kv_bytes_total", "counter", "bytes", "KV payload made for decode nodes."
+)
+QUEUE_SECONDS = MetricDefinition(
+    "fluxion_prefill_queue_seconds",
+    "histogram",
+    "seconds",
+    "From a prompt's arrival to its first chunk, finished prompts only.",
+)
+PREFILL_SECONDS = MetricDefinition(
+    "fluxion_prefill_seconds",
+    "histogram",
+    "seconds",
+    "Computing a prompt, its pauses not counted, finished prompts only.",
+)
+
+PREFILL_DEFINITIONS = (
+    *(PROMPTS, RUNNING, WAITING, PENDING_TOKENS, TOKENS, BUSY, KV_BYTES),
+    *(QUEUE_SECONDS, PREFILL_SECONDS),
+)
+
+
+@dataclass
+class PromptCounters:
+    """What hand-offs add up to. Written on the event loop only."""
+
+    ended: Counter[tuple[str, ...]] = field(
+        default_factory=lambda: Counter({("finished", "OK"): 0, ("cancelled", "CANCELLED"): 0})
+    )
+    queue_seconds: PlainHistogram = field(default_factory=lambda: PlainHistogram(SECONDS_BOUNDS))
+    prefill_seconds: PlainHistogram = field(default_factory=lambda: PlainHistogram(SECONDS_BOUNDS))
+
+    def prompt_ended(self, error: BaseException | None, prompt: Prompt | None) -> None:
+        """A hand-off is over; without a prompt it was refused."""
+        self.ended[outcome_of(error)] += 1
+        if error is None and prompt is not None:
+            self.queue_seconds.observe(prompt.queue_seconds)
+            self.prefill_seconds.observe(prompt.prefill_seconds)
+
+
+class PrefillCollector(Collector):
+    """Reads the counters of a prefill node for a scrape."""
+
+    def __init__(self, counters: PromptCounters, engine: PrefillEngine) -> None:
+        self._counters = counters
+        self._engine = engine
+
+    def collect(self) -> Iterator[Metric]:
+        """All families, as they are now."""
+        load, statistics = self._engine.load(), self._engine.statistics()
+        yield PROMPTS.render(dict(self._counters.ended))
+        yield RUNNING.render_value(load.running_prompts)
+        yield WAITING.render_value(load.waiting_prompts)
+        yield PENDING_TOKENS.render_value(load.pending_tokens)
+        yield TOKENS.render_value(statistics.tokens)
+        yield BUSY.render_value(statistics.busy_seconds)
+        yield KV_BYTES.render_value(statistics.payload_bytes)
+        yield QUEUE_SECONDS.render_histogram({(): self._counters.queue_seconds})
+        yield PREFILL_SECONDS.render_histogram({(): self._counters.prefill_seconds})

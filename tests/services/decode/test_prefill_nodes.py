@@ -1,0 +1,104 @@
+"""Names of prefill nodes, resolved to all their replicas and used in turn."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+
+import pytest
+
+from fluxion_core.config import ClientSettings
+from services.decode.prefill_nodes import PrefillNodes
+
+
+class Names:
+    """A resolver in place of the system's: what each name stands for now."""
+
+    def __init__(self) -> None:
+        self.records: dict[str, list[str]] = {}
+
+    async def getaddrinfo(self, host, port, **_):
+        if not self.records.get(host):
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return [
+            (
+                socket.AF_INET6 if ":" in address else socket.AF_INET,
+                socket.SOCK_STREAM,
+                6,
+                "",
+                (address, int(port)),
+            )
+            for address in self.records[host]
+        ]
+
+
+@pytest.fixture
+async def names(monkeypatch) -> Names:
+    found = Names()
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", found.getaddrinfo, raising=False)
+    return found
+
+
+@pytest.fixture
+async def open_nodes(monkeypatch):
+    opened = []
+
+    def open_(*addresses: str) -> PrefillNodes:
+        opened.append(PrefillNodes(addresses, ClientSettings()))
+        return opened[-1]
+
+    yield open_
+    for nodes in opened:
+        await nodes.close()
+
+
+async def test_a_name_with_two_addresses_is_two_nodes_each_first_in_turn(names, open_nodes):
+    names.records["prefill"] = ["10.0.0.2", "10.0.0.1"]
+    nodes = open_nodes("prefill:7070")
+    both = ["10.0.0.1:7070", "10.0.0.2:7070"]
+    assert [await nodes.in_turn() for _ in range(3)] == [both[::-1], both, both[::-1]]
+
+
+async def test_replicas_that_come_and_go_are_noticed_at_the_next_prompt(names, open_nodes):
+    names.records["prefill"] = ["10.0.0.1"]
+    nodes = open_nodes("prefill:7070")
+    assert await nodes.in_turn() == ["10.0.0.1:7070"]
+    names.records["prefill"] = ["10.0.0.1", "10.0.0.2"]
+    assert sorted(await nodes.in_turn()) == ["10.0.0.1:7070", "10.0.0.2:7070"]
+    names.records["prefill"] = ["10.0.0.2"]
+    assert await nodes.in_turn() == ["10.0.0.2:7070"]
+
+
+async def test_a_channel_in_use_outlives_its_name(names, open_nodes):
+    names.records["prefill"] = ["10.0.0.1"]
+    nodes = open_nodes("prefill:7070")
+    (node,) = await nodes.in_turn()
+    async with nodes.channel(node) as channel:
+        names.records["prefill"] = ["10.0.0.2"]
+        await nodes.in_turn()
+        async with nodes.channel(node) as again:
+            assert again is channel
+    await nodes.in_turn()
+    async with nodes.channel(node) as later:
+        assert later is not channel
+
+
+async def test_an_address_stands_for_itself_and_is_not_looked_up(names, open_nodes):
+    assert await open_nodes("127.0.0.1:1").in_turn() == ["127.0.0.1:1"]
+    assert await open_nodes("[::1]:2").in_turn() == ["[::1]:2"]
+
+
+async def test_a_node_with_both_families_is_one_node(names, open_nodes):
+    names.records["dual"] = ["fd00::1", "10.0.0.1"]
+    names.records["six"] = ["fd00::2"]
+    assert await open_nodes("dual:7070").in_turn() == ["10.0.0.1:7070"]
+    assert await open_nodes("six:7070").in_turn() == ["[fd00::2]:7070"]
+
+
+async def test_a_name_that_does_not_resolve_gives_no_node(names, open_nodes, caplog):
+    names.records["prefill"] = ["10.0.0.1"]
+    nodes = open_nodes("nowhere:7070", "prefill:7070")
+    assert len(nodes) == 2
+    assert await nodes.in_turn() == ["10.0.0.1:7070"]
+    assert "prefill node not found host=nowhere" in caplog.text
+    assert await open_nodes("nowhere:7070").in_turn() == []

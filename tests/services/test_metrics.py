@@ -1,0 +1,247 @@
+"""Metrics of both nodes over HTTP, after real requests, and the table that documents them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import grpc
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from fluxion_core.device_usage import DeviceUsage
+from fluxion_core.errors import CapacityError, ConfigError, DeadlineError, RequestCancelledError
+from fluxion_core.metrics import definitions_table
+from fluxion_core.nvml import NvmlReadings
+from fluxion_proto.v1 import generate_pb2
+from services.decode.engine import EngineStatistics
+from services.decode.gpu_metrics import GPU_DEFINITIONS, NvmlCollector
+from services.decode.metrics import DECODE_DEFINITIONS, DecodeCollector, RequestCounters
+from services.metrics import NODE_DEFINITIONS, MetricsEndpoint, NodeMetrics, outcome_of
+from services.prefill.metrics import PREFILL_DEFINITIONS
+
+TABLE = Path(__file__).parents[2] / "deploy" / "METRICS.md"
+SECTIONS = {
+    "Both nodes": NODE_DEFINITIONS,
+    "Decode node": DECODE_DEFINITIONS,
+    "Decode node, from NVML": GPU_DEFINITIONS,
+    "Prefill node": PREFILL_DEFINITIONS,
+}
+
+
+def fetch(address: str, path: str = "/metrics") -> str:
+    with urllib.request.urlopen(f"http://{address}{path}", timeout=30) as answer:
+        return answer.read().decode()
+
+
+def families_of(text: str) -> dict[str, dict[tuple[str, ...], float]]:
+    """Samples by the name they have in the exposition, values by label values."""
+    samples: dict[str, dict[tuple[str, ...], float]] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            samples.setdefault(sample.name, {})[tuple(sample.labels.values())] = sample.value
+    return samples
+
+
+def exported(text: str) -> dict[str, str]:
+    """Type of every fluxion_ family."""
+    return dict(re.findall(r"^# TYPE (fluxion_\w+) (\w+)$", text, re.MULTILINE))
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_the_table_is_what_the_code_defines(section):
+    text = TABLE.read_text()
+    rows = text.split(f"## {section}\n", 1)[1].split("\n## ", 1)[0]
+    assert definitions_table(SECTIONS[section]) in rows + "\n"
+    assert rows.count("| `fluxion_") == len(SECTIONS[section])
+
+
+async def test_a_request_is_counted_on_both_nodes(
+    start_prefill, start_decode, open_stub, find_free_address
+):
+    prefill_metrics, decode_metrics = find_free_address(), find_free_address()
+    async with start_prefill(metrics_listen=prefill_metrics) as prefill:
+        async with start_decode(prefill.address, metrics_listen=decode_metrics) as node:
+            async with open_stub(node.address) as stub:
+                request = generate_pb2.GenerateRequest(
+                    text="x" * 700, max_new_tokens=5, ignore_eos=True
+                )
+                async for _ in stub.Generate(request):
+                    pass
+                with pytest.raises(grpc.aio.AioRpcError):
+                    async for _ in stub.Generate(generate_pb2.GenerateRequest()):
+                        pass
+            decode_text = await asyncio.to_thread(fetch, decode_metrics)
+            prefill_text = await asyncio.to_thread(fetch, prefill_metrics)
+    decode, of_prefill = families_of(decode_text), families_of(prefill_text)
+    assert decode["fluxion_node_ready"] == {("decode",): 1}
+    assert decode["fluxion_requests_total"] == {
+        ("finished", "OK"): 1,
+        ("cancelled", "CANCELLED"): 0,
+        ("failed", "INVALID_ARGUMENT"): 1,
+    }
+    # By hand: five tokens, the first of them from prefill; four steps, four gaps.
+    assert decode["fluxion_generated_tokens_total"] == {(): 5}
+    assert decode["fluxion_decode_steps_total"] == {(): 4}
+    assert decode["fluxion_inter_token_seconds_count"] == {(): 4}
+    assert decode["fluxion_time_to_first_token_seconds_count"] == {(): 1}
+    assert decode["fluxion_request_seconds_count"] == {(): 1}
+    assert decode["fluxion_prompt_tokens_total"] == {("computed",): 700, ("cached",): 0}
+    assert decode["fluxion_handoffs_total"] == {(prefill.address,): 1}
+    # K and V, 2 layers, 2 heads of 16 channels in bf16, of 704 tokens: whole blocks.
+    assert decode["fluxion_handoff_bytes_total"] == {(prefill.address,): 704 * 2 * 2 * 2 * 16 * 2}
+    assert decode["fluxion_groups_total"]["everything",] == 4 * 2 * 2
+    assert decode["fluxion_tasks_total"] == {("cpu",): 4 * 2 * 2}
+    assert sum(decode["fluxion_store_bytes"].values()) == decode["fluxion_store_capacity_bytes"][()]
+    assert of_prefill["fluxion_prefill_prompts_total"]["finished", "OK"] == 1
+    assert of_prefill["fluxion_prefill_tokens_total"] == {(): 700}
+    assert of_prefill["fluxion_prefill_seconds_count"] == {(): 1}
+    assert (
+        of_prefill["fluxion_prefill_kv_bytes_total"][()]
+        == decode["fluxion_handoff_bytes_total"][prefill.address,]
+    )
+    # Every metric that needs no GPU, with its type, and no other.
+    for text, definitions in (
+        (decode_text, (*NODE_DEFINITIONS, *DECODE_DEFINITIONS)),
+        (prefill_text, (*NODE_DEFINITIONS, *PREFILL_DEFINITIONS)),
+    ):
+        expected = {one.name: one.kind for one in definitions if not one.needs}
+        assert exported(text) == expected
+
+
+class _Engine:
+    """An engine with these statistics."""
+
+    def __init__(self, statistics) -> None:
+        self._statistics = statistics
+
+    def statistics(self):
+        return self._statistics
+
+
+def test_gpu_metrics_are_there_with_a_gpu_and_absent_without():
+    usage = DeviceUsage(busy_seconds=3.0)
+    usage.idle_seconds["host_attention"] = 2.0
+    usage.pcie_bytes["host_to_device", "digests"] = 4096
+    usage.tasks_by_device["gpu"] = 7
+    for device, gpu_names in (
+        (usage, {one.name for one in DECODE_DEFINITIONS if one.needs}),
+        (None, set()),
+    ):
+        engine = _Engine(EngineStatistics(device=device))
+        collector = DecodeCollector(RequestCounters(), None, None, engine)  # type: ignore[arg-type]
+        families = {
+            one.name + ("_total" if one.type == "counter" else ""): one
+            for one in collector.collect_engine()
+        }
+        assert {name for name in families if "gpu" in name or "pcie" in name} == gpu_names
+    engine = _Engine(EngineStatistics(device=usage))
+    collector = DecodeCollector(RequestCounters(), None, None, engine)  # type: ignore[arg-type]
+    families = {one.name: one for one in collector.collect_engine()}
+    idle = {s.labels["cause"]: s.value for s in families["fluxion_gpu_idle_seconds"].samples}
+    assert idle == {"host_attention": 2.0, "no_work": 0.0, "host_step": 0.0}
+    pcie = {tuple(s.labels.values()): s.value for s in families["fluxion_pcie_bytes"].samples}
+    assert pcie["host_to_device", "digests"] == 4096
+    tasks = {s.labels["device"]: s.value for s in families["fluxion_tasks"].samples}
+    assert tasks == {"cpu": 0, "gpu": 7}
+
+
+class _Card:
+    """A reader of a card that may refuse."""
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+
+    def read(self) -> NvmlReadings:
+        if self.error is not None:
+            raise self.error
+        return NvmlReadings(
+            {"host_to_device": 5, "device_to_host": 6}, 63e9, 0.5, {"graphics": 0.25}
+        )
+
+
+def test_a_card_is_read_at_each_scrape_and_a_refusal_leaves_its_metrics_out():
+    card = _Card()
+    collector = NvmlCollector(card)  # type: ignore[arg-type]
+    names = {one.name + ("_total" if one.type == "counter" else "") for one in collector.collect()}
+    assert names == {one.name for one in GPU_DEFINITIONS}
+    card.error = DeadlineError("the driver is busy")
+    assert list(collector.collect()) == []
+    card.error = None
+    assert len(list(collector.collect())) == len(GPU_DEFINITIONS)
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [
+        (None, ("finished", "OK")),
+        (asyncio.CancelledError(), ("cancelled", "CANCELLED")),
+        (GeneratorExit(), ("cancelled", "CANCELLED")),
+        (RequestCancelledError("gone"), ("cancelled", "CANCELLED")),
+        (
+            CapacityError("host KV store", needed=2, free=1, unit="B", remedy="wait"),
+            ("failed", "RESOURCE_EXHAUSTED"),
+        ),
+        (DeadlineError("late"), ("failed", "DEADLINE_EXCEEDED")),
+        (ZeroDivisionError(), ("failed", "INTERNAL")),
+    ],
+)
+def test_every_end_has_an_outcome_and_a_status(error, outcome):
+    assert outcome_of(error) == outcome
+
+
+@pytest.fixture
+def endpoint():
+    served = MetricsEndpoint("127.0.0.1:0", NodeMetrics("decode"))
+    yield served
+    served.close()
+
+
+def test_a_node_that_loads_its_model_serves_that_it_is_not_ready(endpoint):
+    families = families_of(fetch(endpoint.address))
+    assert families["fluxion_node_ready"] == {("decode",): 0}
+    assert families["process_open_fds"]
+    assert "fluxion_node_info" not in families
+
+
+@pytest.mark.parametrize(
+    ("path", "status"), [("/", 404), ("/trace?steps=1", 404), ("/metrics/x", 404)]
+)
+def test_other_paths_are_not_found(endpoint, path, status):
+    with pytest.raises(urllib.error.HTTPError) as refusal:
+        fetch(endpoint.address, path)
+    assert refusal.value.code == status
+    refusal.value.close()
+
+
+@pytest.mark.parametrize("listen", ["9464", "127.0.0.1:x", "127.0.0.1:99999", "203.0.113.1:80"])
+def test_an_address_that_cannot_be_bound_is_a_config_error(listen):
+    with pytest.raises(ConfigError, match=re.escape(listen)):
+        MetricsEndpoint(listen, NodeMetrics("decode"))
+
+
+def test_no_address_is_no_endpoint():
+    served = MetricsEndpoint("", NodeMetrics("decode"))
+    assert served.address == ""
+    served.close()
+
+
+def test_trace_queries_outside_the_limits_are_refused():
+    metrics = NodeMetrics("decode")
+    asked: list[tuple[int, float]] = []
+    metrics.take_trace = lambda steps, seconds: asked.append((steps, seconds)) or []
+    served = MetricsEndpoint("127.0.0.1:0", metrics)
+    try:
+        assert json.loads(fetch(served.address, "/trace?steps=3&seconds=2")) == []
+        for query in ("steps=0", "steps=x", "seconds=0", "seconds=1000", "steps=1000000"):
+            with pytest.raises(urllib.error.HTTPError) as refusal:
+                fetch(served.address, f"/trace?{query}")
+            assert refusal.value.code == 400
+            refusal.value.close()
+    finally:
+        served.close()
+    assert asked == [(3, 2.0)]
