@@ -19,6 +19,10 @@ if native := os.environ.get("FLUXION_NATIVE"):
     sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[name])
 
+if not torch.cuda.is_available():
+    # Triton's kernels run in its interpreter. It looks when a kernel's module is imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 

@@ -1,0 +1,178 @@
+"""Attention of one decode step over the default windows, which lie on the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fluxion_core.errors import ShapeError
+from fluxion_core.geometry import WindowSpec, ceil_div
+from fluxion_core.kernels.tile_products import MIN_ROWS, float32_dot
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _window_attention(
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    slots_ptr,
+    lengths_ptr,
+    output_ptr,
+    lse_ptr,
+    query_row_stride,
+    slot_stride,
+    head_stride,
+    SCALE: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    SINK: tl.constexpr,
+    RECENT: tl.constexpr,
+    RING: tl.constexpr,
+    SPLIT_TOKENS: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """One program: the state of one GQA group of one row over one piece of its window."""
+    row = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    split = tl.program_id(2)
+    heads = tl.num_programs(1) * GROUP
+    length = tl.load(lengths_ptr + row)
+    slot = tl.load(slots_ptr + row).to(tl.int64)
+
+    entries = split * SPLIT_TOKENS + tl.arange(0, SPLIT_TOKENS)
+    # Of a ring entry, the last position below the length that falls on it.
+    newest = tl.maximum(length - 1, SINK)
+    position = newest - (newest - entries + RING) % RING
+    # Not before the region's end: what is older counts there.
+    recent_start = tl.maximum((length - RECENT) // 16 * 16, SINK)
+    is_recent = (entries >= SINK) & (position >= recent_start) & (position < length)
+    is_sink = (entries < SINK) & (entries < length)
+    counts = (is_recent | is_sink) & (entries < SINK + RING)
+
+    channels = tl.arange(0, HEAD_DIM)
+    members = tl.arange(0, GROUP_ROWS)
+    offsets = entries[:, None] * HEAD_DIM + channels[None, :]
+    start = slot * slot_stride + kv_head * head_stride
+    key = tl.load(key_ptr + start + offsets, mask=counts[:, None], other=0.0)
+    value = tl.load(value_ptr + start + offsets, mask=counts[:, None], other=0.0)
+    query_at = row.to(tl.int64) * query_row_stride + (kv_head * GROUP + members) * HEAD_DIM
+    query = tl.load(
+        query_ptr + query_at[:, None] + channels[None, :],
+        mask=(members < GROUP)[:, None],
+        other=0.0,
+    )
+
+    scores = float32_dot(query.to(tl.float32), tl.trans(key)) * (SCALE * LOG2E)
+    scores = tl.where(counts[None, :], scores, float("-inf"))
+    highest = tl.max(scores, axis=1)
+    is_empty = highest == float("-inf")
+    weights = tl.exp2(scores - tl.where(is_empty, 0.0, highest)[:, None])
+    weight_sum = tl.where(is_empty, 1.0, tl.sum(weights, axis=1))
+    output = float32_dot(weights, value) / weight_sum[:, None]
+    lse = (highest + tl.log2(weight_sum)) * LN2
+
+    state = (row.to(tl.int64) * heads + kv_head * GROUP + members) * SPLITS + split
+    tl.store(lse_ptr + state, lse, mask=members < GROUP)
+    tl.store(
+        output_ptr + state[:, None] * HEAD_DIM + channels[None, :],
+        output,
+        mask=(members < GROUP)[:, None],
+    )
+
+
+@dataclass(frozen=True)
+class WindowAttention:
+    """The shape of a window attention; everything is checked when it is made.
+
+    One program takes the whole of `split_tokens` entries of a window in one go, all loads in flight
+    at once: 64 entries make 6 splits of a window of 336, which is 48 programs for one sequence of 8
+    KV heads and 192 for four, of an H100's 132 processors.
+    """
+
+    window: WindowSpec
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    split_tokens: int = 64
+    """Entries of a window per program; a power of two."""
+    num_warps: int = 4
+
+    def __post_init__(self) -> None:
+        if self.num_kv_heads <= 0 or self.num_heads <= 0 or self.num_heads % self.num_kv_heads:
+            raise ShapeError(f"{self.num_heads} query heads over {self.num_kv_heads} KV heads")
+        if self.head_dim < 16 or self.head_dim & (self.head_dim - 1):
+            raise ShapeError(f"head_dim is {self.head_dim}; kernels take powers of two from 16 on")
+        if self.split_tokens < 16 or self.split_tokens & (self.split_tokens - 1):
+            raise ShapeError(f"split_tokens is {self.split_tokens}; a power of two from 16 on")
+
+    @property
+    def num_splits(self) -> int:
+        """Partial states of a head."""
+        return ceil_div(self.window.slot_tokens, self.split_tokens)
+
+    def make_states(self, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Room for the states of `rows` rows: the `output` and `lse` of `launch`."""
+        states = (rows, self.num_heads, self.num_splits)
+        output = torch.empty(*states, self.head_dim, dtype=torch.float32, device=device)
+        return output, torch.empty(states, dtype=torch.float32, device=device)
+
+    def launch(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        slots: Tensor,
+        lengths: Tensor,
+        output: Tensor,
+        lse: Tensor,
+    ) -> None:
+        """Attend to each row's window: sink, and what of the ring is not in the retrieval region.
+
+        Only launches, on the current stream; may be captured in a CUDA graph. Grid: rows x KV heads
+        x splits.
+
+        Args:
+            query: [rows, num_heads, head_dim] bfloat16 or float32, unscaled; rows may lie apart.
+            key: [slots, num_kv_heads, slot_tokens, head_dim] bfloat16; entries as
+                `WindowSpec.slot_index` says. Slots and KV heads may lie apart.
+            value: like key, with the same strides.
+            slots: [rows] int32, each row's slot.
+            lengths: [rows] int32, tokens of each row's sequence, the newest included; 0 makes empty
+                states, whatever the slot.
+            output: [rows, num_heads, num_splits, head_dim] float32, contiguous; normalised.
+            lse: [rows, num_heads, num_splits] float32, contiguous; natural log, -inf for a split in
+                which nothing counts.
+
+        Cost: reads the rows' windows once, 2 * head_dim * 2 B per entry and KV head.
+        """
+        group = self.num_heads // self.num_kv_heads
+        _window_attention[(query.shape[0], self.num_kv_heads, self.num_splits)](
+            query,
+            key,
+            value,
+            slots,
+            lengths,
+            output,
+            lse,
+            query.stride(0),
+            key.stride(0),
+            key.stride(1),
+            SCALE=self.head_dim**-0.5,
+            GROUP=group,
+            GROUP_ROWS=max(MIN_ROWS, triton.next_power_of_2(group)),
+            HEAD_DIM=self.head_dim,
+            SINK=self.window.sink_tokens,
+            RECENT=self.window.recent_tokens,
+            RING=self.window.ring_tokens,
+            SPLIT_TOKENS=self.split_tokens,
+            SPLITS=self.num_splits,
+            num_warps=self.num_warps,
+        )
