@@ -61,7 +61,7 @@ TaskPool::~TaskPool() {
 }
 
 void TaskPool::submit(Work* work, const std::vector<int64_t>& bytes, int64_t wake_bytes,
-                      bool another_follows) {
+                      bool another_follows, bool others_only) {
   const int32_t count = int32_t(bytes.size());
   if (count > capacity_) {
     tasks_ = std::make_unique<Task[]>(size_t(count));
@@ -75,12 +75,17 @@ void TaskPool::submit(Work* work, const std::vector<int64_t>& bytes, int64_t wak
   std::iota(order_.begin(), order_.end(), 0);
   std::stable_sort(order_.begin(), order_.end(),
                    [&](int32_t a, int32_t b) { return bytes[size_t(a)] > bytes[size_t(b)]; });
+  bytes_ = bytes;
   work_ = work;
   num_tasks_ = count;
   head_.store(0, std::memory_order_relaxed);
   remaining_.store(count, std::memory_order_relaxed);
   helpers_.store(0, std::memory_order_relaxed);
   another_follows_.store(another_follows, std::memory_order_relaxed);
+  if (others_only) {
+    round_.fetch_add(2);
+    return;
+  }
   const uint32_t cpu = uint32_t(sched_getcpu());
   if (cpu != caller_cpu_.load(std::memory_order_relaxed)) {
     caller_cpu_.store(cpu);
@@ -91,18 +96,22 @@ void TaskPool::submit(Work* work, const std::vector<int64_t>& bytes, int64_t wak
   if (total >= wake_bytes && sleepers_.load() > 0) wake_all(round_);
 }
 
-void TaskPool::wait() {
+void TaskPool::wait(Consumer* consumer) {
   const int self = num_workers();
   int idle = 0;
   while (remaining_.load(std::memory_order_acquire) > 0) {
-    help(self);
-    if (++idle % kPausesBeforeYield == 0) {
+    if (consumer != nullptr) {
+      consumer->poll();
+    } else {
+      help(self);
+    }
+    if (consumer == nullptr && ++idle % kPausesBeforeYield == 0) {
       sched_yield();
     } else {
       pause();
     }
   }
-  round_.fetch_add(1);  // even: nobody comes in any more
+  round_.fetch_add(round_.load() % 2);  // even: nobody comes in any more
   for (int pauses = 1; inside_.load() > 0; ++pauses) {
     if (pauses % kPausesBeforeYield == 0) {
       sched_yield();
@@ -113,7 +122,14 @@ void TaskPool::wait() {
   work_ = nullptr;
 }
 
-int32_t TaskPool::claim() { return claim_for(kOther); }
+int32_t TaskPool::claim(int64_t least, int64_t most) {
+  for (int32_t place = head_.load(std::memory_order_relaxed); place < num_tasks_; ++place) {
+    const int64_t bytes = bytes_[size_t(order_[size_t(place)])];
+    if (bytes < least) return -1;
+    if (bytes <= most && take(place, kOther)) return order_[size_t(place)];
+  }
+  return -1;
+}
 
 void TaskPool::complete(int32_t task) {
   (void)task;
@@ -182,7 +198,7 @@ void TaskPool::worker_main(int worker, int cpu) {
 
 void TaskPool::help(int worker) {
   int32_t task;
-  while ((task = claim_for(kPool)) >= 0) {
+  while ((task = claim_for_pool()) >= 0) {
     if (tracing_.load(std::memory_order_relaxed)) {
       const int64_t now = now_ns();
       traces_[size_t(worker)].push_back({worker, task, -1, 0, now, now});
@@ -197,17 +213,21 @@ void TaskPool::help(int worker) {
   }
 }
 
-int32_t TaskPool::claim_for(int32_t owner) {
-  int32_t place = head_.load(std::memory_order_relaxed);
-  for (; place < num_tasks_; ++place) {
-    int32_t expected = kFree;
-    if (tasks_[order_[size_t(place)]].owner.compare_exchange_strong(expected, owner)) {
-      // Where the next one starts to look; others may have got further.
-      int32_t head = head_.load(std::memory_order_relaxed);
-      while (head <= place && !head_.compare_exchange_weak(head, place + 1)) {
-      }
-      return order_[size_t(place)];
+// Claim the task at this place of the order, if nobody has.
+bool TaskPool::take(int32_t place, int32_t owner) {
+  int32_t expected = kFree;
+  return tasks_[order_[size_t(place)]].owner.compare_exchange_strong(expected, owner);
+}
+
+int32_t TaskPool::claim_for_pool() {
+  for (int32_t place = head_.load(std::memory_order_relaxed); place < num_tasks_; ++place) {
+    const bool taken = take(place, kPool);
+    // Taken now or before, by us or others: the next one starts to look behind it. Others may have
+    // got further.
+    int32_t head = head_.load(std::memory_order_relaxed);
+    while (head <= place && !head_.compare_exchange_weak(head, place + 1)) {
     }
+    if (taken) return order_[size_t(place)];
   }
   return -1;
 }

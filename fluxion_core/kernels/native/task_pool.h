@@ -31,6 +31,14 @@ class Work {
   virtual void close(int32_t task) = 0;
 };
 
+// Somebody else who takes tasks of a round, driven by the thread that waits for it.
+class Consumer {
+ public:
+  virtual ~Consumer() = default;
+  // Take tasks, give back what is done; must not block.
+  virtual void poll() = 0;
+};
+
 // One chunk that was run, for traces and tests. phase -1: the task was claimed.
 struct Span {
   int32_t worker, task, phase, chunk;
@@ -51,14 +59,17 @@ class TaskPool {
   // Start a round: tasks 0 to bytes.size() - 1. One round at a time; `work` must live until `wait`
   // returns. Rounds of fewer bytes than `wake_bytes` wake nobody: the waiting thread does them.
   // If another round follows within microseconds, workers that are awake do not sleep until then.
+  // A round that is for others only is not seen by the pool's threads.
   void submit(Work* work, const std::vector<int64_t>& bytes, int64_t wake_bytes,
-              bool another_follows = false);
-  // Help until all tasks are done, those of another consumer included.
-  void wait();
+              bool another_follows = false, bool others_only = false);
+  // Until all tasks are done, those of another consumer included: help, or drive that consumer.
+  void wait(Consumer* consumer = nullptr);
 
-  // For another consumer: take the largest task left, -1 if there is none; say that it is done.
-  int32_t claim();
+  // For another consumer: take the largest task left of at least `least` and at most `most` bytes,
+  // -1 if there is none; say that it is done.
+  int32_t claim(int64_t least = 0, int64_t most = INT64_MAX);
   void complete(int32_t task);
+  int32_t remaining() const { return remaining_.load(std::memory_order_relaxed); }
 
   void set_tracing(bool on) { tracing_.store(on, std::memory_order_relaxed); }
   std::vector<Span> take_trace();
@@ -77,7 +88,8 @@ class TaskPool {
 
   void worker_main(int worker, int cpu);
   void help(int worker);
-  int32_t claim_for(int32_t owner);
+  bool take(int32_t place, int32_t owner);
+  int32_t claim_for_pool();
   bool run_chunks(int worker, int32_t task);
   void open_next(int32_t task, int32_t phase);
 
@@ -89,7 +101,8 @@ class TaskPool {
   std::unique_ptr<Task[]> tasks_;
   int32_t capacity_ = 0, num_tasks_ = 0;
   std::vector<int32_t> order_;
-  std::atomic<int32_t> head_{0};
+  std::vector<int64_t> bytes_;
+  std::atomic<int32_t> head_{0};  // all places before it are taken
   std::atomic<int32_t> remaining_{0};
 
   // Odd while a round may be entered. Threads without work sleep on it as a futex: a condition

@@ -1,0 +1,142 @@
+#include "gpu_lane.h"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <limits>
+#include <stdexcept>
+#include <string>
+
+namespace fluxion {
+namespace {
+
+// Launching, the first reads' latency, choosing, and telling the host.
+constexpr int64_t kTaskOverheadNs = 30000;
+// Smaller tasks are done by a CPU before the GPU has begun.
+constexpr int64_t kLeastBytes = 64 << 10;
+// A round of fewer bytes tells little about rates.
+constexpr int64_t kTellingBytes = 4 << 20;
+constexpr double kNewShare = 0.1;
+constexpr int64_t kStuckNs = 10'000'000'000;
+
+int64_t now_ns() {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(
+             std::chrono::steady_clock::now().time_since_epoch())
+      .count();
+}
+
+}  // namespace
+
+GpuLane::GpuLane(Launch launch, const std::vector<Slot>& slots, double gpu_rate, double cpu_rate)
+    : launch_(launch),
+      slots_(slots),
+      running_(slots.size()),
+      gpu_rate_(gpu_rate),
+      cpu_rate_(cpu_rate) {
+  if (slots.empty()) throw std::invalid_argument("a GPU lane needs a slot");
+}
+
+void GpuLane::begin_step() { spans_.clear(); }
+
+void GpuLane::begin(TaskPool& pool, LayerAttention& attention, int64_t layer, const float* queries,
+                    bool alone) {
+  pool_ = &pool;
+  attention_ = &attention;
+  layer_ = layer;
+  queries_ = queries;
+  alone_ = alone;
+  total_bytes_ = attention.total_priority();
+  taken_bytes_ = running_bytes_ = finished_bytes_ = 0;
+  cpus_done_ns_ = 0;
+  num_running_ = 0;
+  since_ns_ = last_done_ns_ = now_ns();
+}
+
+// Largest task that the GPU would be done with before the CPUs are done with the rest.
+int64_t GpuLane::affordable_bytes() const {
+  if (alone_) return std::numeric_limits<int64_t>::max();
+  const double elapsed = double(now_ns() - since_ns_);
+  const double left = double(total_bytes_ - taken_bytes_) - elapsed * cpu_rate_;
+  const double cpu_ns = std::max(0.0, left) / cpu_rate_;
+  const double gpu_ns = cpu_ns - kTaskOverheadNs - double(running_bytes_) / gpu_rate_;
+  return int64_t(gpu_ns * gpu_rate_);
+}
+
+void GpuLane::poll() {
+  collect();
+  if (!cpus_done_ns_ && pool_->remaining() == num_running_) cpus_done_ns_ = now_ns();
+  for (size_t i = 0; i < slots_.size(); ++i) {
+    if (running_[i].task >= 0) continue;
+    const int64_t most = affordable_bytes();
+    const int64_t least = alone_ ? 0 : kLeastBytes;
+    if (most < least) return;
+    const int32_t task = pool_->claim(least, most);
+    if (task < 0) return;
+    launch(slots_[i], running_[i], task);
+  }
+}
+
+void GpuLane::launch(const Slot& slot, Running& running, int32_t task) {
+  const int64_t bytes = attention_->priority(task);
+  taken_bytes_ += bytes;
+  if (bytes == 0) {
+    // Nothing to read: its output is written here.
+    attention_->open(task, attention_->num_phases() - 1);
+    attention_->close(task);
+    pool_->complete(task);
+    return;
+  }
+  if (!error_.empty()) return pool_->complete(task);
+  attention_->describe(task, queries_, slot.task);
+  slot.task->ticket = ++ticket_;
+  std::atomic_thread_fence(std::memory_order_release);
+  running = {task, bytes};
+  running_bytes_ += bytes;
+  ++num_running_;
+  if (const int code = launch_(slot.graph, slot.stream)) {
+    give_up(("could not launch a task: CUDA error " + std::to_string(code)).c_str());
+  }
+}
+
+void GpuLane::collect() {
+  for (size_t i = 0; i < slots_.size(); ++i) {
+    Running& running = running_[i];
+    if (running.task < 0 || *slots_[i].done != slots_[i].task->ticket) continue;
+    std::atomic_thread_fence(std::memory_order_acquire);
+    attention_->finish_elsewhere(running.task, *slots_[i].statistics);
+    spans_.push_back({layer_, running.task, *slots_[i].statistics});
+    running_bytes_ -= running.bytes;
+    finished_bytes_ += running.bytes;
+    last_done_ns_ = now_ns();
+    --num_running_;
+    pool_->complete(running.task);
+    running.task = -1;
+  }
+  if (num_running_ > 0 && now_ns() - last_done_ns_ > kStuckNs) give_up("has a task that does not end");
+}
+
+// Let the round end; `end` says what happened.
+void GpuLane::give_up(const char* what) {
+  if (error_.empty()) error_ = "the GPU lane " + std::string(what) + ", layer " + std::to_string(layer_);
+  for (Running& running : running_) {
+    if (running.task >= 0) pool_->complete(running.task);
+    running.task = -1;
+  }
+  num_running_ = 0;
+}
+
+void GpuLane::end() {
+  if (!error_.empty()) throw std::runtime_error(error_);
+  if (alone_) return;
+  const int64_t by_cpu = total_bytes_ - taken_bytes_;
+  if (by_cpu > kTellingBytes) {
+    const int64_t done = cpus_done_ns_ ? cpus_done_ns_ : now_ns();
+    cpu_rate_ += kNewShare * (double(by_cpu) / double(done - since_ns_) - cpu_rate_);
+  }
+  if (finished_bytes_ > kTellingBytes) {
+    const double spent = double(last_done_ns_ - since_ns_);
+    gpu_rate_ += kNewShare * (double(finished_bytes_) / spent - gpu_rate_);
+  }
+}
+
+}  // namespace fluxion

@@ -1,0 +1,86 @@
+// The GPU's end of the queue: takes tasks of a round that the CPU pool works on, and launches them.
+//
+// A slot is what one task needs on the device: a stream, a descriptor, and the kernels over it as an
+// instantiated CUDA graph, so that a task is one launch. Few tasks are under way at a time. A task is
+// taken if the GPU is expected to be done with it before the CPUs would be done with all that is left:
+// near the end of a layer, the other way round would leave everybody waiting for one task.
+//
+// CUDA is reached through a function pointer alone: nothing here is linked with it, and tests put
+// their own in its place.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "layer_attention.h"
+#include "task_pool.h"
+
+namespace fluxion {
+
+class GpuLane final : public Consumer {
+ public:
+  // cuGraphLaunch, or what tests put there; not 0 for an error.
+  using Launch = int (*)(void* graph, void* stream);
+
+  struct Slot {
+    void* graph;
+    void* stream;
+    LaneTask* task;                    // pinned, as is what it points to
+    const volatile int64_t* done;
+    const LaneStatistics* statistics;
+  };
+
+  // One task of the step, for traces and accounting; times of the GPU's clock.
+  struct Span {
+    int64_t layer, task;
+    LaneStatistics statistics;
+  };
+
+  // Rates in bytes per nanosecond, of planned bytes; they follow what is measured from then on.
+  GpuLane(Launch launch, const std::vector<Slot>& slots, double gpu_rate, double cpu_rate);
+
+  // Begin a layer's round. queries: [batch][heads][head_dim] on the device. alone: no CPU takes part.
+  void begin(TaskPool& pool, LayerAttention& attention, int64_t layer, const float* queries,
+             bool alone);
+  void poll() override;
+  // The round is over. Throws if a task could not be launched, or did not come back: then the
+  // round's output is worth nothing.
+  void end();
+
+  void begin_step();
+  const std::vector<Span>& spans() const { return spans_; }
+  int64_t tasks_of_gpu() const { return int64_t(spans_.size()); }
+  double gpu_rate() const { return gpu_rate_; }
+  double cpu_rate() const { return cpu_rate_; }
+
+ private:
+  struct Running {
+    int32_t task = -1;
+    int64_t bytes = 0;
+  };
+
+  void launch(const Slot& slot, Running& running, int32_t task);
+  void collect();
+  void give_up(const char* what);
+  int64_t affordable_bytes() const;
+
+  Launch launch_;
+  std::vector<Slot> slots_;
+  std::vector<Running> running_;
+  double gpu_rate_, cpu_rate_;
+  std::vector<Span> spans_;
+
+  TaskPool* pool_ = nullptr;
+  LayerAttention* attention_ = nullptr;
+  int64_t layer_ = 0;
+  const float* queries_ = nullptr;
+  bool alone_ = false;
+  int64_t ticket_ = 0;
+  int64_t since_ns_ = 0, last_done_ns_ = 0, cpus_done_ns_ = 0;
+  int32_t num_running_ = 0;
+  std::string error_;
+  int64_t total_bytes_ = 0, taken_bytes_ = 0, running_bytes_ = 0, finished_bytes_ = 0;
+};
+
+}  // namespace fluxion

@@ -1,0 +1,66 @@
+// The host's side of a decode step whose dense part runs on a GPU as one CUDA graph.
+//
+// Layer by layer, without Python: wait until the GPU has published its queries, keys and values in
+// pinned memory, append keys and values to the store, have the host part of attention done by the CPU
+// pool and the GPU lane, and answer with a flag. Every flag has one writer, and takes the number of
+// the step. fluxion_core/gpu/device_step.py makes the board and the graph that is the other side.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "gpu_lane.h"
+#include "layer_attention.h"
+#include "slab_layout.h"
+#include "task_pool.h"
+
+namespace fluxion {
+
+// Pinned memory that both sides know.
+struct StepBoard {
+  int64_t layers, capacity;          // rows
+  const volatile int32_t* published;  // [layers][capacity], written by the GPU
+  volatile int32_t* answered;         // [layers]
+  const int32_t* skip;                // [layers] nothing is awaited from the host
+  const float* rows;                  // [layers][capacity][query heads, then keys, then values]
+  float* output;                      // [capacity][heads][head_dim]
+  float* lse;                         // [capacity][heads]
+  const float* device_queries;        // [capacity][heads][head_dim], on the GPU
+};
+
+class StepDriver {
+ public:
+  // What a layer's times were, nanoseconds of the host's monotonic clock; 0 where it was skipped.
+  struct LayerTimes {
+    int64_t published_ns, answered_ns;
+  };
+
+  StepDriver(const SlabLayout& layout, const StepBoard& board, int64_t heads, int64_t timeout_ns)
+      : layout_(layout), board_(board), heads_(heads), timeout_ns_(timeout_ns) {}
+
+  // One step, whose graph has been launched.
+  //   slabs, tokens    [batch] where each sequence's new token goes
+  //   levels, budgets  [plan_layers][batch]…, see LayerAttention::submit; plan_layers may be 1
+  //   lane             null: the CPUs alone. alone: the lane alone.
+  // Throws std::runtime_error if the GPU does not publish in time.
+  void run(TaskPool& pool, LayerAttention& attention, GpuLane* lane, bool alone, int64_t batch,
+           int32_t step, const int64_t* slabs, const int64_t* tokens, const int32_t* levels,
+           const int32_t* budgets, int64_t plan_layers, int64_t wake_bytes);
+
+  const std::vector<LayerTimes>& times() const { return times_; }
+
+ private:
+  void await(int64_t layer, int64_t batch, int32_t step) const;
+  void append(int64_t layer, int64_t batch, const int64_t* slabs, const int64_t* tokens) const;
+  int64_t row_stride() const { return (heads_ + 2 * layout_.kv_heads) * layout_.head_dim; }
+  const float* rows(int64_t layer) const {
+    return board_.rows + layer * board_.capacity * row_stride();
+  }
+
+  SlabLayout layout_;
+  StepBoard board_;
+  int64_t heads_, timeout_ns_;
+  std::vector<LayerTimes> times_;
+};
+
+}  // namespace fluxion
