@@ -48,7 +48,7 @@ else:
     def load_flag(flag_ptr):
         """What a flag of 32 or 64 bits says; whatever it announces can be read after this."""
         if flag_ptr.dtype.element_ty == tl.int64:
-            return tl.inline_asm_elementwise(
+            value = tl.inline_asm_elementwise(
                 "ld.acquire.sys.global.b64 $0, [$1];",
                 "=l,l",
                 [flag_ptr],
@@ -56,14 +56,16 @@ else:
                 is_pure=False,
                 pack=1,
             )
-        return tl.inline_asm_elementwise(
-            "ld.acquire.sys.global.b32 $0, [$1];",
-            "=r,l",
-            [flag_ptr],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
+        else:
+            value = tl.inline_asm_elementwise(
+                "ld.acquire.sys.global.b32 $0, [$1];",
+                "=r,l",
+                [flag_ptr],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=1,
+            )
+        return value
 
     @triton.jit
     def store_flag(flag_ptr, value):

@@ -1,0 +1,1 @@
+"""A layer's hand-over between the GPU and the host: queries out, attention states back."""

@@ -1,0 +1,165 @@
+"""A layer's hand-over as two launches: shapes checked once, then nothing but the kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+from torch import Tensor
+
+from fluxion_core.errors import ShapeError
+from fluxion_core.geometry import WindowSpec
+from fluxion_core.kernels.handover.triton import await_and_merge, publish
+
+
+@dataclass(frozen=True)
+class Handover:
+    """The shape of a layer's hand-over; everything is checked when it is made."""
+
+    window: WindowSpec
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    num_splits: int
+    """Partial states of the window per head."""
+
+    def __post_init__(self) -> None:
+        if self.num_kv_heads <= 0 or self.num_heads <= 0 or self.num_heads % self.num_kv_heads:
+            raise ShapeError(f"{self.num_heads} query heads over {self.num_kv_heads} KV heads")
+        if self.head_dim < 16 or self.head_dim & (self.head_dim - 1):
+            raise ShapeError(f"head_dim is {self.head_dim}; kernels take powers of two from 16 on")
+        if self.num_splits <= 0:
+            raise ShapeError(f"num_splits is {self.num_splits}; at least 1")
+
+    @property
+    def host_row_floats(self) -> int:
+        """Floats of a row in pinned memory: query, key, value."""
+        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+
+    def publish(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        lengths: Tensor,
+        slots: Tensor,
+        window_key: Tensor,
+        window_value: Tensor,
+        device_query: Tensor,
+        host_rows: Tensor,
+        published: Tensor,
+        step: Tensor,
+        stamp: Tensor,
+    ) -> None:
+        """Hand a layer's queries, keys and values over to the host, and keep the window whole.
+
+        Grid: rows. A row is one program, so that one barrier lies between its data and its flag; 24
+        KiB a row of a Llama-3.1-8B shape, written in the order of its addresses.
+
+        Args:
+            query: [rows, num_heads, head_dim], rotary applied, of the model's dtype; rows may lie
+                apart, heads not.
+            key: [rows, num_kv_heads, head_dim], rotary applied; likewise.
+            value: like key.
+            lengths: [rows] int32, tokens of each row, this one included. Nothing is done for a row
+                of length 0.
+            slots: [rows] int32.
+            window_key: [slots, num_kv_heads, slot_tokens, head_dim] bfloat16; takes the key.
+            window_value: the same for the value, with the same strides.
+            device_query: [rows, num_heads, head_dim] float32, contiguous, on the device.
+            host_rows: [rows, host_row_floats] float32, pinned; rows may lie apart.
+            published: [rows] int64 or int32, pinned: this layer's flags.
+            step: [1] int32 on the device; goes up by one a step.
+            stamp: [1] int64 on the device; takes the clock after the first row was published.
+        """
+        query_channels, kv_channels = (
+            self.num_heads * self.head_dim,
+            self.num_kv_heads * self.head_dim,
+        )
+        publish[(query.shape[0],)](
+            query,
+            key,
+            value,
+            lengths,
+            slots,
+            window_key,
+            window_value,
+            device_query,
+            host_rows,
+            published,
+            step,
+            stamp,
+            query.stride(0),
+            key.stride(0),
+            value.stride(0),
+            host_rows.stride(0),
+            window_key.stride(0),
+            window_key.stride(1),
+            QUERY_CHANNELS=query_channels,
+            KV_CHANNELS=kv_channels,
+            HEAD_DIM=self.head_dim,
+            SINK=self.window.sink_tokens,
+            RING=self.window.ring_tokens,
+            TILE=min(1024, triton.next_power_of_2(kv_channels)),
+            num_warps=8,
+        )
+
+    def await_and_merge(
+        self,
+        window_output: Tensor,
+        window_lse: Tensor,
+        host_output: Tensor,
+        host_lse: Tensor,
+        answered: Tensor,
+        skip: Tensor,
+        step: Tensor,
+        error: Tensor,
+        stamps: Tensor,
+        output: Tensor,
+        *,
+        timeout_ns: int,
+        error_code: int,
+    ) -> None:
+        """Wait until the host has answered for this step, and merge its part with the window's.
+
+        Grid: rows x KV heads, one warp each: the wait must not fill the link with reads of the
+        flag, and the merge is small. When `timeout_ns` has passed, `error` takes `error_code` and
+        the window's part alone is the result, so that the graph ends.
+
+        Args:
+            window_output: [rows, num_heads, num_splits, head_dim] float32, contiguous.
+            window_lse: [rows, num_heads, num_splits] float32, natural log.
+            host_output: [rows, num_heads, head_dim] float32, contiguous, pinned.
+            host_lse: [rows, num_heads] float32, contiguous, pinned; -inf where the host has
+                nothing, and then its output is not looked at.
+            answered: [1] int64 or int32, pinned: this layer's flag.
+            skip: [1] int32, pinned, written by the host before the step: not 0 if nothing will come
+                for this layer; then nothing of the host's is read.
+            step: [1] int32 on the device.
+            error: [1] int32, pinned or on the device.
+            stamps: [2] int64 on the device; the clock before and after the first program's wait.
+            output: [rows, num_heads, head_dim] of the model's dtype; rows may lie apart.
+            timeout_ns: how long to wait at most.
+            error_code: not 0; says which layer it was.
+        """
+        group = self.num_heads // self.num_kv_heads
+        await_and_merge[(output.shape[0], self.num_kv_heads)](
+            window_output,
+            window_lse,
+            host_output,
+            host_lse,
+            answered,
+            skip,
+            step,
+            error,
+            stamps,
+            output,
+            output.stride(0),
+            timeout_ns,
+            error_code,
+            HEAD_DIM=self.head_dim,
+            GROUP=group,
+            GROUP_ROWS=triton.next_power_of_2(group),
+            SPLITS=self.num_splits,
+            num_warps=1,
+        )
