@@ -6,7 +6,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 NATIVE := $(shell find fluxion_core/kernels/native -type f 2>/dev/null)
 
-.PHONY: demo test lint format bench asan protos native clean
+.PHONY: demo test lint format bench asan protos dashboards compose-test native clean
 
 demo: $(VENV)/.installed  ## ask a question about a 7,000-token document, through two processes
 	$(BIN)/fluxion demo
@@ -14,12 +14,13 @@ demo: $(VENV)/.installed  ## ask a question about a 7,000-token document, throug
 test: $(VENV)/.tested  ## the whole test suite
 	$(BIN)/python -m pytest
 
-lint: $(VENV)/.tested  ## formatting, lint, types, import contract, stubs fresh
+lint: $(VENV)/.tested  ## formatting, lint, types, import contract, stubs and dashboards fresh
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python protos/regenerate.py --check
+	$(BIN)/python deploy/grafana/generate.py --check
 
 format: $(VENV)/.tested
 	$(BIN)/ruff format .
@@ -38,6 +39,12 @@ asan: $(VENV)/.tested  ## the kernels' tests under AddressSanitizer
 	FLUXION_NATIVE=$$(ls build/asan/_native*.so) LD_PRELOAD=$$(c++ -print-file-name=libasan.so):$$(c++ -print-file-name=libstdc++.so) \
 	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest tests/fluxion_core/kernels tests/fluxion_core/scheduler \
 	  tests/fluxion_core/test_hybrid_attention.py tests/fluxion_core/test_predicted_policies.py --deselect tests/fluxion_core/kernels/test_isa.py
+
+dashboards: $(VENV)/.tested  ## Grafana dashboards and console pages from deploy/grafana/panels.py
+	$(BIN)/python deploy/grafana/generate.py
+
+compose-test: $(VENV)/.tested  ## bring docker-compose.yml up for real: serve, lose a node, be scraped, go
+	$(BIN)/python deploy/compose_test.py
 
 protos: $(VENV)/.tested  ## stubs from the .proto files
 	$(BIN)/python protos/regenerate.py

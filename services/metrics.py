@@ -39,6 +39,9 @@ MAX_TRACE_SECONDS = 60.0
 SECONDS_BOUNDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500)
 """Upper bounds of what takes from a moment to minutes: waiting, prefill, whole requests, s."""
 
+USUAL_ENDS = (("finished", "OK"), ("cancelled", "CANCELLED"), ("failed", "INTERNAL"))
+"""Outcome and status that are exported from the start, so that ratios of them exist."""
+
 NODE_INFO = MetricDefinition(
     "fluxion_node_info",
     "gauge",

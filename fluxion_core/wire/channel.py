@@ -5,7 +5,7 @@ from __future__ import annotations
 import grpc
 
 from fluxion_core.config import ClientSettings
-from fluxion_core.wire.codec import MAX_FRAME_PAYLOAD_BYTES, PREFIX_BYTES
+from fluxion_core.wire.frame_limits import MAX_FRAME_PAYLOAD_BYTES, PREFIX_BYTES
 
 KEEPALIVE_MS = 20_000
 """An idle connection is probed this often, so that a peer that vanished is noticed."""

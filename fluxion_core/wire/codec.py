@@ -18,6 +18,7 @@ from fluxion_core.generation.sampling import SamplingParams
 from fluxion_core.geometry import WindowSpec
 from fluxion_core.kvstream.assembler import HandoffAssembler
 from fluxion_core.kvstream.handoff import Frame, FrameKind, Header, KvLayout, Trailer
+from fluxion_core.wire.frame_limits import MAX_FRAME_PAYLOAD_BYTES, PREFIX_BYTES
 from fluxion_proto.v1 import generate_pb2, handoff_pb2
 
 MAGIC = 0x4E585546
@@ -29,11 +30,7 @@ VERSION = 1
 # payload_bytes u32 | crc32c u32 | reserved u32, all little-endian
 _PREFIX = struct.Struct("<IHHIIIIII")
 
-PREFIX_BYTES = _PREFIX.size
-
-MAX_FRAME_PAYLOAD_BYTES = 4 << 20
-"""No frame is larger, whatever the layout: four times what a sender aims at, for models whose
-single block row of all heads is over 1 MiB."""
+assert _PREFIX.size == PREFIX_BYTES
 
 MAX_HEADER_PAYLOAD_BYTES = 1 << 20
 """A HEADER is a message of a few hundred bytes; this leaves room for more. A TRAILER may hold a

@@ -27,7 +27,7 @@ from fluxion_core.errors import (
 )
 from fluxion_core.telemetry import event
 from fluxion_core.wire.channel import KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS
-from fluxion_core.wire.codec import MAX_FRAME_PAYLOAD_BYTES, PREFIX_BYTES
+from fluxion_core.wire.frame_limits import MAX_FRAME_PAYLOAD_BYTES, PREFIX_BYTES
 from fluxion_core.wire.status import status_of
 
 _log = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ from fluxion_core.metrics import MetricDefinition, PlainHistogram
 from services.decode.admission import Admission
 from services.decode.engine import DecodeEngine, EngineStatistics
 from services.decode.read_totals import ReadTotals
-from services.metrics import SECONDS_BOUNDS, outcome_of
+from services.metrics import SECONDS_BOUNDS, USUAL_ENDS, outcome_of
 
 INTER_TOKEN_BOUNDS = (
     *(0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.1),
@@ -216,7 +216,7 @@ class RequestCounters:
     """What requests and hand-offs add up to. Written on the event loop only."""
 
     ended: Counter[tuple[str, ...]] = field(
-        default_factory=lambda: Counter({("finished", "OK"): 0, ("cancelled", "CANCELLED"): 0})
+        default_factory=lambda: Counter(dict.fromkeys(USUAL_ENDS, 0))
     )
     queue_seconds: PlainHistogram = field(default_factory=lambda: PlainHistogram(SECONDS_BOUNDS))
     first_token_seconds: PlainHistogram = field(

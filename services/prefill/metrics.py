@@ -10,7 +10,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from fluxion_core.metrics import MetricDefinition, PlainHistogram
-from services.metrics import SECONDS_BOUNDS, outcome_of
+from services.metrics import SECONDS_BOUNDS, USUAL_ENDS, outcome_of
 from services.prefill.engine import PrefillEngine, Prompt
 
 PROMPTS = MetricDefinition(
@@ -62,7 +62,7 @@ class PromptCounters:
     """What hand-offs add up to. Written on the event loop only."""
 
     ended: Counter[tuple[str, ...]] = field(
-        default_factory=lambda: Counter({("finished", "OK"): 0, ("cancelled", "CANCELLED"): 0})
+        default_factory=lambda: Counter(dict.fromkeys(USUAL_ENDS, 0))
     )
     queue_seconds: PlainHistogram = field(default_factory=lambda: PlainHistogram(SECONDS_BOUNDS))
     prefill_seconds: PlainHistogram = field(default_factory=lambda: PlainHistogram(SECONDS_BOUNDS))

@@ -82,6 +82,7 @@ async def test_a_request_is_counted_on_both_nodes(
     assert decode["fluxion_requests_total"] == {
         ("finished", "OK"): 1,
         ("cancelled", "CANCELLED"): 0,
+        ("failed", "INTERNAL"): 0,
         ("failed", "INVALID_ARGUMENT"): 1,
     }
     # By hand: five tokens, the first of them from prefill; four steps, four gaps.

@@ -1,0 +1,111 @@
+"""Dashboards, console pages and rules: fresh, of metrics that exist, in PromQL that parses."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import promql_parser
+import pytest
+
+from services.decode.gpu_metrics import GPU_DEFINITIONS
+from services.decode.metrics import DECODE_DEFINITIONS
+from services.metrics import NODE_DEFINITIONS
+from services.prefill.metrics import PREFILL_DEFINITIONS
+
+DEPLOY = Path(__file__).parents[2] / "deploy"
+DEFINITIONS = (*NODE_DEFINITIONS, *DECODE_DEFINITIONS, *GPU_DEFINITIONS, *PREFILL_DEFINITIONS)
+
+
+@pytest.fixture(scope="module")
+def expressions():
+    """The module deploy/expressions.py."""
+    spec = importlib.util.spec_from_file_location("expressions", DEPLOY / "expressions.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["expressions"] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["expressions"]
+
+
+def test_generated_files_are_fresh():
+    check = subprocess.run(
+        [sys.executable, DEPLOY / "grafana" / "generate.py", "--check"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert check.returncode == 0, check.stdout + check.stderr
+
+
+def test_every_expression_parses(expressions):
+    found = expressions.all_expressions()
+    assert len({one.where.partition(":")[0] for one in found}) > 6
+    for one in found:
+        promql_parser.parse(one.promql)
+
+
+def test_an_expression_that_does_not_parse_is_noticed():
+    with pytest.raises(ValueError, match="unclosed left parenthesis"):
+        promql_parser.parse("sum(rate(fluxion_requests_total[1m])")
+
+
+def test_every_metric_that_is_asked_for_is_exported_or_recorded(expressions):
+    known = {"process_cpu_seconds_total"}
+    for one in DEFINITIONS:
+        suffixes = ("_bucket", "_sum", "_count") if one.kind == "histogram" else ("",)
+        known |= {one.name + suffix for suffix in suffixes}
+    recorded = {rule["record"] for rule in expressions._rule_list() if "record" in rule}
+    for one in expressions.all_expressions():
+        asked = set(re.findall(r"\bfluxion[_:][\w:]+", one.promql))
+        assert asked
+        assert asked <= known | recorded, one
+
+
+def test_every_label_that_is_asked_for_exists(expressions):
+    labels = {label for one in DEFINITIONS for label in one.labels} | {"le", "instance", "job"}
+    for one in expressions.all_expressions():
+        for grouping in re.findall(r"(?:by|on) \(([^)]*)\)", one.promql):
+            assert {label.strip() for label in grouping.split(",")} <= labels, one
+
+
+def test_what_needs_a_gpu_is_known_through_recorded_metrics_too(expressions):
+    needing = {one.where for one in expressions.needing_gpu(expressions.all_expressions())}
+    assert "alert FluxionPcieNearLimit" in needing
+    assert "traffic.json: Share of the PCIe link" in needing
+    assert "overview.json: Requests" not in needing
+
+
+def test_every_documented_metric_group_is_on_a_dashboard(expressions):
+    shown = " ".join(one.promql for one in expressions.all_expressions())
+    unseen = {one.name for one in DEFINITIONS if one.name not in shown}
+    # Those beside what is shown: the node's labels, one request's time, hand-offs as a count.
+    assert unseen == {
+        "fluxion_node_info",
+        "fluxion_request_seconds",
+        "fluxion_store_sequences",
+        "fluxion_handoffs_total",
+        "fluxion_prefill_prompts_total",
+        "fluxion_prefill_busy_seconds_total",
+        "fluxion_prefill_seconds",
+    }
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("check", "config", "prometheus.yml"),
+        ("check", "rules", "rules/fluxion.yml"),
+        ("test", "rules", "rules/fluxion.test.yml"),
+    ],
+)
+def test_promtool_accepts_configuration_and_rules(arguments):
+    result = subprocess.run(
+        ["promtool", *arguments], cwd=DEPLOY, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
