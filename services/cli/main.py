@@ -280,6 +280,23 @@ def health(
     raise typer.Exit(asyncio.run(run_health(address, client)))
 
 
+@app.command()
+def top(
+    addresses: Annotated[
+        list[str], typer.Argument(help="HOST:PORT of nodes' server.metrics_listen.")
+    ],
+    *,
+    interval_seconds: Annotated[float, typer.Option(min=0.1, help="Between looks, s.")] = 2.0,
+    updates: Annotated[int, typer.Option(min=0, help="Stop after so many; 0 for Ctrl-C.")] = 0,
+) -> None:
+    """Show what nodes do now, live: requests, tokens, bytes, GPU."""
+    from rich.console import Console
+
+    from services.cli.top import run_top
+
+    run_top(addresses, Console(), interval_seconds=interval_seconds, updates=updates)
+
+
 @bench_app.command("handoff")
 def bench_handoff(
     *,

@@ -1,0 +1,65 @@
+"""`fluxion top`: rates from two looks at a node."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from services.cli.main import app
+from services.cli.top import parse_samples, rows_of, run_top
+from services.metrics import MetricsEndpoint, NodeMetrics
+
+NODE = """# TYPE fluxion_node_ready gauge
+fluxion_node_ready{kind="decode"} 1
+# TYPE fluxion_generated_tokens_total counter
+fluxion_generated_tokens_total %d
+# TYPE fluxion_gpu_busy_seconds_total counter
+fluxion_gpu_busy_seconds_total %d
+# TYPE fluxion_gpu_idle_seconds_total counter
+fluxion_gpu_idle_seconds_total{cause="host_attention"} %d
+fluxion_gpu_idle_seconds_total{cause="no_work"} 0
+"""
+
+
+def test_rates_and_shares_are_of_the_time_between_two_looks():
+    before, now = parse_samples(NODE % (100, 10, 50)), parse_samples(NODE % (130, 13, 51))
+    # By hand: 30 tokens in 2 s; busy 3 of 4 s, 1 of 4 s waiting for the CPU.
+    assert dict(rows_of(before, now, 2.0)) == {
+        "ready": "yes",
+        "tokens generated": "15.0 /s",
+        "GPU busy": "75 %",
+        "GPU waits for CPU": "25 %",
+    }
+
+
+def test_what_a_node_does_not_export_has_no_row():
+    samples = parse_samples(NODE.partition("# TYPE fluxion_generated")[0])
+    assert rows_of(samples, samples, 1.0) == [("ready", "yes")]
+
+
+def test_a_real_endpoint_is_shown_at_each_update():
+    endpoint = MetricsEndpoint("127.0.0.1:0", NodeMetrics("decode"))
+    shown, slept = io.StringIO(), []
+    try:
+        run_top(
+            [endpoint.address],
+            Console(file=shown),
+            interval_seconds=3.0,
+            updates=2,
+            sleep=slept.append,
+        )
+        assert slept == [3.0, 3.0]
+        assert endpoint.address in shown.getvalue()
+        assert "no" in shown.getvalue()
+    finally:
+        endpoint.close()
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere.invalid:1"])
+def test_no_node_is_one_sentence(address):
+    result = CliRunner().invoke(app, ["top", address, "--updates", "1"])
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"fluxion: no metrics at {address}")
