@@ -91,6 +91,8 @@ class HostKvStore:
                 remedy="raise store.host_kv_bytes or lower store.slab_tokens",
             )
         self._arena = Arena(self.num_slabs * self.slab_stride_bytes, populate=populate)
+        self.pins_tables = False
+        """Whether sequences keep their table of slabs in pinned memory, for a device to read."""
         self._model_key = hashlib.blake2b(model_key, digest_size=16).digest()
         self._lock = threading.Lock()
         # Highest first, so that slabs are taken from the arena's start and untouched pages stay so.
@@ -153,6 +155,16 @@ class HostKvStore:
                 shared_slabs=sum(holders > 1 for holders in self._holders),
                 sequences=self._sequences,
             )
+
+    @property
+    def arena_address(self) -> int:
+        """Where the memory of all slabs begins."""
+        return self._arena.address
+
+    @property
+    def arena_bytes(self) -> int:
+        """Its size."""
+        return self._arena.size_bytes
 
     def slab_address(self, slab: int) -> int:
         """Where a slab begins."""
@@ -287,7 +299,9 @@ class SequenceKv:
         """Tokens whose KV is whole in every layer: 0 before `commit`."""
         self._next_token = [self.shared_tokens] * geometry.num_layers
         self._is_released = False
-        self.slab_table = torch.zeros(max_slabs, dtype=torch.int64)
+        self.slab_table = torch.zeros(
+            max_slabs, dtype=torch.int64, pin_memory=store.pins_tables
+        )
         """[max_slabs] addresses of the sequence's slabs in token order; grows in place."""
         for ordinal, slab in enumerate(shared_slabs):
             self.slab_table[ordinal] = store.slab_address(slab)

@@ -1,0 +1,76 @@
+"""Host memory that a CUDA device reads and writes in place.
+
+Small pieces are allocated pinned. The store's arena is ordinary memory (huge pages, allocated
+before anybody knows of a device), and is registered in pieces; addresses are the same on both
+sides.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+
+from fluxion_core.errors import CapacityError, FluxionError
+from fluxion_core.kvstore.store import HostKvStore
+from fluxion_core.telemetry import event
+
+_log = logging.getLogger(__name__)
+
+PIECE_BYTES = 4 << 30
+"""Registered at once. Smaller pieces (from 64 MiB) cost nothing more; one call of hundreds of GiB
+could not be interrupted."""
+
+_REGISTER_PORTABLE_MAPPED = 3
+
+
+def pinned(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Zeros in pinned memory, which the device may address."""
+    return torch.zeros(*shape, dtype=dtype, pin_memory=True)
+
+
+class RegisteredStore:
+    """A host KV store whose memory the current CUDA device may address.
+
+    Args:
+        store: its sequences made from now on have tables of slabs in pinned memory.
+
+    Raises:
+        CapacityError: the system does not let so much memory be pinned.
+    """
+
+    def __init__(self, store: HostKvStore) -> None:
+        self._store = store
+        self._pieces: list[int] = []
+        address, size = store.arena_address, store.arena_bytes
+        for start in range(0, size, PIECE_BYTES):
+            piece = min(PIECE_BYTES, size - start)
+            error = torch.cuda.cudart().cudaHostRegister(
+                address + start, piece, _REGISTER_PORTABLE_MAPPED
+            )
+            if int(error) != 0:
+                self.close()
+                raise CapacityError(
+                    "pinned host memory",
+                    needed=size,
+                    free=start,
+                    unit="B",
+                    remedy=f"lower store.host_kv_bytes or raise the memlock limit ({error})",
+                )
+            self._pieces.append(address + start)
+        store.pins_tables = True
+        _log.info(event("arena registered", bytes=size, pieces=len(self._pieces)))
+
+    def close(self) -> None:
+        """Unpin, last piece first. Idempotent; nothing on the device may use the store any more.
+
+        Raises:
+            FluxionError: a piece could not be unpinned; the others are.
+        """
+        self._store.pins_tables = False
+        failed = 0
+        while self._pieces:
+            failed += int(torch.cuda.cudart().cudaHostUnregister(self._pieces.pop())) != 0
+        if failed:
+            raise FluxionError(f"{failed} pieces of the arena could not be unpinned")
