@@ -112,6 +112,6 @@ else:
 
 
 @triton.jit
-def typed_pointer(address, ELEMENT: tl.constexpr):
-    """A pointer to `ELEMENT` from an address that is a multiple of 16."""
-    return (address // 16 * 16).to(tl.pointer_type(ELEMENT))
+def typed_pointer(address, ELEMENT: tl.constexpr, ALIGNMENT: tl.constexpr = 16):
+    """A pointer to `ELEMENT` from an address, a multiple of `ALIGNMENT`; so loads can be wide."""
+    return (address // ALIGNMENT * ALIGNMENT).to(tl.pointer_type(ELEMENT))

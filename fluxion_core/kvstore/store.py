@@ -299,9 +299,7 @@ class SequenceKv:
         """Tokens whose KV is whole in every layer: 0 before `commit`."""
         self._next_token = [self.shared_tokens] * geometry.num_layers
         self._is_released = False
-        self.slab_table = torch.zeros(
-            max_slabs, dtype=torch.int64, pin_memory=store.pins_tables
-        )
+        self.slab_table = torch.zeros(max_slabs, dtype=torch.int64, pin_memory=store.pins_tables)
         """[max_slabs] addresses of the sequence's slabs in token order; grows in place."""
         for ordinal, slab in enumerate(shared_slabs):
             self.slab_table[ordinal] = store.slab_address(slab)
@@ -430,6 +428,11 @@ class StepAppend:
         places = [sequence.grow_for_next_token() for sequence in sequences]
         self._slabs = torch.tensor([slab for slab, _ in places], dtype=torch.int64)
         self._tokens = torch.tensor([token for _, token in places], dtype=torch.int64)
+
+    @property
+    def addresses(self) -> tuple[int, int]:
+        """Of the slabs that take the tokens and of the places there, both int64, for native code."""
+        return self._slabs.data_ptr(), self._tokens.data_ptr()
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Write one layer. key, value: see `block_digest.append_tokens`."""

@@ -24,6 +24,7 @@ from fluxion_core.predictor.features import (
 )
 from fluxion_core.predictor.head_profile import BUDGETS, ERROR_FLOOR
 from fluxion_core.predictor.prompt_profile import PromptProfile, QueryNeeds
+from fluxion_core.predictor.ranking import QUEST_RADII, RADII, block_scores
 
 TINY = 1e-37
 """Smallest mass that is divided by or taken the logarithm of."""
@@ -109,22 +110,30 @@ class LayerStep:
         )
         self.recent_mass = self.mass.gather(-1, where)[..., 0] + own_weight
         self._key, self._query, self._scale = key, q, scale
+        self._radii: tuple[float, ...] = RADII
         self._bounds: list[Tensor] | None = None
 
     @property
     def bounds(self) -> list[Tensor]:
-        """Per level [rows, kv_heads, group, blocks of that size]; -inf outside the region."""
+        """Scores of blocks by their digests, see ranking.py.
+
+        Per level [rows, kv_heads, group, blocks of that size]; -inf outside the region.
+        """
         if self._bounds is None:
-            positive, negative = self._query.clamp(min=0), self._query.clamp(max=0)
             self._bounds = []
             for level, (low, high) in enumerate(key_digests(self._key)):
-                bound = torch.einsum("nkgd,kbd->nkgb", positive, high)
-                bound += torch.einsum("nkgd,kbd->nkgb", negative, low)
+                bound = block_scores(self._query, low, high, self._radii[level])
                 touches = self._pooled(self.in_region.float(), level) > 0
                 self._bounds.append(
                     (bound * self._scale).masked_fill(~touches[:, None, None], -math.inf)
                 )
         return self._bounds
+
+    def by_quest(self) -> LayerStep:
+        """The same step, its blocks scored by Quest's bound, as `fixed` policies do."""
+        other = copy.copy(self)
+        other._radii, other._bounds = QUEST_RADII, None
+        return other
 
     def _pooled(self, blocks: Tensor, level: int) -> Tensor:
         pooled: Tensor = torch.unflatten(blocks, -1, (-1, 1 << level)).sum(-1)

@@ -20,6 +20,7 @@ from fluxion_core.predictor.features import CLIP, SMALL_BUDGET, kv_distribution
 from fluxion_core.predictor.head_profile import BUDGETS, ERROR_FLOOR
 from fluxion_core.predictor.layer_step import TINY, key_digests
 from fluxion_core.predictor.prompt_profile import PROFILED_QUERIES, PromptProfile, QueryNeeds
+from fluxion_core.predictor.ranking import RADII, score_weights
 
 PART_BYTES = 256 << 20
 """Values weighted block by block that are held at a time: the largest part of the memory needed."""
@@ -243,10 +244,11 @@ def _look(
 
 def _bounds(query: Tensor, key: Tensor) -> Tensor:
     """[rows, blocks of all levels, side by side] from [rows, head_dim] and [tokens, head_dim]."""
-    low, high = (
-        torch.cat([digest[edge][0] for digest in key_digests(key[None])]) for edge in (0, 1)
-    )
-    return query.clamp(min=0) @ high.T + query.clamp(max=0) @ low.T
+    scores = []
+    for (low, high), radius in zip(key_digests(key[None]), RADII, strict=True):
+        for_low, for_high = score_weights(query, radius)
+        scores.append(torch.addmm(for_low @ low[0].T, for_high, high[0].T))
+    return torch.cat(scores, -1)
 
 
 def _read(bounds: Tensor, regions: _Regions, buffers: _Buffers) -> Tensor:

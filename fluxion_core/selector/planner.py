@@ -25,6 +25,7 @@ from fluxion_core.predictor.features import FEATURES, NUM_FEATURES
 from fluxion_core.predictor.head_profile import BUDGETS
 from fluxion_core.predictor.mlp import HeadProfileMlp
 from fluxion_core.predictor.prompt_profile import PromptProfile, pack
+from fluxion_core.predictor.ranking import RADII
 from fluxion_core.selector.planner_weights import PlannerWeights
 from fluxion_core.selector.policy import (
     READ_ALL,
@@ -87,6 +88,7 @@ class Planner:
             [cost.scan(level) for level in range(len(BLOCK_SIZES))],
             list(cost.spread),
             [1 - spread for spread in cost.spread],
+            list(RADII),
         )
         """Weights as the kernels take them."""
         if weights.network is not None:

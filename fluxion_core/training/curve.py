@@ -220,6 +220,7 @@ class WaySimulator:
             device = step.mass.device
             levels = torch.full(shape, way.level, device=device)
             plans = GroupPlans(levels, torch.full((*shape, step.group), way.budget, device=device))
+            step = step.by_quest()
         elif way.source == "oracle":
             plans = self._select(ways, layer, step.log_squared_errors())
         elif way.source == "prefill":

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from fluxion_core.decode_step import StepReads
 from fluxion_core.geometry import BLOCK_SIZES
-from fluxion_core.hybrid_attention import StepReads
 
 
 @dataclass

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from fluxion_core.decode_step import StepReads
 from fluxion_core.errors import FluxionError, ShapeError
 from fluxion_core.geometry import BLOCK_SIZES, BLOCK_TOKENS, KvGeometry, WindowSpec, ceil_div
-from fluxion_core.hybrid_attention import HybridAttention, StepReads
+from fluxion_core.hybrid_attention import HybridAttention
 from fluxion_core.kernels.block_score import cpu as block_score
 from fluxion_core.kvstore.digest_index import gather_kv
 from fluxion_core.kvstore.store import HostKvStore, SequenceKv
@@ -18,6 +19,7 @@ from fluxion_core.predictor.features import StepMemory, features
 from fluxion_core.predictor.head_profile import log_squared_errors
 from fluxion_core.predictor.layer_step import LayerStep, no_memory
 from fluxion_core.predictor.prompt_profile import PromptProfile
+from fluxion_core.predictor.ranking import RADII
 from fluxion_core.scheduler.scheduler import CpuPool
 from fluxion_core.selector.planner import Planner, PlannerState
 from fluxion_core.selector.policy import (
@@ -139,6 +141,7 @@ def oracle_step(sequence: Decoded, rows: Tensor, layer: int, digest_bits: int) -
                     level,
                     range(first, end),
                     of_group,
+                    RADII[level],
                 )
                 step.bounds[level][0, kv_head, :, first:end] = scores / DIM**0.5
     return step

@@ -19,11 +19,13 @@ def score_blocks(
     level: int,
     blocks: range,
     query: Tensor,
+    radius: float = 1.0,
 ) -> Tensor:
-    """Bound the best q.k of every block from above, without reading its keys.
+    """Score blocks by the box that their keys lie in, without reading them.
 
-    The result for a block is never below max(q.k) over its keys, up to float32 rounding. Loose by
-    design: it reads 2 / block size of K.
+    With radius 1 the result for a block is never below max(q.k) over its keys, up to float32
+    rounding. Loose by design: it reads 2 / block size of K. With a smaller radius it is a guess
+    instead of a bound.
 
     Args:
         geometry: layout of the slabs.
@@ -33,6 +35,7 @@ def score_blocks(
         level: index into BLOCK_SIZES.
         blocks: consecutive blocks of that level, all complete.
         query: [group, head_dim] float32, rotary applied, not scaled, contiguous.
+        radius: what half the extent of a block's keys counts, 0 to 1.
 
     Returns:
         [group, blocks] float32, unscaled: divide by sqrt(head_dim) before comparing with an lse.
@@ -41,7 +44,7 @@ def score_blocks(
         ShapeError: shapes, dtypes or ranges differ from the above.
 
     Cost: reads 4 * head_dim bytes per block.
-    Source: Quest (arXiv:2406.10774).
+    Source: Quest (arXiv:2406.10774) for radius 1.
     """
     group, head_dim = query.shape
     if head_dim != geometry.head_dim or not 1 <= group <= MAX_GROUP:
@@ -50,6 +53,8 @@ def score_blocks(
         raise ShapeError(f"query is {query.dtype}; need contiguous float32")
     if not 0 <= layer < geometry.num_layers or not 0 <= kv_head < geometry.num_kv_heads:
         raise ShapeError(f"layer {layer}, KV head {kv_head} of {geometry}")
+    if not 0 <= radius <= 1:
+        raise ShapeError(f"radius {radius:g} of block scores; from 0 to 1")
     if slab_table.dtype != torch.int64 or not 0 <= level < len(BLOCK_SIZES):
         raise ShapeError(f"slab table of {slab_table.dtype}, level {level}")
     if blocks.step != 1 or blocks.stop > slab_table.numel() * geometry.level_blocks(level):
@@ -65,6 +70,7 @@ def score_blocks(
         len(blocks),
         query.data_ptr(),
         group,
+        radius,
         scores.data_ptr(),
     )
     return scores

@@ -110,13 +110,14 @@ void bind_planner(nb::module_& m) {
       .def("__init__",
            [](Planner* self, int64_t layers, int64_t heads, int64_t kv_heads, int64_t head_dim,
               uintptr_t priors, uintptr_t head_weights, const std::array<float, kLevels>& scan,
-              const std::array<float, kLevels>& spread, const std::array<float, kLevels>& largest) {
+              const std::array<float, kLevels>& spread, const std::array<float, kLevels>& largest,
+              const std::array<float, kLevels>& radii) {
              PlanCosts costs;
              std::copy(scan.begin(), scan.end(), costs.scan);
              std::copy(spread.begin(), spread.end(), costs.spread);
              std::copy(largest.begin(), largest.end(), costs.largest);
              new (self) Planner(layers, heads, kv_heads, head_dim, floats(priors),
-                                floats(head_weights), costs);
+                                floats(head_weights), costs, radii);
            })
       .def("set_network",
            [](Planner& self, int64_t hidden, const std::array<uintptr_t, 3>& standards,
@@ -153,6 +154,7 @@ void bind_attention(nb::module_& m) {
            })
       // The planner and the states live on while the attention does.
       .def("predict", &LayerAttention::predict, nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>())
+      .def("rank_by", &LayerAttention::rank_by, nb::keep_alive<1, 3>())
       .def("submit",
            [](LayerAttention& self, TaskPool& pool, int64_t layer, uintptr_t query,
               int64_t query_stride, uintptr_t levels, uintptr_t budgets, uintptr_t output,

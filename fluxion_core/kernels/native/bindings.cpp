@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "kernel_table.h"
+#include "kv_append.h"
 #include "slab_layout.h"
 #include "task_pool.h"
 #include "timed.h"
@@ -23,12 +24,14 @@ namespace nb = nanobind;
 
 namespace fluxion {
 void bind_attention(nb::module_& m);  // attention_bindings.cpp
+void bind_gpu(nb::module_& m);        // gpu_bindings.cpp
 }
 
 namespace {
 
 using fluxion::BlockRun;
 using fluxion::DigestTarget;
+using fluxion::digest_begun_span;
 using fluxion::kBlockTokens;
 using fluxion::kernels;
 using fluxion::kSpanBlocks;
@@ -51,16 +54,6 @@ void digest_payload(const SlabLayout& layout, uintptr_t slab, int64_t layer, int
     layout.digest_span(slab, layer, head, span,
                        keys + (span * kSpanBlocks - first_block) * layout.block_bytes);
   }
-}
-
-// Blocks up to `end_block` are in the slab, those from `first_block` on since this call.
-void digest_begun_span(const SlabLayout& layout, uintptr_t slab, int64_t layer, int64_t head,
-                       int64_t first_block, int64_t end_block) {
-  const int64_t span = first_block / kSpanBlocks;
-  if (layout.digest_bits == 16 || first_block % kSpanBlocks == 0) return;
-  if ((span + 1) * kSpanBlocks > end_block) return;
-  layout.digest_span(slab, layer, head, span,
-                     layout.blocks(slab, layer, head) + span * kSpanBlocks * layout.block_bytes);
 }
 
 void ingest_blocks(const SlabLayout& layout, uintptr_t slab, int64_t layer, int64_t first_token,
@@ -87,50 +80,21 @@ void ingest_blocks(const SlabLayout& layout, uintptr_t slab, int64_t layer, int6
   }
 }
 
-// Nearest bf16, ties to even, as torch rounds.
-inline uint16_t to_bf16(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  if (value != value) return uint16_t(bits >> 16 | 0x40);
-  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
 // key, value: [batch] rows of [kv_heads][head_dim] floats, so many elements apart.
 void append_tokens(const SlabLayout& layout, uintptr_t slabs, uintptr_t tokens_in_slab,
                    int64_t batch, int64_t layer, uintptr_t key, int64_t key_stride,
                    uintptr_t value, int64_t value_stride) {
   nb::gil_scoped_release unlocked;
-  const int64_t* slab_of = reinterpret_cast<const int64_t*>(slabs);
-  const int64_t* token_of = reinterpret_cast<const int64_t*>(tokens_in_slab);
-  const int64_t dim = layout.head_dim;
-  for (int64_t i = 0; i < batch; ++i) {
-    const int64_t block = token_of[i] / kBlockTokens, row = token_of[i] % kBlockTokens;
-    for (int64_t head = 0; head < layout.kv_heads; ++head) {
-      uint16_t* to = reinterpret_cast<uint16_t*>(
-          layout.blocks(uintptr_t(slab_of[i]), layer, head) + block * layout.block_bytes);
-      // What lies behind the last token of a block is zeros: kernels read whole blocks.
-      if (row == 0) std::memset(to, 0, size_t(layout.block_bytes));
-      const float* k = reinterpret_cast<const float*>(key) + i * key_stride + head * dim;
-      const float* v = reinterpret_cast<const float*>(value) + i * value_stride + head * dim;
-      for (int64_t channel = 0; channel < dim; ++channel) {
-        to[row * dim + channel] = to_bf16(k[channel]);
-        to[(kBlockTokens + row) * dim + channel] = to_bf16(v[channel]);
-      }
-      if (row < kBlockTokens - 1) continue;
-      const uintptr_t slab = uintptr_t(slab_of[i]);
-      if (layout.digest_bits == 16) {
-        kernels().digest_blocks(layout.digest_target(slab, layer, head), int32_t(block), 1);
-      } else {
-        digest_begun_span(layout, slab, layer, head, block, block + 1);
-      }
-    }
-  }
+  fluxion::append_rows(layout, reinterpret_cast<const int64_t*>(slabs),
+                       reinterpret_cast<const int64_t*>(tokens_in_slab), batch, layer,
+                       reinterpret_cast<const float*>(key), key_stride,
+                       reinterpret_cast<const float*>(value), value_stride);
 }
 
 // Scores of blocks [first_block, first_block + num_blocks) of one level of one head of a sequence.
 void score_blocks(const SlabLayout& layout, uintptr_t slabs, int64_t layer, int64_t kv_head,
                   int level, int64_t first_block, int64_t num_blocks, uintptr_t query,
-                  int64_t group, uintptr_t scores) {
+                  int64_t group, float radius, uintptr_t scores) {
   nb::gil_scoped_release unlocked;
   const int32_t width = layout.record_blocks(level);
   const int64_t first = first_block / width;
@@ -141,8 +105,8 @@ void score_blocks(const SlabLayout& layout, uintptr_t slabs, int64_t layer, int6
   const int64_t stride = (end - first) * width;
   std::vector<float> all(static_cast<size_t>(stride * group));
   fluxion::score_records(layout.digest_bits, reinterpret_cast<const float*>(query), int32_t(group),
-                         int32_t(layout.head_dim), records.data(), int32_t(records.size()), 0,
-                         width, all.data(), stride);
+                         int32_t(layout.head_dim), radius, records.data(), int32_t(records.size()),
+                         0, width, all.data(), stride);
   float* to = reinterpret_cast<float*>(scores);
   for (int64_t head = 0; head < group; ++head) {
     const float* from = all.data() + head * stride + (first_block - first * width);
@@ -259,8 +223,8 @@ NB_MODULE(_native, m) {
       .def(nb::init<const std::vector<int>&, int, int64_t>(), nb::arg("cpus"),
            nb::arg("max_helpers"), nb::arg("spin_ns"))
       .def_prop_ro("num_workers", &TaskPool::num_workers)
-      .def("wait", &TaskPool::wait, nb::call_guard<nb::gil_scoped_release>())
-      .def("claim", &TaskPool::claim)
+      .def("wait", [](TaskPool& pool) { pool.wait(); }, nb::call_guard<nb::gil_scoped_release>())
+      .def("claim", &TaskPool::claim, nb::arg("least") = 0, nb::arg("most") = INT64_MAX)
       .def("complete", &TaskPool::complete)
       .def("set_tracing", &TaskPool::set_tracing)
       .def("take_trace", [](TaskPool& pool) {
@@ -272,4 +236,5 @@ NB_MODULE(_native, m) {
         return spans;
       });
   fluxion::bind_attention(m);
+  fluxion::bind_gpu(m);
 }

@@ -60,16 +60,17 @@ struct KernelTable {
   // Copy to memory that will not be read soon, without first reading it into the cache.
   // `to` is aligned to 64 bytes, `bytes` is a multiple of 64.
   void (*copy_past_cache)(void* to, const void* from, int64_t bytes);
-  // Bound the best q.k of every block of some tiles from above.
+  // Score every block of some tiles: with radius 1 a bound of its best q.k, with less a guess of it.
   //   query    [group][head_dim], unscaled
+  //   radius   what half the extent of a block's keys counts, 0 to 1
   //   tiles    addresses of [channel][width] digest words, width 16, 8, 4, 2 or 1; `tiles_ahead`
   //            more of them will follow these, and may be prefetched
   //   scores   [group][score_stride], written at [group][0 .. num_tiles * width)
-  void (*score_tiles)(const float* query, int32_t group, int32_t head_dim,
+  void (*score_tiles)(const float* query, int32_t group, int32_t head_dim, float radius,
                       const uint32_t* const* tiles, int32_t num_tiles, int32_t tiles_ahead,
                       int32_t width, float* scores, int64_t score_stride);
-  // The same from spans of byte digests of one level; width 16, 8, 4 or 2. Close to the bound.
-  void (*score_spans)(const float* query, int32_t group, int32_t head_dim,
+  // The same from spans of byte digests of one level; width 16, 8, 4 or 2. Close to these.
+  void (*score_spans)(const float* query, int32_t group, int32_t head_dim, float radius,
                       const uint8_t* const* spans, int32_t num_spans, int32_t spans_ahead,
                       int32_t width, float* scores, int64_t score_stride);
   // Mark the k best of `count` scores: bit i of `chosen` (one bit a score, 64 in a word). Of equal

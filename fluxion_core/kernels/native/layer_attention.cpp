@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <stdexcept>
 
 namespace fluxion {
@@ -34,6 +35,7 @@ LayerAttention::LayerAttention(const SlabLayout& layout, const int64_t* sequence
   priorities_.resize(tasks_.size());
   read_bytes_.resize(size_t(batch));
   group_counts_.resize(size_t(batch));
+  rankers_.resize(size_t(batch));
 }
 
 void LayerAttention::predict(int64_t row, const Planner& planner, PlannerState& state,
@@ -46,18 +48,29 @@ void LayerAttention::predict(int64_t row, const Planner& planner, PlannerState& 
   if (sequence.region_end <= sequence.region_begin) return;
   if (!plan_) plan_ = std::make_unique<LayerPlan>(layout_, planner);
   plan_->add(row, sequence, state, by_price, number);
+  rank_by(row, planner);
   predicted_.push_back(&state);
 }
 
 void LayerAttention::submit(TaskPool& pool, int64_t layer, const float* query,
                             int64_t query_stride, const int32_t* levels, const int32_t* budgets,
-                            float* output, float* lse, int64_t wake_bytes) {
-  layer_ = layer;
+                            float* output, float* lse, int64_t wake_bytes, bool others_only) {
   query_ = query;
   query_stride_ = query_stride;
   output_ = output;
   lse_ = lse;
   if (plan_) plan_->run_layer(pool, layer, query, query_stride, wake_bytes);
+  prepare(layer, levels, budgets);
+  pool.submit(this, priorities_, wake_bytes, false, others_only);
+}
+
+void LayerAttention::skip_layer(int64_t layer, const int32_t* levels, const int32_t* budgets) {
+  prepare(layer, levels, budgets);
+  for (const Task& task : tasks_) count_groups(task);
+}
+
+void LayerAttention::prepare(int64_t layer, const int32_t* levels, const int32_t* budgets) {
+  layer_ = layer;
   for (size_t i = 0; i < tasks_.size(); ++i) {
     Task& task = tasks_[i];
     task.sequence = int64_t(i) / layout_.kv_heads;
@@ -76,7 +89,50 @@ void LayerAttention::submit(TaskPool& pool, int64_t layer, const float* query,
     }
     priorities_[i] = planned_bytes(task);
   }
-  pool.submit(this, priorities_, wake_bytes);
+}
+
+int64_t LayerAttention::total_priority() const {
+  return std::accumulate(priorities_.begin(), priorities_.end(), int64_t(0));
+}
+
+void LayerAttention::describe(int32_t index, const float* queries, LaneTask* to) const {
+  const Task& task = tasks_[size_t(index)];
+  const SequenceView& sequence = sequences_[size_t(task.sequence)];
+  const int64_t row = task.sequence * heads_ + task.kv_head * group_;
+  to->slab_table = reinterpret_cast<int64_t>(sequence.slabs);
+  to->kv_offset = reinterpret_cast<int64_t>(layout_.blocks(0, layer_, task.kv_head));
+  to->record_offset =
+      task.level >= 0
+          ? reinterpret_cast<int64_t>(layout_.record(0, layer_, task.kv_head, task.level, 0))
+          : 0;
+  to->query = reinterpret_cast<int64_t>(queries + row * layout_.head_dim);
+  to->output = reinterpret_cast<int64_t>(output_ + row * layout_.head_dim);
+  to->lse = reinterpret_cast<int64_t>(lse_ + row);
+  to->level = task.level;
+  to->first_block = task.level >= 0 ? task.first_block : 0;
+  to->num_blocks = task.level >= 0 ? task.num_blocks : 0;
+  to->region_begin = sequence.region_begin;
+  to->region_end = sequence.region_end;
+  for (int64_t head = 0; head < group_; ++head) {
+    to->budgets[head] = task.level >= 0 ? task.budgets[head] : 0;
+  }
+}
+
+void LayerAttention::finish_elsewhere(int32_t index, const LaneStatistics& read) {
+  Task& task = tasks_[size_t(index)];
+  task.bytes = {read.digest_bytes, read.kv_bytes};
+  if (!task.seen) return;
+  task.bytes.scanned += task.seen->scanned_bytes;
+  const SequenceView& sequence = sequences_[size_t(task.sequence)];
+  const int64_t region = (sequence.region_end - sequence.region_begin) / kBlockTokens;
+  for (int64_t head = 0; head < group_; ++head) {
+    // The blocks at the region's ends may be cut; that is not told here.
+    const int64_t blocks =
+        task.level >= 0 ? std::min(int64_t(task.budgets[head]) << task.level, region) : region;
+    const int64_t in_layer = task.kv_head * group_ + head;
+    plan_->remember(task.sequence, in_layer, lse_[task.sequence * heads_ + in_layer],
+                    float(blocks) / float(region));
+  }
 }
 
 void LayerAttention::finish_layer() {
@@ -259,8 +315,10 @@ void LayerAttention::run(int32_t index, int32_t phase, int32_t chunk) {
       const int32_t total = int32_t(task.records.size());
       const int32_t in_chunk = int32_t(chunk_records(task.level));
       const int32_t first = chunk * in_chunk, count = std::min(in_chunk, total - first);
-      return score_records(layout_.digest_bits, query, group, head_dim, task.records.data() + first,
-                           count, total - first - count, width,
+      const Planner* ranker = rankers_[size_t(task.sequence)];
+      const float radius = ranker ? ranker->radii[size_t(task.level)] : 1.0f;
+      return score_records(layout_.digest_bits, query, group, head_dim, radius,
+                           task.records.data() + first, count, total - first - count, width,
                            task.scores.data() + int64_t(first) * width, task.score_stride);
     }
     case kSelect: {
@@ -286,6 +344,7 @@ void LayerAttention::run(int32_t index, int32_t phase, int32_t chunk) {
 void LayerAttention::close(int32_t index) {
   Task& task = tasks_[size_t(index)];
   const int64_t dim = layout_.head_dim;
+  const bool attends_rest = sequences_[size_t(task.sequence)].attends_rest;
   for (int64_t head = 0; head < group_; ++head) {
     const int64_t in_layer = task.kv_head * group_ + head;
     const int64_t row = task.sequence * heads_ + in_layer;
@@ -295,7 +354,9 @@ void LayerAttention::close(int32_t index) {
       highest = std::max(highest, partial(task, int32_t(chunk)).highest[head]);
     }
     const float highest_read = highest;
-    if (task.seen) highest = std::max(highest, task.seen->window.highest[head]);
+    if (task.seen && attends_rest) {
+      highest = std::max(highest, task.seen->window.highest[head]);
+    }
     std::fill(output, output + dim, 0.0f);
     float weight_sum = 0.0f;
     const auto add = [&](const PartialState& part) {
@@ -313,7 +374,7 @@ void LayerAttention::close(int32_t index) {
       const int64_t region = (sequence.region_end - sequence.region_begin) / kBlockTokens;
       plan_->remember(task.sequence, in_layer, lse,
                       float(task.head_blocks[head]) / float(region));
-      add(task.seen->window);
+      if (attends_rest) add(task.seen->window);
     }
     if (highest == kMinusInfinity) {
       lse_[row] = kMinusInfinity;

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "kernel_table.h"
+#include "lane_task.h"
 #include "layer_plan.h"
 #include "slab_layout.h"
 #include "task_pool.h"
@@ -39,6 +40,10 @@ class LayerAttention final : public Work {
   void predict(int64_t row, const Planner& planner, PlannerState& state, bool by_price,
                float number);
 
+  // Before the first layer: choose this row's blocks by scores with the planner's radii. Otherwise, by
+  // the bounds of Quest.
+  void rank_by(int64_t row, const Planner& planner) { rankers_[size_t(row)] = &planner; }
+
   // Start a layer on the pool, after its plans have been made where they are. Everything pointed to must live until the pool's `wait` returns.
   //   query    [batch] rows of [heads][head_dim], query_stride apart, unscaled
   //   levels   [batch][kv_heads]  level of digests, or kReadAll, or kReadNothing
@@ -48,7 +53,7 @@ class LayerAttention final : public Work {
   //   lse      [batch][heads], natural log; -inf where nothing was read
   void submit(TaskPool& pool, int64_t layer, const float* query, int64_t query_stride,
               const int32_t* levels, const int32_t* budgets, float* output, float* lse,
-              int64_t wake_bytes);
+              int64_t wake_bytes, bool others_only = false);
 
   // What the last layer's task of this sequence and KV head attended to.
   const std::vector<BlockRun>& runs(int64_t sequence, int64_t kv_head) const {
@@ -60,6 +65,17 @@ class LayerAttention final : public Work {
   PlanNanoseconds plan_nanoseconds() const {
     return plan_ ? plan_->nanoseconds() : PlanNanoseconds{};
   }
+  // For a task that another consumer took: everything its device needs to know, see lane_task.h;
+  // and, when its device has written output and lse, what that read. queries: [batch][heads][head_dim],
+  // where that device reads them.
+  void describe(int32_t task, const float* queries, LaneTask* to) const;
+  void finish_elsewhere(int32_t task, const LaneStatistics& read);
+  int64_t priority(int32_t task) const { return priorities_[size_t(task)]; }
+  int64_t total_priority() const;
+
+  // In place of a layer in which every plan is to read nothing: count it.
+  void skip_layer(int64_t layer, const int32_t* levels, const int32_t* budgets);
+
   // After the pool's `wait`: add what the layer read to the sequences' numbers, and remember it.
   void finish_layer();
 
@@ -92,6 +108,7 @@ class LayerAttention final : public Work {
     ReadBytes bytes;
   };
 
+  void prepare(int64_t layer, const int32_t* levels, const int32_t* budgets);
   int64_t chunk_records(int32_t level) const;
   int32_t open_scores(Task& task);
   int32_t open_attend(Task& task);
@@ -111,6 +128,7 @@ class LayerAttention final : public Work {
   std::vector<GroupCounts> group_counts_;
   std::unique_ptr<LayerPlan> plan_;
   std::vector<PlannerState*> predicted_;
+  std::vector<const Planner*> rankers_;  // [batch], null for bounds
 
   int64_t layer_ = 0;
   const float* query_ = nullptr;

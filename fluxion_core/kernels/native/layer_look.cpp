@@ -95,8 +95,8 @@ void LayerPlan::look(Task& task, LookChunk& look) {
   layout_.list_records(sequence.slabs, layer_, look.kv_head, kCoarseLevel,
                        task.first_record + look.begin, task.first_record + look.end, look.records);
   score_records(layout_.digest_bits, query_of(task) + look.kv_head * group_ * layout_.head_dim,
-                int32_t(group_), int32_t(layout_.head_dim), look.records.data(),
-                int32_t(look.records.size()), 0, width,
+                int32_t(group_), int32_t(layout_.head_dim), planner_->radii[kCoarseLevel],
+                look.records.data(), int32_t(look.records.size()), 0, width,
                 task.scores.data() + look.kv_head * group_ * task.score_stride + look.begin * width,
                 task.score_stride);
   look.nanoseconds = now_ns() - start;

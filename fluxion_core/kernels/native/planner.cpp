@@ -28,7 +28,8 @@ void DenseLayer::apply(const float* input, int64_t input_stride, int32_t rows, i
 }
 
 Planner::Planner(int64_t num_layers, int64_t num_heads, int64_t num_kv_heads, int64_t dim,
-                 const float* all_priors, const float* weights, const PlanCosts& plan_costs)
+                 const float* all_priors, const float* weights, const PlanCosts& plan_costs,
+                 const std::array<float, kLevels>& score_radii)
     : layers(num_layers),
       heads(num_heads),
       kv_heads(num_kv_heads),
@@ -36,7 +37,8 @@ Planner::Planner(int64_t num_layers, int64_t num_heads, int64_t num_kv_heads, in
       head_dim(dim),
       priors(all_priors, all_priors + layers * heads * kPriors),
       head_weights(weights, weights + layers * heads),
-      costs(plan_costs) {
+      costs(plan_costs),
+      radii(score_radii) {
   if (num_heads % num_kv_heads || group > kMaxGroup) {
     throw std::invalid_argument("query heads: a multiple of the KV heads, up to 16 to each");
   }

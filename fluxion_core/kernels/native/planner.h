@@ -2,6 +2,7 @@
 // are in head_features.h, the work of a layer in layer_plan.h.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
@@ -25,9 +26,11 @@ struct DenseLayer {
 };
 
 struct Planner {
-  // priors: [layers][heads][3]; head_weights: [layers][heads].
+  // priors: [layers][heads][3]; head_weights: [layers][heads]; radii: what scores of blocks are made
+  // with at each level, where this planner has made the plan.
   Planner(int64_t num_layers, int64_t num_heads, int64_t num_kv_heads, int64_t dim,
-          const float* priors, const float* head_weights, const PlanCosts& costs);
+          const float* priors, const float* head_weights, const PlanCosts& costs,
+          const std::array<float, kLevels>& radii);
 
   // Three layers as torch has them, [hidden][kFeatures], [hidden][hidden] and
   // [kProfileOutputs][hidden], with what belongs to them.
@@ -48,6 +51,7 @@ struct Planner {
   int64_t layers, heads, kv_heads, group, head_dim;
   std::vector<float> priors, head_weights;
   PlanCosts costs;
+  std::array<float, kLevels> radii;
   std::vector<float> feature_mean, feature_scale, output_mean;
   DenseLayer hidden[2], output;
 };

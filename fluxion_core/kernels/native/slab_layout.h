@@ -101,14 +101,16 @@ struct SlabLayout {
 
 // Scores from records of either kind; see KernelTable.
 inline void score_records(int64_t digest_bits, const float* query, int32_t group, int32_t head_dim,
-                          const void* const* records, int32_t count, int32_t ahead, int32_t width,
-                          float* scores, int64_t score_stride) {
+                          float radius, const void* const* records, int32_t count, int32_t ahead,
+                          int32_t width, float* scores, int64_t score_stride) {
   if (digest_bits == 8) {
-    kernels().score_spans(query, group, head_dim, reinterpret_cast<const uint8_t* const*>(records),
-                          count, ahead, width, scores, score_stride);
+    kernels().score_spans(query, group, head_dim, radius,
+                          reinterpret_cast<const uint8_t* const*>(records), count, ahead, width,
+                          scores, score_stride);
   } else {
-    kernels().score_tiles(query, group, head_dim, reinterpret_cast<const uint32_t* const*>(records),
-                          count, ahead, width, scores, score_stride);
+    kernels().score_tiles(query, group, head_dim, radius,
+                          reinterpret_cast<const uint32_t* const*>(records), count, ahead, width,
+                          scores, score_stride);
   }
 }
 

@@ -63,7 +63,7 @@ double score_seconds(int64_t digest_bits, const float* query, int32_t group, int
   const int64_t batch = batch_of(record_bytes), stride = batch * width;
   std::vector<std::vector<float>> scores(cpus.size(), std::vector<float>(size_t(stride * group)));
   return seconds(num_records, batch, cpus, [&](size_t thread, int64_t first, int64_t end) {
-    score_records(digest_bits, query, group, head_dim, records + first, int32_t(end - first),
+    score_records(digest_bits, query, group, head_dim, 1.0f, records + first, int32_t(end - first),
                   int32_t(std::min<int64_t>(num_records - end, batch)), width,
                   scores[thread].data(), stride);
   });

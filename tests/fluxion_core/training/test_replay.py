@@ -11,6 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from fluxion_core.geometry import BLOCK_SIZES, WindowSpec
 from fluxion_core.predictor.head_profile import BUDGETS, ERROR_FLOOR
 from fluxion_core.predictor.layer_step import LayerStep
+from fluxion_core.predictor.ranking import RADII
 from fluxion_core.training.replay import prefill, replay
 
 POSITIONS = torch.tensor([900, 1333])
@@ -59,13 +60,12 @@ def test_labels_are_the_error_of_attention_over_the_best_blocks_and_the_window(l
         logits = k @ q / math.sqrt(dim)
         outputs[head] = torch.softmax(logits, 0) @ v
         full = key[head // group].double()
-        bound = [
-            torch.maximum(
-                q * full[b * size : (b + 1) * size].amin(0),
-                q * full[b * size : (b + 1) * size].amax(0),
-            ).sum()
-            for b in blocks
-        ]
+        bound = []
+        for b in blocks:
+            low, high = (
+                edge(full[b * size : (b + 1) * size], 0) for edge in (torch.amin, torch.amax)
+            )
+            bound.append(q @ (low + high) / 2 + RADII[level] * (q.abs() @ (high - low)) / 2)
         order = torch.stack(bound).argsort(descending=True)
         for index, budget in enumerate(BUDGETS):
             seen = torch.ones(position + 1, dtype=torch.bool)

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import torch
 
+from fluxion_core.decode_step import StepReads
 from fluxion_core.generation.sampling import SamplingParams
-from fluxion_core.hybrid_attention import StepReads
 from fluxion_core.selector.policy import ExactPolicy, ThresholdPolicy
 from services.decode.engine import DecodeEngine, DecodeSequence
 from services.decode.read_totals import ReadTotals

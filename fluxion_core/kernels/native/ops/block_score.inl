@@ -1,5 +1,6 @@
-// Scores of blocks from their digests: sum over channels of max(q.low, q.high), which no q.k of the
-// block exceeds. With positive and negative part of q apart it is a plain dot product.
+// Scores of blocks from their digests: q . centre + radius * sum over channels |q| (high - low) / 2.
+// With radius 1 it is max(q low, q high), which no q.k of the block exceeds. It is a plain dot product
+// with (q - radius |q|) / 2 for the lows and (q + radius |q|) / 2 for the highs.
 //
 // Lanes are blocks. A pass takes kTileBlocks blocks: one tile of 16, or the same channel of several
 // narrower tiles side by side. The next pass's tiles are prefetched row by row.
@@ -14,7 +15,7 @@ struct ScoreRows {
   const uint32_t* next[fluxion::kTileBlocks];
 };
 
-// weights: [channel][HEADS][2] negative and positive part of the query. In this order of loops a
+// weights: [channel][HEADS][2] for low and high, see above. In this order of loops a
 // weight lives for two uses only, and all sums stay in registers.
 template <int HEADS, int WIDTH>
 inline void score_pass(const ScoreRows& rows, const float* weights, int32_t head_dim,
@@ -36,15 +37,15 @@ inline void score_pass(const ScoreRows& rows, const float* weights, int32_t head
         load_words<WIDTH>(rows.parts, vector, channel * WIDTH, low[vector], high[vector]);
       }
       for (int head = 0; head < HEADS; ++head) {
-        const F32 negative = broadcast(weight[2 * head]);
+        const F32 for_low = broadcast(weight[2 * head]);
         for (int vector = 0; vector < kScoreVectors; ++vector) {
-          sums[head][vector] = fma(low[vector], negative, sums[head][vector]);
+          sums[head][vector] = fma(low[vector], for_low, sums[head][vector]);
         }
       }
       for (int head = 0; head < HEADS; ++head) {
-        const F32 positive = broadcast(weight[2 * head + 1]);
+        const F32 for_high = broadcast(weight[2 * head + 1]);
         for (int vector = 0; vector < kScoreVectors; ++vector) {
-          sums[head][vector + kHigh] = fma(high[vector], positive, sums[head][vector + kHigh]);
+          sums[head][vector + kHigh] = fma(high[vector], for_high, sums[head][vector + kHigh]);
         }
       }
     }
@@ -58,16 +59,17 @@ inline void score_pass(const ScoreRows& rows, const float* weights, int32_t head
 }
 
 template <int HEADS, int WIDTH>
-inline void score_heads(const float* query, int32_t head_dim, const uint32_t* const* tiles,
-                        int32_t num_tiles, int32_t tiles_ahead, float* scores,
-                        int64_t score_stride) {
+inline void score_heads(const float* query, int32_t head_dim, float radius,
+                        const uint32_t* const* tiles, int32_t num_tiles, int32_t tiles_ahead,
+                        float* scores, int64_t score_stride) {
   constexpr int kParts = fluxion::kTileBlocks / WIDTH;
   float weights[fluxion::kMaxHeadDim * HEADS * 2];
   for (int32_t channel = 0; channel < head_dim; ++channel) {
     for (int head = 0; head < HEADS; ++head) {
       const float q = query[int64_t(head) * head_dim + channel];
-      weights[(channel * HEADS + head) * 2] = q < 0.0f ? q : 0.0f;
-      weights[(channel * HEADS + head) * 2 + 1] = q < 0.0f ? 0.0f : q;
+      const float reach = radius * __builtin_fabsf(q);
+      weights[(channel * HEADS + head) * 2] = 0.5f * (q - reach);
+      weights[(channel * HEADS + head) * 2 + 1] = 0.5f * (q + reach);
     }
   }
   ScoreRows rows;
@@ -90,7 +92,7 @@ inline void score_heads(const float* query, int32_t head_dim, const uint32_t* co
 }
 
 template <int WIDTH>
-inline void score_width(const float* query, int32_t group, int32_t head_dim,
+inline void score_width(const float* query, int32_t group, int32_t head_dim, float radius,
                         const uint32_t* const* tiles, int32_t num_tiles, int32_t tiles_ahead,
                         float* scores, int64_t score_stride) {
   // Groups that need several passes take them over stretches that stay in the cache, so that memory
@@ -102,7 +104,7 @@ inline void score_width(const float* query, int32_t group, int32_t head_dim,
     const int32_t count = num_tiles - first < stretch ? num_tiles - first : stretch;
     const int32_t ahead = num_tiles + tiles_ahead - first - count;
     const auto pass = [&](auto score, int32_t head) {
-      score(query + int64_t(head) * head_dim, head_dim, tiles + first, count, ahead,
+      score(query + int64_t(head) * head_dim, head_dim, radius, tiles + first, count, ahead,
             scores + head * score_stride + int64_t(first) * WIDTH, score_stride);
     };
     int32_t head = 0;
@@ -119,11 +121,11 @@ inline void score_width(const float* query, int32_t group, int32_t head_dim,
   }
 }
 
-void score_tiles(const float* query, int32_t group, int32_t head_dim, const uint32_t* const* tiles,
-                 int32_t num_tiles, int32_t tiles_ahead, int32_t width, float* scores,
-                 int64_t score_stride) {
+void score_tiles(const float* query, int32_t group, int32_t head_dim, float radius,
+                 const uint32_t* const* tiles, int32_t num_tiles, int32_t tiles_ahead,
+                 int32_t width, float* scores, int64_t score_stride) {
   const auto with_width = [&](auto score) {
-    score(query, group, head_dim, tiles, num_tiles, tiles_ahead, scores, score_stride);
+    score(query, group, head_dim, radius, tiles, num_tiles, tiles_ahead, scores, score_stride);
   };
   switch (width) {
     case 16: return with_width(score_width<16>);

@@ -1,8 +1,9 @@
-// Scores of blocks from byte digests. With key = low + step * byte, the bound of a block is
+// Scores of blocks from byte digests (see block_score.inl). With key = low + step * byte and w = q step,
+// the score of a block is
 //
-//   sum q low  +  sum (q step) byte,   the byte of the low where q < 0, of the high where q > 0,
+//   sum q low  +  sum (w - radius |w|) / 2 * byte of the low  +  (w + radius |w|) / 2 * byte of the high,
 //
-// and the second sum is one of integers once q step has been rounded to bytes, per span and head. Lanes
+// and the rest is a sum of integers once these weights have been rounded to bytes, per span and head. Lanes
 // are blocks; of narrower levels several channel pairs lie side by side in a vector.
 
 namespace {
@@ -10,11 +11,11 @@ namespace {
 // One head's query as a span's bytes want it.
 struct SpanQuery {
   float base, unit;
-  alignas(64) uint32_t weights[kMaxHeadDim / 2];  // as the digest's words: min(w, 0), max(w, 0), twice
+  alignas(64) uint32_t weights[kMaxHeadDim / 2];  // as the digest's words: for low and high, twice
 };
 
 inline void prepare_span_query(const float* query, const uint8_t* span, int32_t head_dim,
-                               SpanQuery& prepared) {
+                               float radius, SpanQuery& prepared) {
   alignas(64) float products[kMaxHeadDim];
   F32 base = zero(), top = zero();
   for (int32_t channel = 0; channel < head_dim; channel += F32::kLanes) {
@@ -30,18 +31,18 @@ inline void prepare_span_query(const float* query, const uint8_t* span, int32_t 
   prepared.unit = highest(top) * (1.0f / 127.0f);
   const float scale = prepared.unit > 0.0f ? 1.0f / prepared.unit : 0.0f;
   for (int32_t channel = 0; channel < head_dim; channel += 16) {
-    pack_weights(products + channel, scale, prepared.weights + channel / 2);
+    pack_weights(products + channel, scale, radius, prepared.weights + channel / 2);
   }
 }
 
 template <int HEADS, int WIDTH>
-inline void score_span(const float* query, int32_t head_dim, const uint8_t* span,
+inline void score_span(const float* query, int32_t head_dim, float radius, const uint8_t* span,
                        const uint8_t* next, float* scores, int64_t score_stride) {
   constexpr int kVectors = WIDTH > I32::kLanes ? WIDTH / I32::kLanes : 1;
   constexpr int kPairs = WIDTH < I32::kLanes ? I32::kLanes / WIDTH : 1;
   SpanQuery prepared[HEADS];
   for (int head = 0; head < HEADS; ++head) {
-    prepare_span_query(query + int64_t(head) * head_dim, span, head_dim, prepared[head]);
+    prepare_span_query(query + int64_t(head) * head_dim, span, head_dim, radius, prepared[head]);
   }
   for (int32_t offset = 0; offset < head_dim * 4; offset += 64) prefetch(next + offset);
   const uint8_t* words = span + head_dim * 4;
@@ -78,13 +79,13 @@ inline void score_span(const float* query, int32_t head_dim, const uint8_t* span
 }
 
 template <int WIDTH>
-void score_span_width(const float* query, int32_t group, int32_t head_dim,
+void score_span_width(const float* query, int32_t group, int32_t head_dim, float radius,
                       const uint8_t* const* spans, int32_t num_spans, int32_t spans_ahead,
                       float* scores, int64_t score_stride) {
   for (int32_t i = 0; i < num_spans; ++i) {
     const uint8_t* next = spans[i + 1 < num_spans + spans_ahead ? i + 1 : i];
     const auto pass = [&](auto score, int32_t head) {
-      score(query + int64_t(head) * head_dim, head_dim, spans[i], next,
+      score(query + int64_t(head) * head_dim, head_dim, radius, spans[i], next,
             scores + head * score_stride + int64_t(i) * WIDTH, score_stride);
     };
     int32_t head = 0;
@@ -98,11 +99,11 @@ void score_span_width(const float* query, int32_t group, int32_t head_dim,
   }
 }
 
-void score_spans(const float* query, int32_t group, int32_t head_dim, const uint8_t* const* spans,
-                 int32_t num_spans, int32_t spans_ahead, int32_t width, float* scores,
-                 int64_t score_stride) {
+void score_spans(const float* query, int32_t group, int32_t head_dim, float radius,
+                 const uint8_t* const* spans, int32_t num_spans, int32_t spans_ahead,
+                 int32_t width, float* scores, int64_t score_stride) {
   const auto with_width = [&](auto score) {
-    score(query, group, head_dim, spans, num_spans, spans_ahead, scores, score_stride);
+    score(query, group, head_dim, radius, spans, num_spans, spans_ahead, scores, score_stride);
   };
   switch (width) {
     case 16: return with_width(score_span_width<16>);

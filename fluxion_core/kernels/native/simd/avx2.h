@@ -289,8 +289,8 @@ inline I32 spread(const uint32_t* words) {
     return {_mm256_permutevar8x32_epi32(four, _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3))};
   }
 }
-// Each lane: sum + unsigned bytes of a . signed bytes of b. Of two neighbouring bytes of b one is 0,
-// so that the sixteen bits in between cannot overflow.
+// Each lane: sum + unsigned bytes of a . signed bytes of b. Two neighbouring bytes of b are together at
+// most 128, so that the sixteen bits in between cannot overflow.
 inline I32 dot_bytes(I32 sum, I32 a, I32 b) {
   const __m256i pairs = _mm256_maddubs_epi16(a.v, b.v);
   return {_mm256_add_epi32(sum.v, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))};
@@ -299,17 +299,20 @@ inline I32 dot_bytes(I32 sum, I32 a, I32 b) {
 inline void load_header(const uint8_t* from, F32& low, F32& step) {
   load_pairs(reinterpret_cast<const uint16_t*>(from), low, step);
 }
-// Sixteen products as bytes, two to a word: min(w, 0), max(w, 0).
-inline void pack_weights(const float* products, float scale, uint32_t* to) {
-  const __m256 factor = _mm256_set1_ps(scale);
+// Sixteen products w as signed bytes, two to a word: (w - radius |w|) / 2, (w + radius |w|) / 2.
+inline void pack_weights(const float* products, float scale, float radius, uint32_t* to) {
+  const __m256 factor = _mm256_set1_ps(scale), sign = _mm256_set1_ps(-0.0f);
+  const auto bytes = [](__m256 twice) {
+    const __m256i w = _mm256_cvtps_epi32(_mm256_mul_ps(twice, _mm256_set1_ps(0.5f)));
+    return _mm256_max_epi32(_mm256_min_epi32(w, _mm256_set1_epi32(127)), _mm256_set1_epi32(-127));
+  };
   const auto half = [&](const float* from) {
-    const __m256i w = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(from), factor));
-    const __m256i negative = _mm256_max_epi32(_mm256_min_epi32(w, _mm256_setzero_si256()),
-                                              _mm256_set1_epi32(-127));
-    const __m256i positive = _mm256_min_epi32(_mm256_max_epi32(w, _mm256_setzero_si256()),
-                                              _mm256_set1_epi32(127));
-    return _mm256_or_si256(_mm256_and_si256(negative, _mm256_set1_epi32(0xff)),
-                           _mm256_slli_epi32(positive, 8));
+    const __m256 w = _mm256_mul_ps(_mm256_loadu_ps(from), factor);
+    const __m256 reach = _mm256_mul_ps(_mm256_andnot_ps(sign, w), _mm256_set1_ps(radius));
+    const __m256i mask = _mm256_set1_epi32(0xff);
+    const __m256i low = _mm256_and_si256(bytes(_mm256_sub_ps(w, reach)), mask);
+    const __m256i high = _mm256_and_si256(bytes(_mm256_add_ps(w, reach)), mask);
+    return _mm256_or_si256(low, _mm256_slli_epi32(high, 8));
   };
   const __m256i packed = _mm256_packus_epi32(half(products), half(products + 8));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permute4x64_epi64(packed, 0xd8));

@@ -247,15 +247,18 @@ inline I32 dot_bytes(I32 sum, I32 a, I32 b) {
 inline void load_header(const uint8_t* from, F32& low, F32& step) {
   load_pairs(reinterpret_cast<const uint16_t*>(from), low, step);
 }
-// Sixteen products as bytes, two to a word: min(w, 0), max(w, 0).
-inline void pack_weights(const float* products, float scale, uint32_t* to) {
-  const __m512i w = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(products), _mm512_set1_ps(scale)));
-  const __m512i negative = _mm512_max_epi32(_mm512_min_epi32(w, _mm512_setzero_si512()),
-                                            _mm512_set1_epi32(-127));
-  const __m512i positive = _mm512_min_epi32(_mm512_max_epi32(w, _mm512_setzero_si512()),
-                                            _mm512_set1_epi32(127));
-  const __m512i both = _mm512_or_si512(_mm512_and_si512(negative, _mm512_set1_epi32(0xff)),
-                                       _mm512_slli_epi32(positive, 8));
+// Sixteen products w as signed bytes, two to a word: (w - radius |w|) / 2, (w + radius |w|) / 2.
+inline void pack_weights(const float* products, float scale, float radius, uint32_t* to) {
+  const __m512 w = _mm512_mul_ps(_mm512_loadu_ps(products), _mm512_set1_ps(scale));
+  const __m512 reach = _mm512_mul_ps(_mm512_abs_ps(w), _mm512_set1_ps(radius));
+  const auto bytes = [](__m512 twice) {
+    const __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(twice, _mm512_set1_ps(0.5f)));
+    const __m512i most = _mm512_set1_epi32(127), least = _mm512_set1_epi32(-127);
+    const __m512i inside = _mm512_max_epi32(_mm512_min_epi32(rounded, most), least);
+    return _mm512_and_si512(inside, _mm512_set1_epi32(0xff));
+  };
+  const __m512i both = _mm512_or_si512(bytes(_mm512_sub_ps(w, reach)),
+                                       _mm512_slli_epi32(bytes(_mm512_add_ps(w, reach)), 8));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(both));
 }
 

@@ -223,15 +223,19 @@ inline void load_header(const uint8_t* from, F32& low, F32& step) {
     step.v[i] = from_bits(word & 0xffff0000u);
   }
 }
-// Sixteen products as bytes, two to a word: min(w, 0), max(w, 0).
-inline void pack_weights(const float* products, float scale, uint32_t* to) {
+// Sixteen products w as signed bytes, two to a word: (w - radius |w|) / 2, (w + radius |w|) / 2.
+inline void pack_weights(const float* products, float scale, float radius, uint32_t* to) {
+  const auto byte = [](float value) {
+    const float rounded = __builtin_rintf(value);
+    const int32_t w = rounded > 127.0f ? 127 : rounded > -128.0f ? int32_t(rounded) : -127;
+    return uint32_t(uint8_t(w));
+  };
   for (int i = 0; i < 16; i += 2) {
     uint32_t word = 0;
     for (int channel = 0; channel < 2; ++channel) {
-      const float rounded = __builtin_rintf(products[i + channel] * scale);
-      const int32_t w = rounded > 127.0f ? 127 : rounded > -128.0f ? int32_t(rounded) : -127;
-      word |= uint32_t(uint8_t(w < 0 ? w : 0)) << 16 * channel;
-      word |= uint32_t(uint8_t(w < 0 ? 0 : w)) << (16 * channel + 8);
+      const float w = products[i + channel] * scale, reach = radius * __builtin_fabsf(w);
+      word |= byte(0.5f * (w - reach)) << 16 * channel;
+      word |= byte(0.5f * (w + reach)) << (16 * channel + 8);
     }
     to[i / 2] = word;
   }

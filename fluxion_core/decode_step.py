@@ -1,0 +1,202 @@
+"""What is the same in all layers of a decode step over the host KV store.
+
+The sequences' regions, what each row reads of its own, the native tasks that do it, and, when the
+last layer is done, what was read. How a layer's queries arrive and where its output goes is the
+business of who runs the step: hybrid_attention.py on the CPU alone, gpu/device_step.py with a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fluxion_core.errors import FluxionError
+from fluxion_core.geometry import BLOCK_SIZES, WindowSpec
+from fluxion_core.kernels import _native
+from fluxion_core.kernels.isa import native_layout
+from fluxion_core.kvstore.store import SequenceKv, StepAppend
+from fluxion_core.selector.planner import PlanNanoseconds, Planner, PlannerState, native_policy
+from fluxion_core.selector.policy import READ_NOTHING, Policy, PredictedPolicy, StepPlan
+
+
+@dataclass(frozen=True)
+class StepReads:
+    """What one sequence's step read of its retrieval region, all layers. Bytes.
+
+    The window is not counted: every policy reads it.
+    """
+
+    scanned_bytes: int
+    """Digests."""
+    attended_bytes: int
+    """K and V: the union of what the heads of each group chose."""
+    region_bytes: int = 0
+    """K and V of the whole region: what `exact` reads."""
+    streaming_heads: int = 0
+    """Heads that read nothing of the region, summed over layers; 0 where there is no region."""
+    planned_heads: int = 0
+    """All heads, summed over layers; 0 where there is no region."""
+    groups_of_size: tuple[int, ...] = (0,) * len(BLOCK_SIZES)
+    """Groups that read blocks of each of BLOCK_SIZES, summed over layers."""
+    groups_nothing: int = 0
+    """Groups that read nothing of the region, summed over layers."""
+    groups_everything: int = 0
+    """Groups that read the whole region without a choice, summed over layers."""
+
+    @property
+    def total_bytes(self) -> int:
+        """Digests, K and V."""
+        return self.scanned_bytes + self.attended_bytes
+
+    @property
+    def streaming_share(self) -> float:
+        """Share of heads that read nothing of the region; 0 where there is no region."""
+        return self.streaming_heads / max(1, self.planned_heads)
+
+
+@dataclass(frozen=True)
+class GivenPlan:
+    """One row's plan of all layers, in place of a policy's: recorded decisions, for benchmarks."""
+
+    levels: Tensor
+    """[layers, kv_heads] int32: index into BLOCK_SIZES, READ_ALL or READ_NOTHING."""
+    budgets: Tensor
+    """[layers, heads] int32: blocks of that level."""
+
+
+class StepWork:
+    """One token of every sequence of a batch, through all layers.
+
+    Args:
+        sequences: committed, with room for one more token.
+        policies: what to read of each one's region.
+        states: of planner, for the rows whose policies need head profiles; see `checked_states`.
+        window: which tokens every head always attends to.
+        num_heads: query heads of the model.
+        attends_window: whether the window is attended to here too; else only the region is.
+        given: plans that stand in for policies' decisions, by row.
+
+    Raises:
+        FluxionError: a sequence's reservation is used up.
+    """
+
+    def __init__(
+        self,
+        sequences: Sequence[SequenceKv],
+        policies: Sequence[Policy],
+        states: Sequence[PlannerState | None],
+        window: WindowSpec,
+        num_heads: int,
+        *,
+        attends_window: bool = True,
+        given: Sequence[GivenPlan | None] | None = None,
+    ) -> None:
+        geometry = sequences[0].store.geometry
+        self._geometry = geometry
+        self.append = StepAppend(geometry, sequences)
+        # The new token counts: it attends to itself.
+        lengths = [sequence.num_tokens + 1 for sequence in sequences]
+        self.regions = [window.retrieval_region(length) for length in lengths]
+        rows = [
+            (sequence.slab_table.data_ptr(), length, region.start, region.stop, attends_window)
+            for sequence, length, region in zip(sequences, lengths, self.regions, strict=True)
+        ]
+        table = torch.tensor(rows, dtype=torch.int64)
+        self.tasks = _native.LayerAttention(
+            native_layout(geometry), table.data_ptr(), len(rows), num_heads
+        )
+        plan = StepPlan(
+            policies, self.regions, num_kv_heads=geometry.num_kv_heads, num_heads=num_heads
+        )
+        self.levels = plan.levels[None]
+        """[layers or 1, batch, kv_heads] int32; rows whose plans are made natively are not read."""
+        self.budgets = plan.budgets[None]
+        """[layers or 1, batch, heads] int32."""
+        self._planned_natively = [False] * len(rows)
+        for row, (policy, state) in enumerate(zip(policies, states, strict=True)):
+            if given is not None and (plan_of_row := given[row]) is not None:
+                self._set_plan(row, plan_of_row.levels, plan_of_row.budgets)
+            elif state is not None and isinstance(policy, PredictedPolicy) and self.regions[row]:
+                self._predict(row, policy, state)
+
+    def needs_nothing(self) -> Tensor:
+        """[layers or 1] bool: layers of which no row reads anything of its region."""
+        reads = self.levels != READ_NOTHING
+        for row, region in enumerate(self.regions):
+            reads[:, row] |= self._planned_natively[row]
+            if not region:
+                reads[:, row] = False
+        return ~reads.flatten(1).any(1)
+
+    def finish(self) -> list[StepReads]:
+        """Count the new tokens; returns what was read for each sequence."""
+        self.append.advance()
+        return [self._reads(row) for row in range(len(self.regions))]
+
+    @property
+    def plan_nanoseconds(self) -> PlanNanoseconds:
+        """What planning took."""
+        return PlanNanoseconds(*self.tasks.plan_nanoseconds())
+
+    def _predict(self, row: int, policy: PredictedPolicy, state: PlannerState) -> None:
+        planner = state.planner
+        if planner.mode == "network":
+            self.tasks.predict(row, planner.native, state.native, *native_policy(policy))
+            self._planned_natively[row] = True
+            return
+        self.tasks.rank_by(row, planner.native)
+        self._set_plan(row, *state.fixed_plans(policy, self.regions[row]))
+
+    def _set_plan(self, row: int, levels: Tensor, budgets: Tensor) -> None:
+        if len(self.levels) < len(levels):
+            self.levels = self.levels.repeat(len(levels), 1, 1)
+            self.budgets = self.budgets.repeat(len(levels), 1, 1)
+        self.levels[:, row], self.budgets[:, row] = levels, budgets
+
+    def _reads(self, row: int) -> StepReads:
+        scanned, attended = self.tasks.read_bytes(row)
+        of_size, nothing, everything, streaming, heads = self.tasks.group_counts(row)
+        return StepReads(
+            scanned_bytes=scanned,
+            attended_bytes=attended,
+            region_bytes=len(self.regions[row]) * self._geometry.token_bytes,
+            streaming_heads=streaming,
+            planned_heads=heads,
+            groups_of_size=of_size,
+            groups_nothing=nothing,
+            groups_everything=everything,
+        )
+
+
+def checked_states(
+    planner: Planner | None,
+    policies: Sequence[Policy],
+    states: Sequence[PlannerState | None] | None,
+) -> list[PlannerState | None]:
+    """The states that are needed; None elsewhere.
+
+    Raises:
+        FluxionError: a policy needs head profiles and there is no planner, or no state of it.
+    """
+    needed: list[PlannerState | None] = []
+    for policy, state in zip(policies, states or [None] * len(policies), strict=True):
+        if not isinstance(policy, PredictedPolicy):
+            needed.append(None)
+            continue
+        if planner is None:
+            raise FluxionError(
+                f"policy {policy} needs a planner, and this attention was made without one; "
+                f"use exact or fixed, or give it a planner"
+            )
+        if state is None or state.planner is not planner:
+            raise FluxionError(
+                f"policy {policy} needs its sequence's planner state, made by this "
+                f"attention's planner from the prompt profile that prefill sends"
+            )
+        if any(state is other for other in needed):
+            raise FluxionError("two sequences of a step share a planner state; make one each")
+        needed.append(state)
+    return needed

@@ -1,0 +1,293 @@
+"""A decode step whose dense part and default windows are on a CUDA device.
+
+The dense part is one CUDA graph for each size of batch. In each layer it publishes queries, keys
+and values in pinned memory, attends to the windows, waits for the host's flag and merges what the
+host attended to. The host's side (native, kernels/native/step_driver.h) appends to the store and has
+the retrieval regions attended to by the CPU pool and the GPU lane, which pull from one queue. Python
+runs before and after a step, not within.
+
+A layer in which no sequence reads its region is not waited for; its keys and values are appended
+while the GPU goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fluxion_core.decode_step import GivenPlan, StepReads, StepWork, checked_states
+from fluxion_core.errors import CapacityError, FluxionError
+from fluxion_core.geometry import KvGeometry, WindowSpec
+from fluxion_core.gpu.board import Board
+from fluxion_core.gpu.lane import GpuLane
+from fluxion_core.gpu.pinned import RegisteredStore
+from fluxion_core.gpu.step_graph import StepGraph
+from fluxion_core.gpu.step_times import StepTimes, step_times
+from fluxion_core.kernels.dense_attention.triton import WindowAttention
+from fluxion_core.kernels.handover.triton import Handover
+from fluxion_core.kvstore.store import HostKvStore, SequenceKv
+from fluxion_core.kvstore.window import DeviceWindows
+from fluxion_core.models.decoder import Decoder
+from fluxion_core.scheduler.scheduler import WAKE_BYTES, CpuPool
+from fluxion_core.selector.planner import Planner, PlannerState
+from fluxion_core.selector.policy import Policy
+
+Lanes = Literal["cpu", "gpu", "both"]
+"""Who attends to retrieval regions."""
+
+STUCK_NS = 10_000_000_000
+"""A hand-over that takes longer than this is a fault: the step ends with an error."""
+
+
+@dataclass(frozen=True)
+class StepRow:
+    """One sequence of a step."""
+
+    sequence: SequenceKv
+    """With room for one more token."""
+    slot: int
+    """Of its window."""
+    token_id: int
+    """Its newest token, whose KV is not yet stored."""
+    policy: Policy
+    """What to read of its region."""
+    state: PlannerState | None = None
+    """For policies that need head profiles."""
+    given: GivenPlan | None = None
+    """In place of the policy's decisions."""
+
+
+class DeviceStep:
+    """Runs steps. One thread only; the device is the decoder's.
+
+    Args:
+        decoder: the model, on a CUDA device.
+        store: where sequences are held; pinned here, for as long as this lives.
+        window: which tokens every head always attends to.
+        pool: CPU threads for regions.
+        max_rows: sequences of a step; graphs are captured for powers of two up to it, and for it.
+        max_context_tokens: of a sequence.
+        lanes: who attends to regions.
+        planner: for policies that need head profiles.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        store: HostKvStore,
+        window: WindowSpec,
+        pool: CpuPool,
+        *,
+        max_rows: int,
+        max_context_tokens: int,
+        lanes: Lanes = "both",
+        planner: Planner | None = None,
+    ) -> None:
+        config, geometry = decoder.config, store.geometry
+        self._decoder, self._store, self._window = decoder, store, window
+        self._pool, self._planner = pool, planner
+        self._device = decoder.embedding.device
+        self._num_heads = config.num_heads
+        self.lanes: Lanes = lanes
+        self._registered = RegisteredStore(store)
+        self.windows = DeviceWindows(geometry, window, max_rows, self._device)
+        self.board = Board(geometry, config.num_heads, max_rows, config.vocab_size, self._device)
+        self._driver = self.board.native_driver(geometry, config.num_heads, STUCK_NS)
+        self._step_number = torch.zeros(1, dtype=torch.int32, device=self._device)
+        self._stream = torch.cuda.Stream(self._device)
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        self._steps = 0
+        sizes = sorted({min(1 << power, max_rows) for power in range(max_rows.bit_length() + 1)})
+        self.board.skip.fill_(1)
+        self._graphs = {size: self._capture(geometry, size) for size in sizes}
+        self._steps = int(self._step_number.item())
+        self._lane = (
+            GpuLane(
+                geometry,
+                config.num_heads,
+                max_context_tokens,
+                self._device,
+                num_threads=pool.num_threads,
+            )
+            if lanes != "cpu"
+            else None
+        )
+
+    def join(self, sequence: SequenceKv) -> int:
+        """A slot with this committed sequence's window.
+
+        Raises:
+            CapacityError: none is free, or the sequence's table of slabs is not pinned.
+        """
+        with torch.cuda.stream(self._stream):
+            return self.windows.join(sequence)
+
+    def leave(self, slot: int) -> None:
+        """Give a slot back."""
+        self.windows.leave(slot)
+
+    def run(self, rows: Sequence[StepRow]) -> tuple[Tensor, list[StepReads]]:
+        """One token of every sequence.
+
+        Returns:
+            [rows, vocab_size] float32 logits in pinned memory, valid until the next step; what was
+            read for each row.
+
+        Raises:
+            CapacityError: more rows than this was made for.
+            FluxionError: see `checked_states`; or the step got stuck, and no later one will run.
+        """
+        if len(rows) > self.board.rows.shape[1]:
+            raise CapacityError(
+                "decode step",
+                needed=len(rows),
+                free=self.board.rows.shape[1],
+                unit="sequences",
+                remedy="raise engine.max_running_sequences",
+            )
+        policies = [row.policy for row in rows]
+        work = StepWork(
+            [row.sequence for row in rows],
+            policies,
+            checked_states(self._planner, policies, [row.state for row in rows]),
+            self._window,
+            self._num_heads,
+            attends_window=False,
+            given=[row.given for row in rows],
+        )
+        graph = self._graphs[min(size for size in self._graphs if size >= len(rows))]
+        self._write_inputs(rows)
+        nothing = work.needs_nothing()
+        self.board.skip.copy_(nothing.expand(self.board.skip.shape[0]))
+        self._steps += 1
+        self._events[0].record(self._stream)
+        graph.launch()
+        self._events[1].record(self._stream)
+        try:
+            self._driver.run(
+                self._pool.native,
+                work.tasks,
+                self._lane.native if self._lane is not None else None,
+                self.lanes == "gpu",
+                len(rows),
+                self._steps,
+                *work.append.addresses,
+                work.levels.data_ptr(),
+                work.budgets.data_ptr(),
+                len(work.levels),
+                WAKE_BYTES,
+            )
+        except RuntimeError as error:
+            raise FluxionError(str(error)) from None
+        self._stream.synchronize()
+        if code := int(self.board.error[0]):
+            raise FluxionError(f"decode step {self._steps}: no answer for layer {code - 1} in time")
+        return self.board.logits[: len(rows)], work.finish()
+
+    def times(self) -> StepTimes:
+        """Where the last step's time went."""
+        return step_times(
+            self._events[0].elapsed_time(self._events[1]) / 1e3,
+            self.board.stamps,
+            self.board.skip,
+            self._lane.spans() if self._lane is not None else [],
+        )
+
+    def close(self) -> None:
+        """Let go of the device: wait for it, then unpin the store. Idempotent."""
+        torch.cuda.synchronize(self._device)
+        self._registered.close()
+
+    def _write_inputs(self, rows: Sequence[StepRow]) -> None:
+        words, ints = self.board.input_words, self.board.input_rows
+        words.zero_()
+        ints.zero_()
+        for index, row in enumerate(rows):
+            words[0, index], words[1, index] = row.token_id, row.sequence.num_tokens
+            ints[0, index], ints[1, index] = row.slot, row.sequence.num_tokens + 1
+
+    def _capture(self, geometry: KvGeometry, size: int) -> StepGraph:
+        board, device = self.board, self._device
+        words = torch.zeros(2, size, dtype=torch.int64, device=device)
+        ints = torch.zeros(2, size, dtype=torch.int32, device=device)
+        port = _GraphAttention(self, geometry, size, slots=ints[0], lengths=ints[1])
+
+        @torch.inference_mode()
+        def body() -> None:
+            words.copy_(board.input_words[:, :size], non_blocking=True)
+            ints.copy_(board.input_rows[:, :size], non_blocking=True)
+            self._step_number.add_(1)
+            hidden = self._decoder(words[0], words[1], port)
+            board.logits[:size].copy_(self._decoder.logits(hidden), non_blocking=True)
+            board.stamps.copy_(port.stamps, non_blocking=True)
+
+        return StepGraph(body, self._stream)
+
+    @property
+    def step_number(self) -> Tensor:
+        """[1] int32 on the device: goes up by one a step."""
+        return self._step_number
+
+    @property
+    def window(self) -> WindowSpec:
+        """Which tokens every head always attends to."""
+        return self._window
+
+
+class _GraphAttention:
+    """Attention port that launches a layer's kernels; everything they read is where it always is."""
+
+    def __init__(
+        self, step: DeviceStep, geometry: KvGeometry, size: int, *, slots: Tensor, lengths: Tensor
+    ) -> None:
+        heads, device = step._num_heads, slots.device
+        self._step, self._size = step, size
+        self._slots, self._lengths = slots, lengths
+        kv_heads, head_dim = geometry.num_kv_heads, geometry.head_dim
+        self._attention = WindowAttention(step.window, heads, kv_heads, head_dim)
+        self._handover = Handover(
+            step.window, heads, kv_heads, head_dim, self._attention.num_splits
+        )
+        self._states = self._attention.make_states(size, device)
+        self.stamps = torch.zeros(geometry.num_layers, 3, dtype=torch.int64, device=device)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """See AttentionPort; only launches."""
+        step, board, size = self._step, self._step.board, self._size
+        window_key, window_value = step.windows.key(layer), step.windows.value(layer)
+        self._handover.publish(
+            query,
+            key,
+            value,
+            self._lengths,
+            self._slots,
+            window_key,
+            window_value,
+            board.device_queries,
+            board.rows[layer],
+            board.published[layer],
+            step.step_number,
+            self.stamps[layer, 0:1],
+        )
+        self._attention.launch(
+            query, window_key, window_value, self._slots, self._lengths, *self._states
+        )
+        output = torch.empty(size, *query.shape[1:], dtype=query.dtype, device=query.device)
+        self._handover.await_and_merge(
+            *self._states,
+            board.output,
+            board.lse,
+            board.answered[layer : layer + 1],
+            board.skip[layer : layer + 1],
+            step.step_number,
+            board.error,
+            self.stamps[layer, 1:3],
+            output,
+            timeout_ns=STUCK_NS,
+            error_code=layer + 1,
+        )
+        return output

@@ -1,0 +1,66 @@
+"""The GPU's end of the task queue: slots whose kernels are captured once, driven natively."""
+
+from __future__ import annotations
+
+import torch
+
+from fluxion_core.geometry import KvGeometry
+from fluxion_core.gpu.step_graph import StepGraph, launch_address
+from fluxion_core.gpu.step_times import LaneSpan
+from fluxion_core.kernels import _native
+from fluxion_core.kernels.sparse_attention.lane import LaneKernels
+
+NUM_SLOTS = 3
+"""Tasks on the GPU at a time: one reads while another chooses, and one is about to begin."""
+
+_GPU_BYTES_PER_NS = 40.0
+_CPU_BYTES_PER_NS_OF_A_THREAD = 6.0
+"""What the lane believes of this machine until it has measured."""
+
+
+class GpuLane:
+    """Takes tasks of a layer and does them on the device.
+
+    Args:
+        geometry: of the store, whose memory the device can address.
+        num_heads: query heads of the model.
+        max_context_tokens: of a sequence.
+        device: that runs the tasks.
+        num_threads: of the CPU pool on the other end of the queue.
+    """
+
+    def __init__(
+        self,
+        geometry: KvGeometry,
+        num_heads: int,
+        max_context_tokens: int,
+        device: torch.device,
+        *,
+        num_threads: int,
+    ) -> None:
+        self._kernels = [
+            LaneKernels(geometry, num_heads, max_context_tokens, device) for _ in range(NUM_SLOTS)
+        ]
+        self._graphs = [
+            StepGraph(kernels.launch, torch.cuda.Stream(device)) for kernels in self._kernels
+        ]
+        slots = [
+            [
+                graph.handle,
+                graph.stream.cuda_stream,
+                kernels.descriptor.data_ptr(),
+                kernels.done.data_ptr(),
+                kernels.statistics.data_ptr(),
+            ]
+            for graph, kernels in zip(self._graphs, self._kernels, strict=True)
+        ]
+        self.native = _native.GpuLane(
+            launch_address(),
+            slots,
+            _GPU_BYTES_PER_NS,
+            _CPU_BYTES_PER_NS_OF_A_THREAD * num_threads,
+        )
+
+    def spans(self) -> list[LaneSpan]:
+        """What it did in the last step."""
+        return [LaneSpan(*span) for span in self.native.spans()]

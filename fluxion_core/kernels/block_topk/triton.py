@@ -1,0 +1,139 @@
+"""Exact top-k of a lane task's scores, per head, and the union of what the heads chose."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fluxion_core.kernels.lane_task import (
+    BUDGETS,
+    FIRST_BLOCK,
+    KV_BLOCKS,
+    LEVEL,
+    NUM_BLOCKS,
+    NUM_LISTED,
+    REGION_BEGIN,
+    REGION_END,
+)
+
+COUNT_BITS = tl.constexpr(21)
+"""Three counts of at most 2^21 blocks share one integer, so that one reduction gives all three."""
+COUNT_MASK = tl.constexpr((1 << 21) - 1)
+
+
+@triton.jit
+def _mark_top(scores_ptr, marks_ptr, num_blocks, budget, BLOCKS: tl.constexpr):
+    """Mark the `budget` highest of [num_blocks] scores with 1, the others with 0.
+
+    Of equal scores the first win. Bisection for the k-th best over the scores' bits in their order,
+    two bits a pass, until as many are left as are wanted.
+    """
+    block = tl.arange(0, BLOCKS)
+    is_block = block < num_blocks
+    scores = tl.load(scores_ptr + block, mask=is_block, other=0.0)
+    bits = tl.where(scores == 0.0, 0.0, scores).to(tl.int32, bitcast=True)
+    # As unsigned integers in the order of the scores; 0 is below every number.
+    ordered = tl.where(bits < 0, ~bits, bits ^ -2147483648).to(tl.uint32, bitcast=True)
+    ordered = tl.where(is_block, ordered.to(tl.int64), 0)
+    budget = tl.minimum(budget, num_blocks)
+    threshold = budget.to(tl.int64) * 0
+    at_least = num_blocks
+    shift = tl.where(budget > 0, 30, -1)
+    while (shift >= 0) & (at_least != budget):
+        one = threshold + (tl.cast(1, tl.int64) << shift)
+        two = threshold + (tl.cast(2, tl.int64) << shift)
+        three = threshold + (tl.cast(3, tl.int64) << shift)
+        counts = (ordered >= one).to(tl.int64)
+        counts += (ordered >= two).to(tl.int64) << COUNT_BITS
+        counts += (ordered >= three).to(tl.int64) << COUNT_BITS << COUNT_BITS
+        total = tl.sum(counts)
+        from_one = (total & COUNT_MASK).to(tl.int32)
+        from_two = ((total >> COUNT_BITS) & COUNT_MASK).to(tl.int32)
+        from_three = (total >> COUNT_BITS >> COUNT_BITS).to(tl.int32)
+        at_least = tl.where(from_one >= budget, from_one, at_least)
+        threshold = tl.where(from_one >= budget, one, threshold)
+        at_least = tl.where(from_two >= budget, from_two, at_least)
+        threshold = tl.where(from_two >= budget, two, threshold)
+        at_least = tl.where(from_three >= budget, from_three, at_least)
+        threshold = tl.where(from_three >= budget, three, threshold)
+        shift -= 2
+    # Only if all bits are settled and equals are left are there any to leave out, the last of them.
+    is_equal = (ordered == threshold).to(tl.int32)
+    last = tl.cumsum(is_equal) - is_equal >= budget - (at_least - tl.sum(is_equal))
+    drop = (is_equal != 0) & last & (block < tl.where(at_least > budget, BLOCKS, 0))
+    chosen = (ordered >= threshold) & is_block & (block < tl.where(budget > 0, BLOCKS, 0))
+    tl.store(marks_ptr + block, tl.where(drop, 0, chosen.to(tl.int32)).to(tl.int8), mask=is_block)
+
+
+@triton.jit
+def _list_union(
+    task_ptr,
+    marks_ptr,
+    ids_ptr,
+    masks_ptr,
+    stride,
+    GROUP: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """Blocks that some head chose, in order, each with a mask of the heads; and their number."""
+    first_block = tl.load(task_ptr + FIRST_BLOCK).to(tl.int32)
+    num_blocks = tl.load(task_ptr + NUM_BLOCKS).to(tl.int32)
+    block = tl.arange(0, BLOCKS)
+    is_block = block < num_blocks
+    mask = tl.zeros((BLOCKS,), tl.int32)
+    for head in tl.static_range(GROUP):
+        mark = tl.load(marks_ptr + head * stride + block, mask=is_block, other=0)
+        mask += mark.to(tl.int32) << head
+    is_chosen = (mask != 0).to(tl.int32)
+    place = tl.cumsum(is_chosen) - 1
+    tl.store(ids_ptr + place, first_block + block, mask=mask != 0)
+    tl.store(masks_ptr + place, mask, mask=mask != 0)
+    # Blocks at the region's edges are cut to it.
+    size = 1 << tl.load(task_ptr + LEVEL).to(tl.int32)
+    begin = tl.maximum((first_block + block) * size, tl.load(task_ptr + REGION_BEGIN) // 16)
+    end = tl.minimum((first_block + block + 1) * size, tl.load(task_ptr + REGION_END) // 16)
+    tl.store(task_ptr + NUM_LISTED, tl.sum(is_chosen).to(tl.int64))
+    tl.store(task_ptr + KV_BLOCKS, tl.sum(tl.where(mask != 0, end - begin, 0)).to(tl.int64))
+
+
+@triton.jit
+def choose_blocks(
+    task_ptr,
+    scores_ptr,
+    marks_ptr,
+    ids_ptr,
+    masks_ptr,
+    arrivals_ptr,
+    stride,
+    GROUP: tl.constexpr,
+    FEW: tl.constexpr,
+    MANY: tl.constexpr,
+):
+    """One program: the blocks of one head; the last to end lists what all of them chose.
+
+    Args:
+        task_ptr: the task's words on the device.
+        scores_ptr: [GROUP][stride] float32.
+        marks_ptr: [GROUP][stride] int8.
+        ids_ptr: takes [stride] int32, absolute blocks of the level.
+        masks_ptr: takes [stride] int32, bit h for head h.
+        arrivals_ptr: int32 on the device, 0 between launches.
+        FEW, MANY: blocks for which there are registers: two sizes, so that few are done sooner.
+    """
+    head = tl.program_id(0)
+    num_blocks = tl.load(task_ptr + NUM_BLOCKS).to(tl.int32)
+    if tl.load(task_ptr + LEVEL) >= 0:
+        budget = tl.load(task_ptr + BUDGETS + head).to(tl.int32)
+        scores_ptr += head * stride
+        if num_blocks <= FEW:
+            _mark_top(scores_ptr, marks_ptr + head * stride, num_blocks, budget, FEW)
+        else:
+            _mark_top(scores_ptr, marks_ptr + head * stride, num_blocks, budget, MANY)
+        # What this program's threads wrote comes before its arrival.
+        tl.debug_barrier()
+        if tl.atomic_add(arrivals_ptr, 1, sem="acq_rel", scope="gpu") == GROUP - 1:
+            tl.store(arrivals_ptr, 0)
+            if num_blocks <= FEW:
+                _list_union(task_ptr, marks_ptr, ids_ptr, masks_ptr, stride, GROUP, FEW)
+            else:
+                _list_union(task_ptr, marks_ptr, ids_ptr, masks_ptr, stride, GROUP, MANY)

@@ -1,0 +1,166 @@
+"""The kernels of one slot of the GPU lane: scan, choose, attend, answer, for one task at a time."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from fluxion_core.errors import ShapeError
+from fluxion_core.geometry import BLOCK_SIZES, BLOCK_TOKENS, KvGeometry, ceil_div
+from fluxion_core.kernels.block_score.triton import score_task
+from fluxion_core.kernels.block_topk.triton import choose_blocks
+from fluxion_core.kernels.lane_task import DEVICE_WORDS, NUM_WORDS
+from fluxion_core.kernels.sparse_attention.triton import attend_listed, finish_task
+from fluxion_core.kernels.tile_products import MIN_ROWS
+
+MAX_GROUP = 16
+LEAST_CHOICE = 1024
+"""Blocks that the top-k has registers for at least; of longer contexts it has a second size."""
+MAX_CHOICE_BLOCKS = 1 << 15
+
+
+class LaneKernels:
+    """A slot: a descriptor in pinned memory, room on the device, and four launches over them.
+
+    `launch` only launches, with fixed grids, on the current stream: it may be captured in a CUDA
+    graph, and what a task is, is read from the descriptor each time (kernels/lane_task.py has its
+    words). One task at a time: the next may be described once the last one's flag has been set.
+
+    Args:
+        geometry: layout of the slabs.
+        num_heads: query heads of the model.
+        max_context_tokens: longest sequence.
+        device: where the scratch lies; without CUDA the kernels run in Triton's interpreter.
+        programs: programs that scan and attend. Reads of host memory need 32 or more in flight to
+            fill the link (FACTS section 2); with 128 the others read while one computes.
+        tile_units: 16-token blocks that a program reads at a time.
+
+    Raises:
+        ShapeError: no kernel takes these shapes.
+    """
+
+    def __init__(
+        self,
+        geometry: KvGeometry,
+        num_heads: int,
+        max_context_tokens: int,
+        *,
+        device: torch.device,
+        programs: int = 128,
+        tile_units: int = 2,
+    ) -> None:
+        group, remainder = divmod(num_heads, geometry.num_kv_heads)
+        if remainder or not 1 <= group <= MAX_GROUP:
+            raise ShapeError(
+                f"{num_heads} query heads over {geometry.num_kv_heads} KV heads: need a multiple, "
+                f"up to {MAX_GROUP} to each"
+            )
+        if geometry.head_dim < 16 or geometry.head_dim & (geometry.head_dim - 1):
+            raise ShapeError(
+                f"head_dim is {geometry.head_dim}; kernels take powers of two from 16 on"
+            )
+        if programs <= 0 or tile_units <= 0 or tile_units & (tile_units - 1):
+            raise ShapeError(f"{programs} programs, tiles of {tile_units} blocks (a power of two)")
+        blocks = ceil_div(max_context_tokens, BLOCK_TOKENS)
+        if not 0 < blocks <= MAX_CHOICE_BLOCKS:
+            raise ShapeError(
+                f"a context of {max_context_tokens} tokens is {blocks} blocks; the top-k takes up "
+                f"to {MAX_CHOICE_BLOCKS}"
+            )
+        self.geometry, self.group, self.programs, self.tile_units = (
+            geometry,
+            group,
+            programs,
+            tile_units,
+        )
+        self._rows = max(MIN_ROWS, triton.next_power_of_2(group))
+        self._many = max(LEAST_CHOICE, triton.next_power_of_2(blocks))
+        self._few = max(LEAST_CHOICE, self._many // 8)
+        self._stride = ceil_div(blocks, 64) * 64
+        self.descriptor: Tensor = torch.zeros(
+            NUM_WORDS.value, dtype=torch.int64, pin_memory=device.type == "cuda"
+        )
+        """[32] int64, pinned: the next task."""
+
+        def room(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self._task = room(DEVICE_WORDS, dtype=torch.int64)
+        self._scores = room(group, self._stride, dtype=torch.float32)
+        self._marks = room(group, self._stride, dtype=torch.int8)
+        self._ids = room(self._stride, dtype=torch.int32)
+        self._masks = room(self._stride, dtype=torch.int32)
+        # Zeroed once; each kernel leaves its own as it found it.
+        self._choose_arrivals = room(1, dtype=torch.int32)
+        self._finish_arrivals = room(1, dtype=torch.int32)
+        self._outputs = room(self._rows, programs, geometry.head_dim, dtype=torch.float32)
+        self._highest = room(self._rows, programs, dtype=torch.float32)
+        self._sums = room(self._rows, programs, dtype=torch.float32)
+
+    def launch(self) -> None:
+        """Do the task in the descriptor; at its end its flag takes its ticket.
+
+        Cost: reads the level's digests over the region, and K and V of the union of the heads'
+        blocks, over the link; on the device 4 * group bytes a block written and read, and
+        `programs` states of the group.
+        """
+        geometry = self.geometry
+        widths = [geometry.record_blocks(level) for level in range(len(BLOCK_SIZES))]
+        shape = {"GROUP": self.group, "GROUP_ROWS": self._rows, "HEAD_DIM": geometry.head_dim}
+        score_task[(self.programs,)](
+            self.descriptor,
+            self._task,
+            self._scores,
+            self._stride,
+            **shape,
+            DIGEST_BITS=geometry.digest_bits,
+            SLAB_BLOCKS=geometry.slab_blocks,
+            WIDTH_16=widths[0],
+            WIDTH_32=widths[1],
+            WIDTH_64=widths[2],
+            WIDTH_128=widths[3],
+            TILE_BLOCKS=16,
+            num_warps=4,
+        )
+        choose_blocks[(self.group,)](
+            self._task,
+            self._scores,
+            self._marks,
+            self._ids,
+            self._masks,
+            self._choose_arrivals,
+            self._stride,
+            GROUP=self.group,
+            FEW=self._few,
+            MANY=self._many,
+            num_warps=32,
+        )
+        attend_listed[(self.programs,)](
+            self._task,
+            self._ids,
+            self._masks,
+            self._outputs,
+            self._highest,
+            self._sums,
+            **shape,
+            SLAB_BLOCKS=geometry.slab_blocks,
+            SCALE=geometry.head_dim**-0.5,
+            PROGRAMS=self.programs,
+            TILE_UNITS=self.tile_units,
+            num_warps=4,
+        )
+        finish_task[(self.group,)](
+            self._task,
+            self._outputs,
+            self._highest,
+            self._sums,
+            self._finish_arrivals,
+            GROUP=self.group,
+            HEAD_DIM=geometry.head_dim,
+            PROGRAMS=self.programs,
+            PROGRAM_ROWS=triton.next_power_of_2(self.programs),
+            TILE_UNITS=self.tile_units,
+            TILE_PROGRAMS=min(32, triton.next_power_of_2(self.programs)),
+            num_warps=8,
+        )
