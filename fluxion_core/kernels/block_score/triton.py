@@ -104,10 +104,8 @@ def _score_level(
     """This program's share of the level's records."""
     RECORDS: tl.constexpr = TILE_BLOCKS // WIDTH
     SLAB_RECORDS: tl.constexpr = LEVEL_BLOCKS // WIDTH
-    if DIGEST_BITS == 8:
-        RECORD_BYTES: tl.constexpr = HEAD_DIM * (4 + 2 * WIDTH)
-    else:
-        RECORD_BYTES: tl.constexpr = HEAD_DIM * 4 * WIDTH
+    # Two bytes a block and channel behind a header of one word a channel, or four bytes.
+    RECORD_BYTES: tl.constexpr = HEAD_DIM * (4 + 2 * WIDTH if DIGEST_BITS == 8 else 4 * WIDTH)
     first_block = tl.load(descriptor_ptr + FIRST_BLOCK).to(tl.int32)
     num_blocks = tl.load(descriptor_ptr + NUM_BLOCKS).to(tl.int32)
     table_ptr = typed_pointer(tl.load(descriptor_ptr + SLAB_TABLE), tl.int64, 8)
@@ -170,7 +168,7 @@ def score_task(
     WIDTH_128: tl.constexpr,
     TILE_BLOCKS: tl.constexpr,
 ):
-    """One program: every num_programs-th tile of the level's blocks; the first also copies the task.
+    """One program: every num_programs-th tile of the blocks; the first also copies the task.
 
     Args:
         descriptor_ptr: the task's words, pinned.
@@ -186,15 +184,15 @@ def score_task(
             tl.store(task_ptr + DIGEST_BYTES, level * 0)
     # fmt: off
     if level == 0:
-        _score_level(descriptor_ptr, task_ptr, scores_ptr, score_stride, GROUP, GROUP_ROWS, HEAD_DIM,
-                     DIGEST_BITS, WIDTH_16, SLAB_BLOCKS, TILE_BLOCKS)
+        _score_level(descriptor_ptr, task_ptr, scores_ptr, score_stride, GROUP, GROUP_ROWS,
+                     HEAD_DIM, DIGEST_BITS, WIDTH_16, SLAB_BLOCKS, TILE_BLOCKS)
     elif level == 1:
-        _score_level(descriptor_ptr, task_ptr, scores_ptr, score_stride, GROUP, GROUP_ROWS, HEAD_DIM,
-                     DIGEST_BITS, WIDTH_32, SLAB_BLOCKS // 2, TILE_BLOCKS)
+        _score_level(descriptor_ptr, task_ptr, scores_ptr, score_stride, GROUP, GROUP_ROWS,
+                     HEAD_DIM, DIGEST_BITS, WIDTH_32, SLAB_BLOCKS // 2, TILE_BLOCKS)
     elif level == 2:
-        _score_level(descriptor_ptr, task_ptr, scores_ptr, score_stride, GROUP, GROUP_ROWS, HEAD_DIM,
-                     DIGEST_BITS, WIDTH_64, SLAB_BLOCKS // 4, TILE_BLOCKS)
+        _score_level(descriptor_ptr, task_ptr, scores_ptr, score_stride, GROUP, GROUP_ROWS,
+                     HEAD_DIM, DIGEST_BITS, WIDTH_64, SLAB_BLOCKS // 4, TILE_BLOCKS)
     elif level == 3:
-        _score_level(descriptor_ptr, task_ptr, scores_ptr, score_stride, GROUP, GROUP_ROWS, HEAD_DIM,
-                     DIGEST_BITS, WIDTH_128, SLAB_BLOCKS // 8, TILE_BLOCKS)
+        _score_level(descriptor_ptr, task_ptr, scores_ptr, score_stride, GROUP, GROUP_ROWS,
+                     HEAD_DIM, DIGEST_BITS, WIDTH_128, SLAB_BLOCKS // 8, TILE_BLOCKS)
     # fmt: on

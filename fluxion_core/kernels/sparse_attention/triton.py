@@ -36,7 +36,16 @@ def _sharing_programs(units, PROGRAMS: tl.constexpr, TILE_UNITS: tl.constexpr):
 
 
 @triton.jit
-def _locate(task_ptr, ids_ptr, masks_ptr, unit, end, ALL_HEADS: tl.constexpr, SLAB_BLOCKS: tl.constexpr, BLOCK_BYTES: tl.constexpr):  # fmt: skip
+def _locate(
+    task_ptr,
+    ids_ptr,
+    masks_ptr,
+    unit,
+    end,
+    ALL_HEADS: tl.constexpr,
+    SLAB_BLOCKS: tl.constexpr,
+    BLOCK_BYTES: tl.constexpr,
+):
     """Addresses of 16-token blocks, and masks of the heads that read them; 0: not to be read."""
     level = tl.load(task_ptr + LEVEL).to(tl.int32)
     region_begin = (tl.load(task_ptr + REGION_BEGIN) // 16).to(tl.int32)
@@ -73,8 +82,8 @@ def attend_listed(
 ):
     """One program: the state of the group over an even share of what is to be read.
 
-    Online softmax in base 2, TILE_UNITS blocks of 16 tokens at a time; addresses of the next ones are
-    looked up while these are under way.
+    Online softmax in base 2, TILE_UNITS blocks of 16 tokens at a time; addresses of the next ones
+    are looked up while these are under way.
 
     Args:
         task_ptr, ids_ptr, masks_ptr: as `choose_blocks` left them.
