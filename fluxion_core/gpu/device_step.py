@@ -2,9 +2,9 @@
 
 The dense part is one CUDA graph for each size of batch. In each layer it publishes queries, keys
 and values in pinned memory, attends to the windows, waits for the host's flag and merges what the
-host attended to. The host's side (native, kernels/native/step_driver.h) appends to the store and has
-the retrieval regions attended to by the CPU pool and the GPU lane, which pull from one queue. Python
-runs before and after a step, not within.
+host attended to. The host's side (native, kernels/native/step_driver.h) appends to the store and
+has the retrieval regions attended to by the CPU pool and the GPU lane, which pull from one queue.
+Python runs before and after a step, not within.
 
 A layer in which no sequence reads its region is not waited for; its keys and values are appended
 while the GPU goes on.
@@ -28,7 +28,7 @@ from fluxion_core.gpu.pinned import RegisteredStore
 from fluxion_core.gpu.step_graph import StepGraph
 from fluxion_core.gpu.step_times import StepTimes, step_times
 from fluxion_core.kernels.dense_attention.triton import WindowAttention
-from fluxion_core.kernels.handover.triton import Handover
+from fluxion_core.kernels.handover.launch import Handover
 from fluxion_core.kvstore.store import HostKvStore, SequenceKv
 from fluxion_core.kvstore.window import DeviceWindows
 from fluxion_core.models.decoder import Decoder
@@ -239,7 +239,7 @@ class DeviceStep:
 
 
 class _GraphAttention:
-    """Attention port that launches a layer's kernels; everything they read is where it always is."""
+    """Attention port that only launches: everything the kernels read is where it always is."""
 
     def __init__(
         self, step: DeviceStep, geometry: KvGeometry, size: int, *, slots: Tensor, lengths: Tensor

@@ -5,10 +5,21 @@ from __future__ import annotations
 import torch
 
 from fluxion_core.geometry import KvGeometry
+from fluxion_core.gpu.pinned import pinned
 from fluxion_core.gpu.step_graph import StepGraph, launch_address
 from fluxion_core.gpu.step_times import LaneSpan
 from fluxion_core.kernels import _native
+from fluxion_core.kernels.lane_task import (
+    DONE,
+    LEVEL,
+    LSE,
+    OUTPUT,
+    QUERY,
+    SLAB_TABLE,
+    STATISTICS,
+)
 from fluxion_core.kernels.sparse_attention.lane import LaneKernels
+from fluxion_core.selector.policy import READ_ALL
 
 NUM_SLOTS = 3
 """Tasks on the GPU at a time: one reads while another chooses, and one is about to begin."""
@@ -38,9 +49,20 @@ class GpuLane:
         *,
         num_threads: int,
     ) -> None:
+        nowhere = pinned(16 * geometry.head_dim, dtype=torch.int64)
         self._kernels = [
-            LaneKernels(geometry, num_heads, max_context_tokens, device) for _ in range(NUM_SLOTS)
+            LaneKernels(geometry, num_heads, max_context_tokens, device=device)
+            for _ in range(NUM_SLOTS)
         ]
+        self._done = pinned(NUM_SLOTS, dtype=torch.int64)
+        self._statistics = pinned(NUM_SLOTS, 4, dtype=torch.int64)
+        for index, kernels in enumerate(self._kernels):
+            # Where they answer to never changes. The warm-up reads all of an empty region.
+            kernels.descriptor[DONE.value] = self._done[index].data_ptr()
+            kernels.descriptor[STATISTICS.value] = self._statistics[index].data_ptr()
+            kernels.descriptor[LEVEL.value] = READ_ALL
+            for word in (SLAB_TABLE, QUERY, OUTPUT, LSE):
+                kernels.descriptor[word.value] = nowhere.data_ptr()
         self._graphs = [
             StepGraph(kernels.launch, torch.cuda.Stream(device)) for kernels in self._kernels
         ]
@@ -49,10 +71,10 @@ class GpuLane:
                 graph.handle,
                 graph.stream.cuda_stream,
                 kernels.descriptor.data_ptr(),
-                kernels.done.data_ptr(),
-                kernels.statistics.data_ptr(),
+                self._done[index].data_ptr(),
+                self._statistics[index].data_ptr(),
             ]
-            for graph, kernels in zip(self._graphs, self._kernels, strict=True)
+            for index, (graph, kernels) in enumerate(zip(self._graphs, self._kernels, strict=True))
         ]
         self.native = _native.GpuLane(
             launch_address(),

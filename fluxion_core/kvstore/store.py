@@ -431,7 +431,7 @@ class StepAppend:
 
     @property
     def addresses(self) -> tuple[int, int]:
-        """Of the slabs that take the tokens and of the places there, both int64, for native code."""
+        """Of the slabs that take the tokens, and of the places there; both int64."""
         return self._slabs.data_ptr(), self._tokens.data_ptr()
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> None:

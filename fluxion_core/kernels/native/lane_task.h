@@ -1,5 +1,5 @@
 // One task as the GPU lane's kernels read it: 32 words of pinned memory, written before the launch.
-// fluxion_core/kernels/sparse_attention/lane.py reads the same words.
+// fluxion_core/kernels/lane_task.py names the same words.
 #pragma once
 
 #include <cstdint>
@@ -26,7 +26,8 @@ struct LaneTask {
   int64_t region_begin, region_end;  // tokens
   int64_t budgets[kMaxGroup];
   int64_t statistics;     // takes a LaneStatistics
-  int64_t spare[2];
+  int64_t radius_lack;    // bits of a float: 1 - radius of the scores; 0: Quest's bounds
+  int64_t spare;
 };
 static_assert(sizeof(LaneTask) == 32 * 8 && kMaxGroup == 16);
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <numeric>
 #include <stdexcept>
@@ -111,6 +112,10 @@ void LayerAttention::describe(int32_t index, const float* queries, LaneTask* to)
   to->level = task.level;
   to->first_block = task.level >= 0 ? task.first_block : 0;
   to->num_blocks = task.level >= 0 ? task.num_blocks : 0;
+  const Planner* ranker = rankers_[size_t(task.sequence)];
+  const float lack = task.level >= 0 && ranker ? 1.0f - ranker->radii[size_t(task.level)] : 0.0f;
+  to->radius_lack = 0;
+  std::memcpy(&to->radius_lack, &lack, sizeof lack);
   to->region_begin = sequence.region_begin;
   to->region_end = sequence.region_end;
   for (int64_t head = 0; head < group_; ++head) {

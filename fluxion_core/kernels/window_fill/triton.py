@@ -71,7 +71,7 @@ def fill_window(
 ) -> None:
     """Copy the sink and the newest tokens of a sequence, all layers and KV heads, into its slot.
 
-    Only launches, on the current stream: one kernel, whose programs read one block each, 4 or 8 KiB.
+    Only launches, on the current stream: one kernel, whose programs read a block each.
     The ring takes as many whole blocks as it has room for, the last one included; which of them
     count is decided when they are attended to.
 
@@ -88,8 +88,14 @@ def fill_window(
 
     Cost: reads and writes up to slot_tokens tokens of KV.
     """
-    expected = (geometry.num_layers, 2, windows.shape[2], geometry.num_kv_heads)
-    expected += (window.slot_tokens, geometry.head_dim)
+    expected = (
+        geometry.num_layers,
+        2,
+        windows.shape[2],
+        geometry.num_kv_heads,
+        window.slot_tokens,
+        geometry.head_dim,
+    )
     if tuple(windows.shape) != expected or windows.stride(-2) != geometry.head_dim:
         raise ShapeError(f"windows of {tuple(windows.shape)}; expected {expected}, contiguous")
     if not 0 <= slot < windows.shape[2] or num_tokens < 1:
