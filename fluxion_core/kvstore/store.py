@@ -391,6 +391,10 @@ class SequenceKv:
         self._store.give_back(self._slabs, self._num_reserved)
         self._slabs, self._num_reserved = [], 0
 
+    def grow_for_prompt(self) -> None:
+        """Take the whole prompt's slabs now, so that layers may be written from many threads."""
+        self._grow_to(self.num_prompt_tokens)
+
     def _grow_to(self, num_tokens: int) -> None:
         """Take reserved slabs until `num_tokens` tokens have a place."""
         if self._is_released:

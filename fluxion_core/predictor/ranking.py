@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-RADII = (0.3, 0.3, 0.3, 1.0)
+RADII = (0.3, 0.3, 0.3, 0.15)
 """By block size: what half the extent of a block's keys counts, per channel."""
 
 QUEST_RADII = (1.0, 1.0, 1.0, 1.0)

@@ -1,0 +1,364 @@
+"""Time of a decode step on a GPU machine: shapes of real models, policies and lanes side by side.
+
+    python -m fluxion_core.benchmark.gpu_step shape=llama-3.1-8b contexts=131072 batches=1,4
+    policies="fixed(16, 5 %);profile.safetensors" lanes=cpu,gpu,both steps=20 json=out.json
+
+Weights are random, KV is synthetic and fills its own memory. A policy is one of the engine's, or a
+file of recorded plans. Beside each figure is its limit: the dense step alone plus the bytes that
+were read, at the sum of the rates at which CPUs and GPU read host memory, measured in the same run.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from fluxion_core.benchmark.model_shapes import fill_sequences, random_decoder, shape_named
+from fluxion_core.benchmark.recorded_plans import RecordedPlans
+from fluxion_core.benchmark.report import describe_machine
+from fluxion_core.decode_step import GivenPlan
+from fluxion_core.errors import ConfigError
+from fluxion_core.geometry import KvGeometry, WindowSpec
+from fluxion_core.gpu.device_step import DeviceStep, Lanes, StepRow
+from fluxion_core.gpu.uva_rate import measure_uva
+from fluxion_core.kernels import _native
+from fluxion_core.kvstore.store import HostKvStore
+from fluxion_core.models.config import ModelConfig
+from fluxion_core.scheduler.scheduler import CpuPool, usable_cpus
+from fluxion_core.selector.policy import READ_NOTHING, ExactPolicy, parse_policy
+
+WARM_UP_STEPS = 4
+STREAMING = "all heads streaming"
+
+
+@dataclass(frozen=True)
+class GpuStepOptions:
+    """What to measure."""
+
+    shape: str = "llama-3.1-8b"
+    layers: int | None = None
+    """Fewer than the shape has, for a quick look; figures are then of so many layers."""
+    contexts: tuple[int, ...] = (131_072,)
+    batches: tuple[int, ...] = (1, 4)
+    policies: tuple[str, ...] = ("fixed(16, 5 %)",)
+    """Names, or files of recorded plans."""
+    lanes: tuple[str, ...] = ("cpu", "gpu", "both")
+    steps: int = 20
+    digest_bits: int = 16
+    threads: int | None = None
+    """Of the CPU pool; None for one per CPU but one."""
+
+
+@dataclass(frozen=True)
+class GpuStepFigure:
+    """One way to do a step. Medians."""
+
+    context: int
+    batch: int
+    policy: str
+    lanes: str
+    milliseconds: float
+    gpu_milliseconds: float
+    """From the graph's first kernel to its last."""
+    idle_milliseconds: float
+    """Of that, the GPU did nothing."""
+    read_bytes: float
+    """Digests and KV of regions, by both devices."""
+    lane_bytes: float
+    """Of that, by the GPU."""
+    lane_task_share: float
+    """Tasks that the GPU did, of those that read something."""
+    limit_milliseconds: float
+
+    @property
+    def over_limit(self) -> float:
+        """Step over its limit."""
+        return self.milliseconds / self.limit_milliseconds
+
+
+@dataclass
+class _Way:
+    name: str
+    plans: RecordedPlans | None = None
+    given: list[list[GivenPlan]] = field(default_factory=list)
+
+
+class GpuStepBench:
+    """A shape, its KV in a pinned store, and steps of it.
+
+    Args:
+        options: what to measure.
+        console: takes notes of progress.
+    """
+
+    def __init__(self, options: GpuStepOptions, console: Console) -> None:
+        self.options, self._console = options, console
+        self.config = shape_named(options.shape, options.layers)
+        self.device = torch.device("cuda")
+        self.window = WindowSpec()
+        config = self.config
+        self.geometry = KvGeometry(
+            config.num_layers,
+            config.num_kv_heads,
+            config.head_dim,
+            digest_bits=options.digest_bits,
+        )
+        self.decoder = random_decoder(config, self.device)
+        new_tokens = 4096
+        longest, most = max(options.contexts), max(options.batches)
+        lengths = [longest] * most
+        slabs = sum(self.geometry.slabs_for(length + new_tokens) for length in lengths)
+        size = slabs * (self.geometry.slab_bytes + 4096)
+        started = time.perf_counter()
+        self.store = HostKvStore(self.geometry, size, model_key=b"bench")
+        self.sequences = fill_sequences(self.store, lengths, new_tokens, threads=len(usable_cpus()))
+        self.lengths = lengths
+        seconds = time.perf_counter() - started
+        self._note(f"{size / 2**30:.1f} GiB of KV written in {seconds:.1f} s")
+        self.cpu_rate = self._measure_cpu()
+        self.uva_rate = 0.0
+
+    def run(self) -> list[GpuStepFigure]:
+        """All figures."""
+        figures = []
+        for lanes in self.options.lanes:
+            started = time.perf_counter()
+            step = DeviceStep(
+                self.decoder,
+                self.store,
+                self.window,
+                CpuPool(self.options.threads),
+                max_rows=max(self.options.batches),
+                max_context_tokens=max(self.options.contexts) + 4096,
+                lanes=_lanes(lanes),
+            )
+            self._note(f"lanes {lanes}: ready in {time.perf_counter() - started:.1f} s")
+            try:
+                self._pin_tables()
+                if not self.uva_rate:
+                    self.uva_rate = measure_uva(self.store)
+                    self._note(
+                        f"host read {self.cpu_rate / 1e9:.1f} GB/s, "
+                        f"UVA {self.uva_rate / 1e9:.1f} GB/s"
+                    )
+                figures += self._lane_figures(step, lanes)
+            finally:
+                step.close()
+                del step
+                gc.collect()
+        return figures
+
+    def _pin_tables(self) -> None:
+        for sequence in self.sequences:
+            if not sequence.slab_table.is_pinned():
+                sequence.slab_table = sequence.slab_table.pin_memory()
+
+    def _lane_figures(self, step: DeviceStep, lanes: str) -> list[GpuStepFigure]:
+        figures = []
+        slots = [step.join(sequence) for sequence in self.sequences]
+        for context in self.options.contexts:
+            for sequence in self.sequences:
+                # Shorter contexts are beginnings of the long ones.
+                sequence.num_tokens = context
+            for batch in self.options.batches:
+                dense = self._time(step, slots, batch, _Way(STREAMING), context)
+                base = median(seconds for seconds, *_ in dense)
+                names = (
+                    (STREAMING, *self.options.policies)
+                    if lanes == "both"
+                    else (self.options.policies)
+                )
+                for name in names:
+                    way = _way(name)
+                    turns = self._time(step, slots, batch, way, context)
+                    figures.append(self._figure(turns, base, context, batch, way.name, lanes))
+                    self._print(figures[-1])
+        return figures
+
+    def _time(
+        self, step: DeviceStep, slots: Sequence[int], batch: int, way: _Way, context: int
+    ) -> list[tuple[float, float, float, int, int, int, int]]:
+        chosen = self.sequences[:batch]
+        region = self.window.retrieval_region(context + 1)
+        turns = []
+        for number in range(WARM_UP_STEPS + self.options.steps):
+            rows = []
+            for index, sequence in enumerate(chosen):
+                given = _given(way, self.config, region, number, index)
+                policy = ExactPolicy() if given is not None else parse_policy(way.name)
+                token = (number * 7919 + index) % self.config.vocab_size
+                rows.append(StepRow(sequence, slots[index], token, policy, given=given))
+            start = time.perf_counter()
+            _, reads = step.run(rows)
+            seconds = time.perf_counter() - start
+            times = step.times()
+            groups = sum(sum(read.groups_of_size) + read.groups_everything for read in reads)
+            turns.append(
+                (
+                    seconds,
+                    times.total,
+                    times.waited_idle,
+                    sum(read.total_bytes for read in reads),
+                    times.lane_digest_bytes + times.lane_kv_bytes,
+                    times.lane_tasks,
+                    groups,
+                )
+            )
+            for sequence in chosen:
+                # The same step again: what it appended is overwritten.
+                sequence.num_tokens = context
+        return turns[WARM_UP_STEPS:]
+
+    def _figure(
+        self,
+        turns: Sequence[tuple[float, float, float, int, int, int, int]],
+        dense_seconds: float,
+        context: int,
+        batch: int,
+        policy: str,
+        lanes: str,
+    ) -> GpuStepFigure:
+        seconds, gpu, idle, read, lane, tasks, groups = (
+            median(column) for column in zip(*turns, strict=True)
+        )
+        limit = dense_seconds + read / (self.cpu_rate + self.uva_rate)
+        return GpuStepFigure(
+            context,
+            batch,
+            policy,
+            lanes,
+            seconds * 1e3,
+            gpu * 1e3,
+            idle * 1e3,
+            read,
+            lane,
+            tasks / max(1, groups),
+            limit * 1e3,
+        )
+
+    def _measure_cpu(self) -> float:
+        """Bytes per second of all CPUs over the store's KV."""
+        piece = 65_536
+        inside = np.arange(0, self.geometry.kv_bytes // piece * piece, piece)
+        slabs = range(min(self.store.num_slabs, 4 * 2**30 // self.geometry.slab_bytes))
+        starts = np.asarray([self.store.slab_address(slab) for slab in slabs])
+        pieces = np.ascontiguousarray((starts[:, None] + inside).ravel())
+        seconds = [
+            _native.read_seconds(pieces.ctypes.data, len(pieces), piece, usable_cpus())
+            for _ in range(5)
+        ]
+        return len(pieces) * piece / median(seconds)
+
+    def _note(self, text: str) -> None:
+        self._console.print(text, highlight=False)
+
+    def _print(self, figure: GpuStepFigure) -> None:
+        self._note(
+            f"{figure.context:7d} x {figure.batch:2d}  {figure.policy:24s} {figure.lanes:5s} "
+            f"{figure.milliseconds:8.2f} ms  idle {figure.idle_milliseconds:7.2f}  "
+            f"read {figure.read_bytes / 1e9:6.2f} GB  by GPU {figure.lane_bytes / 1e9:6.2f}  "
+            f"tasks {figure.lane_task_share:5.2f}  limit {figure.limit_milliseconds:7.2f}  "
+            f"x{figure.over_limit:4.2f}"
+        )
+
+
+def _way(name: str) -> _Way:
+    if name.endswith(".safetensors"):
+        plans = RecordedPlans.load(Path(name))
+        return _Way(f"{plans.policy}, recorded", plans)
+    return _Way(name)
+
+
+def _given(way: _Way, config: ModelConfig, region: range, step: int, row: int) -> GivenPlan | None:
+    if way.name == STREAMING:
+        levels = torch.full((config.num_layers, config.num_kv_heads), READ_NOTHING)
+        budgets = torch.zeros(config.num_layers, config.num_heads)
+        return GivenPlan(levels.int(), budgets.int())
+    if way.plans is not None:
+        return way.plans.plan_for(config, region, step, row)
+    return None
+
+
+def _lanes(name: str) -> Lanes:
+    if name not in ("cpu", "gpu", "both"):
+        raise ConfigError(f"lanes {name!r}; one of cpu, gpu, both")
+    return name  # type: ignore[return-value]
+
+
+def run_gpu_step_bench(console: Console, options: GpuStepOptions) -> dict[str, object]:
+    """Measure; print as it goes, return everything as plain data."""
+    bench = GpuStepBench(options, console)
+    figures = bench.run()
+    report: dict[str, object] = {
+        "machine": describe_machine() | {"gpu": torch.cuda.get_device_name()},
+        "options": asdict(options),
+        "host_read_gigabytes_per_second": bench.cpu_rate / 1e9,
+        "uva_gigabytes_per_second": bench.uva_rate / 1e9,
+        "figures": [asdict(figure) | {"over_limit": figure.over_limit} for figure in figures],
+    }
+    table = Table(box=None, pad_edge=False)
+    for column in ("context", "batch", "policy", "lanes", "ms", "idle ms", "x limit"):
+        table.add_column(column)
+    for figure in figures:
+        table.add_row(
+            f"{figure.context:,}",
+            str(figure.batch),
+            figure.policy,
+            figure.lanes,
+            f"{figure.milliseconds:.2f}",
+            f"{figure.idle_milliseconds:.2f}",
+            f"{figure.over_limit:.2f}",
+        )
+    console.print(table)
+    return report
+
+
+def options_from(arguments: Sequence[str]) -> tuple[GpuStepOptions, Path | None]:
+    """Options from words `name=value`, and where the JSON goes.
+
+    Raises:
+        ConfigError: a word is not one.
+    """
+    values: dict[str, object] = {}
+    json_path = None
+    numbers = {"contexts", "batches"}
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if name == "json":
+            json_path = Path(value)
+        elif not equals or name not in GpuStepOptions.__dataclass_fields__:
+            raise ConfigError(f"{argument!r}; give name=value, with a name of GpuStepOptions")
+        elif name in numbers:
+            values[name] = tuple(int(number) for number in value.split(","))
+        elif name == "policies":
+            values[name] = tuple(part.strip() for part in value.split(";"))
+        elif name == "lanes":
+            values[name] = tuple(value.split(","))
+        elif name == "shape":
+            values[name] = value
+        else:
+            values[name] = int(value)
+    return GpuStepOptions(**values), json_path  # type: ignore[arg-type]
+
+
+def main() -> None:
+    """The command."""
+    options, json_path = options_from(sys.argv[1:])
+    report = run_gpu_step_bench(Console(width=160), options)
+    if json_path is not None:
+        json_path.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

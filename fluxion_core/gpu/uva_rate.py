@@ -1,0 +1,26 @@
+"""How fast the GPU reads host memory in place: the limit of everything the lane does."""
+
+from __future__ import annotations
+
+from statistics import median
+
+import torch
+
+from fluxion_core.kernels.host_read.triton import read_pieces
+from fluxion_core.kvstore.store import HostKvStore
+
+
+def measure_uva(store: HostKvStore, *, size_bytes: int = 2 << 30, repeats: int = 5) -> float:
+    """Bytes per second of reading a registered store's memory through UVA; median."""
+    piece = 2048
+    pieces = min(size_bytes, store.arena_bytes) // (4 * piece)
+    sums = torch.empty(256, dtype=torch.int32, device="cuda")
+    seconds = []
+    for _ in range(repeats + 1):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        read_pieces[(256,)](store.arena_address, sums, pieces, PIECE=piece, num_warps=4)
+        end.record()
+        end.synchronize()
+        seconds.append(begin.elapsed_time(end) / 1e3)
+    return float(pieces * piece * 4 / median(seconds[1:]))
