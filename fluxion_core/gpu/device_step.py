@@ -218,8 +218,9 @@ class DeviceStep:
 
         @torch.inference_mode()
         def body() -> None:
-            words.copy_(board.input_words[:, :size], non_blocking=True)
-            ints.copy_(board.input_rows[:, :size], non_blocking=True)
+            for index in range(2):
+                words[index].copy_(board.input_words[index, :size], non_blocking=True)
+                ints[index].copy_(board.input_rows[index, :size], non_blocking=True)
             self._step_number.add_(1)
             hidden = self._decoder(words[0], words[1], port)
             board.logits[:size].copy_(self._decoder.logits(hidden), non_blocking=True)

@@ -41,6 +41,10 @@ class StepGraph:
         self, body: Callable[[], object], stream: torch.cuda.Stream, *, warm_ups: int = 2
     ) -> None:
         self.stream = stream
+        # The graph goes on using what the body made and holds.
+        self._body = body
+        # What the body reads may have been made on another stream.
+        stream.wait_stream(torch.cuda.current_stream(stream.device))
         with torch.cuda.stream(stream):
             for _ in range(warm_ups):
                 body()
@@ -58,6 +62,10 @@ class StepGraph:
             raise FluxionError(f"a CUDA graph could not be instantiated: CUDA error {code}")
         self.handle: int = handle.value
         """Of the instantiated graph."""
+        # The first launch of a graph uploads it, for which nothing else may be running: not a kernel
+        # that waits for what this graph is to do.
+        self.launch()
+        stream.synchronize()
 
     def launch(self) -> None:
         """Put it on its stream.

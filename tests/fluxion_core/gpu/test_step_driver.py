@@ -1,0 +1,283 @@
+"""The host's side of a GPU step, with a thread in the GPU's place: flags, tasks, tokens."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from fluxion_core.decode_step import StepWork
+from fluxion_core.geometry import KvGeometry, WindowSpec
+from fluxion_core.kernels import _native
+from fluxion_core.kernels.isa import native_layout
+from fluxion_core.kvstore.digest_index import gather_kv
+from fluxion_core.kvstore.store import HostKvStore, SequenceKv
+from fluxion_core.scheduler.scheduler import WAKE_BYTES, CpuPool
+from fluxion_core.selector.policy import ExactPolicy, FixedPolicy, Policy
+
+GEOMETRY = KvGeometry(num_layers=3, num_kv_heads=2, head_dim=32, slab_tokens=128)
+WINDOW = WindowSpec(sink_tokens=32, recent_tokens=128)
+HEADS = 6
+LENGTHS = (100, 400, 900)
+TIMEOUT_NS = 20_000_000_000
+
+LAUNCH = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
+KV_OFFSET, QUERY, OUTPUT, LSE, DONE, TICKET, LEVEL, BEGIN, END, STATISTICS = (
+    1,
+    3,
+    4,
+    5,
+    6,
+    7,
+    8,
+    11,
+    12,
+    29,
+)
+
+
+def _filled_store() -> tuple[HostKvStore, list[SequenceKv]]:
+    store = HostKvStore(GEOMETRY, 1 << 24, model_key=b"")
+    generator = torch.Generator().manual_seed(1)
+    sequences = []
+    for length in LENGTHS:
+        sequence = store.reserve([length, *range(length - 1)], 8)
+        shape = (GEOMETRY.num_kv_heads, -(-length // 16), 2, 16, GEOMETRY.head_dim)
+        for layer in range(GEOMETRY.num_layers):
+            payload = torch.randn(shape, generator=generator).bfloat16()
+            if length % 16:
+                payload[:, -1, :, length % 16 :] = 0
+            sequence.write_blocks(layer, 0, length, payload.view(torch.uint8).numpy().tobytes())
+        sequence.commit()
+        sequences.append(sequence)
+    return store, sequences
+
+
+def _floats(address: int, count: int) -> Tensor:
+    array = (ctypes.c_float * count).from_address(address)
+    return torch.frombuffer(array, dtype=torch.float32)
+
+
+class _Machine:
+    """A board in ordinary memory, a thread that plays the GPU's graph, and a lane of one slot."""
+
+    def __init__(self, sequences: list[SequenceKv], *, answers: Callable[[], int]) -> None:
+        self.sequences = sequences
+        layers, batch, dim = GEOMETRY.num_layers, len(sequences), GEOMETRY.head_dim
+        floats = (HEADS + 2 * GEOMETRY.num_kv_heads) * dim
+        generator = torch.Generator().manual_seed(2)
+        self.sent = torch.randn(layers, batch, floats, generator=generator)
+        self.published = torch.zeros(layers, batch, dtype=torch.int32)
+        self.answered = torch.zeros(layers, dtype=torch.int32)
+        self.skip = torch.zeros(layers, dtype=torch.int32)
+        self.rows = torch.zeros(layers, batch, floats)
+        self.output = torch.zeros(batch, HEADS, dim)
+        self.lse = torch.zeros(batch, HEADS)
+        self.queries = torch.zeros(batch, HEADS, dim)
+        self.received: list[tuple[Tensor, Tensor] | None] = []
+        self.descriptor = torch.zeros(32, dtype=torch.int64)
+        self.done = torch.zeros(1, dtype=torch.int64)
+        self.statistics = torch.zeros(4, dtype=torch.int64)
+        self.launched = 0
+        self._answers = answers
+        self._launch = LAUNCH(self._run_task)
+        board = (
+            self.published,
+            self.answered,
+            self.skip,
+            self.rows,
+            self.output,
+            self.lse,
+            self.queries,
+        )
+        self.driver = _native.StepDriver(
+            native_layout(GEOMETRY),
+            layers,
+            batch,
+            HEADS,
+            [tensor.data_ptr() for tensor in board],
+            TIMEOUT_NS,
+        )
+        address = ctypes.cast(self._launch, ctypes.c_void_p).value
+        assert address is not None
+        slot = [tensor.data_ptr() for tensor in (self.descriptor, self.done, self.statistics)]
+        self.lane = _native.GpuLane(address, [[0, 0, *slot]], 1e-3, 1e-3)
+
+    def step(self, policy: Policy, lane: bool, alone: bool, *, wake_bytes: int = 0) -> StepWork:
+        number = 1
+        batch = len(self.sequences)
+        work = StepWork(
+            self.sequences, [policy] * batch, [None] * batch, WINDOW, HEADS, attends_window=False
+        )
+        graph = threading.Thread(target=self._play_graph, args=(number,), daemon=True)
+        graph.start()
+        self.driver.run(
+            CpuPool(2).native,
+            work.tasks,
+            self.lane if lane else None,
+            alone,
+            batch,
+            number,
+            *work.append.addresses,
+            work.levels.data_ptr(),
+            work.budgets.data_ptr(),
+            1,
+            wake_bytes,
+        )
+        graph.join()
+        return work
+
+    def _play_graph(self, number: int) -> None:
+        for layer in range(GEOMETRY.num_layers):
+            self.rows[layer] = self.sent[layer]
+            self.queries.copy_(
+                self.sent[layer, :, : HEADS * GEOMETRY.head_dim].view_as(self.queries)
+            )
+            self.published[layer] = number
+            if self.skip[layer]:
+                self.received.append(None)
+                continue
+            while int(self.answered[layer]) != number:
+                pass
+            self.received.append((self.output.clone(), self.lse.clone()))
+
+    def _run_task(self, graph: int, stream: int) -> int:
+        """What the lane's kernels do, for tasks that read everything."""
+        del graph, stream
+        if code := self._answers():
+            return code
+        words = self.descriptor.tolist()
+        assert words[LEVEL] == -1
+        self.launched += 1
+        group, dim = HEADS // GEOMETRY.num_kv_heads, GEOMETRY.head_dim
+        layer, head = divmod(words[KV_OFFSET] // GEOMETRY.head_kv_bytes, GEOMETRY.num_kv_heads)
+        sequence = next(s for s in self.sequences if s.slab_table.data_ptr() == words[0])
+        keys, values = gather_kv(sequence, layer, head)
+        region = slice(words[BEGIN], words[END])
+        query = _floats(words[QUERY], group * dim).view(group, dim)
+        output, lse = _attention(query, keys[region], values[region])
+        _floats(words[OUTPUT], group * dim).copy_(output.flatten())
+        _floats(words[LSE], group).copy_(lse)
+        tokens = words[END] - words[BEGIN]
+        self.statistics[:2] = torch.tensor([0, tokens * 2 * dim * 2])
+        self.done[0] = words[TICKET]
+        return 0
+
+
+def _attention(query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    scores = query @ keys.float().T * GEOMETRY.head_dim**-0.5
+    return scores.softmax(-1) @ values.float(), scores.logsumexp(-1)
+
+
+def _expected(machine: _Machine, layer: int, row: int) -> tuple[Tensor, Tensor]:
+    sequence = machine.sequences[row]
+    region = WINDOW.retrieval_region(sequence.num_tokens + 1)
+    outputs, lses = [], []
+    dim, group = GEOMETRY.head_dim, HEADS // GEOMETRY.num_kv_heads
+    queries = machine.sent[layer, row, : HEADS * dim].view(HEADS, dim)
+    for head in range(GEOMETRY.num_kv_heads):
+        keys, values = gather_kv(sequence, layer, head)
+        part = slice(region.start, region.stop)
+        output, lse = _attention(
+            queries[head * group : (head + 1) * group], keys[part], values[part]
+        )
+        outputs.append(output)
+        lses.append(lse)
+    return torch.cat(outputs), torch.cat(lses)
+
+
+@pytest.mark.parametrize(("lane", "alone"), [(False, False), (True, False), (True, True)])
+def test_every_layer_is_answered_with_attention_over_the_region(lane: bool, alone: bool) -> None:
+    _, sequences = _filled_store()
+    machine = _Machine(sequences, answers=lambda: 0)
+    work = machine.step(ExactPolicy(), lane, alone)
+    for layer, received in enumerate(machine.received):
+        assert received is not None
+        for row, sequence in enumerate(sequences):
+            region = WINDOW.retrieval_region(sequence.num_tokens + 1)
+            if not region:
+                assert torch.all(received[1][row] == -torch.inf)
+                continue
+            output, lse = _expected(machine, layer, row)
+            torch.testing.assert_close(received[0][row], output, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(received[1][row], lse, rtol=1e-4, atol=1e-4)
+    reads = work.finish()
+    assert [read.attended_bytes for read in reads] == [read.region_bytes for read in reads]
+    with_region = sum(bool(region) for region in work.regions)
+    if alone:
+        assert machine.launched == with_region * GEOMETRY.num_kv_heads * GEOMETRY.num_layers
+    if not lane:
+        assert machine.launched == 0
+
+
+def test_what_was_published_is_appended_in_skipped_layers_too() -> None:
+    _, sequences = _filled_store()
+    machine = _Machine(sequences, answers=lambda: 0)
+    machine.skip[1] = 1
+    work = machine.step(ExactPolicy(), True, False)
+    assert machine.received[1] is None
+    work.finish()
+    dim, kv_heads = GEOMETRY.head_dim, GEOMETRY.num_kv_heads
+    for layer in range(GEOMETRY.num_layers):
+        for row, sequence in enumerate(sequences):
+            sent = machine.sent[layer, row, HEADS * dim :].bfloat16().view(2, kv_heads, dim)
+            for head in range(kv_heads):
+                keys, values = gather_kv(sequence, layer, head)
+                assert torch.equal(keys[sequence.num_tokens - 1], sent[0, head])
+                assert torch.equal(values[sequence.num_tokens - 1], sent[1, head])
+
+
+def test_a_launch_that_fails_ends_the_step_with_the_error() -> None:
+    _, sequences = _filled_store()
+    machine = _Machine(sequences, answers=lambda: 719)
+    with pytest.raises(RuntimeError, match=r"could not launch a task: CUDA error 719.*layer 0"):
+        machine.step(ExactPolicy(), True, True)
+
+
+def test_a_gpu_that_publishes_nothing_is_named_stuck() -> None:
+    _, sequences = _filled_store()
+    machine = _Machine(sequences, answers=lambda: 0)
+    board = (
+        machine.published,
+        machine.answered,
+        machine.skip,
+        machine.rows,
+        machine.output,
+        machine.lse,
+        machine.queries,
+    )
+    driver = _native.StepDriver(
+        native_layout(GEOMETRY),
+        GEOMETRY.num_layers,
+        len(sequences),
+        HEADS,
+        [tensor.data_ptr() for tensor in board],
+        1_000_000,
+    )
+    batch = len(sequences)
+    work = StepWork(
+        sequences,
+        [FixedPolicy(16, 0.5)] * batch,
+        [None] * batch,
+        WINDOW,
+        HEADS,
+        attends_window=False,
+    )
+    with pytest.raises(RuntimeError, match="stuck: the GPU has not published layer 0"):
+        driver.run(
+            CpuPool(1).native,
+            work.tasks,
+            None,
+            False,
+            batch,
+            7,
+            *work.append.addresses,
+            work.levels.data_ptr(),
+            work.budgets.data_ptr(),
+            1,
+            WAKE_BYTES,
+        )
