@@ -64,7 +64,8 @@ class GpuLane:
             for word in (SLAB_TABLE, QUERY, OUTPUT, LSE):
                 kernels.descriptor[word.value] = nowhere.data_ptr()
         self._graphs = [
-            StepGraph(kernels.launch, torch.cuda.Stream(device, priority=-1)) for kernels in self._kernels
+            StepGraph(kernels.launch, torch.cuda.Stream(device, priority=-1))
+            for kernels in self._kernels
         ]
         slots = [
             [

@@ -62,8 +62,7 @@ class StepGraph:
             raise FluxionError(f"a CUDA graph could not be instantiated: CUDA error {code}")
         self.handle: int = handle.value
         """Of the instantiated graph."""
-        # The first launch of a graph uploads it, for which nothing else may be running: not a kernel
-        # that waits for what this graph is to do.
+        # Its first launch uploads it: now, while no kernel waits for what this graph is to do.
         self.launch()
         stream.synchronize()
 

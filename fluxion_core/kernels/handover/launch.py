@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fluxion_core.errors import ShapeError
 from fluxion_core.geometry import WindowSpec
-from fluxion_core.kernels.handover.triton import await_and_merge, publish
+from fluxion_core.kernels.handover.triton import await_answer, merge_answer, publish
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,10 @@ class Handover:
             error_code: not 0; says which layer it was.
         """
         group = self.num_heads // self.num_kv_heads
-        await_and_merge[(output.shape[0], self.num_kv_heads)](
+        await_answer[(1,)](
+            answered, skip, step, error, stamps, timeout_ns, error_code, num_warps=1
+        )
+        merge_answer[(output.shape[0], self.num_kv_heads)](
             window_output,
             window_lse,
             host_output,
@@ -151,12 +154,8 @@ class Handover:
             answered,
             skip,
             step,
-            error,
-            stamps,
             output,
             output.stride(0),
-            timeout_ns,
-            error_code,
             HEAD_DIM=self.head_dim,
             GROUP=group,
             GROUP_ROWS=triton.next_power_of_2(group),

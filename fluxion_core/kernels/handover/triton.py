@@ -1,11 +1,13 @@
 """Both ends of a layer's hand-over, as kernels of a step's CUDA graph.
 
-    publish          query, key and value of every row go to pinned memory, key and value to the
-                     device's window too; then each row's flag says that they are there
-    (the host)       attends, writes output and lse, then sets the layer's one flag
-    await_and_merge  waits for that flag, and merges window and host into the layer's attention
+    publish       query, key and value of every row go to pinned memory, key and value to the
+                  device's window too; then each row's flag says that they are there
+    (the host)    attends, writes output and lse, then sets the layer's one flag
+    await_answer  waits for that flag: one program, since every one that waits reads over the link
+                  all the time, and 32 of them halved what the GPU lane could read of host memory
+    merge_answer  merges window and host into the layer's attention
 
-Both only launch. What varies from step to step is read from memory: the step's number, lengths,
+All only launch. What varies from step to step is read from memory: the step's number, lengths,
 slots, and which layers are not waited for. Flags hold the number of the step that they speak of, so
 nothing has to be reset; a flag has one writer.
 """
@@ -83,7 +85,32 @@ def publish(
 
 
 @triton.jit(do_not_specialize=["timeout_ns", "error_code"])
-def await_and_merge(
+def await_answer(
+    answered_ptr,
+    skip_ptr,
+    step_ptr,
+    error_ptr,
+    stamps_ptr,
+    timeout_ns,
+    error_code,
+):
+    """The one program: wait for the host, and stamp when that began and ended."""
+    step = tl.load(step_ptr)
+    begin = global_timer()
+    tl.store(stamps_ptr, begin)
+    if tl.load(skip_ptr, volatile=True) == 0:
+        now = begin
+        answered = load_flag(answered_ptr)
+        while (answered < step) & (now - begin < timeout_ns):
+            answered = load_flag(answered_ptr)
+            now = global_timer()
+        if answered < step:
+            tl.store(error_ptr, error_code)
+    tl.store(stamps_ptr + 1, global_timer())
+
+
+@triton.jit
+def merge_answer(
     window_output_ptr,
     window_lse_ptr,
     host_output_ptr,
@@ -91,35 +118,18 @@ def await_and_merge(
     answered_ptr,
     skip_ptr,
     step_ptr,
-    error_ptr,
-    stamps_ptr,
     output_ptr,
     output_row_stride,
-    timeout_ns,
-    error_code,
     HEAD_DIM: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_ROWS: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """One program: wait for the host, then one GQA group of one row from all its parts."""
+    """One program: one GQA group of one row from all its parts, the host's if it has answered."""
     row = tl.program_id(0).to(tl.int64)
-    is_first = (tl.program_id(0) == 0) & (tl.program_id(1) == 0)
-    step = tl.load(step_ptr)
-    begin = global_timer()
     has_host = tl.load(skip_ptr, volatile=True) == 0
     if has_host:
-        now = begin
-        answered = load_flag(answered_ptr)
-        while (answered < step) & (now - begin < timeout_ns):
-            answered = load_flag(answered_ptr)
-            now = global_timer()
-        has_host = answered >= step
-        if answered < step:
-            tl.store(error_ptr, error_code)
-    if is_first:
-        tl.store(stamps_ptr, begin)
-        tl.store(stamps_ptr + 1, global_timer())
+        has_host = load_flag(answered_ptr) >= tl.load(step_ptr)
 
     members = tl.arange(0, GROUP_ROWS)
     inside = members < GROUP

@@ -1,6 +1,7 @@
 // What Python sees of attention and its plans; see bindings.cpp.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/array.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
@@ -167,6 +168,7 @@ void bind_attention(nb::module_& m) {
                          wake_bytes);
            })
       .def("finish_layer", &LayerAttention::finish_layer)
+      .def("plan", &LayerAttention::plan)
       .def("runs",
            [](const LayerAttention& self, int64_t sequence, int64_t kv_head) {
              std::vector<std::tuple<uintptr_t, int, int, int>> runs;

@@ -9,6 +9,7 @@
 #include <array>
 #include <cstdint>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "kernel_table.h"
@@ -58,6 +59,12 @@ class LayerAttention final : public Work {
   // What the last layer's task of this sequence and KV head attended to.
   const std::vector<BlockRun>& runs(int64_t sequence, int64_t kv_head) const {
     return tasks_[size_t(sequence * layout_.kv_heads + kv_head)].runs;
+  }
+
+  // Level and budgets of the last layer's task of this sequence and KV head.
+  std::pair<int32_t, std::vector<int32_t>> plan(int64_t sequence, int64_t kv_head) const {
+    const Task& task = tasks_[size_t(sequence * layout_.kv_heads + kv_head)];
+    return {task.level, {task.budgets, task.budgets + group_}};
   }
 
   const ReadBytes& read_bytes(int64_t sequence) const { return read_bytes_[size_t(sequence)]; }

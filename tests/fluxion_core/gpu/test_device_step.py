@@ -11,6 +11,7 @@ from torch import Tensor
 from fluxion_core.decode_step import StepReads
 from fluxion_core.geometry import BLOCK_TOKENS, KvGeometry, WindowSpec
 from fluxion_core.hybrid_attention import HybridAttention
+from fluxion_core.kernels import isa
 from fluxion_core.kvstore.store import HostKvStore, SequenceKv
 from fluxion_core.models.config import ModelConfig, RopeConfig
 from fluxion_core.models.decoder import Decoder
@@ -87,6 +88,15 @@ def _full_precision() -> Iterator[None]:
     torch.backends.cuda.matmul.allow_tf32 = before
 
 
+@pytest.fixture
+def float_scores() -> Iterator[None]:
+    """Scores of 8-bit digests with queries in float32, as the GPU has them."""
+    before = isa.current_isa()
+    isa.set_isa("avx2")
+    yield
+    isa.set_isa(before)
+
+
 def _on_cpu(policy: str, digest_bits: int, tokens: Tensor) -> tuple[Tensor, list[StepReads]]:
     store, _ = _store(digest_bits)
     sequences = _sequences(store)
@@ -102,6 +112,7 @@ def _on_cpu(policy: str, digest_bits: int, tokens: Tensor) -> tuple[Tensor, list
     return torch.stack(logits), reads
 
 
+@pytest.mark.usefixtures("float_scores")
 @pytest.mark.parametrize("digest_bits", [16, 8])
 @pytest.mark.parametrize("policy", ["exact", "fixed(16, 10 %)", "fixed(64, 25 %)"])
 @pytest.mark.parametrize("lanes", ["cpu", "gpu", "both"])
@@ -135,7 +146,7 @@ def test_logits_and_reads_are_those_of_the_cpu(lanes: str, policy: str, digest_b
             got.append(logits.clone())
         difference = (torch.stack(got) - expected).norm() / expected.norm()
         # Queries differ in their last bits: of blocks with nearly equal bounds either may be read.
-        assert difference < (1e-4 if policy == "exact" else 1e-2)
+        assert difference < (1e-4 if policy == "exact" else 3e-2)
         for read, wanted in zip(reads, expected_reads, strict=True):
             assert read.scanned_bytes == wanted.scanned_bytes
             assert read.attended_bytes == pytest.approx(wanted.attended_bytes, rel=0.05)

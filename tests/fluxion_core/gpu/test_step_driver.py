@@ -83,6 +83,7 @@ class _Machine:
         self.done = torch.zeros(1, dtype=torch.int64)
         self.statistics = torch.zeros(4, dtype=torch.int64)
         self.launched = 0
+        self.has_failed = threading.Event()
         self._answers = answers
         self._launch = LAUNCH(self._run_task)
         board = (
@@ -142,13 +143,15 @@ class _Machine:
                 self.received.append(None)
                 continue
             while int(self.answered[layer]) != number:
-                pass
+                if self.has_failed.is_set():
+                    return
             self.received.append((self.output.clone(), self.lse.clone()))
 
     def _run_task(self, graph: int, stream: int) -> int:
         """What the lane's kernels do, for tasks that read everything."""
         del graph, stream
         if code := self._answers():
+            self.has_failed.set()
             return code
         words = self.descriptor.tolist()
         assert words[LEVEL] == -1
