@@ -49,8 +49,8 @@ COMPARED_PRICE = 1.0
 """Policy marginal at this price is compared with the oracle head by head."""
 
 DEFAULT_LEVELS = (
-    ("ACCURATE", "threshold(0.05)"),
-    ("BALANCED", "marginal(0.5)"),
+    ("ACCURATE", "marginal(0.1)"),
+    ("BALANCED", "marginal(0.3)"),
     ("FAST", "marginal(1)"),
 )
 """What quality levels mean until `fluxion eval` says better."""
