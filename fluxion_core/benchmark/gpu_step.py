@@ -35,6 +35,7 @@ from fluxion_core.gpu.uva_rate import measure_uva
 from fluxion_core.kernels import _native
 from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.models.config import ModelConfig
+from fluxion_core.nvml import open_nvml
 from fluxion_core.scheduler.scheduler import CpuPool, usable_cpus
 from fluxion_core.selector.policy import READ_NOTHING, ExactPolicy, parse_policy
 
@@ -80,6 +81,10 @@ class GpuStepFigure:
     lane_task_share: float
     """Tasks that the GPU did, of those that read something."""
     limit_milliseconds: float
+    counted_pcie_bytes: float
+    """To the GPU, per step, as counted here: what the lane read, and attention states."""
+    nvml_pcie_bytes: float
+    """To the GPU, per step, as the card counted; 0 where it does not."""
 
     @property
     def over_limit(self) -> float:
@@ -127,7 +132,10 @@ class GpuStepBench:
         seconds = time.perf_counter() - started
         self._note(f"{size / 2**30:.1f} GiB of KV written in {seconds:.1f} s")
         self.cpu_rate = self._measure_cpu()
+        self.nvml = open_nvml(f"GPU-{torch.cuda.get_device_properties(self.device).uuid}")
+        self.card_bytes = 0.0
         self.uva_rate = 0.0
+        self.state_bytes = config.num_heads * (config.head_dim + 1) * 4
 
     def run(self) -> list[GpuStepFigure]:
         """All figures."""
@@ -192,7 +200,10 @@ class GpuStepBench:
         chosen = self.sequences[:batch]
         region = self.window.retrieval_region(context + 1)
         turns = []
+        received = 0
         for number in range(WARM_UP_STEPS + self.options.steps):
+            if number == WARM_UP_STEPS:
+                received = self._received()
             rows = []
             for index, sequence in enumerate(chosen):
                 given = _given(way, self.config, region, number, index)
@@ -218,7 +229,11 @@ class GpuStepBench:
             for sequence in chosen:
                 # The same step again: what it appended is overwritten.
                 sequence.num_tokens = context
+        self.card_bytes = (self._received() - received) / self.options.steps
         return turns[WARM_UP_STEPS:]
+
+    def _received(self) -> int:
+        return self.nvml.read().pcie_bytes["host_to_device"] if self.nvml is not None else 0
 
     def _figure(
         self,
@@ -245,6 +260,8 @@ class GpuStepBench:
             lane,
             tasks / max(1, groups),
             limit * 1e3,
+            lane + batch * self.config.num_layers * self.state_bytes,
+            self.card_bytes,
         )
 
     def _measure_cpu(self) -> float:
@@ -269,7 +286,8 @@ class GpuStepBench:
             f"{figure.milliseconds:8.2f} ms  idle {figure.idle_milliseconds:7.2f}  "
             f"read {figure.read_bytes / 1e9:6.2f} GB  by GPU {figure.lane_bytes / 1e9:6.2f}  "
             f"tasks {figure.lane_task_share:5.2f}  limit {figure.limit_milliseconds:7.2f}  "
-            f"x{figure.over_limit:4.2f}"
+            f"x{figure.over_limit:4.2f}  PCIe {figure.counted_pcie_bytes / 1e9:6.3f} GB, "
+            f"card {figure.nvml_pcie_bytes / 1e9:6.3f}"
         )
 
 

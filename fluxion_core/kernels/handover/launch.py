@@ -143,9 +143,7 @@ class Handover:
             error_code: not 0; says which layer it was.
         """
         group = self.num_heads // self.num_kv_heads
-        await_answer[(1,)](
-            answered, skip, step, error, stamps, timeout_ns, error_code, num_warps=1
-        )
+        await_answer[(1,)](answered, skip, step, error, stamps, timeout_ns, error_code, num_warps=1)
         merge_answer[(output.shape[0], self.num_kv_heads)](
             window_output,
             window_lse,
