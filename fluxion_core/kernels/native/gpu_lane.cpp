@@ -38,18 +38,25 @@ GpuLane::GpuLane(Launch launch, const std::vector<Slot>& slots, double gpu_rate,
 
 void GpuLane::begin_step() { spans_.clear(); }
 
-void GpuLane::begin(TaskPool& pool, LayerAttention& attention, int64_t layer, const float* queries,
-                    bool alone) {
+void GpuLane::prepare(TaskPool& pool, LayerAttention& attention, int64_t layer,
+                      const float* queries, bool alone) {
   pool_ = &pool;
   attention_ = &attention;
   layer_ = layer;
   queries_ = queries;
   alone_ = alone;
-  total_bytes_ = attention.total_priority();
+  has_begun_ = false;
+}
+
+void GpuLane::round_begins() {
+  has_begun_ = true;
+  total_bytes_ = attention_->total_priority();
   taken_bytes_ = running_bytes_ = finished_bytes_ = 0;
   cpus_done_ns_ = 0;
   num_running_ = 0;
   since_ns_ = last_done_ns_ = now_ns();
+  // Else the pool's threads would take all tasks of a small batch at once.
+  poll();
 }
 
 // Largest task that the GPU would be done with before the CPUs are done with the rest.

@@ -40,9 +40,12 @@ class GpuLane final : public Consumer {
   // Rates in bytes per nanosecond, of planned bytes; they follow what is measured from then on.
   GpuLane(Launch launch, const std::vector<Slot>& slots, double gpu_rate, double cpu_rate);
 
-  // Begin a layer's round. queries: [batch][heads][head_dim] on the device. alone: no CPU takes part.
-  void begin(TaskPool& pool, LayerAttention& attention, int64_t layer, const float* queries,
-             bool alone);
+  // Before a layer's round. queries: [batch][heads][head_dim] on the device. alone: no CPU takes part.
+  void prepare(TaskPool& pool, LayerAttention& attention, int64_t layer, const float* queries,
+               bool alone);
+  void round_begins() override;
+  // Whether the round that was prepared for has begun, and with this lane.
+  bool has_begun() const { return has_begun_; }
   void poll() override;
   // The round is over. Throws if a task could not be launched, or did not come back: then the
   // round's output is worth nothing.
@@ -75,7 +78,7 @@ class GpuLane final : public Consumer {
   LayerAttention* attention_ = nullptr;
   int64_t layer_ = 0;
   const float* queries_ = nullptr;
-  bool alone_ = false;
+  bool alone_ = false, has_begun_ = false;
   int64_t ticket_ = 0;
   int64_t since_ns_ = 0, last_done_ns_ = 0, cpus_done_ns_ = 0;
   int32_t num_running_ = 0;

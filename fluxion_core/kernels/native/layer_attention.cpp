@@ -55,14 +55,17 @@ void LayerAttention::predict(int64_t row, const Planner& planner, PlannerState& 
 
 void LayerAttention::submit(TaskPool& pool, int64_t layer, const float* query,
                             int64_t query_stride, const int32_t* levels, const int32_t* budgets,
-                            float* output, float* lse, int64_t wake_bytes, bool others_only) {
+                            float* output, float* lse, int64_t wake_bytes, bool others_only,
+                            Consumer* consumer) {
   query_ = query;
   query_stride_ = query_stride;
   output_ = output;
   lse_ = lse;
   if (plan_) plan_->run_layer(pool, layer, query, query_stride, wake_bytes);
   prepare(layer, levels, budgets);
-  pool.submit(this, priorities_, wake_bytes, false, others_only);
+  // Too little to wake anybody for is done by who waits.
+  if (!others_only && total_priority() < wake_bytes) consumer = nullptr;
+  pool.submit(this, priorities_, wake_bytes, false, others_only, consumer);
 }
 
 void LayerAttention::skip_layer(int64_t layer, const int32_t* levels, const int32_t* budgets) {

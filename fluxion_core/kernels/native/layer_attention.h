@@ -54,7 +54,7 @@ class LayerAttention final : public Work {
   //   lse      [batch][heads], natural log; -inf where nothing was read
   void submit(TaskPool& pool, int64_t layer, const float* query, int64_t query_stride,
               const int32_t* levels, const int32_t* budgets, float* output, float* lse,
-              int64_t wake_bytes, bool others_only = false);
+              int64_t wake_bytes, bool others_only = false, Consumer* consumer = nullptr);
 
   // What the last layer's task of this sequence and KV head attended to.
   const std::vector<BlockRun>& runs(int64_t sequence, int64_t kv_head) const {

@@ -41,16 +41,12 @@ void StepDriver::run(TaskPool& pool, LayerAttention& attention, GpuLane* lane, b
     await(layer, batch, step);
     times_[size_t(layer)].published_ns = now_ns();
     append(layer, batch, slabs, tokens);
+    if (lane != nullptr) lane->prepare(pool, attention, layer, board_.device_queries, alone);
     attention.submit(pool, layer, rows(layer), row_stride(), layer_levels, layer_budgets,
-                     board_.output, board_.lse, wake_bytes, alone);
-    // Too little to wake anybody for is done here.
-    if (lane != nullptr && (alone || attention.total_priority() >= wake_bytes)) {
-      lane->begin(pool, attention, layer, board_.device_queries, alone);
-      pool.wait(lane);
-      lane->end();
-    } else {
-      pool.wait();
-    }
+                     board_.output, board_.lse, wake_bytes, alone, lane);
+    const bool lane_takes_part = lane != nullptr && lane->has_begun();
+    pool.wait(lane_takes_part ? lane : nullptr);
+    if (lane_takes_part) lane->end();
     std::atomic_thread_fence(std::memory_order_release);
     board_.answered[layer] = step;
     times_[size_t(layer)].answered_ns = now_ns();

@@ -61,7 +61,7 @@ TaskPool::~TaskPool() {
 }
 
 void TaskPool::submit(Work* work, const std::vector<int64_t>& bytes, int64_t wake_bytes,
-                      bool another_follows, bool others_only) {
+                      bool another_follows, bool others_only, Consumer* consumer) {
   const int32_t count = int32_t(bytes.size());
   if (count > capacity_) {
     tasks_ = std::make_unique<Task[]>(size_t(count));
@@ -82,6 +82,7 @@ void TaskPool::submit(Work* work, const std::vector<int64_t>& bytes, int64_t wak
   remaining_.store(count, std::memory_order_relaxed);
   helpers_.store(0, std::memory_order_relaxed);
   another_follows_.store(another_follows, std::memory_order_relaxed);
+  if (consumer != nullptr) consumer->round_begins();
   if (others_only) {
     round_.fetch_add(2);
     return;

@@ -35,6 +35,8 @@ class Work {
 class Consumer {
  public:
   virtual ~Consumer() = default;
+  // A round's tasks are there, and no thread of the pool has seen them: the first choice.
+  virtual void round_begins() = 0;
   // Take tasks, give back what is done; must not block.
   virtual void poll() = 0;
 };
@@ -61,7 +63,8 @@ class TaskPool {
   // If another round follows within microseconds, workers that are awake do not sleep until then.
   // A round that is for others only is not seen by the pool's threads.
   void submit(Work* work, const std::vector<int64_t>& bytes, int64_t wake_bytes,
-              bool another_follows = false, bool others_only = false);
+              bool another_follows = false, bool others_only = false,
+              Consumer* consumer = nullptr);
   // Until all tasks are done, those of another consumer included: help, or drive that consumer.
   void wait(Consumer* consumer = nullptr);
 
