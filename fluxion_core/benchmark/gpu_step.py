@@ -31,7 +31,7 @@ from fluxion_core.decode_step import GivenPlan
 from fluxion_core.errors import ConfigError
 from fluxion_core.geometry import KvGeometry, WindowSpec
 from fluxion_core.gpu.device_step import DeviceStep, Lanes, StepRow
-from fluxion_core.gpu.uva_rate import measure_uva
+from fluxion_core.gpu.uva_rate import launch_read, measure_uva
 from fluxion_core.kernels import _native
 from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.models.config import ModelConfig
@@ -135,6 +135,7 @@ class GpuStepBench:
         self.nvml = open_nvml(f"GPU-{torch.cuda.get_device_properties(self.device).uuid}")
         self.card_bytes = 0.0
         self.uva_rate = 0.0
+        self.rates_together = (0.0, 0.0)
         self.state_bytes = config.num_heads * (config.head_dim + 1) * 4
 
     def run(self) -> list[GpuStepFigure]:
@@ -156,9 +157,12 @@ class GpuStepBench:
                 self._pin_tables()
                 if not self.uva_rate:
                     self.uva_rate = measure_uva(self.store)
+                    self.rates_together = self._measure_together()
+                    cpu, gpu = self.rates_together
                     self._note(
                         f"host read {self.cpu_rate / 1e9:.1f} GB/s, "
-                        f"UVA {self.uva_rate / 1e9:.1f} GB/s"
+                        f"UVA {self.uva_rate / 1e9:.1f} GB/s; "
+                        f"at the same time {cpu / 1e9:.1f} and {gpu / 1e9:.1f}"
                     )
                 figures += self._lane_figures(step, lanes)
             finally:
@@ -277,6 +281,19 @@ class GpuStepBench:
         ]
         return len(pieces) * piece / median(seconds)
 
+    def _measure_together(self) -> tuple[float, float]:
+        """Rates of the CPUs and of the GPU, each while the other reads too."""
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        # Longer than the CPUs take: their rate is one beside a reading GPU throughout.
+        count = sum(launch_read(self.store, 8 << 30) for _ in range(4))
+        end.record()
+        cpu = self._measure_cpu()
+        still_reading = not end.query()
+        end.synchronize()
+        gpu = count / begin.elapsed_time(end) * 1e3
+        return (cpu if still_reading else 0.0), gpu
+
     def _note(self, text: str) -> None:
         self._console.print(text, highlight=False)
 
@@ -323,6 +340,8 @@ def run_gpu_step_bench(console: Console, options: GpuStepOptions) -> dict[str, o
         "options": asdict(options),
         "host_read_gigabytes_per_second": bench.cpu_rate / 1e9,
         "uva_gigabytes_per_second": bench.uva_rate / 1e9,
+        "host_read_beside_uva_gigabytes_per_second": bench.rates_together[0] / 1e9,
+        "uva_beside_host_read_gigabytes_per_second": bench.rates_together[1] / 1e9,
         "figures": [asdict(figure) | {"over_limit": figure.over_limit} for figure in figures],
     }
     table = Table(box=None, pad_edge=False)

@@ -1,6 +1,6 @@
 """The rival on a GPU machine: transformers with its offloaded cache, exact, random weights.
 
-    python -m fluxion_core.benchmark.offloaded_cache context=131072 steps=4
+python -m fluxion_core.benchmark.offloaded_cache context=131072 steps=4
 """
 
 from __future__ import annotations

@@ -10,17 +10,24 @@ from fluxion_core.kernels.host_read.triton import read_pieces
 from fluxion_core.kvstore.store import HostKvStore
 
 
-def measure_uva(store: HostKvStore, *, size_bytes: int = 2 << 30, repeats: int = 5) -> float:
-    """Bytes per second of reading a registered store's memory through UVA; median."""
+def launch_read(store: HostKvStore, size_bytes: int) -> int:
+    """Read the beginning of a registered store on the current stream; returns how many bytes."""
     piece = 2048
     pieces = min(size_bytes, store.arena_bytes) // (4 * piece)
     sums = torch.empty(256, dtype=torch.int32, device="cuda")
+    read_pieces[(256,)](store.arena_address, sums, pieces, PIECE=piece, num_warps=4)
+    return pieces * piece * 4
+
+
+def measure_uva(store: HostKvStore, *, size_bytes: int = 2 << 30, repeats: int = 5) -> float:
+    """Bytes per second of reading a registered store's memory through UVA; median."""
     seconds = []
+    count = 0
     for _ in range(repeats + 1):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        read_pieces[(256,)](store.arena_address, sums, pieces, PIECE=piece, num_warps=4)
+        count = launch_read(store, size_bytes)
         end.record()
         end.synchronize()
         seconds.append(begin.elapsed_time(end) / 1e3)
-    return float(pieces * piece * 4 / median(seconds[1:]))
+    return float(count / median(seconds[1:]))

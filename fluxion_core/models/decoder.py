@@ -7,8 +7,8 @@ passes over the weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import cast
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from fluxion_core.models.attention_port import AttentionPort
 from fluxion_core.models.config import ModelConfig
 from fluxion_core.models.rope import Rotary, rotate
+
+_FEW_DEVICE_ROWS = 64
+"""Up to here a step on a GPU is bound by its launches; above, by the work."""
 
 _FEW_ROWS = 8
 """Up to here the transposed product is faster; see `linear`."""
@@ -82,23 +85,24 @@ class Decoder(nn.Module):
         config = self.config
         heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         cos, sin = self._rotary.at(positions)
+        ops = operations_for(self.embedding, len(token_ids))
         x = F.embedding(token_ids, self.embedding)
+        delta = None
         for index, layer in enumerate(cast(Iterable[Layer], self.layers)):
-            normed = rms_norm(x, layer.input_norm, config.rms_norm_eps)
+            x, normed = ops.add_norm(x, delta, layer.input_norm, config.rms_norm_eps)
             qkv = linear(normed, layer.qkv)
             if layer.qkv_bias is not None:
                 qkv = qkv + layer.qkv_bias
             qkv = qkv.view(-1, heads + 2 * kv_heads, head_dim)
             # Queries and keys turn together: one pass over both.
-            turned = rotate(qkv[:, : heads + kv_heads], cos, sin)
+            turned = ops.rotate(qkv, cos, sin, heads + kv_heads)
             attended = attention.attend(
                 index, turned[:, :heads], turned[:, heads:], qkv[:, heads + kv_heads :]
             )
-            x = x + linear(attended.reshape(-1, heads * head_dim), layer.output)
-            normed = rms_norm(x, layer.post_norm, config.rms_norm_eps)
-            gate, up = linear(normed, layer.gate_up).chunk(2, dim=-1)
-            x = x + linear(F.silu(gate) * up, layer.down)
-        return rms_norm(x, self.final_norm, config.rms_norm_eps)
+            delta = linear(attended.reshape(-1, heads * head_dim), layer.output)
+            x, normed = ops.add_norm(x, delta, layer.post_norm, config.rms_norm_eps)
+            delta = linear(ops.gate(linear(normed, layer.gate_up)), layer.down)
+        return ops.add_norm(x, delta, self.final_norm, config.rms_norm_eps)[1]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[rows, vocab_size] float32 for [rows, hidden_size]."""
@@ -186,6 +190,38 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     if x.device.type == "cpu" and x.dtype == torch.float32 and 1 < rows <= _FEW_ROWS:
         return torch.mm(weight, x.t()).t().contiguous()
     return F.linear(x, weight)
+
+
+class Operations(NamedTuple):
+    """What lies between matrix products: see kernels/dense_step/triton.py for shapes."""
+
+    add_norm: Callable[[Tensor, Tensor | None, Tensor, float], tuple[Tensor, Tensor]]
+    rotate: Callable[[Tensor, Tensor, Tensor, int], Tensor]
+    gate: Callable[[Tensor], Tensor]
+
+
+def operations_for(weights: Tensor, rows: int) -> Operations:
+    """Fused kernels for a decode step's few rows on CUDA; else torch's."""
+    if weights.device.type == "cuda" and rows <= _FEW_DEVICE_ROWS:
+        from fluxion_core.kernels.dense_step import triton as fused
+
+        return Operations(fused.add_norm, fused.rotate, fused.gate)
+    return Operations(_add_norm, _rotate, _gate)
+
+
+def _add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    if delta is not None:
+        x = x + delta
+    return x, rms_norm(x, weight, eps)
+
+
+def _rotate(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
+    return rotate(qkv[:, :heads], cos, sin)
+
+
+def _gate(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
