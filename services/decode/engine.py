@@ -90,6 +90,7 @@ class DecodeEngine:
         self._changed = threading.Condition()
         self._joining: list[DecodeSequence] = []
         self._stopping = False
+        self._idle_since: float | None = None
         self._statistics = EngineStatistics()
         self._thread = threading.Thread(target=self._run, name="decode-engine", daemon=True)
 
@@ -119,8 +120,13 @@ class DecodeEngine:
         sequence.is_cancelled = True
 
     def statistics(self) -> EngineStatistics:
-        """A copy of the counters."""
-        return deepcopy(self._statistics)
+        """A copy of the counters; a rest that still goes on counts up to now."""
+        # No lock: the engine's thread must not wait for whoever reads.
+        since = self._idle_since
+        copy = deepcopy(self._statistics)
+        if since is not None and since == self._idle_since:
+            copy.idle_seconds += time.perf_counter() - since
+        return copy
 
     def _run(self) -> None:
         running: list[DecodeSequence] = []
@@ -149,13 +155,14 @@ class DecodeEngine:
 
     def _wait_for_work(self, running: list[DecodeSequence]) -> bool:
         """Add new sequences to `running`; sleep while there are none. False: stop."""
-        started = time.perf_counter()
         with self._changed:
+            started = self._idle_since = time.perf_counter()
             while not (running or self._joining or self._stopping):
                 self._changed.wait()
             running += self._joining
             self._joining = []
             self._statistics.idle_seconds += time.perf_counter() - started
+            self._idle_since = None
             return not self._stopping
 
     @staticmethod

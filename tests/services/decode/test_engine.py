@@ -101,3 +101,15 @@ def test_statistics_are_a_copy():
     taken = engine.statistics()
     taken.reads.add(READS)
     assert engine.statistics().reads == ReadTotals()
+
+
+def test_a_rest_counts_while_it_lasts() -> None:
+    engine = DecodeEngine(SimpleNamespace(embedding=torch.zeros(1)), SimpleNamespace())  # type: ignore[arg-type]
+    engine.start()
+    try:
+        while not engine.statistics().idle_seconds:
+            pass
+        first = engine.statistics().idle_seconds
+        assert engine.statistics().idle_seconds > first
+    finally:
+        engine.stop()
