@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fluxion_core.errors import FluxionError
-from fluxion_core.geometry import BLOCK_SIZES, WindowSpec
+from fluxion_core.errors import FluxionError, ShapeError
+from fluxion_core.geometry import BLOCK_SIZES, SPAN_TOKENS, KvGeometry, WindowSpec
 from fluxion_core.kernels import _native
-from fluxion_core.kernels.isa import native_layout
+from fluxion_core.kernels.isa import MAX_GROUP, native_layout
 from fluxion_core.kvstore.store import SequenceKv, StepAppend
 from fluxion_core.selector.planner import PlanNanoseconds, Planner, PlannerState, native_policy
 from fluxion_core.selector.policy import READ_NOTHING, Policy, PredictedPolicy, StepPlan
@@ -200,3 +200,38 @@ def checked_states(
             raise FluxionError("two sequences of a step share a planner state; make one each")
         needed.append(state)
     return needed
+
+
+def check_step_shapes(
+    geometry: KvGeometry, window: WindowSpec, num_heads: int, planner: Planner | None
+) -> None:
+    """Refuse what no step can be made of.
+
+    Raises:
+        ShapeError: the heads do not form groups of at most 16, the window is too short for the
+            store's digests, or the planner is of a model of another shape.
+    """
+    kv_heads = geometry.num_kv_heads
+    if num_heads % kv_heads or num_heads // kv_heads > MAX_GROUP:
+        raise ShapeError(f"{num_heads} query heads for {kv_heads} KV heads; up to 16 to each")
+    if geometry.digest_bits == 8 and window.recent_tokens < SPAN_TOKENS:
+        # Else a block could leave the window before its span is whole and digested.
+        raise ShapeError(
+            f"recent_tokens is {window.recent_tokens}; 8-bit digests need {SPAN_TOKENS} or more"
+        )
+    if planner is not None:
+        _check_planner(planner, geometry, num_heads)
+
+
+def _check_planner(planner: Planner, geometry: KvGeometry, num_heads: int) -> None:
+    needed = {
+        "num_layers": geometry.num_layers,
+        "num_heads": num_heads,
+        "num_kv_heads": geometry.num_kv_heads,
+        "head_dim": geometry.head_dim,
+    }
+    for name, number in needed.items():
+        if getattr(planner, name) != number:
+            raise ShapeError(
+                f"the planner's {name} is {getattr(planner, name)}, the model's {number}"
+            )

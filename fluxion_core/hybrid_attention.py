@@ -20,20 +20,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fluxion_core.decode_step import StepReads, StepWork, checked_states
+from fluxion_core.decode_step import (
+    StepReads,
+    StepWork,
+    check_step_shapes,
+    checked_states,
+)
 from fluxion_core.errors import ShapeError
-from fluxion_core.geometry import SPAN_TOKENS, KvGeometry, WindowSpec
-from fluxion_core.kernels.isa import MAX_GROUP
+from fluxion_core.geometry import WindowSpec
 from fluxion_core.kvstore.store import HostKvStore, SequenceKv
 from fluxion_core.scheduler.scheduler import WAKE_BYTES, CpuPool
-from fluxion_core.selector.planner import (
-    PlanNanoseconds,
-    Planner,
-    PlannerState,
-)
-from fluxion_core.selector.policy import (
-    Policy,
-)
+from fluxion_core.selector.planner import PlanNanoseconds, Planner, PlannerState
+from fluxion_core.selector.policy import Policy
 
 
 class HybridAttention:
@@ -62,22 +60,14 @@ class HybridAttention:
         pool: CpuPool,
         planner: Planner | None = None,
     ) -> None:
-        kv_heads = store.geometry.num_kv_heads
-        if num_heads % kv_heads or num_heads // kv_heads > MAX_GROUP:
-            raise ShapeError(f"{num_heads} query heads for {kv_heads} KV heads; up to 16 to each")
-        if store.geometry.digest_bits == 8 and window.recent_tokens < SPAN_TOKENS:
-            # Else a block could leave the window before its span is whole and digested.
-            raise ShapeError(
-                f"recent_tokens is {window.recent_tokens}; 8-bit digests need {SPAN_TOKENS} or more"
-            )
-        if planner is not None:
-            _check_planner(planner, store.geometry, num_heads)
+        check_step_shapes(store.geometry, window, num_heads, planner)
         self._geometry = store.geometry
         self._window = window
         self._num_heads = num_heads
         self._pool = pool
         self._planner = planner
         self._step: StepWork | None = None
+        self._output = self._lse = torch.empty(0)
         self.plan_nanoseconds = PlanNanoseconds()
         """Of the last step that ended."""
 
@@ -139,20 +129,6 @@ class HybridAttention:
         self._step = None
         self.plan_nanoseconds = step.plan_nanoseconds
         return step.finish()
-
-
-def _check_planner(planner: Planner, geometry: KvGeometry, num_heads: int) -> None:
-    needed = {
-        "num_layers": geometry.num_layers,
-        "num_heads": num_heads,
-        "num_kv_heads": geometry.num_kv_heads,
-        "head_dim": geometry.head_dim,
-    }
-    for name, number in needed.items():
-        if getattr(planner, name) != number:
-            raise ShapeError(
-                f"the planner's {name} is {getattr(planner, name)}, the model's {number}"
-            )
 
 
 def _rows(tensor: Tensor) -> Tensor:

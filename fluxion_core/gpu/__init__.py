@@ -1,7 +1,10 @@
 """A decode step on a CUDA device: dense part and window there, KV and the other half here.
 
 pinned.py       host memory that both sides read and write
+board.py        flags and rows through which GPU and host hand layers to each other
 step_graph.py   CUDA graphs as handles that native code launches
 lane.py         the GPU's end of the task queue
-device_step.py  one step: its graph, its board of flags, its accounting
+device_step.py  one step: its graphs, and the host's side of it
+step_times.py   where a step's time went
+uva_rate.py     how fast the GPU reads host memory in place
 """

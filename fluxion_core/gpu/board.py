@@ -75,13 +75,3 @@ class Board:
             [tensor.data_ptr() for tensor in board],
             timeout_ns,
         )
-
-    @property
-    def row_bytes(self) -> int:
-        """What one sequence's layer sends to the host."""
-        return self.rows.shape[2] * 4
-
-    @property
-    def state_bytes(self) -> int:
-        """What one sequence's layer gets from the host."""
-        return (self.output[0].numel() + self.lse[0].numel()) * 4

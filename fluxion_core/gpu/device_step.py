@@ -19,7 +19,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fluxion_core.decode_step import GivenPlan, StepReads, StepWork, checked_states
+from fluxion_core.decode_step import (
+    GivenPlan,
+    StepReads,
+    StepWork,
+    check_step_shapes,
+    checked_states,
+)
 from fluxion_core.errors import CapacityError, FluxionError
 from fluxion_core.geometry import KvGeometry, WindowSpec
 from fluxion_core.gpu.board import Board
@@ -73,6 +79,10 @@ class DeviceStep:
         max_context_tokens: of a sequence.
         lanes: who attends to regions.
         planner: for policies that need head profiles.
+
+    Raises:
+        ShapeError: see `check_step_shapes`; or no kernel takes the model's heads.
+        CapacityError: the store's memory cannot be pinned.
     """
 
     def __init__(
@@ -88,6 +98,7 @@ class DeviceStep:
         planner: Planner | None = None,
     ) -> None:
         config, geometry = decoder.config, store.geometry
+        check_step_shapes(geometry, window, config.num_heads, planner)
         self._decoder, self._store, self._window = decoder, store, window
         self._pool, self._planner = pool, planner
         self._device = decoder.embedding.device
@@ -121,8 +132,14 @@ class DeviceStep:
         """A slot with this committed sequence's window.
 
         Raises:
-            CapacityError: none is free, or the sequence's table of slabs is not pinned.
+            CapacityError: none is free.
+            FluxionError: the sequence was reserved before this step's store was pinned.
         """
+        if not sequence.slab_table.is_pinned():
+            raise FluxionError(
+                "the sequence's table of slabs is not in pinned memory: reserve sequences after "
+                "the device step has been made"
+            )
         with torch.cuda.stream(self._stream):
             return self.windows.join(sequence)
 
@@ -139,7 +156,8 @@ class DeviceStep:
 
         Raises:
             CapacityError: more rows than this was made for.
-            FluxionError: see `checked_states`; or the step got stuck, and no later one will run.
+            FluxionError: see `checked_states`; or the step got stuck or a kernel failed: from then
+                on only `close` may be called.
         """
         if len(rows) > self.board.rows.shape[1]:
             raise CapacityError(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fluxion_core.errors import ShapeError
 from fluxion_core.geometry import WindowSpec, ceil_div
+from fluxion_core.kernels.head_shape import check_heads
 from fluxion_core.kernels.tile_products import MIN_ROWS, float32_dot
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -106,10 +107,7 @@ class WindowAttention:
     num_warps: int = 4
 
     def __post_init__(self) -> None:
-        if self.num_kv_heads <= 0 or self.num_heads <= 0 or self.num_heads % self.num_kv_heads:
-            raise ShapeError(f"{self.num_heads} query heads over {self.num_kv_heads} KV heads")
-        if self.head_dim < 16 or self.head_dim & (self.head_dim - 1):
-            raise ShapeError(f"head_dim is {self.head_dim}; kernels take powers of two from 16 on")
+        check_heads(self.num_heads, self.num_kv_heads, self.head_dim)
         if self.split_tokens < 16 or self.split_tokens & (self.split_tokens - 1):
             raise ShapeError(f"split_tokens is {self.split_tokens}; a power of two from 16 on")
 

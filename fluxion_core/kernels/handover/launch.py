@@ -10,6 +10,7 @@ from torch import Tensor
 from fluxion_core.errors import ShapeError
 from fluxion_core.geometry import WindowSpec
 from fluxion_core.kernels.handover.triton import await_answer, merge_answer, publish
+from fluxion_core.kernels.head_shape import check_heads
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,7 @@ class Handover:
     """Partial states of the window per head."""
 
     def __post_init__(self) -> None:
-        if self.num_kv_heads <= 0 or self.num_heads <= 0 or self.num_heads % self.num_kv_heads:
-            raise ShapeError(f"{self.num_heads} query heads over {self.num_kv_heads} KV heads")
-        if self.head_dim < 16 or self.head_dim & (self.head_dim - 1):
-            raise ShapeError(f"head_dim is {self.head_dim}; kernels take powers of two from 16 on")
+        check_heads(self.num_heads, self.num_kv_heads, self.head_dim)
         if self.num_splits <= 0:
             raise ShapeError(f"num_splits is {self.num_splits}; at least 1")
 

@@ -37,8 +37,6 @@ void bind_lane(nb::module_& m) {
              }
              new (self) GpuLane(reinterpret_cast<GpuLane::Launch>(launch), slots, gpu_rate, cpu_rate);
            })
-      .def_prop_ro("gpu_rate", &GpuLane::gpu_rate)
-      .def_prop_ro("cpu_rate", &GpuLane::cpu_rate)
       .def("spans", [](const GpuLane& lane) {
         std::vector<std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>> spans;
         for (const GpuLane::Span& span : lane.spans()) {
@@ -74,14 +72,7 @@ void bind_driver(nb::module_& m) {
                      at<const int32_t>(budgets), plan_layers, wake_bytes);
           },
           nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
-          nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg())
-      .def("times", [](const StepDriver& self) {
-        std::vector<std::tuple<int64_t, int64_t>> times;
-        for (const StepDriver::LayerTimes& layer : self.times()) {
-          times.emplace_back(layer.published_ns, layer.answered_ns);
-        }
-        return times;
-      });
+          nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg());
 }
 
 }  // namespace

@@ -2,10 +2,11 @@
 
 #include <algorithm>
 #include <atomic>
-#include <chrono>
 #include <limits>
 #include <stdexcept>
 #include <string>
+
+#include "clock.h"
 
 namespace fluxion {
 namespace {
@@ -18,12 +19,6 @@ constexpr int64_t kLeastBytes = 64 << 10;
 constexpr int64_t kTellingBytes = 4 << 20;
 constexpr double kNewShare = 0.1;
 constexpr int64_t kStuckNs = 10'000'000'000;
-
-int64_t now_ns() {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(
-             std::chrono::steady_clock::now().time_since_epoch())
-      .count();
-}
 
 }  // namespace
 
@@ -101,7 +96,7 @@ void GpuLane::launch(const Slot& slot, Running& running, int32_t task) {
   running_bytes_ += bytes;
   ++num_running_;
   if (const int code = launch_(slot.graph, slot.stream)) {
-    give_up(("could not launch a task: CUDA error " + std::to_string(code)).c_str());
+    give_up("could not launch a task: CUDA error " + std::to_string(code));
   }
 }
 
@@ -119,12 +114,14 @@ void GpuLane::collect() {
     pool_->complete(running.task);
     running.task = -1;
   }
-  if (num_running_ > 0 && now_ns() - last_done_ns_ > kStuckNs) give_up("has a task that does not end");
+  if (num_running_ > 0 && now_ns() - last_done_ns_ > kStuckNs) {
+    give_up("has a task that does not end");
+  }
 }
 
 // Let the round end; `end` says what happened.
-void GpuLane::give_up(const char* what) {
-  if (error_.empty()) error_ = "the GPU lane " + std::string(what) + ", layer " + std::to_string(layer_);
+void GpuLane::give_up(const std::string& what) {
+  if (error_.empty()) error_ = "the GPU lane " + what + ", layer " + std::to_string(layer_);
   for (Running& running : running_) {
     if (running.task >= 0) pool_->complete(running.task);
     running.task = -1;

@@ -51,11 +51,9 @@ class GpuLane final : public Consumer {
   // round's output is worth nothing.
   void end();
 
+  // Forget the spans of the step before.
   void begin_step();
   const std::vector<Span>& spans() const { return spans_; }
-  int64_t tasks_of_gpu() const { return int64_t(spans_.size()); }
-  double gpu_rate() const { return gpu_rate_; }
-  double cpu_rate() const { return cpu_rate_; }
 
  private:
   struct Running {
@@ -65,7 +63,7 @@ class GpuLane final : public Consumer {
 
   void launch(const Slot& slot, Running& running, int32_t task);
   void collect();
-  void give_up(const char* what);
+  void give_up(const std::string& what);
   int64_t affordable_bytes() const;
 
   Launch launch_;

@@ -1,10 +1,10 @@
 // What a layer's plan is made from: attention over the default window, the scan of the coarsest
 // digests, and what both say of each head.
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <limits>
 
+#include "clock.h"
 #include "layer_plan.h"
 
 namespace fluxion {
@@ -19,12 +19,6 @@ constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 constexpr int32_t kSinkBlock = 0, kRestOfSink = 1, kLastBlock = 2, kFirstRecent = 3;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-int64_t now_ns() {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(
-             std::chrono::steady_clock::now().time_since_epoch())
-      .count();
-}
 
 float lse_of(const PartialState& state, int64_t head) {
   return (state.highest[head] + std::log2(state.weight_sums[head])) * kLn2;

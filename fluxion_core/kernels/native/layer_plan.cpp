@@ -1,8 +1,9 @@
 #include "layer_plan.h"
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
+
+#include "clock.h"
 
 namespace fluxion {
 namespace {
@@ -16,12 +17,6 @@ int32_t chunk_panels(int64_t rows, int32_t depth) {
 }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-int64_t now_ns() {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(
-             std::chrono::steady_clock::now().time_since_epoch())
-      .count();
-}
 
 }  // namespace
 

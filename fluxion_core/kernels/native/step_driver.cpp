@@ -1,34 +1,17 @@
 #include "step_driver.h"
 
 #include <atomic>
-#include <chrono>
 #include <stdexcept>
 #include <string>
 
+#include "clock.h"
 #include "kv_append.h"
 
 namespace fluxion {
-namespace {
-
-int64_t now_ns() {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(
-             std::chrono::steady_clock::now().time_since_epoch())
-      .count();
-}
-
-inline void pause() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#endif
-}
-
-}  // namespace
-
 void StepDriver::run(TaskPool& pool, LayerAttention& attention, GpuLane* lane, bool alone,
                      int64_t batch, int32_t step, const int64_t* slabs, const int64_t* tokens,
                      const int32_t* levels, const int32_t* budgets, int64_t plan_layers,
                      int64_t wake_bytes) {
-  times_.assign(size_t(board_.layers), {0, 0});
   if (lane != nullptr) lane->begin_step();
   for (int64_t layer = 0; layer < board_.layers; ++layer) {
     const int64_t plan = layer < plan_layers ? layer : plan_layers - 1;
@@ -39,7 +22,6 @@ void StepDriver::run(TaskPool& pool, LayerAttention& attention, GpuLane* lane, b
       continue;
     }
     await(layer, batch, step);
-    times_[size_t(layer)].published_ns = now_ns();
     append(layer, batch, slabs, tokens);
     if (lane != nullptr) lane->prepare(pool, attention, layer, board_.device_queries, alone);
     attention.submit(pool, layer, rows(layer), row_stride(), layer_levels, layer_budgets,
@@ -49,7 +31,6 @@ void StepDriver::run(TaskPool& pool, LayerAttention& attention, GpuLane* lane, b
     if (lane_takes_part) lane->end();
     std::atomic_thread_fence(std::memory_order_release);
     board_.answered[layer] = step;
-    times_[size_t(layer)].answered_ns = now_ns();
     attention.finish_layer();
   }
   // Nobody waited for these: their tokens are appended while the GPU finishes.
@@ -69,8 +50,10 @@ void StepDriver::await(int64_t layer, int64_t batch, int32_t step) const {
       if (pauses % 4096 != 4095) continue;
       if (until == 0) until = now_ns() + timeout_ns_;
       if (now_ns() > until) {
-        throw std::runtime_error("decode step " + std::to_string(step) + " is stuck: the GPU has not published layer " +
-                                 std::to_string(layer) + " within " + std::to_string(timeout_ns_ / 1'000'000) + " ms");
+        throw std::runtime_error("decode step " + std::to_string(step) +
+                                 " is stuck: the GPU has not published layer " +
+                                 std::to_string(layer) + " within " +
+                                 std::to_string(timeout_ns_ / 1'000'000) + " ms");
       }
     }
   }

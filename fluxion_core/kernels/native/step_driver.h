@@ -7,7 +7,6 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
 #include "gpu_lane.h"
 #include "layer_attention.h"
@@ -30,11 +29,6 @@ struct StepBoard {
 
 class StepDriver {
  public:
-  // What a layer's times were, nanoseconds of the host's monotonic clock; 0 where it was skipped.
-  struct LayerTimes {
-    int64_t published_ns, answered_ns;
-  };
-
   StepDriver(const SlabLayout& layout, const StepBoard& board, int64_t heads, int64_t timeout_ns)
       : layout_(layout), board_(board), heads_(heads), timeout_ns_(timeout_ns) {}
 
@@ -47,8 +41,6 @@ class StepDriver {
            int32_t step, const int64_t* slabs, const int64_t* tokens, const int32_t* levels,
            const int32_t* budgets, int64_t plan_layers, int64_t wake_bytes);
 
-  const std::vector<LayerTimes>& times() const { return times_; }
-
  private:
   void await(int64_t layer, int64_t batch, int32_t step) const;
   void append(int64_t layer, int64_t batch, const int64_t* slabs, const int64_t* tokens) const;
@@ -60,7 +52,6 @@ class StepDriver {
   SlabLayout layout_;
   StepBoard board_;
   int64_t heads_, timeout_ns_;
-  std::vector<LayerTimes> times_;
 };
 
 }  // namespace fluxion

@@ -6,26 +6,14 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <chrono>
 #include <climits>
 #include <numeric>
 
+#include "clock.h"
 #include "pin.h"
 
 namespace fluxion {
 namespace {
-
-int64_t now_ns() {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(
-             std::chrono::steady_clock::now().time_since_epoch())
-      .count();
-}
-
-inline void pause() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#endif
-}
 
 // Sleep while `word` is `seen`.
 void sleep_on(const std::atomic<uint32_t>& word, uint32_t seen) {

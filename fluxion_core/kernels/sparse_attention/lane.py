@@ -10,11 +10,12 @@ from fluxion_core.errors import ShapeError
 from fluxion_core.geometry import BLOCK_SIZES, BLOCK_TOKENS, KvGeometry, ceil_div
 from fluxion_core.kernels.block_score.triton import score_task
 from fluxion_core.kernels.block_topk.triton import choose_blocks
+from fluxion_core.kernels.head_shape import check_heads
+from fluxion_core.kernels.isa import MAX_GROUP
 from fluxion_core.kernels.lane_task import DEVICE_WORDS, NUM_WORDS
 from fluxion_core.kernels.sparse_attention.triton import attend_listed, finish_task
 from fluxion_core.kernels.tile_products import MIN_ROWS
 
-MAX_GROUP = 16
 LEAST_CHOICE = 1024
 """Blocks that the top-k has registers for at least; of longer contexts it has a second size."""
 MAX_CHOICE_BLOCKS = 1 << 15
@@ -50,16 +51,10 @@ class LaneKernels:
         programs: int = 128,
         tile_units: int = 2,
     ) -> None:
-        group, remainder = divmod(num_heads, geometry.num_kv_heads)
-        if remainder or not 1 <= group <= MAX_GROUP:
-            raise ShapeError(
-                f"{num_heads} query heads over {geometry.num_kv_heads} KV heads: need a multiple, "
-                f"up to {MAX_GROUP} to each"
-            )
-        if geometry.head_dim < 16 or geometry.head_dim & (geometry.head_dim - 1):
-            raise ShapeError(
-                f"head_dim is {geometry.head_dim}; kernels take powers of two from 16 on"
-            )
+        check_heads(num_heads, geometry.num_kv_heads, geometry.head_dim)
+        group = num_heads // geometry.num_kv_heads
+        if group > MAX_GROUP:
+            raise ShapeError(f"{group} query heads to a KV head; up to {MAX_GROUP}")
         if programs <= 0 or tile_units <= 0 or tile_units & (tile_units - 1):
             raise ShapeError(f"{programs} programs, tiles of {tile_units} blocks (a power of two)")
         blocks = ceil_div(max_context_tokens, BLOCK_TOKENS)
