@@ -1,4 +1,4 @@
-"""A layer's hand-over as two launches: shapes checked once, then nothing but the kernels."""
+"""A layer's hand-over as three launches: shapes checked once, then nothing but the kernels."""
 
 from __future__ import annotations
 
@@ -120,9 +120,9 @@ class Handover:
     ) -> None:
         """Wait until the host has answered for this step, and merge its part with the window's.
 
-        Grid: rows x KV heads, one warp each: the wait must not fill the link with reads of the
-        flag, and the merge is small. When `timeout_ns` has passed, `error` takes `error_code` and
-        the window's part alone is the result, so that the graph ends.
+        Two launches: one program of one warp that waits, then rows x KV heads that merge. When
+        `timeout_ns` has passed, `error` takes `error_code` and the window's part alone is the
+        result, so that the graph ends.
 
         Args:
             window_output: [rows, num_heads, num_splits, head_dim] float32, contiguous.
@@ -135,7 +135,7 @@ class Handover:
                 for this layer; then nothing of the host's is read.
             step: [1] int32 on the device.
             error: [1] int32, pinned or on the device.
-            stamps: [2] int64 on the device; the clock before and after the first program's wait.
+            stamps: [2] int64 on the device; the clock before and after the wait.
             output: [rows, num_heads, head_dim] of the model's dtype; rows may lie apart.
             timeout_ns: how long to wait at most.
             error_code: not 0; says which layer it was.
