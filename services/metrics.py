@@ -68,6 +68,14 @@ def outcome_of(error: BaseException | None) -> tuple[str, str]:
     return "failed", status.name if status is not None else "INTERNAL"
 
 
+class WatchingCollector(Collector):
+    """Looks at what it exports between scrapes too, on a thread of its own, until it is closed."""
+
+    def close(self) -> None:
+        """Stop looking. Idempotent."""
+        raise NotImplementedError
+
+
 class NodeMetrics(Collector):
     """A node's metrics: whether it is ready, and, once they are there, its own.
 
@@ -100,6 +108,12 @@ class NodeMetrics(Collector):
         for collector in self._collectors:
             yield from collector.collect()
 
+    def close(self) -> None:
+        """End what collectors do of their own accord. Idempotent."""
+        for collector in self._collectors:
+            if isinstance(collector, WatchingCollector):
+                collector.close()
+
 
 class MetricsEndpoint:
     """Serves a node's metrics over HTTP until closed.
@@ -114,6 +128,7 @@ class MetricsEndpoint:
 
     def __init__(self, listen: str, metrics: NodeMetrics) -> None:
         self._server: _Server | None = None
+        self._metrics = metrics
         if not listen:
             return
         registry = CollectorRegistry(auto_describe=False)
@@ -141,7 +156,8 @@ class MetricsEndpoint:
         return f"{self._server.server_address[0]!s}:{self._server.server_port}"
 
     def close(self) -> None:
-        """Stop serving. Idempotent."""
+        """Stop serving and collecting. Idempotent."""
+        self._metrics.close()
         if self._server is not None:
             self._server.shutdown()
             self._server.server_close()

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 from prometheus_client.metrics_core import Metric
-from prometheus_client.registry import Collector
 
 from fluxion_core.errors import FluxionError
 from fluxion_core.metrics import MetricDefinition
 from fluxion_core.nvml import NvmlReader, open_nvml
 from fluxion_core.telemetry import event
+from services.metrics import WatchingCollector
 
 _log = logging.getLogger(__name__)
+
+AnswerT = TypeVar("AnswerT")
 
 NVML_PCIE_BYTES = MetricDefinition(
     "fluxion_nvml_pcie_bytes_total",
     "counter",
     "bytes",
-    "Bytes over PCIe as the card counts them, all processes, packet headers included.",
+    "Bytes on the PCIe link as the card measures them, all processes, packet headers included.",
     ("direction",),
     needs="nvml",
 )
@@ -29,7 +32,7 @@ NVML_LINK = MetricDefinition(
     "fluxion_nvml_pcie_link_bytes_per_second",
     "gauge",
     "bytes/s",
-    "What the card's PCIe link carries in one direction, before packet headers.",
+    "What the card's PCIe link carries in one direction, packet headers included.",
     needs="nvml",
 )
 NVML_UTILIZATION = MetricDefinition(
@@ -47,6 +50,9 @@ NVML_ACTIVITY = MetricDefinition(
     ("unit",),
     needs="nvml",
 )
+LOOK_SECONDS = 1.0
+"""Between looks at the card."""
+
 GPU_DEFINITIONS = (NVML_PCIE_BYTES, NVML_LINK, NVML_UTILIZATION, NVML_ACTIVITY)
 
 
@@ -58,27 +64,55 @@ def nvml_collectors(device: torch.device) -> list[NvmlCollector]:
     return [] if reader is None else [NvmlCollector(reader)]
 
 
-class NvmlCollector(Collector):
-    """Reads a card at each scrape."""
+class NvmlCollector(WatchingCollector):
+    """Looks at a card every second, from a thread of its own, and once more at each scrape.
 
-    def __init__(self, reader: NvmlReader) -> None:
+    Bytes over PCIe are rates times the time between looks: scrapes may be far apart, looks may not.
+
+    Args:
+        reader: of the card; used here alone from now on.
+        look_seconds: between looks.
+    """
+
+    def __init__(self, reader: NvmlReader, *, look_seconds: float = LOOK_SECONDS) -> None:
         self._reader = reader
         self._lock = threading.Lock()
         self._failed = False
+        self._look_seconds = look_seconds
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="nvml", daemon=True)
+        self._thread.start()
 
     def collect(self) -> Iterator[Metric]:
         """The card's figures; nothing, and one line in the log, while the driver refuses."""
-        with self._lock:
-            try:
-                readings = self._reader.read()
-            except FluxionError as error:
-                if not self._failed:
-                    _log.warning(event("NVML metrics missing", error=str(error)))
-                self._failed = True
-                return
-            self._failed = False
-        yield NVML_PCIE_BYTES.render({(way,): n for way, n in readings.pcie_bytes.items()})
+        readings = self._ask(self._reader.read)
+        if readings is None:
+            return
+        if readings.pcie_bytes:
+            yield NVML_PCIE_BYTES.render({(way,): n for way, n in readings.pcie_bytes.items()})
         yield NVML_LINK.render_value(readings.link_bytes_per_second)
         yield NVML_UTILIZATION.render_value(readings.utilization)
         if readings.activity:
             yield NVML_ACTIVITY.render({(unit,): n for unit, n in readings.activity.items()})
+
+    def close(self) -> None:
+        """Stop looking. Idempotent."""
+        self._ending.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._ending.wait(self._look_seconds):
+            self._ask(self._reader.look)
+
+    def _ask(self, question: Callable[[], AnswerT]) -> AnswerT | None:
+        """What the driver answers; None while it refuses."""
+        with self._lock:
+            try:
+                answer = question()
+            except FluxionError as error:
+                if not self._failed:
+                    _log.warning(event("NVML metrics missing", error=str(error)))
+                self._failed = True
+                return None
+            self._failed = False
+            return answer

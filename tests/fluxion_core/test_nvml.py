@@ -10,16 +10,20 @@ from fluxion_core import nvml as nvml_module
 from fluxion_core.errors import FluxionError
 from fluxion_core.nvml import NvmlReader
 
+MIB = 1 << 20
+
 
 class FakeNvml:
-    """What the reader uses of pynvml; a Hopper card on PCIe 5 x16."""
+    """What the reader uses of pynvml: a Hopper card on PCIe 5 x16, whose link is never still."""
 
     NVML_SUCCESS = 0
-    NVML_FI_DEV_PCIE_COUNT_TX_BYTES = 197
-    NVML_FI_DEV_PCIE_COUNT_RX_BYTES = 198
+    NVML_PCIE_UTIL_TX_BYTES = 0
+    NVML_PCIE_UTIL_RX_BYTES = 1
     NVML_GPM_METRIC_GRAPHICS_UTIL = 1
     NVML_GPM_METRIC_SM_UTIL = 2
     NVML_GPM_METRIC_DRAM_BW_UTIL = 10
+    NVML_GPM_METRIC_PCIE_TX_PER_SEC = 20
+    NVML_GPM_METRIC_PCIE_RX_PER_SEC = 21
     NVML_GPM_METRICS_GET_VERSION = 1
 
     class NVMLError(Exception):
@@ -27,10 +31,10 @@ class FakeNvml:
 
     def __init__(self, *, has_gpm: bool = True, generation: int = 5) -> None:
         self.has_gpm, self.generation = has_gpm, generation
-        self.counts = {197: 20, 198: 1000}
-        self.field_status = 0
+        self.values = {1: 10.0, 2: 20.0, 10: 100.0, 20: 2.0, 21: 50_000.0}
+        self.refuses = False
+        self.has_throughput = True
         self.samples = 0
-        self.busy_at: dict[int, float] = {}
 
     def nvmlInit(self) -> None:
         pass
@@ -49,13 +53,10 @@ class FakeNvml:
     def nvmlGpmQueryDeviceSupport(self, handle: str) -> SimpleNamespace:
         return SimpleNamespace(isSupportedDevice=int(self.has_gpm))
 
-    def nvmlDeviceGetFieldValues(self, handle: str, fields: list[int]) -> list[SimpleNamespace]:
-        return [
-            SimpleNamespace(
-                nvmlReturn=self.field_status, value=SimpleNamespace(ullVal=self.counts[field])
-            )
-            for field in fields
-        ]
+    def nvmlDeviceGetPcieThroughput(self, handle: str, counter: int) -> int:
+        if self.refuses or not self.has_throughput:
+            raise self.NVMLError("Not Supported")
+        return 4_000_000 if counter == self.NVML_PCIE_UTIL_RX_BYTES else 1000
 
     def nvmlDeviceGetUtilizationRates(self, handle: str) -> SimpleNamespace:
         return SimpleNamespace(gpu=40)
@@ -64,6 +65,8 @@ class FakeNvml:
         return SimpleNamespace(number=0)
 
     def nvmlGpmSampleGet(self, handle: str, sample: SimpleNamespace) -> None:
+        if self.refuses:
+            raise self.NVMLError("Unknown Error")
         self.samples += 1
         sample.number = self.samples
 
@@ -73,27 +76,33 @@ class FakeNvml:
     def nvmlGpmMetricsGet(self, question: SimpleNamespace) -> None:
         assert question.sample1.number == question.sample2.number - 1
         for metric in question.metrics[: question.numMetrics]:
-            metric.nvmlReturn = 0
-            metric.value = 10.0 * metric.metricId
+            known = metric.metricId in self.values
+            metric.nvmlReturn = self.NVML_SUCCESS if known else 3
+            metric.value = self.values.get(metric.metricId, 0.0)
 
 
 @pytest.fixture
 def clock(monkeypatch) -> SimpleNamespace:
-    """The reader's clock, a second further at each look."""
-    now = SimpleNamespace(seconds=0.0, step=1.0)
-
-    def monotonic() -> float:
-        now.seconds += now.step
-        return now.seconds
-
-    monkeypatch.setattr(nvml_module, "time", SimpleNamespace(monotonic=monotonic))
+    """The reader's clock, which stands until a test moves it."""
+    now = SimpleNamespace(seconds=1000.0)
+    monkeypatch.setattr(nvml_module, "time", SimpleNamespace(monotonic=lambda: now.seconds))
     return now
 
 
-def test_what_the_card_receives_is_host_to_device(clock):
-    readings = NvmlReader("GPU-1", FakeNvml()).read()
-    assert readings.pcie_bytes == {"host_to_device": 1000, "device_to_host": 20}
+def test_bytes_are_mean_rates_times_the_time_between_looks(clock):
+    fake = FakeNvml()
+    reader = NvmlReader("GPU-1", fake)
+    assert reader.read().pcie_bytes == {"host_to_device": 0, "device_to_host": 0}
+    # 50,000 MiB/s for 1 s, as much as a 32-bit counter counts in 86 ms; then 1 MiB/s for 20 s.
+    clock.seconds += 1
+    reader.look()
+    fake.values[FakeNvml.NVML_GPM_METRIC_PCIE_RX_PER_SEC] = 1.0
+    clock.seconds += 20
+    readings = reader.read()
+    assert readings.pcie_bytes["host_to_device"] == pytest.approx(50_020 * MIB)
+    assert readings.pcie_bytes["device_to_host"] == pytest.approx(2.0 * 21 * MIB)
     assert readings.utilization == 0.4
+    assert reader.pcie_source == "gpm"
 
 
 def test_a_link_of_generation_5_and_16_lanes_carries_63_gigabytes_per_second(clock):
@@ -102,37 +111,74 @@ def test_a_link_of_generation_5_and_16_lanes_carries_63_gigabytes_per_second(clo
     assert readings.link_bytes_per_second == pytest.approx(63.015e9, rel=1e-4)
 
 
-def test_activity_is_of_the_time_between_two_looks(clock):
-    reader = NvmlReader("GPU-1", FakeNvml())
+def test_activity_is_the_mean_since_the_last_reading(clock):
+    fake = FakeNvml()
+    reader = NvmlReader("GPU-1", fake)
     assert reader.read().activity == {}
-    for _ in range(3):
-        activity = reader.read().activity
-        assert activity == {"graphics": 0.1, "sm": 0.2, "dram": 1.0}
+    clock.seconds += 3
+    reader.look()
+    fake.values[FakeNvml.NVML_GPM_METRIC_SM_UTIL] = 60.0
+    clock.seconds += 1
+    # By hand: 20 % for 3 s and 60 % for 1 s.
+    assert reader.read().activity == pytest.approx({"graphics": 0.1, "sm": 0.3, "dram": 1.0})
+    clock.seconds += 1
+    assert reader.read().activity["sm"] == pytest.approx(0.6)
 
 
 def test_looks_too_close_together_take_no_sample(clock):
     fake = FakeNvml()
     reader = NvmlReader("GPU-1", fake)
-    reader.read()
-    reader.read()
-    clock.step = nvml_module.MIN_ACTIVITY_SECONDS / 2
-    assert reader.read().activity == {"graphics": 0.1, "sm": 0.2, "dram": 1.0}
+    clock.seconds += 1
+    before = reader.read()
+    clock.seconds += nvml_module.MIN_LOOK_SECONDS / 2
+    assert reader.read() == before
     assert fake.samples == 2
 
 
-def test_a_card_before_hopper_has_no_activity(clock):
+def test_a_look_that_the_driver_refuses_is_made_up_for_by_the_next(clock):
+    fake = FakeNvml()
+    reader = NvmlReader("GPU-1", fake)
+    clock.seconds += 1
+    fake.refuses = True
+    with pytest.raises(FluxionError, match="NVML"):
+        reader.look()
+    fake.refuses = False
+    clock.seconds += 1
+    assert reader.read().pcie_bytes["device_to_host"] == pytest.approx(2.0 * 2 * MIB)
+
+
+def test_a_card_before_hopper_has_estimated_bytes_and_no_activity(clock):
     reader = NvmlReader("GPU-1", FakeNvml(has_gpm=False))
-    reader.read()
-    assert reader.read().activity == {}
+    clock.seconds += 2
+    readings = reader.read()
+    assert reader.pcie_source == "throughput"
+    # By hand: 4,000,000 and 1,000 KB/s for 2 s.
+    assert readings.pcie_bytes == {"host_to_device": 8e9, "device_to_host": 2e6}
+    assert readings.activity == {}
 
 
-def test_an_unknown_card_a_refused_field_and_an_unknown_link_are_errors(clock):
+def test_a_monitor_without_pcie_rates_leaves_them_to_the_driver(clock):
+    fake = FakeNvml()
+    del fake.values[FakeNvml.NVML_GPM_METRIC_PCIE_RX_PER_SEC]
+    reader = NvmlReader("GPU-1", fake)
+    clock.seconds += 1
+    readings = reader.read()
+    assert reader.pcie_source == "throughput"
+    assert readings.pcie_bytes == {"host_to_device": 4e9, "device_to_host": 1e6}
+    assert readings.activity == pytest.approx({"graphics": 0.1, "sm": 0.2, "dram": 1.0})
+
+
+def test_a_card_that_cannot_tell_of_pcie_has_no_bytes(clock):
+    fake = FakeNvml(has_gpm=False)
+    fake.has_throughput = False
+    reader = NvmlReader("GPU-1", fake)
+    clock.seconds += 1
+    readings = reader.read()
+    assert (reader.pcie_source, readings.pcie_bytes) == ("none", {})
+
+
+def test_an_unknown_card_and_an_unknown_link_are_errors(clock):
     with pytest.raises(FluxionError, match="GPU-2"):
         NvmlReader("GPU-2", FakeNvml())
     with pytest.raises(FluxionError, match="generation 9"):
         NvmlReader("GPU-1", FakeNvml(generation=9))
-    fake = FakeNvml()
-    reader = NvmlReader("GPU-1", fake)
-    fake.field_status = 3
-    with pytest.raises(FluxionError, match="NVML"):
-        reader.read()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import threading
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -156,24 +157,49 @@ class _Card:
 
     def __init__(self) -> None:
         self.error: Exception | None = None
+        self.has_pcie = True
+        self.looked = threading.Event()
+
+    def look(self) -> None:
+        self.looked.set()
 
     def read(self) -> NvmlReadings:
         if self.error is not None:
             raise self.error
-        return NvmlReadings(
-            {"host_to_device": 5, "device_to_host": 6}, 63e9, 0.5, {"graphics": 0.25}
-        )
+        pcie = {"host_to_device": 5, "device_to_host": 6} if self.has_pcie else {}
+        return NvmlReadings(pcie, 63e9, 0.5, {"graphics": 0.25})
 
 
-def test_a_card_is_read_at_each_scrape_and_a_refusal_leaves_its_metrics_out():
-    card = _Card()
-    collector = NvmlCollector(card)  # type: ignore[arg-type]
+@pytest.fixture
+def card() -> _Card:
+    return _Card()
+
+
+@pytest.fixture
+def collector(card: _Card):
+    watching = NvmlCollector(card, look_seconds=0.01)  # type: ignore[arg-type]
+    yield watching
+    watching.close()
+
+
+def test_a_card_is_read_at_each_scrape_and_what_it_cannot_tell_is_left_out(card, collector):
     names = {one.name + ("_total" if one.type == "counter" else "") for one in collector.collect()}
     assert names == {one.name for one in GPU_DEFINITIONS}
     card.error = DeadlineError("the driver is busy")
     assert list(collector.collect()) == []
-    card.error = None
-    assert len(list(collector.collect())) == len(GPU_DEFINITIONS)
+    card.error, card.has_pcie = None, False
+    assert "fluxion_nvml_pcie_bytes" not in {one.name for one in collector.collect()}
+
+
+def test_a_card_is_looked_at_between_scrapes_until_the_endpoint_closes(card, collector):
+    metrics = NodeMetrics("decode")
+    served = MetricsEndpoint("127.0.0.1:0", metrics)
+    metrics.loaded("model", "cuda:0", collector)
+    assert card.looked.wait(30)
+    served.close()
+    card.looked.clear()
+    # Its thread has ended: nobody looks any more.
+    assert not card.looked.wait(0.05)
 
 
 @pytest.mark.parametrize(
