@@ -16,6 +16,7 @@
     ├── DeadlineError               the deadline passed
     ├── RequestCancelledError       the caller went away
     ├── AuthenticationError         missing or wrong credentials
+    ├── DeviceError                 the GPU failed; only a new process can use it again
     ├── ModelError                  a model cannot be used
     │   ├── ModelNotFoundError      no such file, directory or name
     │   ├── ModelFileError          truncated or malformed file
@@ -59,11 +60,25 @@ class SamplingError(InvalidRequestError):
 
 
 class CapacityError(FluxionError):
-    """The node is full. Retrying elsewhere, or later, may work."""
+    """The node is full, or the client asks for too much at a time. Retrying later may work."""
 
-    def __init__(self, resource: str, *, needed: int, free: int, unit: str, remedy: str) -> None:
+    retry_after_seconds: float | None = None
+    """When retrying makes sense, if that is known; clients are told."""
+
+    def __init__(
+        self,
+        resource: str,
+        *,
+        needed: int,
+        free: int,
+        unit: str,
+        remedy: str,
+        retry_after_seconds: float | None = None,
+    ) -> None:
         self.resource, self.needed, self.free, self.unit = resource, needed, free, unit
-        super().__init__(f"{resource}: need {needed} {unit}, {free} {unit} free; {remedy}")
+        self.retry_after_seconds = retry_after_seconds
+        later = "" if retry_after_seconds is None else f"; retry in {retry_after_seconds:.3g} s"
+        super().__init__(f"{resource}: need {needed} {unit}, {free} {unit} free; {remedy}{later}")
 
 
 class LayoutMismatchError(FluxionError):
@@ -131,6 +146,10 @@ class RequestCancelledError(FluxionError):
 
 class AuthenticationError(FluxionError):
     """Credentials are missing or wrong."""
+
+
+class DeviceError(FluxionError):
+    """The GPU failed or got stuck. This process cannot use it again."""
 
 
 class ModelError(FluxionError):
