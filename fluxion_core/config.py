@@ -11,10 +11,18 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
@@ -62,25 +70,103 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
+class ServerTlsSettings(Section):
+    """TLS of the gRPC listener; off without a certificate. Files are read again when they change."""
+
+    certificate: Path | None = None
+    """PEM chain, the node's own certificate first; with key turns TLS on."""
+    key: Path | None = None
+    """PEM key of the certificate, without a passphrase; nobody else may be able to read the file."""
+    client_authority: Path | None = None
+    """PEM authority: who has no certificate signed by it cannot connect (mutual TLS)."""
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if (self.certificate is None) != (self.key is None):
+            raise ValueError("certificate and key go together; set both or neither")
+        if self.client_authority is not None and self.certificate is None:
+            raise ValueError("client_authority needs a certificate and a key of this node")
+        return self
+
+
+class AuthSettings(Section):
+    """Who may call. Without any of it everybody may; health checks are always answered."""
+
+    token_file: Path | None = None
+    """File of lines NAME TOKEN: each call must send one of the tokens as `authorization: Bearer
+    TOKEN`. Names appear in logs, tokens never. Read again when it changes."""
+    certificate_names: tuple[str, ...] = ()
+    """With mutual TLS: names in the certificates of those who may call; empty for all whom the
+    authority signed."""
+
+
+class ClientLimitSettings(Section):
+    """What one client may ask for at a time; 0 for no limit. A client is a token's name, else the
+    name in a certificate, else an address."""
+
+    requests_in_flight: int = Field(default=0, ge=0)
+    """Calls that are not over yet."""
+    requests_per_minute: int = Field(default=0, ge=0)
+    """Calls begun in any 60 seconds."""
+    waiting_tokens: int = Field(default=0, ge=0)
+    """Prompt tokens of requests that have not got their first token yet."""
+
+
 class ServerSettings(Section):
-    """Where a node listens, and its limits."""
+    """Where a node listens, who may call, and its limits."""
 
     listen: str = "127.0.0.1:0"
     """host:port for gRPC; port 0 takes a free one."""
+    health_listen: str = ""
+    """host:port that answers health checks only, always without TLS; empty for none."""
     metrics_listen: str = ""
-    """host:port of the Prometheus endpoint; empty for none."""
+    """host:port of the Prometheus endpoint, plain HTTP for everybody; empty for none."""
     max_request_bytes: ByteCount = 16 << 20
     """Largest request message. A million token ids take about 3 MiB; text takes more."""
+    max_metadata_bytes: ByteCount = Field(default=16 << 10, ge=1024)
+    """Largest metadata of a call."""
+    max_streams_per_connection: int = Field(default=512, gt=0)
+    """Calls at a time on one connection; further ones wait on the client's side."""
+    max_connections: int = Field(default=4096, gt=0)
+    """Connections at a time; further ones are closed at once."""
     grace_seconds: float = Field(default=30.0, ge=0)
     """After SIGTERM, running requests have this long to finish."""
-    tls_certificate: Path | None = None
-    """PEM chain of this node; with tls_key turns TLS on."""
-    tls_key: Path | None = None
-    """PEM key of tls_certificate."""
-    tls_client_authority: Path | None = None
-    """PEM authority that clients must be signed by (mutual TLS)."""
-    bearer_token_file: Path | None = None
-    """File whose content every call must send as `authorization: Bearer …`."""
+    tls: ServerTlsSettings = ServerTlsSettings()
+    """Encryption, and certificates of peers."""
+    auth: AuthSettings = AuthSettings()
+    """Tokens and names of those who may call."""
+    client_limits: ClientLimitSettings = ClientLimitSettings()
+    """What one client may ask for."""
+
+    @model_validator(mode="after")
+    def _check_auth(self) -> Self:
+        if self.auth.certificate_names and self.tls.client_authority is None:
+            raise ValueError("auth.certificate_names needs tls.client_authority")
+        if self.auth.token_file and self.tls.certificate is None and not is_loopback(self.listen):
+            raise ValueError(
+                f"auth.token_file without tls on {self.listen}: tokens could be read on the way; "
+                f"set tls.certificate and tls.key, or listen on 127.0.0.1"
+            )
+        return self
+
+
+class ClientTlsSettings(Section):
+    """TLS towards a node; off without an authority."""
+
+    authority: Path | None = None
+    """PEM authority of the node's certificate; turns TLS on."""
+    certificate: Path | None = None
+    """PEM chain shown to the node (mutual TLS)."""
+    key: Path | None = None
+    """PEM key of the certificate; nobody else may be able to read the file."""
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if (self.certificate is None) != (self.key is None):
+            raise ValueError("certificate and key go together; set both or neither")
+        if self.certificate is not None and self.authority is None:
+            raise ValueError("a certificate needs an authority, which turns TLS on")
+        return self
 
 
 class ClientSettings(Section):
@@ -88,14 +174,22 @@ class ClientSettings(Section):
 
     connect_seconds: float = Field(default=5.0, gt=0)
     """Time to reach a node before it counts as unavailable."""
-    tls_authority: Path | None = None
-    """PEM authority of the server's certificate; turns TLS on."""
-    tls_certificate: Path | None = None
-    """PEM chain shown to the server (mutual TLS)."""
-    tls_key: Path | None = None
-    """PEM key of tls_certificate."""
-    bearer_token_file: Path | None = None
-    """File whose content is sent as the bearer token."""
+    tls: ClientTlsSettings = ClientTlsSettings()
+    """Encryption, and the caller's certificate."""
+    token_file: Path | None = None
+    """File of one token, sent as `authorization: Bearer TOKEN`; only over TLS, or to this machine.
+    Read again when it changes."""
+
+
+def is_loopback(address: str) -> bool:
+    """Whether host:port can only be reached from this machine."""
+    host = address.rpartition(":")[0].strip("[]")
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 class ModelSettings(Section):
@@ -105,10 +199,11 @@ class ModelSettings(Section):
     """Name that `fluxion pull` knows, or a path: a GGUF file or a safetensors directory."""
     models_dir: Path | None = None
     """Where pulled models are; none for the user's data directory."""
-    device: Literal["auto", "cpu"] = "auto"
-    """Where the dense part runs; auto is the CPU, the only one supported so far."""
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    """Where the dense part runs: cpu, cuda or cuda:N; auto is the first CUDA device, if there is
+    one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of weights and activations; auto is float32 on a CPU."""
+    """Precision of weights and activations; auto is float32 on a CPU, bfloat16 on a GPU."""
     threads: int = Field(default=0, ge=0)
     """Threads of the dense part on a CPU; 0 for one per core."""
 
@@ -153,6 +248,7 @@ _SHORTHANDS = {
     "--model": "--model.model",
     "--models-dir": "--model.models-dir",
     "--device": "--model.device",
+    "--lanes": "--engine.lanes",
     "--prefill-addresses": "--prefill.addresses",
 }
 """Short flags for what is given most; each stands for one setting."""

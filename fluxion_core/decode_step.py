@@ -67,6 +67,24 @@ class GivenPlan:
     """[layers, heads] int32: blocks of that level."""
 
 
+@dataclass(frozen=True)
+class StepRow:
+    """One sequence of a step."""
+
+    sequence: SequenceKv
+    """With room for one more token."""
+    slot: int
+    """Given when it joined."""
+    token_id: int
+    """Its newest token, whose KV is not yet stored."""
+    policy: Policy
+    """What to read of its region."""
+    state: PlannerState | None = None
+    """For policies that need head profiles."""
+    given: GivenPlan | None = None
+    """In place of the policy's decisions; a GPU's steps only."""
+
+
 class StepWork:
     """One token of every sequence of a batch, through all layers.
 

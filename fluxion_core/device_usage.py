@@ -19,11 +19,19 @@ decode; Python prepared or ended a step."""
 PcieDirection = Literal["host_to_device", "device_to_host"]
 
 PciePurpose = Literal[
-    "digests", "selected_kv", "queries", "attention_states", "window", "prefill_kv", "weights"
+    "digests",
+    "selected_kv",
+    "queries",
+    "attention_states",
+    "logits",
+    "window",
+    "prefill_kv",
+    "weights",
 ]
 """What bytes crossed PCIe for: digests that the GPU scans and KV that it attends to in host memory;
-queries for the CPU and attention states that come back; KV for the device's default window;
-a prompt's KV on its way from a prefill GPU; weights of the model."""
+queries, keys and values of new tokens for the CPU, attention states of either device for the other,
+logits; KV for the device's default window; a prompt's KV on its way from a prefill GPU; weights of
+the model."""
 
 TaskDevice = Literal["cpu", "gpu"]
 
@@ -50,6 +58,12 @@ class DeviceUsage:
         default_factory=lambda: dict.fromkeys(product(PCIE_DIRECTIONS, PCIE_PURPOSES), 0)
     )
     """By direction and purpose; every pair has an entry."""
+
+    @property
+    def accounted_seconds(self) -> float:
+        """Busy and idle."""
+        return self.busy_seconds + sum(self.idle_seconds.values())
+
     tasks_by_device: dict[TaskDevice, int] = field(
         default_factory=lambda: dict.fromkeys(TASK_DEVICES, 0)
     )

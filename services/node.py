@@ -46,14 +46,14 @@ def load_node_model(settings: ModelSettings) -> NodeModel:
 
     Raises:
         ModelError: it is not there, damaged or not supported, or its tokenizer does not fit.
+        ConfigError: there is no such device.
     """
     started = time.perf_counter()
     path = locate_model(settings.model, settings.models_dir or default_models_dir())
-    device = torch.device("cpu")
-    dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
+    device = find_device(settings.device)
     torch.set_num_threads(settings.threads or len(os.sched_getaffinity(0)))
     tokenizer = Tokenizer.load(path)
-    loaded = load_model(path, device=device, dtype=dtype)
+    loaded = load_model(path, device=device, dtype=find_dtype(settings.dtype, device))
     tokenizer.check_fits(loaded.config.vocab_size)
     layout = KvLayout(
         model_name=loaded.name,
@@ -67,6 +67,35 @@ def load_node_model(settings: ModelSettings) -> NodeModel:
     seconds = time.perf_counter() - started
     _log.info(event("model loaded", model=loaded.name, device=device, seconds=seconds))
     return NodeModel(loaded, tokenizer, layout)
+
+
+def find_device(name: str) -> torch.device:
+    """The device that the settings name; a CUDA device is made the current one.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        index = device.index or 0
+        if index >= count:
+            raise ConfigError(
+                f"model.device is {name}; torch {torch.__version__} finds {count} CUDA devices "
+                f"here; use cpu, or install a CUDA build of torch and a driver that suits it"
+            )
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+    return device
+
+
+def find_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Precision of weights and activations that the settings ask for."""
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" else "float32"
+    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
 
 
 def run_node(

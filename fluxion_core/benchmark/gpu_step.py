@@ -27,10 +27,10 @@ from rich.table import Table
 from fluxion_core.benchmark.model_shapes import fill_sequences, random_decoder, shape_named
 from fluxion_core.benchmark.recorded_plans import RecordedPlans
 from fluxion_core.benchmark.report import describe_machine
-from fluxion_core.decode_step import GivenPlan
+from fluxion_core.decode_step import GivenPlan, StepRow
 from fluxion_core.errors import ConfigError
 from fluxion_core.geometry import KvGeometry, WindowSpec
-from fluxion_core.gpu.device_step import DeviceStep, Lanes, StepRow
+from fluxion_core.gpu.device_step import DeviceStep, Lanes
 from fluxion_core.gpu.uva_rate import launch_read, measure_uva
 from fluxion_core.kernels import _native
 from fluxion_core.kvstore.store import HostKvStore

@@ -12,21 +12,22 @@ while the GPU goes on.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fluxion_core.decode_step import (
-    GivenPlan,
     StepReads,
+    StepRow,
     StepWork,
     check_step_shapes,
     checked_states,
 )
-from fluxion_core.errors import CapacityError, FluxionError
+from fluxion_core.device_usage import DeviceUsage
+from fluxion_core.errors import CapacityError, DeviceError, FluxionError
 from fluxion_core.geometry import KvGeometry, WindowSpec
 from fluxion_core.gpu.board import Board
 from fluxion_core.gpu.lane import GpuLane
@@ -39,32 +40,16 @@ from fluxion_core.kvstore.store import HostKvStore, SequenceKv
 from fluxion_core.kvstore.window import DeviceWindows
 from fluxion_core.models.decoder import Decoder
 from fluxion_core.scheduler.scheduler import WAKE_BYTES, CpuPool
-from fluxion_core.selector.planner import Planner, PlannerState
-from fluxion_core.selector.policy import Policy
+from fluxion_core.selector.planner import Planner
+from fluxion_core.telemetry import event
+
+_log = logging.getLogger(__name__)
 
 Lanes = Literal["cpu", "gpu", "both"]
 """Who attends to retrieval regions."""
 
 STUCK_NS = 10_000_000_000
 """A hand-over that takes longer than this is a fault: the step ends with an error."""
-
-
-@dataclass(frozen=True)
-class StepRow:
-    """One sequence of a step."""
-
-    sequence: SequenceKv
-    """With room for one more token."""
-    slot: int
-    """Of its window."""
-    token_id: int
-    """Its newest token, whose KV is not yet stored."""
-    policy: Policy
-    """What to read of its region."""
-    state: PlannerState | None = None
-    """For policies that need head profiles."""
-    given: GivenPlan | None = None
-    """In place of the policy's decisions."""
 
 
 class DeviceStep:
@@ -112,6 +97,12 @@ class DeviceStep:
         self._stream = torch.cuda.Stream(self._device)
         self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
         self._steps = 0
+        self._times: StepTimes | None = None
+        self.usage = DeviceUsage()
+        """What steps did to the device; `host_step` and `no_work` are for whoever runs them."""
+        self.usage.pcie_bytes["host_to_device", "weights"] = sum(
+            weight.nbytes for weight in decoder.parameters()
+        )
         sizes = sorted({min(1 << power, max_rows) for power in range(max_rows.bit_length() + 1)})
         self.board.skip.fill_(1)
         self._graphs = {size: self._capture(geometry, size) for size in sizes}
@@ -141,7 +132,12 @@ class DeviceStep:
                 "the device step has been made"
             )
         with torch.cuda.stream(self._stream):
-            return self.windows.join(sequence)
+            slot = self.windows.join(sequence)
+        window = min(sequence.num_tokens, self._window.slot_tokens)
+        self.usage.pcie_bytes["host_to_device", "window"] += (
+            window * self._store.geometry.token_bytes
+        )
+        return slot
 
     def leave(self, slot: int) -> None:
         """Give a slot back."""
@@ -156,8 +152,9 @@ class DeviceStep:
 
         Raises:
             CapacityError: more rows than this was made for.
-            FluxionError: see `checked_states`; or the step got stuck or a kernel failed: from then
-                on only `close` may be called.
+            FluxionError: see `checked_states`.
+            DeviceError: the step got stuck or a kernel failed: from then on only `close` may be
+                called.
         """
         if len(rows) > self.board.rows.shape[1]:
             raise CapacityError(
@@ -177,7 +174,8 @@ class DeviceStep:
             attends_window=False,
             given=[row.given for row in rows],
         )
-        graph = self._graphs[min(size for size in self._graphs if size >= len(rows))]
+        size = min(size for size in self._graphs if size >= len(rows))
+        graph = self._graphs[size]
         self._write_inputs(rows)
         nothing = work.needs_nothing()
         self.board.skip.copy_(nothing.expand(self.board.skip.shape[0]))
@@ -199,26 +197,58 @@ class DeviceStep:
                 len(work.levels),
                 WAKE_BYTES,
             )
+            self._stream.synchronize()
         except RuntimeError as error:
-            raise FluxionError(str(error)) from None
-        self._stream.synchronize()
+            # torch's errors of the device are RuntimeErrors too.
+            raise DeviceError(f"decode step {self._steps}: {error}") from None
         if code := int(self.board.error[0]):
-            raise FluxionError(f"decode step {self._steps}: no answer for layer {code - 1} in time")
-        return self.board.logits[: len(rows)], work.finish()
-
-    def times(self) -> StepTimes:
-        """Where the last step's time went."""
-        return step_times(
+            raise DeviceError(f"decode step {self._steps}: no answer for layer {code - 1} in time")
+        reads = work.finish()
+        self._times = step_times(
             self._events[0].elapsed_time(self._events[1]) / 1e3,
             self.board.stamps,
             self.board.skip,
             self._lane.spans() if self._lane is not None else [],
         )
+        self._count(reads, size)
+        return self.board.logits[: len(rows)], reads
+
+    def times(self) -> StepTimes:
+        """Where the last step's time went."""
+        assert self._times is not None, "no step has been run"
+        return self._times
 
     def close(self) -> None:
-        """Let go of the device: wait for it, then unpin the store. Idempotent."""
-        torch.cuda.synchronize(self._device)
+        """Let go of the device: wait for it, then unpin the store. Idempotent.
+
+        A device that has failed cannot be waited for; what is pinned then goes with the process.
+        """
+        try:
+            torch.cuda.synchronize(self._device)
+        except RuntimeError as error:
+            _log.warning(event("arena left pinned", error=str(error)))
+            return
         self._registered.close()
+
+    def _count(self, reads: Sequence[StepReads], size: int) -> None:
+        """Add the last step to `usage`. Flags and stamps, some bytes a layer, are left out."""
+        times, usage, board = self.times(), self.usage, self.board
+        usage.busy_seconds += times.busy
+        usage.idle_seconds["host_attention"] += times.waited_idle
+        groups = sum(sum(read.groups_of_size) + read.groups_everything for read in reads)
+        usage.tasks_by_device["gpu"] += times.lane_tasks
+        usage.tasks_by_device["cpu"] += groups - times.lane_tasks
+        batch, layers = len(reads), len(board.skip)
+        answered = layers - int(board.skip.count_nonzero())
+        state_bytes = self._num_heads * (self._store.geometry.head_dim + 1) * 4
+        group_bytes = state_bytes // self._store.geometry.num_kv_heads
+        moved = usage.pcie_bytes
+        moved["host_to_device", "digests"] += times.lane_digest_bytes
+        moved["host_to_device", "selected_kv"] += times.lane_kv_bytes
+        moved["host_to_device", "attention_states"] += answered * batch * state_bytes
+        moved["device_to_host", "attention_states"] += times.lane_tasks * group_bytes
+        moved["device_to_host", "queries"] += layers * batch * board.rows[0, 0].nbytes
+        moved["device_to_host", "logits"] += size * board.logits[0].nbytes
 
     def _write_inputs(self, rows: Sequence[StepRow]) -> None:
         words, ints = self.board.input_words, self.board.input_rows

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class LaneSpan:
+class LaneSpan(NamedTuple):
     """One task that the GPU lane did. Times of the GPU's clock, ns."""
 
     layer: int
@@ -55,35 +57,37 @@ def step_times(
         skip: [layers] int32: not 0 where the GPU did not wait.
         spans: of the lane, any order.
     """
-    waits = [
-        (begin, end)
-        for (_, begin, end), skipped in zip(stamps.tolist(), skip.tolist(), strict=True)
-        if not skipped
-    ]
-    busy = _union(sorted((span.begin_ns, span.end_ns) for span in spans))
-    covered = sum(
-        max(0, min(end, lane_end) - max(begin, lane_begin))
-        for begin, end in waits
-        for lane_begin, lane_end in busy
-        if lane_begin < end and lane_end > begin
-    )
-    waited = sum(end - begin for begin, end in waits)
+    waits = stamps.numpy()[skip.numpy() == 0, 1:]
+    waited = int((waits[:, 1] - waits[:, 0]).sum())
+    of_lane = np.array(spans, dtype=np.int64).reshape(-1, len(LaneSpan._fields))
+    _, _, digest_bytes, kv_bytes, begins, ends = of_lane.T
+    covered = _covered(waits, begins, ends)
     return StepTimes(
         total_seconds,
         waited / 1e9,
         (waited - covered) / 1e9,
-        len(spans),
-        sum(span.digest_bytes for span in spans),
-        sum(span.kv_bytes for span in spans),
+        len(of_lane),
+        int(digest_bytes.sum()),
+        int(kv_bytes.sum()),
     )
 
 
-def _union(intervals: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Of sorted intervals, the disjoint ones that cover the same."""
-    united: list[tuple[int, int]] = []
-    for begin, end in intervals:
-        if united and begin <= united[-1][1]:
-            united[-1] = (united[-1][0], max(united[-1][1], end))
-        else:
-            united.append((begin, end))
-    return united
+_Ints = npt.NDArray[np.int64]
+
+
+def _covered(waits: _Ints, begins: _Ints, ends: _Ints) -> int:
+    """Of the waits [waits, 2], what the union of the intervals covers."""
+    if not len(begins):
+        return 0
+    order = np.argsort(begins)
+    begins, reached = begins[order], np.maximum.accumulate(ends[order])
+    # An interval that begins after all before it have ended begins a new piece of the union.
+    first = np.flatnonzero(np.concatenate(([True], begins[1:] > reached[:-1])))
+    starts = begins[first]
+    stops = reached[np.concatenate((first[1:], [len(begins)])) - 1]
+    before = np.concatenate(([0], np.cumsum(stops - starts)))
+    piece = np.searchsorted(starts, waits, side="right")
+    last = np.maximum(piece - 1, 0)
+    inside = np.minimum(waits, stops[last]) - starts[last]
+    covered_until = np.where(piece > 0, before[last] + inside, 0)
+    return int((covered_until[:, 1] - covered_until[:, 0]).sum())

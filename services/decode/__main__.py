@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
+from typing import TYPE_CHECKING
 
+from fluxion_core.errors import ConfigError, DeviceError
 from fluxion_core.geometry import WindowSpec
+from fluxion_core.host_step import HostStep
 from fluxion_core.hybrid_attention import HybridAttention
 from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.scheduler.scheduler import CpuPool
@@ -25,6 +28,9 @@ from services.decode.service import GENERATION_SERVICE, GenerationService
 from services.metrics import MetricsEndpoint, NodeMetrics
 from services.node import NodeModel, load_node_model, run_node
 
+if TYPE_CHECKING:
+    from fluxion_core.gpu.device_step import DeviceStep
+
 _log = logging.getLogger(__name__)
 
 
@@ -35,6 +41,8 @@ async def serve(settings: DecodeSettings, ending: asyncio.Event) -> None:
     endpoint = MetricsEndpoint(settings.server.metrics_listen, metrics)
     address = await server.start()
     _log.info(event("listening", address=address))
+    failure = _Failure(ending)
+    step: HostStep | DeviceStep | None = None
     engine: DecodeEngine | None = None
     nodes: PrefillNodes | None = None
     try:
@@ -47,8 +55,8 @@ async def serve(settings: DecodeSettings, ending: asyncio.Event) -> None:
             digest_bits=settings.store.digest_bits,
         )
         store = make_store(settings, model)
-        attention = make_attention(settings, model, store, planning)
-        engine = DecodeEngine(model.loaded.decoder, attention)
+        step = await asyncio.to_thread(make_step, settings, model, store, planning)
+        engine = DecodeEngine(step, on_failure=failure.tell)
         counters = RequestCounters()
         nodes = PrefillNodes(settings.prefill.addresses, settings.prefill.client)
         ingest = KvIngest(
@@ -101,13 +109,18 @@ async def serve(settings: DecodeSettings, ending: asyncio.Event) -> None:
         admission.drain()
         await server.set_ready(is_ready=False)
         await server.stop(settings.server.grace_seconds)
+        if failure.error is not None:
+            raise failure.error
     finally:
-        # In this order: no calls, then no steps, then no channels; memory goes with the process.
+        # In this order: no calls, then no steps, then no channels, then the pinned memory; the rest
+        # goes with the process.
         await server.stop(0)
         if engine is not None:
             await asyncio.to_thread(engine.stop)
         if nodes is not None:
             await nodes.close()
+        if step is not None:
+            await asyncio.to_thread(step.close)
         endpoint.close()
         _log.info(event("stopped"))
 
@@ -127,21 +140,59 @@ def make_store(settings: DecodeSettings, model: NodeModel) -> HostKvStore:
     )
 
 
-def make_attention(
+def make_step(
     settings: DecodeSettings, model: NodeModel, store: HostKvStore, planning: Planning
-) -> HybridAttention:
-    """Attention over the store, with threads of its own.
+) -> HostStep | DeviceStep:
+    """What runs steps: with a GPU if the model is on one. Pins the store's memory then.
 
     Raises:
+        ConfigError: lanes that the device does not have.
         ShapeError: the window is too short for the digests, or heads do not form groups.
+        CapacityError: the store's memory cannot be pinned.
     """
-    return HybridAttention(
+    decoder, lanes = model.loaded.decoder, settings.engine.lanes
+    pool = CpuPool(settings.engine.attention_threads)
+    device = decoder.embedding.device
+    if device.type == "cpu":
+        if lanes not in ("auto", "cpu"):
+            raise ConfigError(
+                f"engine.lanes is {lanes}, and the model is on the CPU; use auto or cpu, or set "
+                f"model.device to cuda"
+            )
+        attention = HybridAttention(
+            store,
+            planning.window,
+            num_heads=model.loaded.config.num_heads,
+            pool=pool,
+            planner=planning.planner,
+        )
+        return HostStep(decoder, attention)
+    from fluxion_core.gpu.device_step import DeviceStep
+
+    return DeviceStep(
+        decoder,
         store,
         planning.window,
-        num_heads=model.loaded.config.num_heads,
-        pool=CpuPool(settings.engine.attention_threads),
+        pool,
+        max_rows=settings.engine.max_running_sequences,
+        max_context_tokens=model.loaded.config.context_tokens,
+        lanes="both" if lanes == "auto" else lanes,
         planner=planning.planner,
     )
+
+
+class _Failure:
+    """Ends the node when its device has failed: a new process can use it again, this one cannot."""
+
+    def __init__(self, ending: asyncio.Event) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._ending = ending
+        self.error: DeviceError | None = None
+
+    def tell(self, error: DeviceError) -> None:
+        """From any thread."""
+        self.error = error
+        self._loop.call_soon_threadsafe(self._ending.set)
 
 
 if __name__ == "__main__":

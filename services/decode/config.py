@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from fluxion_core.config import ByteCount, ClientSettings, NodeSettings, Section
@@ -39,6 +41,9 @@ class EngineSettings(Section):
     predictor_weights: str = "auto"
     """File of the head predictor, as `fluxion train` writes it. auto: the package's own for the
     model, if it has them. none: head profiles are prefill's estimates alone."""
+    lanes: Literal["auto", "cpu", "gpu", "both"] = "auto"
+    """Who attends to host KV: the CPU pool, the GPU lane, or both from one queue. auto is both
+    where the model is on a GPU, else cpu."""
     attention_threads: int | None = Field(default=None, gt=0)
     """Threads that attend over host KV; one per usable CPU if not given."""
 

@@ -5,8 +5,11 @@ known), then one new token a step, each given to `on_token`, until that says sto
 `cancel` is called, or the engine fails. Then `on_end` is called once, and from then on the engine
 does not touch the sequence's memory: the submitter may free it.
 
-`on_token` and `on_end` run on the engine's thread and must not block. The engine knows tokens, not
-text, requests or gRPC.
+A step that fails ends its sequences, and the engine goes on. A device that fails (DeviceError) ends
+everything: the engine takes no sequence any more and says so to `on_failure`, once.
+
+`on_token`, `on_end` and `on_failure` run on the engine's thread and must not block. The engine
+knows tokens, not text, requests, gRPC or devices.
 """
 
 from __future__ import annotations
@@ -14,18 +17,19 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
-from fluxion_core.device_usage import DeviceUsage
-from fluxion_core.errors import FluxionError
+from fluxion_core.decode_step import StepReads, StepRow
+from fluxion_core.device_usage import DeviceUsage, IdleCause
+from fluxion_core.errors import DeviceError, FluxionError
 from fluxion_core.generation.sampling import SamplingParams, sample
-from fluxion_core.hybrid_attention import HybridAttention
 from fluxion_core.kvstore.store import SequenceKv
-from fluxion_core.models.decoder import Decoder
 from fluxion_core.selector.planner import PlannerState
 from fluxion_core.selector.policy import Policy
 from fluxion_core.telemetry import event
@@ -53,6 +57,8 @@ class DecodeSequence:
     """Takes a new token; returns whether to go on."""
     on_end: Callable[[BaseException | None], None]
     """Called once, with what went wrong, if anything did."""
+    slot: int | None = None
+    """In the step's window, while it takes part in steps."""
     is_cancelled: bool = False
     reads: ReadTotals = field(default_factory=ReadTotals)
     """What its steps have read."""
@@ -75,23 +81,46 @@ class EngineStatistics:
     """Of the GPU; None where there is none."""
 
 
+class DecodeStep(Protocol):
+    """What runs a step: gpu.device_step.DeviceStep or host_step.HostStep. One thread only."""
+
+    @property
+    def usage(self) -> DeviceUsage | None:
+        """Counters of the GPU; None where there is none."""
+
+    def join(self, sequence: SequenceKv) -> int:
+        """A slot for a committed sequence."""
+        ...
+
+    def leave(self, slot: int) -> None:
+        """Give the slot back."""
+
+    def run(self, rows: Sequence[StepRow]) -> tuple[Tensor, list[StepReads]]:
+        """One token of every row: [rows, vocab_size] float32 logits on the CPU, and its reads."""
+        ...
+
+
 class DecodeEngine:
     """Runs steps on a thread of its own while there are sequences.
 
     Args:
-        decoder: the model.
-        attention: port over the host KV store.
+        step: runs them.
+        on_failure: told when the device has failed for good.
     """
 
-    def __init__(self, decoder: Decoder, attention: HybridAttention) -> None:
-        self._decoder = decoder
-        self._attention = attention
-        self._device = decoder.embedding.device
+    def __init__(
+        self, step: DecodeStep, *, on_failure: Callable[[DeviceError], None] = lambda _: None
+    ) -> None:
+        self._step = step
+        self._on_failure = on_failure
         self._changed = threading.Condition()
         self._joining: list[DecodeSequence] = []
         self._stopping = False
+        self._failure: DeviceError | None = None
         self._idle_since: float | None = None
-        self._statistics = EngineStatistics()
+        self._accounted_until = 0.0
+        self._accounted_seconds = step.usage.accounted_seconds if step.usage is not None else 0.0
+        self._statistics = EngineStatistics(device=step.usage)
         self._thread = threading.Thread(target=self._run, name="decode-engine", daemon=True)
 
     def start(self) -> None:
@@ -107,8 +136,15 @@ class DecodeEngine:
             self._thread.join()
 
     def submit(self, sequence: DecodeSequence) -> None:
-        """Hand a sequence over; it joins at the next step."""
+        """Hand a sequence over; it joins at the next step.
+
+        Raises:
+            DeviceError: the device has failed.
+            FluxionError: the engine has stopped.
+        """
         with self._changed:
+            if self._failure is not None:
+                raise self._failure
             if self._stopping:
                 raise FluxionError("the decode engine has stopped")
             self._joining.append(sequence)
@@ -125,22 +161,28 @@ class DecodeEngine:
         since = self._idle_since
         copy = deepcopy(self._statistics)
         if since is not None and since == self._idle_since:
-            copy.idle_seconds += time.perf_counter() - since
+            resting = time.perf_counter() - since
+            copy.idle_seconds += resting
+            if copy.device is not None:
+                copy.device.idle_seconds["no_work"] += resting
         return copy
 
     def _run(self) -> None:
         running: list[DecodeSequence] = []
+        self._accounted_until = time.perf_counter()
         while self._wait_for_work(running):
             running = self._without_cancelled(running)
             if not running:
                 continue
             started = time.perf_counter()
             try:
-                finished = self._step(running)
+                finished = self._run_step(running)
             except Exception as error:
                 _log.exception(event("decode step failed", sequences=len(running)))
+                if isinstance(error, DeviceError):
+                    self._fail(error)
                 for sequence in running:
-                    sequence.on_end(error)
+                    self._end(sequence, error)
                 running = []
                 continue
             seconds = time.perf_counter() - started
@@ -148,44 +190,61 @@ class DecodeEngine:
             for sequence in running:
                 sequence.decode_seconds += seconds
             for sequence in finished:
-                sequence.on_end(None)
+                self._end(sequence, None)
             running = [sequence for sequence in running if sequence not in finished]
-        for sequence in running:
-            sequence.on_end(FluxionError("the decode engine has stopped"))
+            self._account("host_step")
+        reason = self._failure or FluxionError("the decode engine has stopped")
+        for sequence in running + self._joining:
+            self._end(sequence, reason)
 
     def _wait_for_work(self, running: list[DecodeSequence]) -> bool:
         """Add new sequences to `running`; sleep while there are none. False: stop."""
         with self._changed:
             started = self._idle_since = time.perf_counter()
-            while not (running or self._joining or self._stopping):
+            while not (running or self._joining or self._stopping or self._failure):
                 self._changed.wait()
+            if self._stopping or self._failure:
+                return False
             running += self._joining
             self._joining = []
             self._statistics.idle_seconds += time.perf_counter() - started
             self._idle_since = None
-            return not self._stopping
+        self._account("no_work")
+        return True
 
-    @staticmethod
-    def _without_cancelled(running: list[DecodeSequence]) -> list[DecodeSequence]:
+    def _account(self, cause: IdleCause) -> None:
+        """The device's time since the last call that nothing accounts for has this cause."""
+        now, usage = time.perf_counter(), self._statistics.device
+        if usage is not None:
+            rest = now - self._accounted_until - (usage.accounted_seconds - self._accounted_seconds)
+            usage.idle_seconds[cause] += max(0.0, rest)
+            self._accounted_seconds = usage.accounted_seconds
+        self._accounted_until = now
+
+    def _fail(self, error: DeviceError) -> None:
+        with self._changed:
+            self._failure = error
+        self._on_failure(error)
+
+    def _end(self, sequence: DecodeSequence, error: BaseException | None) -> None:
+        if sequence.slot is not None:
+            self._step.leave(sequence.slot)
+            sequence.slot = None
+        sequence.on_end(error)
+
+    def _without_cancelled(self, running: list[DecodeSequence]) -> list[DecodeSequence]:
         kept = []
         for sequence in running:
             if sequence.is_cancelled:
-                sequence.on_end(None)
+                self._end(sequence, None)
             else:
                 kept.append(sequence)
         return kept
 
     @torch.inference_mode()
-    def _step(self, batch: list[DecodeSequence]) -> list[DecodeSequence]:
+    def _run_step(self, batch: list[DecodeSequence]) -> list[DecodeSequence]:
         """One token for every sequence of the batch; returns those that are finished."""
-        token_ids = torch.tensor([s.generated_token_ids[-1] for s in batch], device=self._device)
-        positions = torch.tensor([s.kv.num_tokens for s in batch], device=self._device)
-        self._attention.begin_step(
-            [s.kv for s in batch], [s.policy for s in batch], [s.planner_state for s in batch]
-        )
-        hidden = self._decoder(token_ids, positions, self._attention)
-        reads = self._attention.end_step()
-        logits = self._decoder.logits(hidden).cpu()
+        logits, reads = self._step.run([self._row(sequence) for sequence in batch])
         finished = []
         for row, sequence in enumerate(batch):
             token = sample(
@@ -204,3 +263,14 @@ class DecodeEngine:
         self._statistics.steps += 1
         self._statistics.tokens += len(batch)
         return finished
+
+    def _row(self, sequence: DecodeSequence) -> StepRow:
+        if sequence.slot is None:
+            sequence.slot = self._step.join(sequence.kv)
+        return StepRow(
+            sequence.kv,
+            sequence.slot,
+            sequence.generated_token_ids[-1],
+            sequence.policy,
+            sequence.planner_state,
+        )

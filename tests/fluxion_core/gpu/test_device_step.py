@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fluxion_core.decode_step import StepReads
+from fluxion_core.decode_step import StepReads, StepRow
 from fluxion_core.geometry import BLOCK_TOKENS, KvGeometry, WindowSpec
 from fluxion_core.hybrid_attention import HybridAttention
 from fluxion_core.kvstore.store import HostKvStore, SequenceKv
@@ -110,7 +110,7 @@ def _on_cpu(policy: str, digest_bits: int, tokens: Tensor) -> tuple[Tensor, list
 )
 @pytest.mark.parametrize("lanes", ["cpu", "gpu", "both"])
 def test_logits_and_reads_are_those_of_the_cpu(lanes: str, policy: str, digest_bits: int) -> None:
-    from fluxion_core.gpu.device_step import DeviceStep, StepRow
+    from fluxion_core.gpu.device_step import DeviceStep
 
     tokens = torch.randint(512, (STEPS, len(LENGTHS)), generator=torch.Generator().manual_seed(3))
     expected, expected_reads = _on_cpu(policy, digest_bits, tokens)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import queue
+import time
 from types import SimpleNamespace
 
+import pytest
 import torch
 
-from fluxion_core.decode_step import StepReads
+from fluxion_core.decode_step import StepReads, StepRow
+from fluxion_core.device_usage import DeviceUsage
+from fluxion_core.errors import DeviceError
 from fluxion_core.generation.sampling import SamplingParams
 from fluxion_core.selector.policy import ExactPolicy, ThresholdPolicy
 from services.decode.engine import DecodeEngine, DecodeSequence
@@ -26,30 +30,33 @@ READS = StepReads(
 NO_REGION = StepReads(scanned_bytes=0, attended_bytes=0)
 
 
-class FakeDecoder:
-    """Always makes token 1."""
+class FakeStep:
+    """Always makes token 1. Every step of a sequence with a policy that chooses reads READS."""
 
-    embedding = torch.zeros(2, 4)
+    def __init__(self, usage: DeviceUsage | None = None, failure: Exception | None = None) -> None:
+        self.usage = usage
+        self.failure = failure
+        self.ran: list[list[StepRow]] = []
+        self.slots: set[int] = set()
 
-    def __call__(self, token_ids, positions, attention):
-        del positions, attention
-        return torch.zeros(len(token_ids), 4)
+    def join(self, sequence):
+        del sequence
+        slot = len(self.slots)
+        self.slots.add(slot)
+        return slot
 
-    def logits(self, hidden):
-        return torch.tensor([[0.0, 1.0]]).expand(len(hidden), 2)
+    def leave(self, slot):
+        self.slots.remove(slot)
 
-
-class FakeAttention:
-    """Every step of a sequence with a policy that chooses reads READS."""
-
-    def __init__(self) -> None:
-        self.begun: list[list[tuple[object, object, object]]] = []
-
-    def begin_step(self, sequences, policies, states):
-        self.begun.append(list(zip(sequences, policies, states, strict=True)))
-
-    def end_step(self):
-        return [READS if state is not None else NO_REGION for _, _, state in self.begun[-1]]
+    def run(self, rows):
+        self.ran.append(list(rows))
+        if self.failure is not None:
+            raise self.failure
+        if self.usage is not None:
+            self.usage.busy_seconds += 1e-6
+            self.usage.idle_seconds["host_attention"] += 1e-6
+        logits = torch.tensor([[0.0, 1.0]]).expand(len(rows), 2)
+        return logits, [READS if row.state is not None else NO_REGION for row in rows]
 
 
 def sequence_of(policy, state, num_tokens: int, ends: queue.Queue) -> DecodeSequence:
@@ -68,8 +75,8 @@ def sequence_of(policy, state, num_tokens: int, ends: queue.Queue) -> DecodeSequ
 
 
 def test_each_sequence_brings_its_policy_and_state_and_gets_what_it_read():
-    attention, ends = FakeAttention(), queue.Queue()
-    engine = DecodeEngine(FakeDecoder(), attention)
+    step, ends = FakeStep(), queue.Queue()
+    engine = DecodeEngine(step)
     state = object()
     planned = sequence_of(ThresholdPolicy(0.1), state, 3, ends)
     exact = sequence_of(ExactPolicy(), None, 2, ends)
@@ -79,10 +86,11 @@ def test_each_sequence_brings_its_policy_and_state_and_gets_what_it_read():
     assert [ends.get(timeout=60) for _ in range(2)] == [None, None]
     engine.stop()
     both = [
-        (planned.kv, ThresholdPolicy(0.1), state),
-        (exact.kv, ExactPolicy(), None),
+        StepRow(planned.kv, 0, 1, ThresholdPolicy(0.1), state),
+        StepRow(exact.kv, 1, 1, ExactPolicy(), None),
     ]
-    assert attention.begun == [both, both, both[:1]]
+    assert step.ran == [both, both, both[:1]]
+    assert step.slots == set()
     # By hand: three steps of 10 and 20 bytes out of 120.
     assert (planned.reads.scanned_bytes, planned.reads.attended_bytes) == (30, 60)
     assert planned.reads.share_of_exact == 90 / 360
@@ -97,14 +105,16 @@ def test_each_sequence_brings_its_policy_and_state_and_gets_what_it_read():
 
 
 def test_statistics_are_a_copy():
-    engine = DecodeEngine(FakeDecoder(), FakeAttention())
+    engine = DecodeEngine(FakeStep(DeviceUsage()))
     taken = engine.statistics()
     taken.reads.add(READS)
+    taken.device.busy_seconds = 1.0
     assert engine.statistics().reads == ReadTotals()
+    assert engine.statistics().device == DeviceUsage()
 
 
 def test_a_rest_counts_while_it_lasts() -> None:
-    engine = DecodeEngine(SimpleNamespace(embedding=torch.zeros(1)), SimpleNamespace())  # type: ignore[arg-type]
+    engine = DecodeEngine(FakeStep())
     engine.start()
     try:
         while not engine.statistics().idle_seconds:
@@ -113,3 +123,53 @@ def test_a_rest_counts_while_it_lasts() -> None:
         assert engine.statistics().idle_seconds > first
     finally:
         engine.stop()
+
+
+def test_all_of_the_devices_time_has_a_cause() -> None:
+    usage, ends = DeviceUsage(), queue.Queue()
+    engine = DecodeEngine(FakeStep(usage))
+    before = time.perf_counter()
+    engine.start()
+    engine.submit(sequence_of(ExactPolicy(), None, 20, ends))
+    assert ends.get(timeout=60) is None
+    while engine.statistics().device.idle_seconds["no_work"] < 0.01:
+        pass
+    device = engine.statistics().device
+    between = time.perf_counter() - before
+    engine.stop()
+    assert device.busy_seconds == pytest.approx(20e-6)
+    assert device.idle_seconds["host_attention"] == pytest.approx(20e-6)
+    assert device.idle_seconds["host_step"] > 0
+    assert 0 < device.accounted_seconds <= between
+
+
+def test_a_failed_step_ends_its_sequences_and_the_next_ones_run() -> None:
+    step, ends, told = FakeStep(failure=ValueError("boom")), queue.Queue(), []
+    engine = DecodeEngine(step, on_failure=told.append)
+    engine.start()
+    try:
+        engine.submit(sequence_of(ExactPolicy(), None, 2, ends))
+        assert isinstance(ends.get(timeout=60), ValueError)
+        step.failure = None
+        engine.submit(sequence_of(ExactPolicy(), None, 2, ends))
+        assert ends.get(timeout=60) is None
+    finally:
+        engine.stop()
+    assert told == []
+    assert step.slots == set()
+
+
+def test_a_failed_device_ends_everything_and_is_told_once() -> None:
+    error = DeviceError("stuck")
+    step, ends, told = FakeStep(failure=error), queue.Queue(), queue.Queue()
+    engine = DecodeEngine(step, on_failure=told.put)
+    engine.start()
+    try:
+        engine.submit(sequence_of(ExactPolicy(), None, 2, ends))
+        assert ends.get(timeout=60) is error
+        assert told.get(timeout=60) is error
+        with pytest.raises(DeviceError, match="stuck"):
+            engine.submit(sequence_of(ExactPolicy(), None, 2, ends))
+    finally:
+        engine.stop()
+    assert (len(step.ran), told.empty(), step.slots) == (1, True, set())

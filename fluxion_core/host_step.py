@@ -1,0 +1,64 @@
+"""A decode step without a GPU: torch computes the dense part, the CPU pool attends.
+
+The same calls as `gpu.device_step.DeviceStep`, so that whoever runs steps need not care.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fluxion_core.decode_step import StepReads, StepRow
+from fluxion_core.hybrid_attention import HybridAttention
+from fluxion_core.kvstore.store import SequenceKv
+from fluxion_core.models.decoder import Decoder
+
+
+class HostStep:
+    """Runs steps. One thread only.
+
+    Args:
+        decoder: the model, on the CPU.
+        attention: over the store that holds the sequences.
+    """
+
+    usage = None
+    """Of a GPU: there is none."""
+
+    def __init__(self, decoder: Decoder, attention: HybridAttention) -> None:
+        self._decoder = decoder
+        self._attention = attention
+
+    def join(self, sequence: SequenceKv) -> int:
+        """Nothing to do: windows are read from the store."""
+        del sequence
+        return 0
+
+    def leave(self, slot: int) -> None:
+        """Nothing to do."""
+
+    @torch.inference_mode()
+    def run(self, rows: Sequence[StepRow]) -> tuple[Tensor, list[StepReads]]:
+        """One token of every sequence.
+
+        Returns:
+            [rows, vocab_size] float32 logits; what was read for each row.
+
+        Raises:
+            FluxionError: see HybridAttention.begin_step.
+        """
+        token_ids = torch.tensor([row.token_id for row in rows])
+        positions = torch.tensor([row.sequence.num_tokens for row in rows])
+        self._attention.begin_step(
+            [row.sequence for row in rows],
+            [row.policy for row in rows],
+            [row.state for row in rows],
+        )
+        hidden = self._decoder(token_ids, positions, self._attention)
+        reads = self._attention.end_step()
+        return self._decoder.logits(hidden), reads
+
+    def close(self) -> None:
+        """Nothing to do: memory goes with the process."""
