@@ -8,6 +8,7 @@ than zero.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Literal, get_args
@@ -68,3 +69,31 @@ class DeviceUsage:
         default_factory=lambda: dict.fromkeys(TASK_DEVICES, 0)
     )
     """Attention tasks (GQA groups of sequences, per layer) by who did them."""
+
+
+class UsageClock:
+    """Gives every second of a device a cause: what steps did not count themselves is idle time.
+
+    Args:
+        usage: of the device; None where there is none.
+    """
+
+    def __init__(self, usage: DeviceUsage | None) -> None:
+        self._usage = usage
+        self._until, self._accounted = 0.0, 0.0
+        self.start()
+
+    def start(self) -> None:
+        """Time counts from now on."""
+        self._until = time.perf_counter()
+        self._accounted = 0.0 if self._usage is None else self._usage.accounted_seconds
+
+    def account(self, cause: IdleCause) -> None:
+        """What has passed since the last call, but for what was counted in between, has a cause."""
+        usage, now = self._usage, time.perf_counter()
+        if usage is not None:
+            rest = now - self._until - (usage.accounted_seconds - self._accounted)
+            # The device's clock and the host's may differ a little.
+            usage.idle_seconds[cause] += max(0.0, rest)
+            self._accounted = usage.accounted_seconds
+        self._until = now

@@ -14,7 +14,7 @@ import torch
 import uvloop
 
 from fluxion_core.config import ModelSettings, SettingsT, exit_on_config_error, load_settings
-from fluxion_core.errors import ConfigError, FluxionError
+from fluxion_core.errors import ConfigError, DeviceError, FluxionError
 from fluxion_core.generation.tokenizer import Tokenizer
 from fluxion_core.geometry import KvGeometry
 from fluxion_core.kvstream.handoff import KvLayout
@@ -67,6 +67,20 @@ def load_node_model(settings: ModelSettings) -> NodeModel:
     seconds = time.perf_counter() - started
     _log.info(event("model loaded", model=loaded.name, device=device, seconds=seconds))
     return NodeModel(loaded, tokenizer, layout)
+
+
+class DeviceFailure:
+    """Ends the node when its device has failed: a new process can use it again, this one cannot."""
+
+    def __init__(self, ending: asyncio.Event) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._ending = ending
+        self.error: DeviceError | None = None
+
+    def tell(self, error: DeviceError) -> None:
+        """From any thread."""
+        self.error = error
+        self._loop.call_soon_threadsafe(self._ending.set)
 
 
 def find_device(name: str) -> torch.device:

@@ -7,7 +7,7 @@ import logging
 import sys
 from typing import TYPE_CHECKING
 
-from fluxion_core.errors import ConfigError, DeviceError
+from fluxion_core.errors import ConfigError
 from fluxion_core.geometry import WindowSpec
 from fluxion_core.host_step import HostStep
 from fluxion_core.hybrid_attention import HybridAttention
@@ -26,7 +26,7 @@ from services.decode.planning import Planning, make_planning
 from services.decode.prefill_nodes import PrefillNodes
 from services.decode.service import GENERATION_SERVICE, GenerationService
 from services.metrics import MetricsEndpoint, NodeMetrics
-from services.node import NodeModel, load_node_model, run_node
+from services.node import DeviceFailure, NodeModel, load_node_model, run_node
 
 if TYPE_CHECKING:
     from fluxion_core.gpu.device_step import DeviceStep
@@ -41,7 +41,7 @@ async def serve(settings: DecodeSettings, ending: asyncio.Event) -> None:
     endpoint = MetricsEndpoint(settings.server.metrics_listen, metrics)
     address = await server.start()
     _log.info(event("listening", address=address))
-    failure = _Failure(ending)
+    failure = DeviceFailure(ending)
     step: HostStep | DeviceStep | None = None
     engine: DecodeEngine | None = None
     nodes: PrefillNodes | None = None
@@ -179,20 +179,6 @@ def make_step(
         lanes="both" if lanes == "auto" else lanes,
         planner=planning.planner,
     )
-
-
-class _Failure:
-    """Ends the node when its device has failed: a new process can use it again, this one cannot."""
-
-    def __init__(self, ending: asyncio.Event) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._ending = ending
-        self.error: DeviceError | None = None
-
-    def tell(self, error: DeviceError) -> None:
-        """From any thread."""
-        self.error = error
-        self._loop.call_soon_threadsafe(self._ending.set)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from fluxion_core.decode_step import StepReads, StepRow
-from fluxion_core.device_usage import DeviceUsage, IdleCause
+from fluxion_core.device_usage import DeviceUsage, UsageClock
 from fluxion_core.errors import DeviceError, FluxionError
 from fluxion_core.generation.sampling import SamplingParams, sample
 from fluxion_core.kvstore.store import SequenceKv
@@ -118,8 +118,7 @@ class DecodeEngine:
         self._stopping = False
         self._failure: DeviceError | None = None
         self._idle_since: float | None = None
-        self._accounted_until = 0.0
-        self._accounted_seconds = step.usage.accounted_seconds if step.usage is not None else 0.0
+        self._clock = UsageClock(step.usage)
         self._statistics = EngineStatistics(device=step.usage)
         self._thread = threading.Thread(target=self._run, name="decode-engine", daemon=True)
 
@@ -169,7 +168,7 @@ class DecodeEngine:
 
     def _run(self) -> None:
         running: list[DecodeSequence] = []
-        self._accounted_until = time.perf_counter()
+        self._clock.start()
         while self._wait_for_work(running):
             running = self._without_cancelled(running)
             if not running:
@@ -192,7 +191,7 @@ class DecodeEngine:
             for sequence in finished:
                 self._end(sequence, None)
             running = [sequence for sequence in running if sequence not in finished]
-            self._account("host_step")
+            self._clock.account("host_step")
         reason = self._failure or FluxionError("the decode engine has stopped")
         for sequence in running + self._joining:
             self._end(sequence, reason)
@@ -209,17 +208,8 @@ class DecodeEngine:
             self._joining = []
             self._statistics.idle_seconds += time.perf_counter() - started
             self._idle_since = None
-        self._account("no_work")
+        self._clock.account("no_work")
         return True
-
-    def _account(self, cause: IdleCause) -> None:
-        """The device's time since the last call that nothing accounts for has this cause."""
-        now, usage = time.perf_counter(), self._statistics.device
-        if usage is not None:
-            rest = now - self._accounted_until - (usage.accounted_seconds - self._accounted_seconds)
-            usage.idle_seconds[cause] += max(0.0, rest)
-            self._accounted_seconds = usage.accounted_seconds
-        self._accounted_until = now
 
     def _fail(self, error: DeviceError) -> None:
         with self._changed:

@@ -12,8 +12,8 @@ from fluxion_core.telemetry import event
 from fluxion_core.wire.server import NodeServer
 from fluxion_proto.v1 import handoff_pb2_grpc
 from services.metrics import MetricsEndpoint, NodeMetrics
-from services.node import NodeModel, load_node_model, run_node
-from services.prefill.config import PrefillNodeSettings
+from services.node import DeviceFailure, NodeModel, load_node_model, run_node
+from services.prefill.config import CPU_CHUNK_TOKENS, GPU_CHUNK_TOKENS, PrefillNodeSettings
 from services.prefill.engine import PrefillEngine
 from services.prefill.kv_capture import KvCapture
 from services.prefill.metrics import PrefillCollector, PromptCounters
@@ -34,16 +34,18 @@ async def serve(settings: PrefillNodeSettings, ending: asyncio.Event) -> None:
     endpoint = MetricsEndpoint(settings.server.metrics_listen, metrics)
     address = await server.start()
     _log.info(event("listening", address=address))
+    failure = DeviceFailure(ending)
     engine: PrefillEngine | None = None
     try:
         model = await asyncio.to_thread(load_node_model, settings.model)
         engine = PrefillEngine(
             model.loaded.decoder,
             model.geometry(),
-            chunk_tokens=settings.engine.chunk_tokens,
+            chunk_tokens=chunk_tokens(settings, model),
             max_running=settings.engine.max_running_prompts,
             max_waiting=settings.engine.max_waiting_prompts,
             running_kv_bytes=settings.engine.running_kv_bytes,
+            on_failure=failure.tell,
         )
         await asyncio.to_thread(warm_up, model)
         engine.start()
@@ -73,12 +75,20 @@ async def serve(settings: PrefillNodeSettings, ending: asyncio.Event) -> None:
         metrics.is_ready = False
         await server.set_ready(is_ready=False)
         await server.stop(settings.server.grace_seconds)
+        if failure.error is not None:
+            raise failure.error
     finally:
         await server.stop(0)
         if engine is not None:
             engine.stop()
         endpoint.close()
         _log.info(event("stopped"))
+
+
+def chunk_tokens(settings: PrefillNodeSettings, model: NodeModel) -> int:
+    """Tokens of a chunk: what the settings say, else what suits the model's device."""
+    on_gpu = model.loaded.decoder.embedding.device.type == "cuda"
+    return settings.engine.chunk_tokens or (GPU_CHUNK_TOKENS if on_gpu else CPU_CHUNK_TOKENS)
 
 
 @torch.inference_mode()

@@ -6,13 +6,16 @@ from pydantic import Field
 
 from fluxion_core.config import ByteCount, NodeSettings, Section
 
+CPU_CHUNK_TOKENS = 512
+GPU_CHUNK_TOKENS = 4096
+
 
 class EngineSettings(Section):
     """How prompts are computed."""
 
-    chunk_tokens: int = Field(default=512, ge=16, multiple_of=16)
+    chunk_tokens: int | None = Field(default=None, ge=16, multiple_of=16)
     """Tokens computed at a time: bounds the memory of activations, and how long one prompt keeps
-    the others waiting."""
+    the others waiting. If not given, 512 on a CPU and 4096 on a GPU."""
     max_running_prompts: int = Field(default=8, gt=0)
     """Prompts computed in turns, a chunk each."""
     running_kv_bytes: ByteCount = 8 << 30

@@ -2,10 +2,12 @@
 
 Life of a prompt: `submit`; chunks, each through all layers, its KV handed out layer by layer; the
 first token sampled from the last position's logits; `on_end`. A prompt whose outgoing KV is not
-taken pauses and the others go on. `cancel` takes effect before the next layer.
+taken pauses and the others go on. `cancel` takes effect before the next layer. A device that
+fails (DeviceError) ends everything: the engine takes no prompt any more, and says so to
+`on_failure`, once.
 
-`on_frame` and `on_end` run on the engine's thread and must not block; a prompt cancelled while it
-waits ends on the thread that cancels it. The engine knows frames, not gRPC.
+`on_frame`, `on_end` and `on_failure` run on the engine's thread and must not block; a prompt
+cancelled while it waits ends on the thread that cancels it. The engine knows frames, not gRPC.
 """
 
 from __future__ import annotations
@@ -15,14 +17,24 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from copy import deepcopy
+from dataclasses import dataclass, field
 
 import torch
 
-from fluxion_core.errors import CapacityError, DrainingError, FluxionError, RequestCancelledError
+from fluxion_core.device_usage import DeviceUsage, UsageClock
+from fluxion_core.errors import (
+    CapacityError,
+    DeviceError,
+    DrainingError,
+    FluxionError,
+    RequestCancelledError,
+)
 from fluxion_core.generation.sampling import SamplingParams, sample
 from fluxion_core.geometry import KvGeometry, WindowSpec
-from fluxion_core.kvstream.handoff import Frame, Trailer
+from fluxion_core.gpu.kv_outbox import DeviceOutbox
+from fluxion_core.gpu.stopwatch import Stopwatch
+from fluxion_core.kvstream.handoff import Frame, Trailer, max_frame_payload_bytes
 from fluxion_core.models.decoder import Decoder
 from fluxion_core.predictor import prompt_profile
 from fluxion_core.telemetry import event
@@ -75,6 +87,8 @@ class PrefillStatistics:
     tokens: int = 0
     busy_seconds: float = 0.0
     payload_bytes: int = 0
+    device: DeviceUsage | None = None
+    """Of the GPU; None where there is none."""
 
 
 class PrefillEngine:
@@ -87,6 +101,7 @@ class PrefillEngine:
         max_running: prompts computed in turns.
         max_waiting: prompts that may wait beside them.
         running_kv_bytes: KV of the prompts computed in turns; a prompt alone may exceed it.
+        on_failure: told when the device has failed for good.
     """
 
     def __init__(
@@ -98,6 +113,7 @@ class PrefillEngine:
         max_running: int,
         max_waiting: int,
         running_kv_bytes: int,
+        on_failure: Callable[[DeviceError], None] = lambda _: None,
     ) -> None:
         self._decoder = decoder
         self._geometry = geometry
@@ -110,7 +126,17 @@ class PrefillEngine:
         self._waiting: deque[Prompt] = deque()
         self._running: deque[Prompt] = deque()
         self._stopping = False
+        self._on_failure = on_failure
+        self._failure: DeviceError | None = None
         self._statistics = PrefillStatistics()
+        self._outbox: DeviceOutbox | None = None
+        if self._device.type == "cuda":
+            self._outbox = DeviceOutbox(self._device, max_frame_payload_bytes(geometry))
+            usage = self._statistics.device = DeviceUsage()
+            usage.pcie_bytes["host_to_device", "weights"] = sum(
+                weight.nbytes for weight in decoder.parameters()
+            )
+        self._clock = UsageClock(self._statistics.device)
         self._thread = threading.Thread(target=self._run, name="prefill-engine", daemon=True)
 
     def start(self) -> None:
@@ -131,8 +157,11 @@ class PrefillEngine:
         Raises:
             CapacityError: too many wait already.
             DrainingError: the engine is stopping.
+            DeviceError: the device has failed.
         """
         with self._changed:
+            if self._failure is not None:
+                raise self._failure
             if self._stopping:
                 raise DrainingError("this prefill node is shutting down; use another one")
             # Those that the engine's thread will take in a moment do not count as waiting.
@@ -176,18 +205,26 @@ class PrefillEngine:
 
     def statistics(self) -> PrefillStatistics:
         """A copy of the counters."""
-        return replace(self._statistics)
+        return deepcopy(self._statistics)
 
     def _run(self) -> None:
         while (prompt := self._next_prompt()) is not None:
             outcome: Trailer | BaseException | None
+            self._clock.account("no_work")
             try:
                 outcome = self._compute_chunk(prompt)
             except FluxionError as error:
                 outcome = error
+            except torch.OutOfMemoryError as error:
+                outcome = self._out_of_memory(prompt, error)
+            except torch.AcceleratorError as error:
+                outcome = self._fail(error)
             except Exception as error:
                 _log.exception(event("prefill failed", request_id=prompt.request_id))
                 outcome = error
+            if isinstance(outcome, BaseException):
+                self._forget_outgoing()
+            self._clock.account("host_step")
             with self._changed:
                 if outcome is None:
                     # To the end of the round: the others have their turn.
@@ -202,12 +239,40 @@ class PrefillEngine:
             self._running.clear()
             self._waiting.clear()
         for prompt in left:
-            prompt.on_end(DrainingError("this prefill node is shutting down; use another one"))
+            prompt.on_end(
+                self._failure
+                or DrainingError("this prefill node is shutting down; use another one")
+            )
+
+    def _out_of_memory(self, prompt: Prompt, error: torch.OutOfMemoryError) -> CapacityError:
+        _log.error(event("out of device memory", request_id=prompt.request_id, error=str(error)))
+        prompt.capture = None
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info(self._device)
+        return CapacityError(
+            "device memory of the prefill node",
+            needed=len(prompt.token_ids) * self._geometry.token_bytes,
+            free=free,
+            unit="B",
+            remedy="lower engine.chunk_tokens or engine.running_kv_bytes there, or retry later",
+        )
+
+    def _fail(self, error: RuntimeError) -> DeviceError:
+        _log.exception(event("the device has failed"))
+        failure = DeviceError(f"the prefill node's {self._device} has failed: {error}")
+        with self._changed:
+            self._failure = failure
+        self._on_failure(failure)
+        return failure
+
+    def _forget_outgoing(self) -> None:
+        if self._outbox is not None and self._failure is None:
+            self._outbox.drop()
 
     def _next_prompt(self) -> Prompt | None:
         """Put the next prompt that can go on first in the round; None: stop."""
         with self._changed:
-            while not self._stopping:
+            while not (self._stopping or self._failure):
                 while self._waiting and self._has_place_for(self._waiting[0]):
                     prompt = self._waiting.popleft()
                     prompt.queue_seconds = time.perf_counter() - prompt.submitted
@@ -234,6 +299,7 @@ class PrefillEngine:
         started = time.perf_counter()
         if prompt.capture is None:
             prompt.capture = self._new_capture(prompt)
+        on_device = Stopwatch(self._device)
         first = prompt.num_computed
         piece = prompt.token_ids[first : first + self._chunk_tokens]
         token_ids = torch.tensor(piece, device=self._device)
@@ -246,6 +312,8 @@ class PrefillEngine:
         if is_last:
             logits = self._decoder.logits(hidden[-1:])[0].cpu()
             first_token_id = sample(logits, prompt.sampling, prompt.token_ids, [], position=0)
+        on_device.stop()
+        prompt.capture.finish_chunk()
         profiles = prompt.capture.profiles if is_last else []
         packed = prompt_profile.pack(profiles) if profiles else b""
         prompt.profile_seconds = prompt.capture.profile_seconds
@@ -253,6 +321,8 @@ class PrefillEngine:
         prompt.prefill_seconds += seconds
         self._statistics.busy_seconds += seconds
         self._statistics.tokens += len(piece)
+        if (usage := self._statistics.device) is not None:
+            usage.busy_seconds += on_device.seconds
         if not is_last:
             return None
         return Trailer(
@@ -269,6 +339,8 @@ class PrefillEngine:
             prompt.num_chunks += 1
             prompt.payload_bytes += len(frame.payload)
             self._statistics.payload_bytes += len(frame.payload)
+            if (usage := self._statistics.device) is not None:
+                usage.pcie_bytes["device_to_host", "prefill_kv"] += len(frame.payload)
             prompt.on_frame(frame)
 
         return KvCapture(
@@ -278,5 +350,6 @@ class PrefillEngine:
             emit=emit,
             is_cancelled=lambda: prompt.is_cancelled,
             device=self._device,
+            outbox=self._outbox,
             profile_window=prompt.profile_window,
         )

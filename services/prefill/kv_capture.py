@@ -3,20 +3,25 @@
 K and V are rounded to bfloat16 before anything attends to them, so that the decode node, which gets
 the rounded values, continues from exactly what prefill saw.
 
+On a GPU the KV of a chunk leaves through an outbox while the next layers are computed;
+`finish_chunk` waits for the rest of it.
+
 If the receiver wants a profile of the prompt, its last queries are kept, and each layer's profile
 is made once that layer's KV is whole.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fluxion_core.errors import RequestCancelledError
 from fluxion_core.geometry import BLOCK_TOKENS, KvGeometry, WindowSpec, ceil_div
+from fluxion_core.gpu.stopwatch import Stopwatch
 from fluxion_core.kernels.dense_attention import cpu as dense_attention
 from fluxion_core.kvstream.handoff import Frame, FrameKind, frame_tokens
 from fluxion_core.predictor.prompt_estimate import (
@@ -25,6 +30,9 @@ from fluxion_core.predictor.prompt_estimate import (
     profiled_positions,
 )
 from fluxion_core.predictor.prompt_profile import PromptProfile
+
+if TYPE_CHECKING:
+    from fluxion_core.gpu.kv_outbox import DeviceOutbox
 
 
 class KvCapture:
@@ -37,6 +45,7 @@ class KvCapture:
         emit: takes each CHUNK frame, in order.
         is_cancelled: asked before every layer.
         device: of the model.
+        outbox: that KV leaves through; None on a CPU.
         profile_window: the receiver's default window, if it wants a profile of the prompt.
     """
 
@@ -49,12 +58,15 @@ class KvCapture:
         emit: Callable[[Frame], None],
         is_cancelled: Callable[[], bool],
         device: torch.device,
+        outbox: DeviceOutbox | None = None,
         profile_window: WindowSpec | None = None,
     ) -> None:
         self._geometry = geometry
         self._kv_from_token = kv_from_token
         self._emit = emit
         self._is_cancelled = is_cancelled
+        self._outbox = outbox
+        self._attend_chunk = _attention_on(device)
         self._first_token = 0
         self._frame_tokens = frame_tokens(geometry)
         self._num_tokens = num_tokens
@@ -68,12 +80,21 @@ class KvCapture:
         self._last_queries: list[list[Tensor]] = [[] for _ in range(geometry.num_layers)]
         self.profiles: list[PromptProfile] = []
         """Of each layer, once its last token is through; stays empty if none is wanted."""
-        self.profile_seconds = 0.0
-        """Spent on them."""
+        self._profiling: list[Stopwatch] = []
 
     def begin_chunk(self, first_token: int) -> None:
         """The next calls of `attend` are for tokens from this one on; a multiple of 16."""
         self._first_token = first_token
+
+    def finish_chunk(self) -> None:
+        """Hand out what is still under way of the chunk's KV."""
+        if self._outbox is not None:
+            self._outbox.drain()
+
+    @property
+    def profile_seconds(self) -> float:
+        """Spent on profiles; on a GPU once their chunk has been finished."""
+        return sum(stopwatch.seconds for stopwatch in self._profiling)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See AttentionPort; the tokens are the prompt's next ones.
@@ -89,38 +110,45 @@ class KvCapture:
         kv[1, :, first:end] = value.transpose(0, 1)
         self._emit_frames(layer, max(first, self._kv_from_token), end)
         wants_profile = self._estimator is not None and end == self._num_tokens
-        so_far = kv[:, :, : padded_tokens(end) if wants_profile else end].float()
-        query_ = query.float()
-        attended = dense_attention.attend_chunk(query_, so_far[0, :, :end], so_far[1, :, :end])
+        attended = self._attend_chunk(query, kv[0, :, :end], kv[1, :, :end])
         if self._estimator is not None:
-            self._keep_queries(layer, query_, first)
+            self._keep_queries(layer, query, first)
         if wants_profile:
-            self._make_profile(layer, so_far[0], so_far[1])
-        return attended.to(query.dtype)
+            self._make_profile(layer)
+        return attended
 
     def _keep_queries(self, layer: int, query: Tensor, first: int) -> None:
         """Those of [tokens, heads, head_dim] that the profile is made from."""
         kept = query[max(0, profiled_positions(self._num_tokens).start - first) :]
         if len(kept):
-            self._last_queries[layer].append(kept.clone())
+            self._last_queries[layer].append(kept.to(torch.float32, copy=True))
 
-    def _make_profile(self, layer: int, key: Tensor, value: Tensor) -> None:
-        started = time.perf_counter()
+    def _make_profile(self, layer: int) -> None:
+        stopwatch = Stopwatch(self._kv.device)
         assert self._estimator is not None
         query = torch.cat(self._last_queries[layer])
         self._last_queries[layer] = []
+        key, value = self._kv[layer, :, :, : padded_tokens(self._num_tokens)].float()
         self.profiles.append(self._estimator.estimate(query, key, value))
-        self.profile_seconds += time.perf_counter() - started
+        stopwatch.stop()
+        self._profiling.append(stopwatch)
 
     def _emit_frames(self, layer: int, first: int, end: int) -> None:
         while first < end:
             count = min(self._frame_tokens, end - first)
             payload = self._payload(layer, first, count)
-            self._emit(Frame(FrameKind.CHUNK, payload, layer, first, count))
+            emit = partial(self._emit_chunk, layer, first, count)
+            if self._outbox is not None:
+                self._outbox.put(payload, emit)
+            else:
+                emit(payload.numpy().tobytes())
             first += count
 
-    def _payload(self, layer: int, first: int, count: int) -> bytes:
-        """`[kv_head][block][K 16 x D | V 16 x D]`, the last block zero padded."""
+    def _emit_chunk(self, layer: int, first: int, count: int, payload: bytes) -> None:
+        self._emit(Frame(FrameKind.CHUNK, payload, layer, first, count))
+
+    def _payload(self, layer: int, first: int, count: int) -> Tensor:
+        """[bytes] uint8: `[kv_head][block][K 16 x D | V 16 x D]`, the last block zero padded."""
         geometry = self._geometry
         blocks = ceil_div(count, BLOCK_TOKENS)
         kv = self._kv[layer, :, :, first : first + count]
@@ -128,4 +156,20 @@ class KvCapture:
             kv = torch.nn.functional.pad(kv, (0, 0, 0, blocks * BLOCK_TOKENS - count))
         blocked = kv.view(2, geometry.num_kv_heads, blocks, BLOCK_TOKENS, geometry.head_dim)
         ordered = blocked.permute(1, 2, 0, 3, 4).contiguous()
-        return ordered.view(torch.uint8).cpu().numpy().tobytes()
+        return ordered.view(torch.uint8).flatten()
+
+
+def _attention_on(device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Attention of a chunk: [tokens, heads, head_dim] query, [kv_heads, tokens, head_dim] bfloat16
+    keys and values; gives what is like the query."""
+
+    def on_cpu(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        attended = dense_attention.attend_chunk(query.float(), key.float(), value.float())
+        return attended.to(query.dtype)
+
+    def on_gpu(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        from fluxion_core.kernels.dense_attention import cuda
+
+        return cuda.attend_chunk(query, key.to(query.dtype), value.to(query.dtype))
+
+    return on_gpu if device.type == "cuda" else on_cpu

@@ -1,0 +1,80 @@
+"""KV on its way out of a GPU: copied on a stream of its own while the next layers are computed.
+
+Pieces leave in the order they came, each once its copy has arrived in pinned memory. The thread
+that computes prompts puts them in and hands them on: it launches far ahead of the GPU, and has
+time.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """One copy under way."""
+
+    arrived: torch.cuda.Event
+    buffer: Tensor
+    num_bytes: int
+    take: Callable[[bytes], None]
+
+
+class DeviceOutbox:
+    """Pinned buffers, and the copies into them. One thread only.
+
+    Args:
+        device: that pieces come from.
+        buffer_bytes: of the largest piece.
+        num_buffers: copies under way; the next one waits for the oldest to arrive.
+    """
+
+    def __init__(self, device: torch.device, buffer_bytes: int, *, num_buffers: int = 64) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        memory = torch.empty(num_buffers, buffer_bytes, dtype=torch.uint8, pin_memory=True)
+        self._free = list(memory)
+        self._under_way: deque[_Piece] = deque()
+
+    def put(self, payload: Tensor, take: Callable[[bytes], None]) -> None:
+        """Copy a piece once what was launched so far is done; hands on those that have arrived.
+
+        Args:
+            payload: [bytes] uint8 on the device, contiguous, at most `buffer_bytes`.
+            take: gets its bytes, in a later call on this thread.
+        """
+        while self._under_way and (not self._free or self._under_way[0].arrived.query()):
+            self._hand_on()
+        buffer, num_bytes = self._free.pop(), len(payload)
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            buffer[:num_bytes].copy_(payload, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record(self._stream)
+        # Its memory must not be given to others before the copy has read it.
+        payload.record_stream(self._stream)
+        self._under_way.append(_Piece(arrived, buffer, num_bytes, take))
+
+    def drain(self) -> None:
+        """Wait for all pieces and hand them on."""
+        while self._under_way:
+            self._hand_on()
+
+    def drop(self) -> None:
+        """Forget all pieces: nobody wants them any more."""
+        while self._under_way:
+            piece = self._under_way.popleft()
+            piece.arrived.synchronize()
+            self._free.append(piece.buffer)
+
+    def _hand_on(self) -> None:
+        piece = self._under_way.popleft()
+        piece.arrived.synchronize()
+        payload = piece.buffer[: piece.num_bytes].numpy().tobytes()
+        self._free.append(piece.buffer)
+        piece.take(payload)
