@@ -71,12 +71,12 @@ class Section(BaseModel):
 
 
 class ServerTlsSettings(Section):
-    """TLS of the gRPC listener; off without a certificate. Files are read again when they change."""
+    """TLS of the gRPC listener; off without a certificate. Changed files are read again."""
 
     certificate: Path | None = None
     """PEM chain, the node's own certificate first; with key turns TLS on."""
     key: Path | None = None
-    """PEM key of the certificate, without a passphrase; nobody else may be able to read the file."""
+    """PEM key of the certificate, without a passphrase; others must not be able to read it."""
     client_authority: Path | None = None
     """PEM authority: who has no certificate signed by it cannot connect (mutual TLS)."""
 
@@ -158,7 +158,7 @@ class ClientTlsSettings(Section):
     certificate: Path | None = None
     """PEM chain shown to the node (mutual TLS)."""
     key: Path | None = None
-    """PEM key of the certificate; nobody else may be able to read the file."""
+    """PEM key of the certificate; others must not be able to read it."""
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import grpc
 
-from fluxion_core.config import ClientSettings
+from fluxion_core.config import ClientSettings, is_loopback
+from fluxion_core.errors import ConfigError
+from fluxion_core.wire.credential_files import WatchedFiles
 from fluxion_core.wire.frame_limits import MAX_FRAME_PAYLOAD_BYTES, PREFIX_BYTES
+from fluxion_core.wire.tls import channel_credentials
+from fluxion_core.wire.tokens import read_token
 
 KEEPALIVE_MS = 20_000
 """An idle connection is probed this often, so that a peer that vanished is noticed."""
@@ -40,25 +47,55 @@ def open_channel(
         server_name: whose certificate is expected there, if `address` is what a name resolved to.
 
     Raises:
-        OSError: a TLS file or the token file cannot be read.
+        ConfigError: see `check_client`.
     """
+    check_token_is_safe(address, settings)
     interceptors = []
-    if settings.bearer_token_file is not None:
-        interceptors.append(_BearerToken(settings.bearer_token_file.read_text().strip()))
+    if settings.token_file is not None:
+        interceptors.append(_BearerToken(settings.token_file))
     options = _OPTIONS
     if server_name is not None:
         options += (
             ("grpc.default_authority", server_name),
             ("grpc.ssl_target_name_override", server_name),
         )
-    if settings.tls_authority is None:
+    credentials = channel_credentials(settings.tls)
+    if credentials is None:
         return grpc.aio.insecure_channel(address, options=options, interceptors=interceptors)
-    credentials = grpc.ssl_channel_credentials(
-        settings.tls_authority.read_bytes(),
-        settings.tls_key.read_bytes() if settings.tls_key else None,
-        settings.tls_certificate.read_bytes() if settings.tls_certificate else None,
-    )
     return grpc.aio.secure_channel(address, credentials, options=options, interceptors=interceptors)
+
+
+def check_client(settings: ClientSettings, addresses: Sequence[str], section: str) -> None:
+    """Find what is wrong with credentials before they are needed.
+
+    Args:
+        settings: how nodes are called.
+        addresses: host:port of the nodes.
+        section: what the errors call the settings.
+
+    Raises:
+        ConfigError: a file is missing, malformed, expired or readable by others, the key does not
+            belong to the certificate, or the token would travel unencrypted.
+    """
+    channel_credentials(settings.tls, f"{section}.tls")
+    if settings.token_file is not None:
+        read_token(settings.token_file, f"{section}.token_file")
+    for address in addresses:
+        check_token_is_safe(address, settings)
+
+
+def check_token_is_safe(address: str, settings: ClientSettings) -> None:
+    """Refuse to send a token without TLS to another machine.
+
+    Raises:
+        ConfigError: the token would travel unencrypted.
+    """
+    is_sent = settings.token_file is not None and settings.tls.authority is None
+    if is_sent and not is_loopback(address):
+        raise ConfigError(
+            f"the token of {settings.token_file} would travel to {address} unencrypted; give the "
+            f"authority of the node's certificate, which turns TLS on"
+        )
 
 
 class _BearerToken(
@@ -67,8 +104,8 @@ class _BearerToken(
 ):
     """Adds `authorization: Bearer …` to every call."""
 
-    def __init__(self, token: str) -> None:
-        self._entry = ("authorization", f"Bearer {token}")
+    def __init__(self, path: Path) -> None:
+        self._token = WatchedFiles([path], lambda: read_token(path, "token_file"))
 
     async def intercept_unary_unary(self, continuation, details, request):  # type: ignore[no-untyped-def]
         return await continuation(self._with_token(details), request)
@@ -77,4 +114,5 @@ class _BearerToken(
         return await continuation(self._with_token(details), request)
 
     def _with_token(self, details: grpc.aio.ClientCallDetails) -> grpc.aio.ClientCallDetails:
-        return details._replace(metadata=[*(details.metadata or ()), self._entry])
+        entry = ("authorization", f"Bearer {self._token.current()}")
+        return details._replace(metadata=[*(details.metadata or ()), entry])

@@ -1,54 +1,50 @@
-"""A node's gRPC server: health, reflection, TLS, bearer token, and errors as statuses.
+"""A node's gRPC server: health, reflection, TLS, and bounds on connections and messages.
 
-A service raises FluxionErrors; this is the edge where they become statuses, and where anything else
-is logged once with its traceback and shown to the client as INTERNAL with a request id.
+Who may call, and how a service's errors become statuses: call_guard.py.
 """
 
 from __future__ import annotations
 
-import hmac
-import inspect
 import logging
-import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import aclosing
-from typing import Any, NoReturn
+from collections.abc import Sequence
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from fluxion_core.config import ServerSettings
-from fluxion_core.errors import (
-    AuthenticationError,
-    ConfigError,
-    FluxionError,
-    PeerUnavailableError,
-)
+from fluxion_core.config import ServerSettings, is_loopback
+from fluxion_core.errors import ConfigError
 from fluxion_core.telemetry import event
+from fluxion_core.wire.call_guard import HEALTH_SERVICE, CallGuard
+from fluxion_core.wire.callers import Callers
 from fluxion_core.wire.channel import KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS
+from fluxion_core.wire.client_limits import ClientLimits
 from fluxion_core.wire.frame_limits import MAX_FRAME_PAYLOAD_BYTES, PREFIX_BYTES
-from fluxion_core.wire.status import status_of
+from fluxion_core.wire.tls import server_credentials
 
 _log = logging.getLogger(__name__)
 
-_HEALTH_SERVICE = "grpc.health.v1.Health"
+HANDSHAKE_MS = 10_000
+"""A connection that has not finished its TLS and HTTP/2 handshakes by then is closed."""
 
-_Method = Callable[..., Any]
-"""A handler as grpc passes it: its types are those of the service it belongs to."""
+IDLE_MS = 30 * 60_000
+"""A connection without calls for so long is closed; clients connect again by themselves."""
 
 
 class NodeServer:
     """A grpc.aio server with the services that every node has.
 
     Args:
-        settings: address, limits, TLS.
+        settings: addresses, limits, TLS, who may call.
         service_name: fully qualified name whose health says "ready"; "" says "live".
         reflected: names of further services in the committed .proto files, for reflection.
 
     Services are registered on this object as on a gRPC server (`add_…Servicer_to_server(service,
     node_server)`), also after `start`, once what they need is there. Until `set_ready`, and again
     while draining, calls other than health and reflection are refused with UNAVAILABLE.
+
+    Raises:
+        ConfigError: a certificate, key or token file cannot be used.
     """
 
     def __init__(
@@ -56,31 +52,24 @@ class NodeServer:
     ) -> None:
         self._settings = settings
         self._service_name = service_name
-        self._gate = _Gate()
-        interceptors: list[grpc.aio.ServerInterceptor] = [self._gate, _ErrorsToStatuses()]
-        if settings.bearer_token_file is not None:
-            token = settings.bearer_token_file.read_text().strip()
-            if not token:
-                raise ConfigError(f"server.bearer_token_file {settings.bearer_token_file} is empty")
-            interceptors.insert(0, _RequireBearerToken(token))
+        self._credentials = server_credentials(settings.tls)
+        self.callers = Callers(settings)
+        """Names a call's client."""
+        self.limits = ClientLimits(settings.client_limits)
+        """What each client has going."""
+        self._guard = CallGuard(self.callers, self.limits)
         self._late = _LateHandlers()
         self._server = grpc.aio.server(
-            handlers=(self._late,),
-            interceptors=interceptors,
-            options=(
-                ("grpc.max_receive_message_length", settings.max_request_bytes),
-                ("grpc.max_send_message_length", MAX_FRAME_PAYLOAD_BYTES + PREFIX_BYTES),
-                # A second node on the same port is a mistake, not a second worker.
-                ("grpc.so_reuseport", 0),
-                ("grpc.keepalive_time_ms", KEEPALIVE_MS),
-                ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
-                ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_MS // 2),
-            ),
+            handlers=(self._late,), interceptors=(self._guard,), options=_options(settings)
         )
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        names = {*reflected, _HEALTH_SERVICE, reflection.SERVICE_NAME}
+        names = {*reflected, HEALTH_SERVICE, reflection.SERVICE_NAME}
         reflection.enable_server_reflection(sorted(names), self._server)
+        self._health_server: grpc.aio.Server | None = None
+        if settings.health_listen:
+            self._health_server = grpc.aio.server(options=_options(settings))
+            health_pb2_grpc.add_HealthServicer_to_server(self._health, self._health_server)
 
     def add_generic_rpc_handlers(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
         """Register handlers; what the generated `add_…_to_server` functions call."""
@@ -95,49 +84,44 @@ class NodeServer:
         """Listen; live but not yet ready. Returns host:port as bound.
 
         Raises:
-            ConfigError: the address cannot be bound, or a TLS file is missing.
+            ConfigError: an address cannot be bound.
         """
-        host, _, _ = self._settings.listen.rpartition(":")
-        try:
-            credentials = self._credentials()
-            if credentials is None:
-                port = self._server.add_insecure_port(self._settings.listen)
-            else:
-                port = self._server.add_secure_port(self._settings.listen, credentials)
-        except (RuntimeError, OSError) as error:
-            raise ConfigError(f"server.listen {self._settings.listen}: {error}") from None
+        address = _listen(self._server, self._settings.listen, self._credentials, "server.listen")
+        if self._health_server is not None:
+            _listen(self._health_server, self._settings.health_listen, None, "server.health_listen")
         await self._set(self._service_name, is_serving=False)
         await self._set("", is_serving=True)
         await self._server.start()
-        return f"{host}:{port}"
+        if self._health_server is not None:
+            await self._health_server.start()
+        self._warn_if_open(address)
+        return address
 
     async def set_ready(self, *, is_ready: bool) -> None:
         """Whether the service takes requests: model loaded, warmed up, not draining."""
-        self._gate.is_open = is_ready
+        self._guard.is_open = is_ready
         await self._set(self._service_name, is_serving=is_ready)
 
     async def stop(self, grace_seconds: float) -> None:
         """Take no new calls; running ones have `grace_seconds`, then are cancelled."""
         await self._health.enter_graceful_shutdown()
         await self._server.stop(grace_seconds)
+        if self._health_server is not None:
+            await self._health_server.stop(0)
 
     async def _set(self, name: str, *, is_serving: bool) -> None:
         statuses = health_pb2.HealthCheckResponse
         status = statuses.SERVING if is_serving else statuses.NOT_SERVING
         await self._health.set(name, status)
 
-    def _credentials(self) -> grpc.ServerCredentials | None:
+    def _warn_if_open(self, address: str) -> None:
         settings = self._settings
-        if settings.tls_certificate is None and settings.tls_key is None:
-            return None
-        if settings.tls_certificate is None or settings.tls_key is None:
-            raise ConfigError("server.tls_certificate and server.tls_key go together")
-        authority = settings.tls_client_authority
-        return grpc.ssl_server_credentials(
-            [(settings.tls_key.read_bytes(), settings.tls_certificate.read_bytes())],
-            root_certificates=authority.read_bytes() if authority else None,
-            require_client_auth=authority is not None,
-        )
+        is_closed = settings.tls.client_authority or settings.auth.token_file
+        if not is_closed and not is_loopback(address):
+            _log.warning(
+                event("everybody who reaches this address may call", address=address)
+                + "; set server.auth.token_file or server.tls.client_authority"
+            )
 
 
 class _LateHandlers(grpc.GenericRpcHandler):  # type: ignore[misc]
@@ -155,109 +139,45 @@ class _LateHandlers(grpc.GenericRpcHandler):  # type: ignore[misc]
         return None
 
 
-class _Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
-    """Refuses calls while the node is not ready."""
-
-    def __init__(self) -> None:
-        self.is_open = False
-
-    async def intercept_service(self, continuation, call):  # type: ignore[no-untyped-def]
-        handler = await continuation(call)
-        if self.is_open or call.method.startswith(("/grpc.health.", "/grpc.reflection.")):
-            return handler
-        return _refusing(
-            handler, PeerUnavailableError("this node is not ready: it is starting or draining")
-        )
-
-
-class _RequireBearerToken(grpc.aio.ServerInterceptor):  # type: ignore[misc]
-    """Refuses calls without the token; health checks need none."""
-
-    def __init__(self, token: str) -> None:
-        self._expected = f"Bearer {token}".encode()
-
-    async def intercept_service(self, continuation, call):  # type: ignore[no-untyped-def]
-        handler = await continuation(call)
-        if handler is None or call.method.startswith(f"/{_HEALTH_SERVICE}/"):
-            return handler
-        metadata = dict(call.invocation_metadata)
-        given = str(metadata.get("authorization", "")).encode()
-        if hmac.compare_digest(given, self._expected):
-            return handler
-        return _refusing(handler, AuthenticationError("missing or wrong bearer token"))
+def _options(settings: ServerSettings) -> tuple[tuple[str, int], ...]:
+    """Bounds of each connection; what exceeds them ends the call or the connection."""
+    return (
+        ("grpc.max_receive_message_length", settings.max_request_bytes),
+        ("grpc.max_send_message_length", MAX_FRAME_PAYLOAD_BYTES + PREFIX_BYTES),
+        # gRPC refuses a share of the calls between the two at random: there is no between.
+        ("grpc.max_metadata_size", settings.max_metadata_bytes),
+        ("grpc.absolute_max_metadata_size", settings.max_metadata_bytes),
+        ("grpc.max_concurrent_streams", settings.max_streams_per_connection),
+        ("grpc.max_allowed_incoming_connections", settings.max_connections),
+        ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
+        ("grpc.max_connection_idle_ms", IDLE_MS),
+        # A second node on the same port is a mistake, not a second worker.
+        ("grpc.so_reuseport", 0),
+        ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+        ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+        # Who pings more often than this, or without a call, is disconnected at the third ping.
+        ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_MS // 2),
+        ("grpc.http2.max_ping_strikes", 2),
+    )
 
 
-class _ErrorsToStatuses(grpc.aio.ServerInterceptor):  # type: ignore[misc]
-    """Turns what a handler raises into the status that the table says."""
+def _listen(
+    server: grpc.aio.Server,
+    address: str,
+    credentials: grpc.ServerCredentials | None,
+    setting: str,
+) -> str:
+    """Bind host:port; returns it as bound.
 
-    async def intercept_service(self, continuation, call):  # type: ignore[no-untyped-def]
-        handler = await continuation(call)
-        if handler is None:
-            return None
-        if handler.unary_unary is not None:
-            return grpc.unary_unary_rpc_method_handler(
-                _guard_unary(handler.unary_unary, call.method),
-                handler.request_deserializer,
-                handler.response_serializer,
-            )
-        if handler.unary_stream is not None:
-            return grpc.unary_stream_rpc_method_handler(
-                _guard_stream(handler.unary_stream, call.method),
-                handler.request_deserializer,
-                handler.response_serializer,
-            )
-        # Only reflection streams requests; it raises nothing of ours.
-        return handler
-
-
-def _guard_unary(method: _Method, name: str) -> _Method:
-    async def guarded(request: object, context: grpc.aio.ServicerContext) -> object:
-        try:
-            return await method(request, context)
-        except Exception as error:
-            await _abort(context, error, name, request)
-
-    return guarded
-
-
-def _guard_stream(method: _Method, name: str) -> _Method:
-    async def guarded(request: object, context: grpc.aio.ServicerContext) -> AsyncIterator[object]:
-        try:
-            responses = method(request, context)
-            if inspect.isawaitable(responses):
-                # A handler that writes to the context itself, as the health service's Watch does.
-                await responses
-                return
-            async with aclosing(responses):
-                async for response in responses:
-                    yield response
-        except Exception as error:
-            await _abort(context, error, name, request)
-
-    return guarded
-
-
-def _refusing(handler: grpc.RpcMethodHandler | None, error: FluxionError) -> grpc.RpcMethodHandler:
-    async def refuse(request: object, context: grpc.aio.ServicerContext) -> object:
-        del request
-        return await context.abort(status_of(error), str(error))
-
-    if handler is not None and handler.stream_stream is not None:
-        return grpc.stream_stream_rpc_method_handler(refuse)
-    return grpc.unary_unary_rpc_method_handler(refuse)
-
-
-async def _abort(
-    context: grpc.aio.ServicerContext, error: Exception, method: str, request: object
-) -> NoReturn:
-    """End the call with the error's status; never returns."""
-    if isinstance(error, grpc.aio.AbortError):
-        raise error
-    if isinstance(error, FluxionError):
-        status = status_of(error)
-        if status is not grpc.StatusCode.INTERNAL:
-            await context.abort(status, str(error))
-    request_id = getattr(request, "request_id", "") or uuid.uuid4().hex
-    _log.error(event("call failed", method=method, request_id=request_id), exc_info=error)
-    await context.abort(grpc.StatusCode.INTERNAL, f"internal error; request id {request_id}")
-    raise AssertionError("abort returned")
+    Raises:
+        ConfigError: it cannot be bound.
+    """
+    host, _, _ = address.rpartition(":")
+    try:
+        if credentials is None:
+            port = server.add_insecure_port(address)
+        else:
+            port = server.add_secure_port(address, credentials)
+    except (RuntimeError, OSError) as error:
+        raise ConfigError(f"{setting} {address}: {error}") from None
+    return f"{host}:{port}"

@@ -5,15 +5,40 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import grpc
 
-from fluxion_core.config import ClientSettings
-from fluxion_core.errors import ConfigError, PeerUnavailableError
-from fluxion_core.wire.channel import open_channel
+from fluxion_core.config import ClientSettings, ClientTlsSettings
+from fluxion_core.errors import AuthenticationError, ConfigError, PeerUnavailableError
+from fluxion_core.wire.channel import check_client, open_channel
 from services.cli.addresses import split_address
+
+
+def client_settings(
+    connect_seconds: float,
+    tls_ca: Path | None,
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    token_file: Path | None,
+) -> ClientSettings:
+    """Settings of the flags that commands share.
+
+    Raises:
+        ConfigError: flags that go together were not given together.
+    """
+    if (tls_cert is None) != (tls_key is None):
+        raise ConfigError("--tls-cert and --tls-key go together; give both or neither")
+    if tls_cert is not None and tls_ca is None:
+        raise ConfigError("--tls-cert needs --tls-ca, which turns TLS on")
+    return ClientSettings(
+        connect_seconds=connect_seconds,
+        tls=ClientTlsSettings(authority=tls_ca, certificate=tls_cert, key=tls_key),
+        token_file=token_file,
+    )
 
 
 @asynccontextmanager
@@ -22,8 +47,8 @@ async def connect(
 ) -> AsyncIterator[grpc.aio.Channel]:
     """Open a channel to `address` and wait until it is connected.
 
-    A plain TCP connection is tried first: it fails at once where nobody listens, while a channel
-    goes on trying.
+    A plain connection is tried first, with a TLS handshake if the channel will make one: it fails
+    at once and says why, while a channel goes on trying.
 
     Args:
         address: host:port.
@@ -32,23 +57,24 @@ async def connect(
 
     Raises:
         PeerUnavailableError: the address refuses, or does not answer in client.connect_seconds.
-        ConfigError: the address is malformed, or a file named in `client` cannot be read.
+        AuthenticationError: the certificate of one side does not satisfy the other.
+        ConfigError: the address is malformed, or a file named in `client` cannot be used.
     """
     host, port = split_address(address, flag=flag)
-    try:
-        channel = open_channel(address, client)
-    except OSError as error:
-        raise ConfigError(f"{error.filename}: {error.strerror}; give a PEM or token file") from None
-    async with channel:
+    check_client(client, [address], "client")
+    async with open_channel(address, client) as channel:
         try:
             async with asyncio.timeout(client.connect_seconds):
-                _, writer = await asyncio.open_connection(host.strip("[]"), port)
-                writer.close()
+                await _try_connection(host.strip("[]"), port, client.tls)
                 await channel.channel_ready()
         except TimeoutError:
             raise PeerUnavailableError(
                 f"{address} does not answer within {client.connect_seconds:g} s; check the "
                 f"address, and that TLS is wanted by both sides or by neither"
+            ) from None
+        except ssl.SSLError as error:
+            raise AuthenticationError(
+                f"{address}: no TLS connection: {_tls_reason(error)}"
             ) from None
         except OSError as error:
             raise PeerUnavailableError(
@@ -56,6 +82,44 @@ async def connect(
                 f"`fluxion up`, or give the address of one that runs"
             ) from None
         yield channel
+
+
+async def _try_connection(host: str, port: int, tls: ClientTlsSettings) -> None:
+    """Connect as the channel will, and hang up.
+
+    Raises:
+        OSError: nobody listens, or an SSLError: the handshake failed.
+    """
+    context = None
+    if tls.authority is not None:
+        context = ssl.create_default_context(cafile=str(tls.authority))
+        context.set_alpn_protocols(["h2"])
+        if tls.certificate is not None:
+            context.load_cert_chain(tls.certificate, tls.key)
+    reader, writer = await asyncio.open_connection(host, port, ssl=context)
+    try:
+        if context is not None:
+            # A node refuses a client's certificate, or the want of one, after the handshake; one
+            # that accepts it speaks first.
+            await reader.read(1)
+    finally:
+        writer.transport.abort()
+
+
+_TLS_REASONS = {
+    "CERTIFICATE_REQUIRED": "the node wants a certificate; give --tls-cert and --tls-key",
+    "UNKNOWN_CA": "the node does not know the authority of --tls-cert",
+    "CERTIFICATE_EXPIRED": "the node says that the certificate of --tls-cert has expired",
+    "WRONG_VERSION_NUMBER": "the node does not speak TLS; leave out --tls-ca",
+}
+"""By a part of OpenSSL's name of the failure."""
+
+
+def _tls_reason(error: ssl.SSLError) -> str:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"the node's certificate is not accepted by --tls-ca: {error.verify_message}"
+    name = error.reason or str(error)
+    return next((text for part, text in _TLS_REASONS.items() if part in name), name)
 
 
 def _reason(error: OSError) -> str:

@@ -77,14 +77,18 @@ ModelsDirOption = Annotated[
 ]
 AddressOption = Annotated[str, typer.Option("--address", help="HOST:PORT of the decode node.")]
 TlsAuthorityOption = Annotated[
-    Path | None, typer.Option(help="PEM authority of the node's certificate; turns TLS on.")
+    Path | None,
+    typer.Option("--tls-ca", help="PEM authority of the node's certificate; turns TLS on."),
 ]
 TlsCertificateOption = Annotated[
-    Path | None, typer.Option(help="PEM chain shown to the node (mutual TLS).")
+    Path | None, typer.Option("--tls-cert", help="PEM chain shown to the node (mutual TLS).")
 ]
-TlsKeyOption = Annotated[Path | None, typer.Option(help="PEM key of --tls-certificate.")]
+TlsKeyOption = Annotated[
+    Path | None, typer.Option("--tls-key", help="PEM key of --tls-cert; mode 600.")
+]
 TokenFileOption = Annotated[
-    Path | None, typer.Option(help="File whose content is sent as the bearer token.")
+    Path | None,
+    typer.Option("--token-file", help="File of the token to send; mode 600. Only over TLS."),
 ]
 ConnectSecondsOption = Annotated[
     float, typer.Option(min=0.1, help="Time to reach the node before giving up, s.")
@@ -203,14 +207,14 @@ def generate(
     ] = True,
     address: AddressOption = DEFAULT_DECODE_ADDRESS,
     connect_seconds: ConnectSecondsOption = 5.0,
-    tls_authority: TlsAuthorityOption = None,
-    tls_certificate: TlsCertificateOption = None,
+    tls_ca: TlsAuthorityOption = None,
+    tls_cert: TlsCertificateOption = None,
     tls_key: TlsKeyOption = None,
-    bearer_token_file: TokenFileOption = None,
+    token_file: TokenFileOption = None,
 ) -> None:
     """Stream a completion to stdout, token by token; timings go to stderr."""
-    from fluxion_core.config import ClientSettings
     from services.cli.client import GenerationOptions
+    from services.cli.connection import client_settings
     from services.cli.generate import read_prompt, run_generate
 
     options = GenerationOptions(
@@ -232,13 +236,7 @@ def generate(
         policy=policy,
         deadline_seconds=deadline_seconds,
     )
-    client = ClientSettings(
-        connect_seconds=connect_seconds,
-        tls_authority=tls_authority,
-        tls_certificate=tls_certificate,
-        tls_key=tls_key,
-        bearer_token_file=bearer_token_file,
-    )
+    client = client_settings(connect_seconds, tls_ca, tls_cert, tls_key, token_file)
     asyncio.run(run_generate(options, address, client, show_timings=timings))
 
 
@@ -261,22 +259,16 @@ def health(
     address: Annotated[str, typer.Argument(help="HOST:PORT of a prefill or decode node.")],
     *,
     connect_seconds: ConnectSecondsOption = 5.0,
-    tls_authority: TlsAuthorityOption = None,
-    tls_certificate: TlsCertificateOption = None,
+    tls_ca: TlsAuthorityOption = None,
+    tls_cert: TlsCertificateOption = None,
     tls_key: TlsKeyOption = None,
-    bearer_token_file: TokenFileOption = None,
+    token_file: TokenFileOption = None,
 ) -> None:
     """Say whether a node is alive and ready; exit status 0 only if it is both."""
-    from fluxion_core.config import ClientSettings
+    from services.cli.connection import client_settings
     from services.cli.health import run_health
 
-    client = ClientSettings(
-        connect_seconds=connect_seconds,
-        tls_authority=tls_authority,
-        tls_certificate=tls_certificate,
-        tls_key=tls_key,
-        bearer_token_file=bearer_token_file,
-    )
+    client = client_settings(connect_seconds, tls_ca, tls_cert, tls_key, token_file)
     raise typer.Exit(asyncio.run(run_health(address, client)))
 
 
@@ -295,6 +287,25 @@ def top(
     from services.cli.top import run_top
 
     run_top(addresses, Console(), interval_seconds=interval_seconds, updates=updates)
+
+
+@app.command()
+def trace(
+    *,
+    address: Annotated[str, typer.Option(help="HOST:PORT of a decode node's metrics_listen.")],
+    steps: Annotated[int, typer.Option(min=1, help="Decode steps to record.")] = 20,
+    seconds: Annotated[float, typer.Option(min=0.1, max=60, help="At most for so long, s.")] = 10.0,
+    out: Annotated[Path, typer.Option(help="Takes the trace, as JSON.")] = Path("trace.json"),
+    png: Annotated[
+        Path | None, typer.Option(help="Draw it into this PNG or SVG file as well.")
+    ] = None,
+) -> None:
+    """Record a decode node's next steps, for ui.perfetto.dev: CPU workers, GPU, PCIe, hand-offs."""
+    from rich.console import Console
+
+    from services.cli.trace import run_trace
+
+    run_trace(address, steps, seconds, out, png, Console())
 
 
 @bench_app.command("handoff")

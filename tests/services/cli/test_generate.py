@@ -138,7 +138,7 @@ def test_no_node_is_one_sentence_with_the_address():
 def test_a_token_file_that_is_not_there_is_one_sentence(
     decode_node: SimpleNamespace, tmp_path: Path
 ):
-    result = generate(decode_node, "--bearer-token-file", str(tmp_path / "absent"), "Why?")
+    result = generate(decode_node, "--token-file", str(tmp_path / "absent"), "Why?")
     assert result.exit_code == 1
     assert "absent: No such file" in result.stderr
 

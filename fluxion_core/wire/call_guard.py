@@ -1,0 +1,193 @@
+"""What stands between a connection and a service: who calls, whether the node is ready, how much
+the client may ask for, and errors as statuses.
+
+A call is refused before its message is read: a peer that may not call makes the node hold nothing.
+Services raise FluxionErrors; here they become statuses, and anything else is logged once with its
+traceback and shown to the client as INTERNAL with a request id.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import aclosing, contextmanager
+from typing import Any, NoReturn
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from fluxion_core.errors import (
+    AuthenticationError,
+    CapacityError,
+    FluxionError,
+    InvalidRequestError,
+    PeerUnavailableError,
+)
+from fluxion_core.telemetry import event
+from fluxion_core.wire.callers import Callers
+from fluxion_core.wire.client_limits import ClientLimits
+from fluxion_core.wire.status import status_of
+
+_log = logging.getLogger(__name__)
+
+HEALTH_SERVICE = "grpc.health.v1.Health"
+_REFLECTION_PREFIX = "/grpc.reflection."
+
+PUSHBACK_KEY = "grpc-retry-pushback-ms"
+"""Trailing metadata by which gRPC's own retries know how long to wait."""
+
+_NOT_READY = "this node is not ready: it is starting or draining"
+
+_Reader = Callable[[bytes], object]
+
+_REFUSAL_LOG_SECONDS = 1.0
+"""Refused callers get one line in so much time: whoever knocks must not fill the log."""
+
+
+class CallGuard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Wraps every handler but those of the health service, which anybody may ask.
+
+    Handlers take their messages as a stream here, of which there is one, so that the caller is
+    known before it is read.
+
+    Args:
+        callers: tells who calls.
+        limits: what one client may ask for.
+    """
+
+    def __init__(self, callers: Callers, limits: ClientLimits) -> None:
+        self._callers = callers
+        self._limits = limits
+        self._refusals_unlogged = 0
+        self._refusal_logged_at = -_REFUSAL_LOG_SECONDS
+        self.is_open = False
+        """Whether the node takes calls other than reflection."""
+
+    async def intercept_service(self, continuation, call):  # type: ignore[no-untyped-def]
+        """The handler of a call, guarded."""
+        handler = await continuation(call)
+        if call.method.startswith(f"/{HEALTH_SERVICE}/"):
+            return handler
+        if handler is None:
+            # What will be registered once the model is loaded is not unknown, only not there yet.
+            return None if self.is_open else self._not_ready(call.method)
+        if handler.unary_unary is not None:
+            return self._guarded_unary(handler, call.method)
+        return self._guarded_stream(handler, call.method)
+
+    @contextmanager
+    def _entered(self, context: grpc.aio.ServicerContext, method: str) -> Iterator[None]:
+        """Count the call of a caller that may call, while the block lasts."""
+        try:
+            client = self._callers.client_of(context)
+        except AuthenticationError as error:
+            self._log_refusal(context.peer(), method, error)
+            raise
+        if not self.is_open and not method.startswith(_REFLECTION_PREFIX):
+            raise PeerUnavailableError(_NOT_READY)
+        with self._limits.call(client):
+            yield
+
+    def _log_refusal(self, peer: str, method: str, error: AuthenticationError) -> None:
+        now = time.monotonic()
+        self._refusals_unlogged += 1
+        if now - self._refusal_logged_at >= _REFUSAL_LOG_SECONDS:
+            refused = event(
+                "caller refused",
+                peer=peer,
+                method=method,
+                reason=error,
+                refusals=self._refusals_unlogged,
+            )
+            _log.warning(refused)
+            self._refusals_unlogged, self._refusal_logged_at = 0, now
+
+    def _not_ready(self, name: str) -> grpc.RpcMethodHandler:
+        async def refuse(requests: object, context: grpc.aio.ServicerContext) -> NoReturn:
+            del requests
+            try:
+                with self._entered(context, name):
+                    raise PeerUnavailableError(_NOT_READY)
+            except Exception as error:
+                await _abort(context, error, name, None)
+
+        return grpc.stream_unary_rpc_method_handler(refuse)
+
+    def _guarded_unary(self, handler: Any, name: str) -> grpc.RpcMethodHandler:
+        async def guarded(
+            requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext
+        ) -> object:
+            message = None
+            try:
+                with self._entered(context, name):
+                    message = await _only(requests, handler.request_deserializer)
+                    return await handler.unary_unary(message, context)
+            except Exception as error:
+                await _abort(context, error, name, message)
+
+        return grpc.stream_unary_rpc_method_handler(guarded, None, handler.response_serializer)
+
+    def _guarded_stream(self, handler: Any, name: str) -> grpc.RpcMethodHandler:
+        async def guarded(
+            requests: AsyncIterator[Any], context: grpc.aio.ServicerContext
+        ) -> AsyncIterator[object]:
+            message = None
+            try:
+                with self._entered(context, name):
+                    if handler.unary_stream is not None:
+                        message = await _only(requests, handler.request_deserializer)
+                        responses = handler.unary_stream(message, context)
+                    else:
+                        responses = handler.stream_stream(requests, context)
+                    async with aclosing(responses):
+                        async for response in responses:
+                            yield response
+            except Exception as error:
+                await _abort(context, error, name, message)
+
+        # Of a call with one message it is read above, of any other by grpc.
+        read = None if handler.unary_stream is not None else handler.request_deserializer
+        return grpc.stream_stream_rpc_method_handler(guarded, read, handler.response_serializer)
+
+
+async def _only(requests: AsyncIterator[bytes], read: _Reader | None) -> object:
+    """The one message of a call.
+
+    Raises:
+        InvalidRequestError: there is none, or it is not what the method takes.
+    """
+    async for raw in requests:
+        try:
+            return raw if read is None else read(raw)
+        except DecodeError as error:
+            raise InvalidRequestError(f"the message cannot be read: {error}") from None
+    raise InvalidRequestError("the call has no message")
+
+
+async def _abort(
+    context: grpc.aio.ServicerContext, error: Exception, method: str, request: object
+) -> NoReturn:
+    """End the call with the error's status; never returns."""
+    if isinstance(error, grpc.aio.AbortError):
+        raise error
+    if isinstance(error, FluxionError):
+        status = status_of(error)
+        if status is not grpc.StatusCode.INTERNAL:
+            await context.abort(status, str(error), _retry_metadata(error))
+    request_id = _request_id(request)
+    _log.error(event("call failed", method=method, request_id=request_id), exc_info=error)
+    await context.abort(grpc.StatusCode.INTERNAL, f"internal error; request id {request_id}")
+    raise AssertionError("abort returned")
+
+
+def _retry_metadata(error: FluxionError) -> tuple[tuple[str, str], ...]:
+    seconds = error.retry_after_seconds if isinstance(error, CapacityError) else None
+    return () if seconds is None else ((PUSHBACK_KEY, str(round(seconds * 1000))),)
+
+
+def _request_id(request: object) -> str:
+    """The client's, if it can be printed as it is, else a new one."""
+    given = getattr(request, "request_id", "")
+    return given if 0 < len(given) <= 128 and given.isprintable() else uuid.uuid4().hex
