@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 class Span:
     """One piece of work on one lane.
 
-    Lanes are named by what works there: "cpu 0", "cpu 1", … for attention workers, "engine" for
-    the step loop, "gpu" for the GPU lane, "pcie host_to_device" and "pcie device_to_host", and
-    "handoff HOST:PORT" for a hand-off stream. Spans of one lane do not overlap, except where one
-    holds the other whole.
+    Lanes are named by what works there: "engine" for the step loop; "cpu 0", "cpu 1", … for
+    attention workers; "gpu" for the GPU's dense part and "gpu tasks 0", … for the slots of its
+    lane; "pcie host_to_device" and "pcie device_to_host"; "handoff HOST:PORT REQUEST" for a
+    hand-off stream. Spans of one lane do not overlap, except where one holds the other whole.
     """
 
     lane: str

@@ -12,7 +12,6 @@ import json
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
 from socketserver import ThreadingMixIn
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qs
@@ -24,8 +23,9 @@ from prometheus_client.registry import Collector
 
 from fluxion_core.errors import ConfigError, FluxionError, RequestCancelledError
 from fluxion_core.metrics import MetricDefinition
-from fluxion_core.spans import Span
 from fluxion_core.telemetry import event
+from fluxion_core.trace import Trace
+from fluxion_core.trace_events import TraceFile, trace_file
 from fluxion_core.wire.status import status_of
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ NODE_READY = MetricDefinition(
 )
 NODE_DEFINITIONS = (NODE_INFO, NODE_READY)
 
-TakeTrace = Callable[[int, float], list[Span]]
+TakeTrace = Callable[[int, float], Trace]
 """Records that many steps, at most for so many seconds; blocks until then."""
 
 
@@ -107,6 +107,11 @@ class NodeMetrics(Collector):
             yield NODE_INFO.render({(self._kind, *self._info): 1.0})
         for collector in self._collectors:
             yield from collector.collect()
+
+    def trace_file(self, trace: Trace) -> TraceFile:
+        """A trace of this node, with what is known of the node."""
+        model, device = self._info or ("", "")
+        return trace_file(trace, f"{self._kind} node", {"model": model, "device": device})
 
     def close(self) -> None:
         """End what collectors do of their own accord. Idempotent."""
@@ -189,16 +194,16 @@ def _application(registry: CollectorRegistry, metrics: NodeMetrics) -> Applicati
             return serve_metrics(environ, start_response)
         status, body = "404 Not Found", "only /metrics and /trace are here\n"
         if path == "/trace":
-            status, body = _trace(environ.get("QUERY_STRING", ""), metrics.take_trace)
+            status, body = _trace(environ.get("QUERY_STRING", ""), metrics)
         start_response(status, [("Content-Type", "text/plain; charset=utf-8")])
         return [body.encode()]
 
     return application
 
 
-def _trace(query: str, take_trace: TakeTrace | None) -> tuple[str, str]:
-    """Status line and body: the spans as a JSON list, or one sentence."""
-    if take_trace is None:
+def _trace(query: str, metrics: NodeMetrics) -> tuple[str, str]:
+    """Status line and body: a file in the Trace Event Format, or one sentence."""
+    if metrics.take_trace is None:
         return "404 Not Found", "this node records no traces, or is still loading its model\n"
     fields = parse_qs(query)
     try:
@@ -210,7 +215,7 @@ def _trace(query: str, take_trace: TakeTrace | None) -> tuple[str, str]:
         limits = f"steps 1 to {MAX_TRACE_STEPS}, seconds up to {MAX_TRACE_SECONDS:g}"
         return "400 Bad Request", f"{limits}; asked for {steps} and {seconds:g}\n"
     try:
-        spans = take_trace(steps, seconds)
+        trace = metrics.take_trace(steps, seconds)
     except FluxionError as error:
         return "409 Conflict", f"{error}\n"
-    return "200 OK", json.dumps([asdict(span) for span in spans])
+    return "200 OK", json.dumps(metrics.trace_file(trace))

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 from fluxion_core.errors import ConfigError
 from fluxion_core.kernels import _native
@@ -23,8 +26,7 @@ WAKE_BYTES = 256 << 10
 """A round of fewer bytes is done by the waiting thread alone: waking costs as much."""
 
 
-@dataclass(frozen=True)
-class TaskSpan:
+class TaskSpan(NamedTuple):
     """One chunk of one task, as it was done. phase -1: the moment at which the task was claimed."""
 
     worker: int
@@ -38,6 +40,21 @@ class TaskSpan:
     start_ns: int
     """On the system's monotonic clock."""
     end_ns: int
+    layer: int
+
+
+_SPAN = np.dtype(
+    [
+        *((name, np.int32) for name in ("worker", "task", "phase", "chunk")),
+        *((name, np.int64) for name in ("start_ns", "end_ns", "layer")),
+    ]
+)
+"""A TaskSpan as the native pool has it."""
+
+
+def task_spans(rows: npt.NDArray[np.void]) -> list[TaskSpan]:
+    """Spans of what `CpuPool.take_rows` gave."""
+    return [TaskSpan(*row) for row in rows.tolist()]
 
 
 def usable_cpus() -> list[int]:
@@ -88,10 +105,19 @@ class CpuPool:
         """Work on the round that was submitted until all of it is done."""
         self.native.wait()
 
+    @property
+    def num_lanes(self) -> int:
+        """Threads that may record spans: the pinned workers, and the one that waits."""
+        return self.native.num_workers + 1
+
     def record(self, *, on: bool) -> None:
         """Keep spans from now on, or no longer."""
         self.native.set_tracing(on)
 
+    def take_rows(self) -> npt.NDArray[np.void]:
+        """Spans recorded since the last call, as they were kept; quick. Between rounds only."""
+        return np.frombuffer(self.native.take_trace(), dtype=_SPAN)
+
     def take_spans(self) -> list[TaskSpan]:
-        """Spans recorded since the last call; between rounds only."""
-        return [TaskSpan(*span) for span in self.native.take_trace()]
+        """The same as TaskSpans."""
+        return task_spans(self.take_rows())

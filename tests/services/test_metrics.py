@@ -18,6 +18,8 @@ from fluxion_core.device_usage import DeviceUsage
 from fluxion_core.errors import CapacityError, ConfigError, DeadlineError, RequestCancelledError
 from fluxion_core.metrics import definitions_table
 from fluxion_core.nvml import NvmlReadings
+from fluxion_core.spans import Span
+from fluxion_core.trace import Trace
 from fluxion_proto.v1 import generate_pb2
 from services.decode.engine import EngineStatistics
 from services.decode.gpu_metrics import GPU_DEFINITIONS, NvmlCollector
@@ -260,10 +262,12 @@ def test_no_address_is_no_endpoint():
 def test_trace_queries_outside_the_limits_are_refused():
     metrics = NodeMetrics("decode")
     asked: list[tuple[int, float]] = []
-    metrics.take_trace = lambda steps, seconds: asked.append((steps, seconds)) or []
+    trace = Trace([Span("engine", "step", 1, 2)], ["engine"], 3, "steps", 1)
+    metrics.take_trace = lambda steps, seconds: asked.append((steps, seconds)) or trace
     served = MetricsEndpoint("127.0.0.1:0", metrics)
     try:
-        assert json.loads(fetch(served.address, "/trace?steps=3&seconds=2")) == []
+        file = json.loads(fetch(served.address, "/trace?steps=3&seconds=2"))
+        assert [event["name"] for event in file["traceEvents"] if event["ph"] == "X"] == ["step"]
         for query in ("steps=0", "steps=x", "seconds=0", "seconds=1000", "steps=1000000"):
             with pytest.raises(urllib.error.HTTPError) as refusal:
                 fetch(served.address, f"/trace?{query}")

@@ -2,7 +2,6 @@
 // integer 0.1); the Python side of each operation checks them. The GIL is released throughout.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
-#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
@@ -11,7 +10,6 @@
 #include <limits>
 #include <stdexcept>
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "kernel_table.h"
@@ -228,12 +226,9 @@ NB_MODULE(_native, m) {
       .def("complete", &TaskPool::complete)
       .def("set_tracing", &TaskPool::set_tracing)
       .def("take_trace", [](TaskPool& pool) {
-        std::vector<std::tuple<int, int, int, int, int64_t, int64_t>> spans;
-        for (const fluxion::Span& span : pool.take_trace()) {
-          spans.emplace_back(span.worker, span.task, span.phase, span.chunk, span.start_ns,
-                             span.end_ns);
-        }
-        return spans;
+        const std::vector<fluxion::Span> spans = pool.take_trace();
+        return nb::bytes(reinterpret_cast<const char*>(spans.data()),
+                         spans.size() * sizeof(fluxion::Span));
       });
   fluxion::bind_attention(m);
   fluxion::bind_gpu(m);

@@ -87,6 +87,7 @@ class LayerAttention final : public Work {
   void finish_layer();
 
   int32_t num_phases() const override { return 3; }
+  int64_t layer() const override { return layer_; }
   int32_t open(int32_t task, int32_t phase) override;
   void run(int32_t task, int32_t phase, int32_t chunk) override;
   void close(int32_t task) override;

@@ -60,6 +60,7 @@ class LayerPlan final : public Work {
   const PlanNanoseconds& nanoseconds() const { return nanoseconds_; }
 
   int32_t num_phases() const override { return 8; }
+  int64_t layer() const override { return layer_; }
   int32_t open(int32_t task, int32_t phase) override;
   void run(int32_t task, int32_t phase, int32_t chunk) override;
   void close(int32_t) override {}

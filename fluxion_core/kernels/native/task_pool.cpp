@@ -190,7 +190,7 @@ void TaskPool::help(int worker) {
   while ((task = claim_for_pool()) >= 0) {
     if (tracing_.load(std::memory_order_relaxed)) {
       const int64_t now = now_ns();
-      traces_[size_t(worker)].push_back({worker, task, -1, 0, now, now});
+      traces_[size_t(worker)].push_back({worker, task, -1, 0, now, now, work_->layer()});
     }
     open_next(task, 0);
     run_chunks(worker, task);
@@ -237,7 +237,8 @@ bool TaskPool::run_chunks(int worker, int32_t index) {
     const int64_t start = tracing ? now_ns() : 0;
     work_->run(index, phase, chunk);
     if (tracing) {
-      traces_[size_t(worker)].push_back({worker, index, phase, chunk, start, now_ns()});
+      traces_[size_t(worker)].push_back(
+          {worker, index, phase, chunk, start, now_ns(), work_->layer()});
     }
     did_any = true;
     if (task.finished.fetch_add(1, std::memory_order_acq_rel) + 1 == num_chunks) {

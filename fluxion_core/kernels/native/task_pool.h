@@ -24,6 +24,8 @@ class Work {
  public:
   virtual ~Work() = default;
   virtual int32_t num_phases() const = 0;
+  // Of the model that these tasks belong to, for traces.
+  virtual int64_t layer() const = 0;
   // Get a phase of a task ready; returns its number of chunks, which may be 0.
   virtual int32_t open(int32_t task, int32_t phase) = 0;
   virtual void run(int32_t task, int32_t phase, int32_t chunk) = 0;
@@ -41,10 +43,11 @@ class Consumer {
   virtual void poll() = 0;
 };
 
-// One chunk that was run, for traces and tests. phase -1: the task was claimed.
+// One chunk that was run, for traces and tests. phase -1: the task was claimed. Python reads these as
+// they lie here (fluxion_core/scheduler/scheduler.py).
 struct Span {
   int32_t worker, task, phase, chunk;
-  int64_t start_ns, end_ns;
+  int64_t start_ns, end_ns, layer;
 };
 
 class TaskPool {
