@@ -14,6 +14,7 @@ from fluxion_core.hybrid_attention import HybridAttention
 from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.scheduler.scheduler import CpuPool
 from fluxion_core.telemetry import event
+from fluxion_core.wire.channel import check_client
 from fluxion_core.wire.server import NodeServer
 from fluxion_proto.v1 import generate_pb2_grpc
 from services.decode.admission import Admission
@@ -36,6 +37,7 @@ _log = logging.getLogger(__name__)
 
 async def serve(settings: DecodeSettings, ending: asyncio.Event) -> None:
     """Load the model, serve Generate until `ending`, then drain."""
+    check_client(settings.prefill.client, settings.prefill.addresses, "prefill.client")
     server = NodeServer(settings.server, GENERATION_SERVICE, reflected=[GENERATION_SERVICE])
     metrics = NodeMetrics("decode")
     endpoint = MetricsEndpoint(settings.server.metrics_listen, metrics)
@@ -80,6 +82,8 @@ async def serve(settings: DecodeSettings, ending: asyncio.Event) -> None:
             default_max_new_tokens=settings.engine.default_max_new_tokens,
             planning=planning,
             counters=counters,
+            callers=server.callers,
+            limits=server.limits,
         )
         device = model.loaded.decoder.embedding.device
         metrics.loaded(

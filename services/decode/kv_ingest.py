@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import grpc
 
 from fluxion_core.errors import (
+    AuthenticationError,
     CapacityError,
     DrainingError,
     FluxionError,
@@ -240,4 +241,9 @@ def _of_node(error: FluxionError, address: str) -> FluxionError:
     if isinstance(error, PeerUnavailableError | RequestCancelledError):
         # We cancel by leaving the task; a cancellation that arrives as a status is the peer's.
         return PeerUnavailableError(f"prefill node {address} is not available: {error}")
+    if isinstance(error, AuthenticationError):
+        # Not of the client of Generate, who has shown its own.
+        return PeerUnavailableError(
+            f"prefill node {address} refuses this node's credentials ({error}); see prefill.client"
+        )
     return error

@@ -17,6 +17,8 @@ import grpc
 from fluxion_core.generation.tokenizer import IncrementalDetokenizer
 from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.telemetry import event
+from fluxion_core.wire.callers import Callers
+from fluxion_core.wire.client_limits import ClientLimits
 from fluxion_proto.v1 import generate_pb2, generate_pb2_grpc
 from services.decode.admission import Admission, Admitted
 from services.decode.engine import DecodeEngine, DecodeSequence
@@ -50,6 +52,8 @@ class GenerationService(generate_pb2_grpc.GenerationServicer):
         default_max_new_tokens: for requests that do not say.
         planning: policies, and the planner's state of each sequence.
         counters: count how requests go.
+        callers: names a request's client.
+        limits: bound what a client has waiting.
     """
 
     def __init__(
@@ -63,7 +67,11 @@ class GenerationService(generate_pb2_grpc.GenerationServicer):
         default_max_new_tokens: int,
         planning: Planning,
         counters: RequestCounters,
+        callers: Callers,
+        limits: ClientLimits,
     ) -> None:
+        self._callers = callers
+        self._limits = limits
         self._model = model
         self._store = store
         self._admission = admission
@@ -79,6 +87,7 @@ class GenerationService(generate_pb2_grpc.GenerationServicer):
     ) -> AsyncIterator[generate_pb2.GenerateResponse]:
         """Stream tokens as they are made; the last message has the reason and the usage."""
         arrived = time.perf_counter()
+        client = self._callers.client_of(context)
         request: GenerationRequest | None = None
         failure: BaseException | None = None
         try:
@@ -89,31 +98,34 @@ class GenerationService(generate_pb2_grpc.GenerationServicer):
                 default_max_new_tokens=self._default_max_new_tokens,
                 planning=self._planning,
             )
+            prompt_tokens = len(request.prompt_token_ids)
             admission = self._admission.admit(request.prompt_token_ids, request.stop.max_new_tokens)
-            async with admission as admitted:
-                admitted_after = time.perf_counter() - arrived
-                self._counters.admitted(
-                    prompt_tokens=len(request.prompt_token_ids),
-                    cached_tokens=admitted.sequence.shared_tokens,
-                    seconds=admitted_after,
-                )
-                prefilled = await self._ingest.fetch(
-                    request.request_id,
-                    request.prompt_token_ids,
-                    request.sampling,
-                    admitted.sequence,
-                    deadline_seconds=context.time_remaining(),
-                    profile_window=self._planning.profile_window(request.policy),
-                )
-                async for response in self._decode(
-                    request, admitted, prefilled, arrived, admitted_after
-                ):
-                    yield response
+            with self._limits.waiting(client, prompt_tokens) as has_waited:
+                async with admission as admitted:
+                    admitted_after = time.perf_counter() - arrived
+                    self._counters.admitted(
+                        prompt_tokens=prompt_tokens,
+                        cached_tokens=admitted.sequence.shared_tokens,
+                        seconds=admitted_after,
+                    )
+                    prefilled = await self._ingest.fetch(
+                        request.request_id,
+                        request.prompt_token_ids,
+                        request.sampling,
+                        admitted.sequence,
+                        deadline_seconds=context.time_remaining(),
+                        profile_window=self._planning.profile_window(request.policy),
+                    )
+                    has_waited()
+                    async for response in self._decode(
+                        request, admitted, prefilled, arrived, admitted_after
+                    ):
+                        yield response
         except BaseException as error:
             failure = error
             raise
         finally:
-            self._ended(request, failure, time.perf_counter() - arrived)
+            self._ended(client, request, failure, time.perf_counter() - arrived)
 
     async def Tokenize(  # noqa: N802 - the rpc's name
         self, message: generate_pb2.TokenizeRequest, context: grpc.aio.ServicerContext
@@ -179,7 +191,11 @@ class GenerationService(generate_pb2_grpc.GenerationServicer):
         )
 
     def _ended(
-        self, request: GenerationRequest | None, failure: BaseException | None, seconds: float
+        self,
+        client: str,
+        request: GenerationRequest | None,
+        failure: BaseException | None,
+        seconds: float,
     ) -> None:
         """Count and log a request's end; one that was malformed is only counted."""
         self._counters.request_ended(failure, seconds)
@@ -189,6 +205,7 @@ class GenerationService(generate_pb2_grpc.GenerationServicer):
             event(
                 "request",
                 request_id=request.request_id,
+                client=client,
                 outcome="finished" if failure is None else outcome_of(failure)[1],
                 prompt_tokens=len(request.prompt_token_ids),
                 policy=str(request.policy),

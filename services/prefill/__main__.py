@@ -62,6 +62,7 @@ async def serve(settings: PrefillNodeSettings, ending: asyncio.Event) -> None:
             context_tokens=model.loaded.config.context_tokens,
             outgoing_bytes=settings.engine.outgoing_bytes,
             counters=counters,
+            callers=server.callers,
         )
         node = PrefillNodeService(engine, model.layout)
         server.add_generic_rpc_handlers((handoff.generic_handler(),))

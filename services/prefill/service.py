@@ -19,6 +19,7 @@ from fluxion_core.geometry import BLOCK_TOKENS
 from fluxion_core.kvstream.handoff import Frame, Header, KvLayout, Trailer
 from fluxion_core.telemetry import event
 from fluxion_core.wire import codec
+from fluxion_core.wire.callers import Callers
 from fluxion_proto.v1 import handoff_pb2, handoff_pb2_grpc
 from services.metrics import outcome_of
 from services.prefill.engine import PrefillEngine, Prompt
@@ -82,6 +83,7 @@ class HandoffService:
         context_tokens: the model's context.
         outgoing_bytes: bound on KV of one prompt that waits for its receiver.
         counters: count how hand-offs end.
+        callers: names the decode node that asks, for the log.
     """
 
     def __init__(
@@ -93,8 +95,10 @@ class HandoffService:
         context_tokens: int,
         outgoing_bytes: int,
         counters: PromptCounters,
+        callers: Callers,
     ) -> None:
         self._counters = counters
+        self._callers = callers
         self._engine = engine
         self._layout = layout
         self._vocab_size = vocab_size
@@ -111,9 +115,9 @@ class HandoffService:
             LayoutMismatchError: the decode node expects another model or layout.
             CapacityError: too many prompts wait.
         """
-        del context
+        client = self._callers.client_of(context)
         outbox = Outbox(self._outgoing_bytes, asyncio.get_running_loop())
-        prompt = self._submit(message, outbox)
+        prompt = self._submit(message, outbox, client)
         outcome = ""
         try:
             header = Header(self._layout, len(prompt.token_ids), prompt.kv_from_token)
@@ -142,6 +146,7 @@ class HandoffService:
                 event(
                     "prompt",
                     request_id=prompt.request_id,
+                    client=client,
                     outcome=outcome,
                     tokens=len(prompt.token_ids),
                     kv_from_token=prompt.kv_from_token,
@@ -158,7 +163,7 @@ class HandoffService:
             HANDOFF_SERVICE, {"Prefill": grpc.unary_stream_rpc_method_handler(self.prefill)}
         )
 
-    def _submit(self, message: bytes, outbox: Outbox) -> Prompt:
+    def _submit(self, message: bytes, outbox: Outbox, client: str) -> Prompt:
         """Check a request and queue its prompt; a refusal is logged."""
         request = handoff_pb2.HandoffRequest()
         try:
@@ -179,7 +184,10 @@ class HandoffService:
             request_id = shown if shown.isprintable() else ""
             self._counters.prompt_ended(error, None)
             outcome = outcome_of(error)[1]
-            _log.info(event("prompt", request_id=request_id, outcome=outcome, reason=error))
+            refused = event(
+                "prompt", request_id=request_id, client=client, outcome=outcome, reason=error
+            )
+            _log.info(refused)
             raise
         return prompt
 
