@@ -308,25 +308,6 @@ def trace(
     run_trace(address, steps, seconds, out, png, Console())
 
 
-@app.command()
-def trace(
-    *,
-    address: Annotated[str, typer.Option(help="HOST:PORT of a decode node's metrics_listen.")],
-    steps: Annotated[int, typer.Option(min=1, help="Decode steps to record.")] = 20,
-    seconds: Annotated[float, typer.Option(min=0.1, max=60, help="At most for so long, s.")] = 10.0,
-    out: Annotated[Path, typer.Option(help="Takes the trace, as JSON.")] = Path("trace.json"),
-    png: Annotated[
-        Path | None, typer.Option(help="Draw it into this PNG or SVG file as well.")
-    ] = None,
-) -> None:
-    """Record a decode node's next steps, for ui.perfetto.dev: CPU workers, GPU, PCIe, hand-offs."""
-    from rich.console import Console
-
-    from services.cli.trace import run_trace
-
-    run_trace(address, steps, seconds, out, png, Console())
-
-
 @bench_app.command("handoff")
 def bench_handoff(
     *,
