@@ -8,13 +8,17 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import resources
 from pathlib import Path
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from fluxion_core.generation.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[2]
 READY_SECONDS = 120
@@ -91,17 +95,27 @@ class Cluster:
     decode: Node
 
 
-@pytest.fixture(scope="session")
-def cluster(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Both nodes with SmolLM2-135M-Instruct, for tests that leave them as they were."""
-    logs = tmp_path_factory.mktemp("nodes")
-    prefill = Node("prefill", ["--model", str(smollm2_path)], logs / "prefill.log").start()
+@contextmanager
+def running_cluster(
+    model: Path, logs: Path, *flags: str, decode_flags: Sequence[str] = ()
+) -> Iterator[Cluster]:
+    """Both nodes with a model, ended on the way out.
+
+    Args:
+        model: its file.
+        logs: an empty directory.
+        flags: for both nodes.
+        decode_flags: for the decode node.
+    """
+    of_model = ["--model", str(model), *flags]
+    prefill = Node("prefill", of_model, logs / "prefill.log").start()
     decode = Node(
         "decode",
         [
-            *("--model", str(smollm2_path)),
+            *of_model,
             *("--prefill-addresses", prefill.address),
             *("--store.host-kv-bytes", "2GiB"),
+            *decode_flags,
         ],
         logs / "decode.log",
     ).start()
@@ -110,3 +124,19 @@ def cluster(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     finally:
         statuses = [decode.stop(), prefill.stop()]
     assert statuses == [0, 0], decode.log() + prefill.log()
+
+
+@pytest.fixture(scope="session")
+def cluster(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Both nodes with SmolLM2-135M-Instruct on the CPU, for tests that leave them as they were."""
+    with running_cluster(
+        smollm2_path, tmp_path_factory.mktemp("nodes"), "--device", "cpu"
+    ) as nodes:
+        yield nodes
+
+
+@pytest.fixture(scope="session")
+def document_tokens(smollm2_path: Path) -> list[int]:
+    """More than 7,000 tokens of English text."""
+    text = (resources.files("services.cli") / "demo_document.md").read_text("utf-8")
+    return Tokenizer.load(smollm2_path).encode(text * 2)

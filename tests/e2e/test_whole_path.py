@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import resources
-
 import grpc
 import pytest
 import torch
@@ -13,12 +11,6 @@ from fluxion_core.generation.tokenizer import Tokenizer
 from fluxion_proto.v1 import generate_pb2, generate_pb2_grpc
 
 NEW_TOKENS = 64
-
-
-@pytest.fixture(scope="module")
-def document_tokens(smollm2_path) -> list[int]:
-    text = (resources.files("services.cli") / "demo_document.md").read_text("utf-8")
-    return Tokenizer.load(smollm2_path).encode(text * 2)
 
 
 @pytest.fixture(scope="module")

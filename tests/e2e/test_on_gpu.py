@@ -1,0 +1,123 @@
+"""Both services on a GPU give what they give on the CPU: two real processes each."""
+
+from __future__ import annotations
+
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+import torch
+
+from fluxion_proto.v1 import generate_pb2, generate_pb2_grpc
+from tests.e2e.conftest import Cluster, free_port, running_cluster
+
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.model,
+    pytest.mark.timeout(600),
+]
+
+NEW_TOKENS = 64
+LAYERS, HEADS, KV_HEADS, HEAD_DIM = 30, 9, 3, 64
+WEIGHTS = 134_515_008
+
+
+@pytest.fixture(scope="module", params=["both", "gpu", "cpu"])
+def lanes(request: pytest.FixtureRequest) -> str:
+    """Who attends to host KV."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def on_gpu(
+    lanes: str, smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Cluster]:
+    """The model in float32, as on the CPU: else near ties may go the other way."""
+    with running_cluster(
+        smollm2_path,
+        tmp_path_factory.mktemp(f"gpu-{lanes}"),
+        *("--device", "cuda", "--model.dtype", "float32"),
+        decode_flags=("--lanes", lanes, "--metrics-listen", f"127.0.0.1:{free_port()}"),
+    ) as nodes:
+        yield nodes
+
+
+def generate(
+    cluster: Cluster, token_ids: list[int], policy: str = ""
+) -> tuple[list[int], generate_pb2.Usage]:
+    request = generate_pb2.GenerateRequest(max_new_tokens=NEW_TOKENS, ignore_eos=True)
+    request.token_ids.ids.extend(token_ids)
+    if policy:
+        request.policy = policy
+    with grpc.insecure_channel(cluster.decode.address) as channel:
+        stub = generate_pb2_grpc.GenerationStub(channel)
+        responses = list(stub.Generate(request, timeout=280))
+        load = stub.GetLoad(generate_pb2.GetLoadRequest())
+    assert (load.host_kv_reserved_bytes, load.running_requests) == (0, 0)
+    return [t for response in responses for t in response.token_ids], responses[-1].usage
+
+
+@pytest.mark.parametrize("num_tokens", [200, 2000, 7000])
+def test_exact_gives_the_tokens_of_the_cpu(
+    num_tokens: int, cluster: Cluster, on_gpu: Cluster, document_tokens: list[int]
+) -> None:
+    prompt = document_tokens[:num_tokens]
+    expected, expected_usage = generate(cluster, prompt)
+    tokens, usage = generate(on_gpu, prompt)
+    assert tokens == expected
+    assert usage.kv_bytes_read_per_token == pytest.approx(expected_usage.kv_bytes_read_per_token)
+
+
+@pytest.mark.parametrize("policy", ["fixed(16, 5 %)", "marginal(0.3)", "threshold(0.1)"])
+def test_other_policies_read_what_they_read_on_the_cpu(
+    policy: str, cluster: Cluster, on_gpu: Cluster, document_tokens: list[int]
+) -> None:
+    prompt = document_tokens[:5000]
+    expected, expected_usage = generate(cluster, prompt, policy)
+    tokens, usage = generate(on_gpu, prompt, policy)
+    # Of nearly equal blocks either may be read: one token that differs makes other text after it.
+    same = next(
+        (i for i, pair in enumerate(zip(tokens, expected, strict=True)) if len(set(pair)) > 1), 64
+    )
+    assert same >= 8
+    assert usage.kv_reads.share_of_exact == pytest.approx(
+        expected_usage.kv_reads.share_of_exact, rel=0.1
+    )
+
+
+def test_the_gpus_time_and_bytes_are_counted(
+    lanes: str, on_gpu: Cluster, document_tokens: list[int]
+) -> None:
+    before = counters(on_gpu)
+    generate(on_gpu, document_tokens[:3000])
+    after = counters(on_gpu)
+    grown = {name: value - before.get(name, 0.0) for name, value in after.items()}
+    steps = NEW_TOKENS - 1
+    pcie = 'fluxion_pcie_bytes_total{direction="%s",purpose="%s"}'
+    row = (HEADS + 2 * KV_HEADS) * HEAD_DIM * 4
+    assert grown["fluxion_decode_steps_total"] == steps
+    assert grown[pcie % ("device_to_host", "queries")] == steps * LAYERS * row
+    # The window: 64 first and up to 528 newest tokens.
+    assert 0 < grown[pcie % ("host_to_device", "window")] <= 592 * 23_040
+    assert after[pcie % ("host_to_device", "weights")] >= 4 * WEIGHTS
+    on_cpu, by_lane = (grown[f'fluxion_tasks_total{{device="{name}"}}'] for name in ("cpu", "gpu"))
+    assert on_cpu + by_lane == steps * LAYERS * KV_HEADS
+    assert on_cpu == 0 or lanes != "gpu"
+    assert by_lane == 0 or lanes != "cpu"
+    read = grown[pcie % ("host_to_device", "selected_kv")]
+    assert (read > 0) == (by_lane > 0)
+    assert grown["fluxion_gpu_busy_seconds_total"] > 0
+    assert grown['fluxion_gpu_idle_seconds_total{cause="host_step"}'] > 0
+    assert grown['fluxion_gpu_idle_seconds_total{cause="host_attention"}'] > 0 or lanes != "cpu"
+
+
+def counters(cluster: Cluster) -> dict[str, float]:
+    """What the decode node's metrics endpoint says, by name and labels."""
+    flags = cluster.decode.flags
+    address = flags[flags.index("--metrics-listen") + 1]
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=30) as answer:
+        lines = answer.read().decode().splitlines()
+    pairs = [line.rsplit(" ", 1) for line in lines if line and not line.startswith("#")]
+    return {name: float(value) for name, value in pairs}
