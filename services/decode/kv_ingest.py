@@ -33,6 +33,7 @@ from fluxion_core.kvstream.handoff import FrameKind, KvLayout, Trailer
 from fluxion_core.predictor import prompt_profile
 from fluxion_core.predictor.prompt_profile import PromptProfile
 from fluxion_core.telemetry import event
+from fluxion_core.trace import TraceRecorder
 from fluxion_core.wire import codec
 from fluxion_core.wire.status import RemoteCapacityError, RemoteError, error_from_rpc
 from fluxion_proto.v1 import handoff_pb2
@@ -76,6 +77,7 @@ class KvIngest:
         vocab_size: first tokens are below it.
         num_heads: query heads of the model, each of which a prompt profile describes.
         counters: count what was handed off, and what failed.
+        trace: takes a span for each frame, on a lane for each stream.
     """
 
     def __init__(
@@ -86,8 +88,10 @@ class KvIngest:
         vocab_size: int,
         num_heads: int,
         counters: RequestCounters,
+        trace: TraceRecorder | None = None,
     ) -> None:
         self._nodes = nodes
+        self._trace = trace or TraceRecorder()
         self._counters = counters
         self._layout = layout
         self._vocab_size = vocab_size
@@ -147,6 +151,7 @@ class KvIngest:
                 async with self._nodes.channel(address) as channel:
                     prefilled = await self._attempt(
                         address,
+                        f"handoff {address} {request_id[:8]}",
                         channel,
                         message,
                         sequence,
@@ -180,6 +185,7 @@ class KvIngest:
     async def _attempt(
         self,
         address: str,
+        lane: str,
         channel: grpc.aio.Channel,
         request: bytes,
         sequence: SequenceKv,
@@ -198,7 +204,8 @@ class KvIngest:
         first_chunk: float | None = None
         try:
             async for message in call:
-                kind = codec.take_message(assembler, message)
+                with self._trace.span(lane, "frame", bytes=len(message)):
+                    kind = codec.take_message(assembler, message)
                 if kind is FrameKind.CHUNK and first_chunk is None:
                     first_chunk = time.perf_counter()
         except grpc.aio.AioRpcError as error:
