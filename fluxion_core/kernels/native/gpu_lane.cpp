@@ -50,37 +50,68 @@ void GpuLane::round_begins() {
   cpus_done_ns_ = 0;
   num_running_ = 0;
   since_ns_ = last_done_ns_ = now_ns();
-  // Else the pool's threads would take all tasks of a small batch at once.
-  poll();
+  while (take_one()) {
+  }
 }
 
-// Largest task that the GPU would be done with before the CPUs are done with the rest.
-int64_t GpuLane::affordable_bytes() const {
-  if (alone_) return std::numeric_limits<int64_t>::max();
+// Until the CPUs are done with all that the lane has not taken.
+double GpuLane::cpu_left_ns() const {
+  if (cpus_done_ns_) return 0.0;
   const double elapsed = double(now_ns() - since_ns_);
-  const double left = double(total_bytes_ - taken_bytes_) - elapsed * cpu_rate_;
-  const double cpu_ns = std::max(0.0, left) / cpu_rate_;
-  const double gpu_ns = cpu_ns - kTaskOverheadNs - double(running_bytes_) / gpu_rate_;
-  return int64_t(gpu_ns * gpu_rate_);
+  return std::max(0.0, double(total_bytes_ - taken_bytes_) / cpu_rate_ - elapsed);
+}
+
+// Until the GPU is done with all that the lane has taken.
+double GpuLane::gpu_left_ns() const {
+  const double elapsed = double(now_ns() - since_ns_);
+  const double done = std::clamp(elapsed * gpu_rate_, double(finished_bytes_),
+                                 double(finished_bytes_ + running_bytes_));
+  return (double(taken_bytes_) - done) / gpu_rate_;
+}
+
+// Take the largest task that the GPU would be done with before the CPUs are done with the rest.
+bool GpuLane::take_one() {
+  const double spare_ns = cpu_left_ns() - gpu_left_ns() - kTaskOverheadNs;
+  const int64_t most =
+      alone_ ? std::numeric_limits<int64_t>::max() : int64_t(spare_ns * gpu_rate_);
+  const int64_t least = alone_ ? 0 : kLeastBytes;
+  if (most < least) return false;
+  const int32_t task = pool_->claim(least, most);
+  if (task < 0) return false;
+  taken_bytes_ += attention_->priority(task);
+  waiting_.push_back(task);
+  return true;
+}
+
+// The CPUs would be done with the last one in line, and all else they have, before the GPU.
+void GpuLane::give_back_what_is_late() {
+  if (alone_ || waiting_.empty()) return;
+  // CPUs that should be done and are not are late themselves.
+  if (!cpus_done_ns_ && cpu_left_ns() == 0.0) return;
+  const int64_t bytes = attention_->priority(waiting_.back());
+  if (gpu_left_ns() < cpu_left_ns() + double(bytes) / cpu_rate_ + kTaskOverheadNs) return;
+  if (!pool_->give_back(waiting_.back())) return;
+  waiting_.pop_back();
+  taken_bytes_ -= bytes;
+  cpus_done_ns_ = 0;
 }
 
 void GpuLane::poll() {
   collect();
-  if (!cpus_done_ns_ && pool_->remaining() == num_running_) cpus_done_ns_ = now_ns();
+  const int32_t in_hand = num_running_ + int32_t(waiting_.size());
+  if (!cpus_done_ns_ && pool_->remaining() == in_hand) cpus_done_ns_ = now_ns();
+  give_back_what_is_late();
   for (size_t i = 0; i < slots_.size(); ++i) {
     if (running_[i].task >= 0) continue;
-    const int64_t most = affordable_bytes();
-    const int64_t least = alone_ ? 0 : kLeastBytes;
-    if (most < least) return;
-    const int32_t task = pool_->claim(least, most);
-    if (task < 0) return;
+    if (waiting_.empty() && !take_one()) return;
+    const int32_t task = waiting_.front();
+    waiting_.pop_front();
     launch(slots_[i], running_[i], task);
   }
 }
 
 void GpuLane::launch(const Slot& slot, Running& running, int32_t task) {
   const int64_t bytes = attention_->priority(task);
-  taken_bytes_ += bytes;
   if (bytes == 0) {
     // Nothing to read: its output is written here.
     attention_->open(task, attention_->num_phases() - 1);
@@ -127,6 +158,8 @@ void GpuLane::give_up(const std::string& what) {
     running.task = -1;
   }
   num_running_ = 0;
+  for (const int32_t task : waiting_) pool_->complete(task);
+  waiting_.clear();
 }
 
 void GpuLane::end() {

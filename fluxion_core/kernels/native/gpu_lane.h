@@ -1,15 +1,21 @@
 // The GPU's end of the queue: takes tasks of a round that the CPU pool works on, and launches them.
 //
 // A slot is what one task needs on the device: a stream, a descriptor, and the kernels over it as an
-// instantiated CUDA graph, so that a task is one launch. Few tasks are under way at a time. A task is
-// taken if the GPU is expected to be done with it before the CPUs would be done with all that is left:
-// near the end of a layer, the other way round would leave everybody waiting for one task.
+// instantiated CUDA graph, so that a task is one launch. Few tasks are under way at a time, the others
+// of the lane wait in line.
+//
+// A task is taken if the GPU is expected to be done with it before the CPUs would be done with all that
+// is left: near the end of a layer, the other way round would leave everybody waiting for one task.
+// All of a layer's are taken at its beginning, since each of the pool's threads takes one as soon as it
+// can, and then there are none left to choose from. What was taken and is not begun goes back when the
+// GPU turns out to be late.
 //
 // CUDA is reached through a function pointer alone: nothing here is linked with it, and tests put
 // their own in its place.
 #pragma once
 
 #include <cstdint>
+#include <deque>
 #include <string>
 #include <vector>
 
@@ -61,14 +67,18 @@ class GpuLane final : public Consumer {
     int64_t bytes = 0;
   };
 
+  bool take_one();
+  void give_back_what_is_late();
   void launch(const Slot& slot, Running& running, int32_t task);
   void collect();
   void give_up(const std::string& what);
-  int64_t affordable_bytes() const;
+  double cpu_left_ns() const;
+  double gpu_left_ns() const;
 
   Launch launch_;
   std::vector<Slot> slots_;
   std::vector<Running> running_;
+  std::deque<int32_t> waiting_;  // taken, not launched
   double gpu_rate_, cpu_rate_;
   std::vector<Span> spans_;
 
@@ -81,6 +91,7 @@ class GpuLane final : public Consumer {
   int64_t since_ns_ = 0, last_done_ns_ = 0, cpus_done_ns_ = 0;
   int32_t num_running_ = 0;
   std::string error_;
+  // Of the round; taken by the lane, and of that what runs and what is done.
   int64_t total_bytes_ = 0, taken_bytes_ = 0, running_bytes_ = 0, finished_bytes_ = 0;
 };
 

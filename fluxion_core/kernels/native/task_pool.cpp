@@ -67,6 +67,7 @@ void TaskPool::submit(Work* work, const std::vector<int64_t>& bytes, int64_t wak
   work_ = work;
   num_tasks_ = count;
   head_.store(0, std::memory_order_relaxed);
+  given_back_.store(-1, std::memory_order_relaxed);
   remaining_.store(count, std::memory_order_relaxed);
   helpers_.store(0, std::memory_order_relaxed);
   another_follows_.store(another_follows, std::memory_order_relaxed);
@@ -87,10 +88,12 @@ void TaskPool::submit(Work* work, const std::vector<int64_t>& bytes, int64_t wak
 
 void TaskPool::wait(Consumer* consumer) {
   const int self = num_workers();
+  const bool is_open_to_pool = round_.load(std::memory_order_relaxed) % 2 == 1;
   int idle = 0;
   while (remaining_.load(std::memory_order_acquire) > 0) {
     if (consumer != nullptr) {
       consumer->poll();
+      if (is_open_to_pool && help_with_a_chunk(self)) continue;
     } else {
       help(self);
     }
@@ -123,6 +126,11 @@ int32_t TaskPool::claim(int64_t least, int64_t most) {
 void TaskPool::complete(int32_t task) {
   (void)task;
   remaining_.fetch_sub(1, std::memory_order_acq_rel);
+}
+
+bool TaskPool::give_back(int32_t task) {
+  int32_t none = -1;
+  return given_back_.compare_exchange_strong(none, task, std::memory_order_acq_rel);
 }
 
 std::vector<Span> TaskPool::take_trace() {
@@ -188,11 +196,7 @@ void TaskPool::worker_main(int worker, int cpu) {
 void TaskPool::help(int worker) {
   int32_t task;
   while ((task = claim_for_pool()) >= 0) {
-    if (tracing_.load(std::memory_order_relaxed)) {
-      const int64_t now = now_ns();
-      traces_[size_t(worker)].push_back({worker, task, -1, 0, now, now, work_->layer()});
-    }
-    open_next(task, 0);
+    begin(worker, task);
     run_chunks(worker, task);
   }
   // Nothing left to claim: chunks of what others have claimed, the largest first.
@@ -200,6 +204,28 @@ void TaskPool::help(int worker) {
     const int32_t other = order_[size_t(i)];
     if (tasks_[other].owner.load(std::memory_order_acquire) == kPool) run_chunks(worker, other);
   }
+}
+
+// One chunk of a task that others are at already, or else of a new one; false if there is none.
+bool TaskPool::help_with_a_chunk(int worker) {
+  for (int32_t i = 0; i < num_tasks_; ++i) {
+    const int32_t other = order_[size_t(i)];
+    if (tasks_[other].owner.load(std::memory_order_acquire) != kPool) continue;
+    if (run_chunks(worker, other, 1)) return true;
+  }
+  const int32_t task = claim_for_pool();
+  if (task < 0) return false;
+  begin(worker, task);
+  run_chunks(worker, task, 1);
+  return true;
+}
+
+void TaskPool::begin(int worker, int32_t task) {
+  if (tracing_.load(std::memory_order_relaxed)) {
+    const int64_t now = now_ns();
+    traces_[size_t(worker)].push_back({worker, task, -1, 0, now, now, work_->layer()});
+  }
+  open_next(task, 0);
 }
 
 // Claim the task at this place of the order, if nobody has.
@@ -218,20 +244,27 @@ int32_t TaskPool::claim_for_pool() {
     }
     if (taken) return order_[size_t(place)];
   }
-  return -1;
+  return claim_given_back();
 }
 
-// Run chunks of a task until its open phase has none left to take.
-bool TaskPool::run_chunks(int worker, int32_t index) {
+int32_t TaskPool::claim_given_back() {
+  if (given_back_.load(std::memory_order_relaxed) < 0) return -1;
+  const int32_t task = given_back_.exchange(-1, std::memory_order_acq_rel);
+  if (task >= 0) tasks_[task].owner.store(kPool, std::memory_order_release);
+  return task;
+}
+
+// Run chunks of a task, `most` at most, until its open phase has none left to take.
+bool TaskPool::run_chunks(int worker, int32_t index, int32_t most) {
   Task& task = tasks_[index];
-  bool did_any = false;
-  while (task.is_open.load(std::memory_order_acquire)) {
+  int32_t done = 0;
+  while (done < most && task.is_open.load(std::memory_order_acquire)) {
     uint64_t cursor = task.cursor.load(std::memory_order_acquire);
     const int32_t phase = int32_t(cursor >> 32), chunk = int32_t(uint32_t(cursor));
     // A phase that opened since makes the exchange fail.
     const int32_t num_chunks = task.num_chunks.load(std::memory_order_acquire);
     if (task.cursor.load(std::memory_order_acquire) != cursor) continue;
-    if (chunk >= num_chunks) return did_any;
+    if (chunk >= num_chunks) break;
     if (!task.cursor.compare_exchange_weak(cursor, cursor + 1)) continue;
     const bool tracing = tracing_.load(std::memory_order_relaxed);
     const int64_t start = tracing ? now_ns() : 0;
@@ -240,12 +273,12 @@ bool TaskPool::run_chunks(int worker, int32_t index) {
       traces_[size_t(worker)].push_back(
           {worker, index, phase, chunk, start, now_ns(), work_->layer()});
     }
-    did_any = true;
+    ++done;
     if (task.finished.fetch_add(1, std::memory_order_acq_rel) + 1 == num_chunks) {
       open_next(index, phase + 1);
     }
   }
-  return did_any;
+  return done > 0;
 }
 
 // Open the first phase from here on that has chunks; without one the task is done.

@@ -37,9 +37,10 @@ class Work {
 class Consumer {
  public:
   virtual ~Consumer() = default;
-  // A round's tasks are there, and no thread of the pool has seen them: the first choice.
+  // A round's tasks are there, and no thread of the pool has seen them: the first choice. The pool
+  // starts when this returns.
   virtual void round_begins() = 0;
-  // Take tasks, give back what is done; must not block.
+  // Take tasks, say what is done; must not block.
   virtual void poll() = 0;
 };
 
@@ -68,13 +69,16 @@ class TaskPool {
   void submit(Work* work, const std::vector<int64_t>& bytes, int64_t wake_bytes,
               bool another_follows = false, bool others_only = false,
               Consumer* consumer = nullptr);
-  // Until all tasks are done, those of another consumer included: help, or drive that consumer.
+  // Until all tasks are done, those of another consumer included: help, a chunk at a time between
+  // looks at that consumer.
   void wait(Consumer* consumer = nullptr);
 
   // For another consumer: take the largest task left of at least `least` and at most `most` bytes,
-  // -1 if there is none; say that it is done.
+  // -1 if there is none; say that it is done, or leave it to the pool after all, which takes one at
+  // a time: false if the last one has not been taken yet.
   int32_t claim(int64_t least = 0, int64_t most = INT64_MAX);
   void complete(int32_t task);
+  bool give_back(int32_t task);
   int32_t remaining() const { return remaining_.load(std::memory_order_relaxed); }
 
   void set_tracing(bool on) { tracing_.store(on, std::memory_order_relaxed); }
@@ -94,9 +98,12 @@ class TaskPool {
 
   void worker_main(int worker, int cpu);
   void help(int worker);
+  bool help_with_a_chunk(int worker);
   bool take(int32_t place, int32_t owner);
   int32_t claim_for_pool();
-  bool run_chunks(int worker, int32_t task);
+  int32_t claim_given_back();
+  void begin(int worker, int32_t task);
+  bool run_chunks(int worker, int32_t task, int32_t most = INT32_MAX);
   void open_next(int32_t task, int32_t phase);
 
   std::vector<std::thread> threads_;
@@ -109,6 +116,7 @@ class TaskPool {
   std::vector<int32_t> order_;
   std::vector<int64_t> bytes_;
   std::atomic<int32_t> head_{0};  // all places before it are taken
+  std::atomic<int32_t> given_back_{-1};
   std::atomic<int32_t> remaining_{0};
 
   // Odd while a round may be entered. Threads without work sleep on it as a futex: a condition

@@ -65,7 +65,16 @@ def _floats(address: int, count: int) -> Tensor:
 class _Machine:
     """A board in ordinary memory, a thread that plays the GPU's graph, and a lane of one slot."""
 
-    def __init__(self, sequences: list[SequenceKv], *, answers: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        sequences: list[SequenceKv],
+        *,
+        answers: Callable[[], int],
+        rates: tuple[float, float] = (1e-3, 1e-3),
+        is_late: bool = False,
+    ) -> None:
+        """rates: what the lane believes of GPU and CPUs. is_late: a task of the lane ends when all
+        others of its layer have."""
         self.sequences = sequences
         layers, batch, dim = GEOMETRY.num_layers, len(sequences), GEOMETRY.head_dim
         floats = (HEADS + 2 * GEOMETRY.num_kv_heads) * dim
@@ -84,7 +93,7 @@ class _Machine:
         self.statistics = torch.zeros(4, dtype=torch.int64)
         self.launched = 0
         self.has_failed = threading.Event()
-        self._answers = answers
+        self._answers, self._is_late = answers, is_late
         self._launch = LAUNCH(self._run_task)
         board = (
             self.published,
@@ -106,7 +115,7 @@ class _Machine:
         address = ctypes.cast(self._launch, ctypes.c_void_p).value
         assert address is not None
         slot = [tensor.data_ptr() for tensor in (self.descriptor, self.done, self.statistics)]
-        self.lane = _native.GpuLane(address, [[0, 0, *slot]], 1e-3, 1e-3)
+        self.lane = _native.GpuLane(address, [[0, 0, *slot]], *rates)
 
     def step(self, policy: Policy, lane: bool, alone: bool, *, wake_bytes: int = 0) -> StepWork:
         number = 1
@@ -138,6 +147,7 @@ class _Machine:
             self.queries.copy_(
                 self.sent[layer, :, : HEADS * GEOMETRY.head_dim].view_as(self.queries)
             )
+            self.lse.fill_(torch.nan)
             self.published[layer] = number
             if self.skip[layer]:
                 self.received.append(None)
@@ -156,6 +166,18 @@ class _Machine:
         words = self.descriptor.tolist()
         assert words[LEVEL] == -1
         self.launched += 1
+        if self._is_late:
+            threading.Thread(target=self._do_last, args=(words,), daemon=True).start()
+        else:
+            self._do_task(words)
+        return 0
+
+    def _do_last(self, words: list[int]) -> None:
+        while int(self.lse.isnan().sum()) > HEADS // GEOMETRY.num_kv_heads:
+            pass
+        self._do_task(words)
+
+    def _do_task(self, words: list[int]) -> None:
         group, dim = HEADS // GEOMETRY.num_kv_heads, GEOMETRY.head_dim
         layer, head = divmod(words[KV_OFFSET] // GEOMETRY.head_kv_bytes, GEOMETRY.num_kv_heads)
         sequence = next(s for s in self.sequences if s.slab_table.data_ptr() == words[0])
@@ -168,7 +190,6 @@ class _Machine:
         tokens = words[END] - words[BEGIN]
         self.statistics[:2] = torch.tensor([0, tokens * 2 * dim * 2])
         self.done[0] = words[TICKET]
-        return 0
 
 
 def _attention(query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -215,6 +236,21 @@ def test_every_layer_is_answered_with_attention_over_the_region(lane: bool, alon
         assert machine.launched == with_region * GEOMETRY.num_kv_heads * GEOMETRY.num_layers
     if not lane:
         assert machine.launched == 0
+
+
+def test_what_a_late_gpu_has_not_begun_goes_back_to_the_cpus() -> None:
+    # By these rates the lane takes both tasks of the longest sequence, one after the other. The first
+    # ends only when all others have: the second is done by the CPUs, or never.
+    _, sequences = _filled_store()
+    machine = _Machine(sequences, answers=lambda: 0, rates=(1.5e-6, 1.2e-6), is_late=True)
+    machine.step(ExactPolicy(), True, False)
+    assert machine.launched == GEOMETRY.num_layers
+    for layer, received in enumerate(machine.received):
+        assert received is not None
+        for row in (1, 2):
+            output, lse = _expected(machine, layer, row)
+            torch.testing.assert_close(received[0][row], output, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(received[1][row], lse, rtol=1e-4, atol=1e-4)
 
 
 def test_what_was_published_is_appended_in_skipped_layers_too() -> None:
