@@ -1,11 +1,13 @@
 """Time of a decode step on a GPU machine: shapes of real models, policies and lanes side by side.
 
     python -m fluxion_core.benchmark.gpu_step shape=llama-3.1-8b contexts=131072 batches=1,4
-    policies="fixed(16, 5 %);profile.safetensors" lanes=cpu,gpu,both steps=20 json=out.json
+    mixed=131072+65536+32768 policies="fixed(16, 5 %);profile.safetensors" lanes=cpu,gpu,both
+    steps=20 json=out.json
 
 Weights are random, KV is synthetic and fills its own memory. A policy is one of the engine's, or a
-file of recorded plans. Beside each figure is its limit: the dense step alone plus the bytes that
-were read, at the sum of the rates at which CPUs and GPU read host memory, measured in the same run.
+file of recorded plans. Beside each figure is its limit: the dense step alone in a CUDA graph
+(dense_step.py) plus the bytes that were read, at the sum of the rates at which CPUs and GPU read
+host memory, all measured in the same run. Planning is measured by itself: recorded plans cost none.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
 from statistics import median
 
@@ -24,7 +27,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from fluxion_core.benchmark.dense_step import DenseStep
 from fluxion_core.benchmark.model_shapes import fill_sequences, random_decoder, shape_named
+from fluxion_core.benchmark.random_planner import blank_state, random_planner
 from fluxion_core.benchmark.recorded_plans import RecordedPlans
 from fluxion_core.benchmark.report import describe_machine
 from fluxion_core.decode_step import GivenPlan, StepRow
@@ -35,12 +40,21 @@ from fluxion_core.gpu.uva_rate import launch_read, measure_uva
 from fluxion_core.kernels import _native
 from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.models.config import ModelConfig
-from fluxion_core.nvml import open_nvml
+from fluxion_core.nvml import MIN_LOOK_SECONDS, open_nvml
 from fluxion_core.scheduler.scheduler import CpuPool, usable_cpus
-from fluxion_core.selector.policy import READ_NOTHING, ExactPolicy, parse_policy
+from fluxion_core.selector.policy import (
+    READ_NOTHING,
+    ExactPolicy,
+    MarginalPolicy,
+    Policy,
+    parse_policy,
+)
 
 WARM_UP_STEPS = 4
 STREAMING = "all heads streaming"
+PLANNING = "planning alone"
+_TOO_DEAR = MarginalPolicy(1e9)
+"""A price at which nothing is read: the step's time is that of planning."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +66,9 @@ class GpuStepOptions:
     """Fewer than the shape has, for a quick look; figures are then of so many layers."""
     contexts: tuple[int, ...] = (131_072,)
     batches: tuple[int, ...] = (1, 4)
+    """Of sequences of one length, for each of `contexts`."""
+    mixed: tuple[tuple[int, ...], ...] = ()
+    """More batches, each given by its sequences' lengths."""
     policies: tuple[str, ...] = ("fixed(16, 5 %)",)
     """Names, or files of recorded plans."""
     lanes: tuple[str, ...] = ("cpu", "gpu", "both")
@@ -60,13 +77,19 @@ class GpuStepOptions:
     threads: int | None = None
     """Of the CPU pool; None for one per CPU but one."""
 
+    @property
+    def cases(self) -> list[tuple[int, ...]]:
+        """Lengths of the sequences of every batch."""
+        same = [(context,) * batch for context in self.contexts for batch in self.batches]
+        return same + [tuple(sorted(lengths, reverse=True)) for lengths in self.mixed]
+
 
 @dataclass(frozen=True)
 class GpuStepFigure:
     """One way to do a step. Medians."""
 
-    context: int
-    batch: int
+    lengths: tuple[int, ...]
+    """Of the sequences."""
     policy: str
     lanes: str
     milliseconds: float
@@ -80,6 +103,8 @@ class GpuStepFigure:
     """Of that, by the GPU."""
     lane_task_share: float
     """Tasks that the GPU did, of those that read something."""
+    dense_milliseconds: float
+    """The dense step alone."""
     limit_milliseconds: float
     counted_pcie_bytes: float
     """To the GPU, per step, as counted here: what the lane read, and attention states."""
@@ -91,12 +116,25 @@ class GpuStepFigure:
         """Step over its limit."""
         return self.milliseconds / self.limit_milliseconds
 
+    @property
+    def batch_name(self) -> str:
+        """Such as 4 x 131,072, or 131,072 + 32,768."""
+        if len(set(self.lengths)) == 1:
+            return f"{len(self.lengths)} x {self.lengths[0]:,}"
+        return " + ".join(f"{length:,}" for length in self.lengths)
 
-@dataclass
+
+@dataclass(frozen=True)
 class _Way:
     name: str
     plans: RecordedPlans | None = None
-    given: list[list[GivenPlan]] = field(default_factory=list)
+
+    @property
+    def policy(self) -> Policy:
+        if self.name == PLANNING:
+            return _TOO_DEAR
+        is_given = self.plans is not None or self.name == STREAMING
+        return ExactPolicy() if is_given else parse_policy(self.name)
 
 
 class GpuStepBench:
@@ -120,15 +158,16 @@ class GpuStepBench:
             digest_bits=options.digest_bits,
         )
         self.decoder = random_decoder(config, self.device)
-        new_tokens = 4096
-        longest, most = max(options.contexts), max(options.batches)
-        lengths = [longest] * most
+        new_tokens = 16
+        # Shorter sequences are beginnings of the long ones.
+        lengths = [max(row) for row in zip_longest(*options.cases, fillvalue=0)]
         slabs = sum(self.geometry.slabs_for(length + new_tokens) for length in lengths)
         size = slabs * (self.geometry.slab_bytes + 4096)
         started = time.perf_counter()
         self.store = HostKvStore(self.geometry, size, model_key=b"bench")
         self.sequences = fill_sequences(self.store, lengths, new_tokens, threads=len(usable_cpus()))
-        self.lengths = lengths
+        self.planner = random_planner(config, options.digest_bits)
+        self.states = [blank_state(self.planner) for _ in self.sequences]
         seconds = time.perf_counter() - started
         self._note(f"{size / 2**30:.1f} GiB of KV written in {seconds:.1f} s")
         self.cpu_rate = self._measure_cpu()
@@ -137,6 +176,14 @@ class GpuStepBench:
         self.uva_rate = 0.0
         self.rates_together = (0.0, 0.0)
         self.state_bytes = config.num_heads * (config.head_dim + 1) * 4
+        self.dense_milliseconds = {
+            len(lengths): DenseStep(
+                self.decoder, self.geometry, self.window, len(lengths), max(lengths)
+            ).milliseconds(max(20, options.steps))
+            for lengths in sorted(options.cases, key=len)
+        }
+        for batch, milliseconds in self.dense_milliseconds.items():
+            self._note(f"dense step alone, batch {batch}: {milliseconds:.2f} ms")
 
     def run(self) -> list[GpuStepFigure]:
         """All figures."""
@@ -148,9 +195,10 @@ class GpuStepBench:
                 self.store,
                 self.window,
                 CpuPool(self.options.threads),
-                max_rows=max(self.options.batches),
-                max_context_tokens=max(self.options.contexts) + 4096,
+                max_rows=len(self.sequences),
+                max_context_tokens=max(max(lengths) for lengths in self.options.cases) + 16,
                 lanes=_lanes(lanes),
+                planner=self.planner,
             )
             self._note(f"lanes {lanes}: ready in {time.perf_counter() - started:.1f} s")
             try:
@@ -179,30 +227,20 @@ class GpuStepBench:
     def _lane_figures(self, step: DeviceStep, lanes: str) -> list[GpuStepFigure]:
         figures = []
         slots = [step.join(sequence) for sequence in self.sequences]
-        for context in self.options.contexts:
-            for sequence in self.sequences:
-                # Shorter contexts are beginnings of the long ones.
-                sequence.num_tokens = context
-            for batch in self.options.batches:
-                dense = self._time(step, slots, batch, _Way(STREAMING), context)
-                base = median(seconds for seconds, *_ in dense)
-                names = (
-                    (STREAMING, *self.options.policies)
-                    if lanes == "both"
-                    else (self.options.policies)
-                )
-                for name in names:
-                    way = _way(name)
-                    turns = self._time(step, slots, batch, way, context)
-                    figures.append(self._figure(turns, base, context, batch, way.name, lanes))
-                    self._print(figures[-1])
+        for lengths in self.options.cases:
+            extra = (STREAMING, PLANNING) if lanes == "both" else ()
+            for name in (*extra, *self.options.policies):
+                way = _way(name)
+                turns = self._time(step, slots, lengths, way)
+                figures.append(self._figure(turns, lengths, way.name, lanes))
+                self._print(figures[-1])
         return figures
 
     def _time(
-        self, step: DeviceStep, slots: Sequence[int], batch: int, way: _Way, context: int
+        self, step: DeviceStep, slots: Sequence[int], lengths: tuple[int, ...], way: _Way
     ) -> list[tuple[float, float, float, int, int, int, int]]:
-        chosen = self.sequences[:batch]
-        region = self.window.retrieval_region(context + 1)
+        chosen = self.sequences[: len(lengths)]
+        regions = [self.window.retrieval_region(length + 1) for length in lengths]
         turns = []
         received = 0
         for number in range(WARM_UP_STEPS + self.options.steps):
@@ -210,10 +248,13 @@ class GpuStepBench:
                 received = self._received()
             rows = []
             for index, sequence in enumerate(chosen):
-                given = _given(way, self.config, region, number, index)
-                policy = ExactPolicy() if given is not None else parse_policy(way.name)
+                # The same step again and again: what the last one appended is overwritten.
+                sequence.num_tokens = lengths[index]
+                given = _given(way, self.config, regions[index], number, index)
                 token = (number * 7919 + index) % self.config.vocab_size
-                rows.append(StepRow(sequence, slots[index], token, policy, given=given))
+                rows.append(
+                    StepRow(sequence, slots[index], token, way.policy, self.states[index], given)
+                )
             start = time.perf_counter()
             _, reads = step.run(rows)
             seconds = time.perf_counter() - start
@@ -230,31 +271,30 @@ class GpuStepBench:
                     groups,
                 )
             )
-            for sequence in chosen:
-                # The same step again: what it appended is overwritten.
-                sequence.num_tokens = context
         self.card_bytes = (self._received() - received) / self.options.steps
         return turns[WARM_UP_STEPS:]
 
     def _received(self) -> int:
-        return self.nvml.read().pcie_bytes["host_to_device"] if self.nvml is not None else 0
+        if self.nvml is None:
+            return 0
+        # A look sooner than that after the last one sees nothing.
+        time.sleep(MIN_LOOK_SECONDS)
+        return self.nvml.read().pcie_bytes.get("host_to_device", 0)
 
     def _figure(
         self,
         turns: Sequence[tuple[float, float, float, int, int, int, int]],
-        dense_seconds: float,
-        context: int,
-        batch: int,
+        lengths: tuple[int, ...],
         policy: str,
         lanes: str,
     ) -> GpuStepFigure:
         seconds, gpu, idle, read, lane, tasks, groups = (
             median(column) for column in zip(*turns, strict=True)
         )
-        limit = dense_seconds + read / (self.cpu_rate + self.uva_rate)
+        dense = self.dense_milliseconds[len(lengths)]
+        limit = dense + read / (self.cpu_rate + self.uva_rate) * 1e3
         return GpuStepFigure(
-            context,
-            batch,
+            lengths,
             policy,
             lanes,
             seconds * 1e3,
@@ -263,8 +303,9 @@ class GpuStepBench:
             read,
             lane,
             tasks / max(1, groups),
-            limit * 1e3,
-            lane + batch * self.config.num_layers * self.state_bytes,
+            dense,
+            limit,
+            lane + len(lengths) * self.config.num_layers * self.state_bytes,
             self.card_bytes,
         )
 
@@ -299,7 +340,7 @@ class GpuStepBench:
 
     def _print(self, figure: GpuStepFigure) -> None:
         self._note(
-            f"{figure.context:7d} x {figure.batch:2d}  {figure.policy:24s} {figure.lanes:5s} "
+            f"{figure.batch_name:14s}  {figure.policy:24s} {figure.lanes:5s} "
             f"{figure.milliseconds:8.2f} ms  idle {figure.idle_milliseconds:7.2f}  "
             f"read {figure.read_bytes / 1e9:6.2f} GB  by GPU {figure.lane_bytes / 1e9:6.2f}  "
             f"tasks {figure.lane_task_share:5.2f}  limit {figure.limit_milliseconds:7.2f}  "
@@ -342,15 +383,18 @@ def run_gpu_step_bench(console: Console, options: GpuStepOptions) -> dict[str, o
         "uva_gigabytes_per_second": bench.uva_rate / 1e9,
         "host_read_beside_uva_gigabytes_per_second": bench.rates_together[0] / 1e9,
         "uva_beside_host_read_gigabytes_per_second": bench.rates_together[1] / 1e9,
-        "figures": [asdict(figure) | {"over_limit": figure.over_limit} for figure in figures],
+        "dense_milliseconds": bench.dense_milliseconds,
+        "figures": [
+            asdict(figure) | {"batch": figure.batch_name, "over_limit": figure.over_limit}
+            for figure in figures
+        ],
     }
     table = Table(box=None, pad_edge=False)
-    for column in ("context", "batch", "policy", "lanes", "ms", "idle ms", "x limit"):
+    for column in ("batch", "policy", "lanes", "ms", "idle ms", "x limit"):
         table.add_column(column)
     for figure in figures:
         table.add_row(
-            f"{figure.context:,}",
-            str(figure.batch),
+            figure.batch_name,
             figure.policy,
             figure.lanes,
             f"{figure.milliseconds:.2f}",
@@ -378,6 +422,10 @@ def options_from(arguments: Sequence[str]) -> tuple[GpuStepOptions, Path | None]
             raise ConfigError(f"{argument!r}; give name=value, with a name of GpuStepOptions")
         elif name in numbers:
             values[name] = tuple(int(number) for number in value.split(","))
+        elif name == "mixed":
+            values[name] = tuple(
+                tuple(int(length) for length in batch.split("+")) for batch in value.split(",")
+            )
         elif name == "policies":
             values[name] = tuple(part.strip() for part in value.split(";"))
         elif name == "lanes":

@@ -140,8 +140,22 @@ class Handover:
             timeout_ns: how long to wait at most.
             error_code: not 0; says which layer it was.
         """
-        group = self.num_heads // self.num_kv_heads
         await_answer[(1,)](answered, skip, step, error, stamps, timeout_ns, error_code, num_warps=1)
+        self.merge(window_output, window_lse, host_output, host_lse, answered, skip, step, output)
+
+    def merge(
+        self,
+        window_output: Tensor,
+        window_lse: Tensor,
+        host_output: Tensor,
+        host_lse: Tensor,
+        answered: Tensor,
+        skip: Tensor,
+        step: Tensor,
+        output: Tensor,
+    ) -> None:
+        """Merge what is there, without waiting: see `await_and_merge`. Grid: rows x KV heads."""
+        group = self.num_heads // self.num_kv_heads
         merge_answer[(output.shape[0], self.num_kv_heads)](
             window_output,
             window_lse,
