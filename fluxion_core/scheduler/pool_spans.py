@@ -35,14 +35,11 @@ class PoolSpans:
         """See SpanSource."""
         del start_ns, end_ns
         rows = self._pool.take_rows()
-        return TakenSpans(len(rows), partial(_spans, rows))
+        return TakenSpans(len(rows), partial(pool_spans, rows))
 
 
-def _lane(worker: int) -> str:
-    return f"cpu {worker}"
-
-
-def _spans(rows: npt.NDArray[np.void]) -> list[Span]:
+def pool_spans(rows: npt.NDArray[np.void]) -> list[Span]:
+    """Spans of what CpuPool.take_rows gave."""
     return [
         Span(
             _lane(one.worker),
@@ -53,3 +50,7 @@ def _spans(rows: npt.NDArray[np.void]) -> list[Span]:
         )
         for one in task_spans(rows)
     ]
+
+
+def _lane(worker: int) -> str:
+    return f"cpu {worker}"
