@@ -97,8 +97,8 @@ def test_splits_of_any_size_merge_to_the_same_state(split_tokens: int):
     assert split.num_splits == -(-WINDOW.slot_tokens // split_tokens)
     expected, expected_lse = attend(whole, query, key, value, [0], [1000])
     found, found_lse = attend(split, query, key, value, [0], [1000])
-    # Weights are relative to another maximum, and on a tensor core the sum of two bfloat16 to within
-    # 2^-17: an output, their mean of the values, may be off by so much of the largest value, twice.
+    # Weights are relative to another maximum, and on a tensor core sums of two bfloat16, to within
+    # 2^-17: an output, their mean of the values, may be off by that of the largest value, twice.
     allowed = 2**-16 * value.abs().max().item()
     torch.testing.assert_close(found, expected, atol=allowed, rtol=0.0)
     # exp2 and log2 are good to 2^-22, an lse below 16 is rounded to 2^-21; each twice.
