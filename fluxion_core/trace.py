@@ -2,8 +2,8 @@
 
 A recorder that is not asked costs a step one look at an attribute. One trace at a time: some thread
 calls `take` and waits; the engine's thread goes through `step` at each step, and takes with it what
-its sources have kept; others `add` spans of their own meanwhile. Spans are kept as they come, and
-become Spans only when the trace is over, off the engine's thread.
+its sources have kept; others `add` spans of their own meanwhile. What sources keep becomes Spans
+only when the trace is over, one by one, for whoever reads them.
 
 Not here: what the sources know (scheduler/pool_spans.py, gpu/device_spans.py), and the file format
 (trace_events.py).
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -32,8 +32,8 @@ class TakenSpans:
     """What a source has kept of a step."""
 
     count: int
-    spans: Callable[[], list[Span]]
-    """Makes the spans; called once, later, on another thread."""
+    spans: Callable[[], Iterable[Span]]
+    """Makes the spans, one by one; later, on another thread."""
 
 
 class SpanSource(Protocol):
@@ -54,7 +54,10 @@ class SpanSource(Protocol):
 class Trace:
     """A recorded window."""
 
-    spans: Sequence[Span]
+    taken: Sequence[TakenSpans]
+    """From the sources."""
+    added: Sequence[Span]
+    """By the engine and by others."""
     lanes: Sequence[str]
     """In the order in which they are shown; some may have no span."""
     steps: int
@@ -63,6 +66,12 @@ class Trace:
     """The steps asked for were done; the time was over before; MAX_SPANS was reached before."""
     start_ns: int
     """When recording began, on the clock of the spans."""
+
+    def spans(self) -> Iterator[Span]:
+        """All of them, in no order."""
+        yield from self.added
+        for taken in self.taken:
+            yield from taken.spans()
 
 
 @dataclass
@@ -140,10 +149,10 @@ class TraceRecorder:
                 f"no decode step was done within {seconds:g} s; send requests meanwhile, or wait "
                 f"longer"
             )
-        spans = [span for taken in session.taken for span in taken.spans()] + session.spans
         return Trace(
-            spans=spans,
-            lanes=self._lanes(spans),
+            taken=session.taken,
+            added=session.spans,
+            lanes=self._lanes(session.spans),
             steps=session.steps,
             ended_by=("steps" if session.steps >= steps else "spans") if in_time else "time",
             start_ns=session.start_ns,
@@ -183,9 +192,9 @@ class TraceRecorder:
             if session.steps >= session.steps_wanted or session.count >= MAX_SPANS:
                 session.over.set()
 
-    def _lanes(self, spans: Sequence[Span]) -> list[str]:
+    def _lanes(self, added: Sequence[Span]) -> list[str]:
         known = [ENGINE_LANE, *(lane for source in self._sources for lane in source.lanes)]
-        return list(dict.fromkeys((*known, *(span.lane for span in spans))))
+        return list(dict.fromkeys((*known, *(span.lane for span in added))))
 
 
 _NOTHING = nullcontext()

@@ -8,9 +8,9 @@ prompts and no generated text.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from socketserver import ThreadingMixIn
 from typing import TYPE_CHECKING
@@ -25,7 +25,7 @@ from fluxion_core.errors import ConfigError, FluxionError, RequestCancelledError
 from fluxion_core.metrics import MetricDefinition
 from fluxion_core.telemetry import event
 from fluxion_core.trace import Trace
-from fluxion_core.trace_events import TraceFile, trace_file
+from fluxion_core.trace_events import trace_pieces
 from fluxion_core.wire.status import status_of
 
 if TYPE_CHECKING:
@@ -35,6 +35,10 @@ _log = logging.getLogger(__name__)
 
 MAX_TRACE_STEPS = 10_000
 MAX_TRACE_SECONDS = 60.0
+TRACE_PAUSE_SECONDS = 0.001
+"""Between pieces of a trace's file."""
+
+OK = "200 OK"
 
 SECONDS_BOUNDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500)
 """Upper bounds of what takes from a moment to minutes: waiting, prefill, whole requests, s."""
@@ -108,10 +112,10 @@ class NodeMetrics(Collector):
         for collector in self._collectors:
             yield from collector.collect()
 
-    def trace_file(self, trace: Trace) -> TraceFile:
-        """A trace of this node, with what is known of the node."""
+    def trace_pieces(self, trace: Trace) -> Iterator[str]:
+        """A trace of this node as JSON, with what is known of the node."""
         model, device = self._info or ("", "")
-        return trace_file(trace, f"{self._kind} node", {"model": model, "device": device})
+        return trace_pieces(trace, f"{self._kind} node", {"model": model, "device": device})
 
     def close(self) -> None:
         """End what collectors do of their own accord. Idempotent."""
@@ -192,30 +196,40 @@ def _application(registry: CollectorRegistry, metrics: NodeMetrics) -> Applicati
         path = environ.get("PATH_INFO", "")
         if path == "/metrics":
             return serve_metrics(environ, start_response)
-        status, body = "404 Not Found", "only /metrics and /trace are here\n"
         if path == "/trace":
             status, body = _trace(environ.get("QUERY_STRING", ""), metrics)
-        start_response(status, [("Content-Type", "text/plain; charset=utf-8")])
-        return [body.encode()]
+        else:
+            status, body = "404 Not Found", ["only /metrics and /trace are here\n"]
+        kind = "application/json" if status == OK else "text/plain"
+        start_response(status, [("Content-Type", f"{kind}; charset=utf-8")])
+        return (piece.encode() for piece in body)
 
     return application
 
 
-def _trace(query: str, metrics: NodeMetrics) -> tuple[str, str]:
+def _trace(query: str, metrics: NodeMetrics) -> tuple[str, Iterable[str]]:
     """Status line and body: a file in the Trace Event Format, or one sentence."""
     if metrics.take_trace is None:
-        return "404 Not Found", "this node records no traces, or is still loading its model\n"
+        return "404 Not Found", ["this node records no traces, or is still loading its model\n"]
     fields = parse_qs(query)
     try:
         steps = int(fields.get("steps", ["20"])[0])
         seconds = float(fields.get("seconds", ["10"])[0])
     except ValueError:
-        return "400 Bad Request", "steps and seconds are numbers\n"
+        return "400 Bad Request", ["steps and seconds are numbers\n"]
     if not (1 <= steps <= MAX_TRACE_STEPS and 0 < seconds <= MAX_TRACE_SECONDS):
         limits = f"steps 1 to {MAX_TRACE_STEPS}, seconds up to {MAX_TRACE_SECONDS:g}"
-        return "400 Bad Request", f"{limits}; asked for {steps} and {seconds:g}\n"
+        return "400 Bad Request", [f"{limits}; asked for {steps} and {seconds:g}\n"]
     try:
         trace = metrics.take_trace(steps, seconds)
     except FluxionError as error:
-        return "409 Conflict", f"{error}\n"
-    return "200 OK", json.dumps(metrics.trace_file(trace))
+        return "409 Conflict", [f"{error}\n"]
+    return OK, _unhurried(metrics.trace_pieces(trace))
+
+
+def _unhurried(pieces: Iterator[str]) -> Iterator[str]:
+    """With a pause after each: the engine's thread needs the interpreter hundreds of times a step,
+    and would wait 5 ms each time for a thread that does not let go of it."""
+    for piece in pieces:
+        yield piece
+        time.sleep(TRACE_PAUSE_SECONDS)

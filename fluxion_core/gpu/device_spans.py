@@ -7,7 +7,7 @@ answer. What is left between the two, some microseconds, is halved.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -77,7 +77,7 @@ class DeviceSpans:
         """See SpanSource."""
         rows = self._pool.take_rows()
         if end_ns == 0:
-            return TakenSpans(0, list)
+            return TakenSpans(0, tuple)
         record = self._step.record()
         count = len(rows) + 4 * len(record.stamps) + 2 * len(record.tasks)
         return TakenSpans(count, partial(_spans, record, rows, start_ns, end_ns))
@@ -151,9 +151,10 @@ def clock_difference(
 
 def _spans(
     record: StepRecord, rows: npt.NDArray[np.void], start_ns: int, end_ns: int
-) -> list[Span]:
+) -> Iterator[Span]:
     difference = clock_difference(record, rows, start_ns, end_ns)
-    return pool_spans(rows) + device_spans(record, difference)
+    yield from pool_spans(rows)
+    yield from device_spans(record, difference)
 
 
 def _reads(tasks: Sequence[LaneSpan]) -> list[tuple[int, int, int]]:

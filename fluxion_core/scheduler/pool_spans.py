@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
@@ -13,6 +14,9 @@ from fluxion_core.trace import TakenSpans
 
 PHASES = ("score", "select", "attend", "look", "see", "predict", "predict", "choose")
 """Names of a task's phases, by number; see TaskSpan."""
+
+_AT_ONCE = 64
+"""Rows made into spans: whoever reads them may pause in between."""
 
 
 class PoolSpans:
@@ -38,18 +42,17 @@ class PoolSpans:
         return TakenSpans(len(rows), partial(pool_spans, rows))
 
 
-def pool_spans(rows: npt.NDArray[np.void]) -> list[Span]:
+def pool_spans(rows: npt.NDArray[np.void]) -> Iterator[Span]:
     """Spans of what CpuPool.take_rows gave."""
-    return [
-        Span(
-            _lane(one.worker),
-            PHASES[one.phase] if one.phase >= 0 else "claim",
-            one.start_ns,
-            one.end_ns,
-            {"layer": one.layer, "task": one.task, "chunk": one.chunk},
-        )
-        for one in task_spans(rows)
-    ]
+    for first in range(0, len(rows), _AT_ONCE):
+        for one in task_spans(rows[first : first + _AT_ONCE]):
+            yield Span(
+                _lane(one.worker),
+                PHASES[one.phase] if one.phase >= 0 else "claim",
+                one.start_ns,
+                one.end_ns,
+                {"layer": one.layer, "task": one.task, "chunk": one.chunk},
+            )
 
 
 def _lane(worker: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -13,7 +14,7 @@ from fluxion_core import trace as trace_module
 from fluxion_core.errors import FluxionError
 from fluxion_core.spans import Span
 from fluxion_core.trace import TakenSpans, Trace, TraceRecorder
-from fluxion_core.trace_events import lanes_of, trace_file
+from fluxion_core.trace_events import EVENTS_A_PIECE, TraceFile, lanes_of, trace_pieces
 from fluxion_core.trace_plot import draw_trace
 
 
@@ -65,10 +66,10 @@ def test_the_steps_asked_for_are_recorded_and_no_more():
         for wanted in (1, 4):
             trace = recorder.take(wanted, 30.0)
             assert (trace.steps, trace.ended_by) == (wanted, "steps")
-            steps = [span for span in trace.spans if span.name == "step"]
+            steps = [span for span in trace.spans() if span.name == "step"]
             assert [span.args["step"] for span in steps] == list(range(wanted))
             assert all(span.args["sequences"] == 3 for span in steps)
-            assert [span.lane for span in trace.spans].count("cpu 0") == wanted
+            assert [span.lane for span in trace.spans()].count("cpu 0") == wanted
             assert list(trace.lanes) == ["engine", "cpu 0", "cpu 0 idle"]
             assert not recorder.is_recording
     assert not source.is_on
@@ -88,6 +89,7 @@ def test_what_others_add_meanwhile_is_there_and_at_other_times_is_not():
     taking.join()
     recorder.add(Span("handoff a:1 late", "chunk", 5, 6))
     assert list(found[0].lanes) == ["engine", "handoff a:1 now"]
+    assert len(found[0].added) == 2
 
 
 def test_without_a_step_in_time_it_is_an_error_and_the_next_trace_works():
@@ -107,11 +109,11 @@ def test_a_trace_whose_time_is_over_has_the_steps_that_were_done():
     with Engine(recorder):
         trace = recorder.take(1_000_000, 0.2)
     assert trace.ended_by == "time"
-    assert 0 < trace.steps == sum(span.name == "step" for span in trace.spans)
+    assert 0 < trace.steps == sum(span.name == "step" for span in trace.spans())
     # What a step that was cut off has left does not get into the next trace.
     source.leftover = 5
     with Engine(recorder):
-        assert [span.name for span in recorder.take(1, 30.0).spans].count("work") == 1
+        assert [span.name for span in recorder.take(1, 30.0).spans()].count("work") == 1
 
 
 def test_there_is_one_trace_at_a_time():
@@ -133,7 +135,7 @@ def test_a_trace_ends_with_the_step_that_fills_it(monkeypatch):
     with Engine(recorder):
         trace = recorder.take(1000, 30.0)
     # By hand: step, forward and work are three spans; the tenth step has the thirtieth.
-    assert (trace.steps, trace.ended_by, len(trace.spans)) == (10, "spans", 30)
+    assert (trace.steps, trace.ended_by, len(list(trace.spans()))) == (10, "spans", 30)
 
 
 def test_a_step_that_fails_is_recorded_and_its_error_goes_on():
@@ -151,94 +153,93 @@ def test_a_step_that_fails_is_recorded_and_its_error_goes_on():
 
 
 TRACE = Trace(
-    spans=[
-        Span("cpu 0", "attend", 1_000_700, 1_002_700, {"layer": 1}),
-        Span("engine", "step", 1_000_000, 1_010_500, {"step": 0}),
+    taken=[TakenSpans(1, lambda: [Span("cpu 0", "attend", 1_000_700, 1_002_700, {"layer": 1})])],
+    added=[
         Span("engine", "forward", 1_000_000, 1_009_000),
-        Span("cpu 0", "claim", 1_000_600, 1_000_600),
+        Span("engine", "step", 1_000_000, 1_010_500, {"step": 0}),
+        Span("late lane", "moment", 1_000_600, 1_000_600),
     ],
     lanes=["engine", "cpu 0", "cpu 1"],
     steps=1,
     ended_by="steps",
-    start_ns=999_000,
+    start_ns=1_000_000,
 )
 
 
+def file_of(trace: Trace) -> TraceFile:
+    return json.loads("".join(trace_pieces(trace, "decode node", {"model": "toy"})))
+
+
 def test_the_file_is_in_the_trace_event_format():
-    file = json.loads(json.dumps(trace_file(TRACE, "decode node", {"model": "toy"})))
+    file = file_of(TRACE)
     assert file["otherData"] == {
         "model": "toy",
         "steps": 1,
         "ended_by": "steps",
         "origin_monotonic_ns": 1_000_000,
     }
-    named = [event for event in file["traceEvents"] if event["ph"] == "M"]
-    assert {event["args"].get("name") for event in named} == {
-        *("decode node", "engine", "cpu 0", "cpu 1", None)
-    }
-    assert {event["name"] for event in named} == {
-        *("process_name", "thread_name", "thread_sort_index")
-    }
-    # Microseconds from the first span, by hand; who holds another comes first.
-    assert [event for event in file["traceEvents"] if event["ph"] != "M"] == [
-        {
-            "name": "step",
-            "cat": "engine",
-            "ph": "X",
-            "pid": 1,
-            "tid": 1,
-            "ts": 0.0,
-            "dur": 10.5,
-            "args": {"step": 0},
-        },
-        {
-            "name": "forward",
-            "cat": "engine",
-            "ph": "X",
-            "pid": 1,
-            "tid": 1,
-            "ts": 0.0,
-            "dur": 9.0,
-            "args": {},
-        },
-        {
-            "name": "claim",
-            "cat": "cpu",
-            "ph": "i",
-            "s": "t",
-            "pid": 1,
-            "tid": 2,
-            "ts": 0.6,
-            "args": {},
-        },
-        {
-            "name": "attend",
-            "cat": "cpu",
-            "ph": "X",
-            "pid": 1,
-            "tid": 2,
-            "ts": 0.7,
-            "dur": 2.0,
-            "args": {"layer": 1},
-        },
+    metadata = [event for event in file["traceEvents"] if event["ph"] == "M"]
+    assert [(event["name"], event["tid"], event["args"]) for event in metadata] == [
+        ("process_name", 0, {"name": "decode node"}),
+        ("thread_name", 1, {"name": "engine"}),
+        ("thread_sort_index", 1, {"sort_index": 1}),
+        ("thread_name", 2, {"name": "cpu 0"}),
+        ("thread_sort_index", 2, {"sort_index": 2}),
+        ("thread_name", 3, {"name": "cpu 1"}),
+        ("thread_sort_index", 3, {"sort_index": 3}),
+        ("thread_name", 4, {"name": "late lane"}),
+        ("thread_sort_index", 4, {"sort_index": 4}),
     ]
-
-
-def test_lanes_of_a_file_are_in_order_and_another_file_is_refused():
-    lanes = lanes_of(trace_file(TRACE, "decode node"))
-    assert {lane: len(events) for lane, events in lanes.items()} == {
-        "engine": 2,
-        "cpu 0": 2,
-        "cpu 1": 0,
+    assert {event["pid"] for event in file["traceEvents"]} == {1}
+    # Microseconds from the beginning, by hand; a moment has a scope in place of a duration.
+    lanes = lanes_of(file)
+    assert {lane: [event["name"] for event in events] for lane, events in lanes.items()} == {
+        "engine": ["step", "forward"],
+        "cpu 0": ["attend"],
+        "cpu 1": [],
+        "late lane": ["moment"],
     }
-    for nonsense in ({}, {"traceEvents": [{"ph": "X", "tid": 1}]}, {"traceEvents": [{}]}):
-        with pytest.raises(FluxionError, match="not a trace"):
-            lanes_of(nonsense)  # type: ignore[arg-type]
+    (attend,), (moment,) = lanes["cpu 0"], lanes["late lane"]
+    assert attend == {
+        "name": "attend",
+        "cat": "cpu",
+        "ph": "X",
+        "pid": 1,
+        "tid": 2,
+        "ts": 0.7,
+        "dur": 2.0,
+        "args": {"layer": 1},
+    }
+    assert moment == {
+        "name": "moment",
+        "cat": "late",
+        "ph": "i",
+        "s": "t",
+        "pid": 1,
+        "tid": 4,
+        "ts": 0.6,
+        "args": {},
+    }
+
+
+def test_a_long_trace_is_made_in_small_pieces():
+    many = replace(TRACE, added=[Span("engine", "step", i, i + 1) for i in range(1000)])
+    pieces = list(trace_pieces(many, "decode node"))
+    assert len(pieces) > 1000 / EVENTS_A_PIECE
+    assert len(json.loads("".join(pieces))["traceEvents"]) == 1 + 1001 + 2 * 3
+
+
+@pytest.mark.parametrize(
+    "nonsense", [{}, {"traceEvents": [{"ph": "X", "tid": 1}]}, {"traceEvents": [{}]}]
+)
+def test_another_file_is_refused(nonsense):
+    with pytest.raises(FluxionError, match="not a trace"):
+        lanes_of(nonsense)
 
 
 def test_a_picture_has_a_row_for_every_lane(tmp_path):
     path = tmp_path / "trace.svg"
-    draw_trace(trace_file(TRACE, "decode node"), path, title="a title")
+    draw_trace(file_of(TRACE), path, title="a title")
     text = path.read_text()
     for label in ("engine", "cpu 0", "cpu 1", "attend", "forward", "a title"):
         assert f"<!-- {label} -->" in text
@@ -247,7 +248,7 @@ def test_a_picture_has_a_row_for_every_lane(tmp_path):
 def test_spans_of_an_engine_lie_in_each_other_or_apart():
     recorder = TraceRecorder(Source())
     with Engine(recorder):
-        spans = [span for span in recorder.take(5, 30.0).spans if span.lane == "engine"]
+        spans = [span for span in recorder.take(5, 30.0).spans() if span.lane == "engine"]
     spans.sort(key=lambda span: (span.start_ns, -span.end_ns))
     assert [span.name for span in spans] == ["step", "forward"] * 5
     for earlier, later in pairwise(spans):

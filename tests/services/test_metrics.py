@@ -262,7 +262,7 @@ def test_no_address_is_no_endpoint():
 def test_trace_queries_outside_the_limits_are_refused():
     metrics = NodeMetrics("decode")
     asked: list[tuple[int, float]] = []
-    trace = Trace([Span("engine", "step", 1, 2)], ["engine"], 3, "steps", 1)
+    trace = Trace([], [Span("engine", "step", 1, 2)], ["engine"], 3, "steps", 1)
     metrics.take_trace = lambda steps, seconds: asked.append((steps, seconds)) or trace
     served = MetricsEndpoint("127.0.0.1:0", metrics)
     try:

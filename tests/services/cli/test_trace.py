@@ -17,7 +17,8 @@ from services.cli.main import app
 from services.metrics import MetricsEndpoint, NodeMetrics
 
 TRACE = Trace(
-    spans=[
+    taken=[],
+    added=[
         Span("engine", "step", 0, 4_000_000, {"step": 0}),
         Span("engine", "forward", 0, 3_000_000),
         Span("cpu 0", "attend", 1_000_000, 2_000_000, {"layer": 0}),
