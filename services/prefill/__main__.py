@@ -6,8 +6,6 @@ import asyncio
 import logging
 import sys
 
-import torch
-
 from fluxion_core.telemetry import event
 from fluxion_core.wire.server import NodeServer
 from fluxion_proto.v1 import handoff_pb2_grpc
@@ -15,7 +13,6 @@ from services.metrics import MetricsEndpoint, NodeMetrics
 from services.node import DeviceFailure, NodeModel, load_node_model, run_node
 from services.prefill.config import CPU_CHUNK_TOKENS, GPU_CHUNK_TOKENS, PrefillNodeSettings
 from services.prefill.engine import PrefillEngine
-from services.prefill.kv_capture import KvCapture
 from services.prefill.metrics import PrefillCollector, PromptCounters
 from services.prefill.service import (
     HANDOFF_SERVICE,
@@ -47,7 +44,7 @@ async def serve(settings: PrefillNodeSettings, ending: asyncio.Event) -> None:
             running_kv_bytes=settings.engine.running_kv_bytes,
             on_failure=failure.tell,
         )
-        await asyncio.to_thread(warm_up, model)
+        await asyncio.to_thread(engine.warm_up)
         engine.start()
         counters = PromptCounters()
         metrics.loaded(
@@ -90,23 +87,6 @@ def chunk_tokens(settings: PrefillNodeSettings, model: NodeModel) -> int:
     """Tokens of a chunk: what the settings say, else what suits the model's device."""
     on_gpu = model.loaded.decoder.embedding.device.type == "cuda"
     return settings.engine.chunk_tokens or (GPU_CHUNK_TOKENS if on_gpu else CPU_CHUNK_TOKENS)
-
-
-@torch.inference_mode()
-def warm_up(model: NodeModel) -> None:
-    """Compute a few tokens, so that no request pays for first-time work."""
-    decoder = model.loaded.decoder
-    device = decoder.embedding.device
-    tokens = torch.zeros(16, dtype=torch.int64, device=device)
-    capture = KvCapture(
-        model.geometry(),
-        num_tokens=16,
-        kv_from_token=0,
-        emit=lambda _: None,
-        is_cancelled=lambda: False,
-        device=device,
-    )
-    decoder(tokens, torch.arange(16, device=device), capture)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from fluxion_core.errors import (
     RequestCancelledError,
 )
 from fluxion_core.generation.sampling import SamplingParams, sample
-from fluxion_core.geometry import KvGeometry, WindowSpec
+from fluxion_core.geometry import BLOCK_TOKENS, KvGeometry, WindowSpec
 from fluxion_core.gpu.kv_outbox import DeviceOutbox
 from fluxion_core.gpu.stopwatch import Stopwatch
 from fluxion_core.kvstream.handoff import Frame, Trailer, max_frame_payload_bytes
@@ -128,16 +128,29 @@ class PrefillEngine:
         self._stopping = False
         self._on_failure = on_failure
         self._failure: DeviceError | None = None
-        self._statistics = PrefillStatistics()
         self._outbox: DeviceOutbox | None = None
         if self._device.type == "cuda":
             self._outbox = DeviceOutbox(self._device, max_frame_payload_bytes(geometry))
-            usage = self._statistics.device = DeviceUsage()
-            usage.pcie_bytes["host_to_device", "weights"] = sum(
-                weight.nbytes for weight in decoder.parameters()
-            )
+        self._statistics = self._new_statistics()
         self._clock = UsageClock(self._statistics.device)
         self._thread = threading.Thread(target=self._run, name="prefill-engine", daemon=True)
+
+    def warm_up(self) -> None:
+        """Compute a few tokens, so that no prompt pays for first-time work. Before `start`."""
+        self._compute_chunk(
+            Prompt(
+                request_id="warm-up",
+                token_ids=[0] * BLOCK_TOKENS,
+                kv_from_token=0,
+                sampling=SamplingParams(),
+                on_frame=lambda _: None,
+                on_end=lambda _: None,
+                has_room=lambda: True,
+                profile_window=WindowSpec(),
+            )
+        )
+        self._statistics = self._new_statistics()
+        self._clock = UsageClock(self._statistics.device)
 
     def start(self) -> None:
         """Start the thread."""
@@ -207,7 +220,17 @@ class PrefillEngine:
         """A copy of the counters."""
         return deepcopy(self._statistics)
 
+    def _new_statistics(self) -> PrefillStatistics:
+        if self._device.type != "cuda":
+            return PrefillStatistics()
+        usage = DeviceUsage()
+        usage.pcie_bytes["host_to_device", "weights"] = sum(
+            weight.nbytes for weight in self._decoder.parameters()
+        )
+        return PrefillStatistics(device=usage)
+
     def _run(self) -> None:
+        self._clock.start()
         while (prompt := self._next_prompt()) is not None:
             outcome: Trailer | BaseException | None
             self._clock.account("no_work")

@@ -93,7 +93,7 @@ class KvCapture:
 
     @property
     def profile_seconds(self) -> float:
-        """Spent on profiles; on a GPU once their chunk has been finished."""
+        """Spent on profiles."""
         return sum(stopwatch.seconds for stopwatch in self._profiling)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
