@@ -5,22 +5,28 @@ RUN apt-get update -qq \
  && rm -rf /var/lib/apt/lists/*
 RUN python -m venv /opt/fluxion
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_CONSTRAINT=/src/constraints.txt
-# Where torch comes from beside PyPI: https://download.pytorch.org/whl/cpu has builds without CUDA.
+# Where torch alone comes from: https://download.pytorch.org/whl/cpu has builds without CUDA. Empty: from where all else does.
 ARG TORCH_INDEX=""
 # "cuda" adds Triton.
 ARG EXTRAS=""
 WORKDIR /src
 COPY constraints.txt pyproject.toml ./
-# Dependencies first: a layer that lasts until they change.
-RUN PIP_EXTRA_INDEX_URL=$TORCH_INDEX /opt/fluxion/bin/python -c "import sys, tomllib; \
+# Dependencies first: a layer that lasts until they change. Of torch only what runs, a quarter less;
+# `import torch` wants torch_shm_manager to be there.
+RUN if [ -n "$TORCH_INDEX" ]; then /opt/fluxion/bin/pip install -q --no-compile --no-deps --index-url "$TORCH_INDEX" torch; fi \
+ && /opt/fluxion/bin/python -c "import sys, tomllib; \
 project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
 extras = [e for name in '$EXTRAS'.split(',') if name for e in project['optional-dependencies'][name]]; \
 print(*project['dependencies'], *extras, sep='\n')" > /tmp/requirements.txt \
- && PIP_EXTRA_INDEX_URL=$TORCH_INDEX /opt/fluxion/bin/pip install -q -r /tmp/requirements.txt
+ && /opt/fluxion/bin/pip install -q --no-compile -r /tmp/requirements.txt \
+ && cd /opt/fluxion/lib/python3.11/site-packages/torch \
+ && rm -rf include test lib/*_test.so \
+ && find bin -type f ! -name torch_shm_manager -delete \
+ && strip --strip-unneeded lib/libtorch_cpu.so lib/libtorch_python.so
 COPY . .
-RUN /opt/fluxion/bin/pip install -q --no-deps . \
- && rm -rf /opt/fluxion/lib/python3*/site-packages/torch/include \
- && find /opt/fluxion -name __pycache__ -prune -exec rm -rf {} +
+# Bytecode of what the command imports: a health check costs half as much. torch's would be 60 MB.
+RUN /opt/fluxion/bin/pip install -q --no-compile --no-deps . \
+ && /opt/fluxion/bin/python -m compileall -q -x '/(torch|torchgen|sympy|mpmath|networkx|numpy|pip|setuptools|pygments)/' /opt/fluxion/lib
 
 FROM python:3.11-slim-bookworm
 RUN useradd --system --uid 10001 --home-dir /nonexistent fluxion \
