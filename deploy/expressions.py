@@ -20,8 +20,7 @@ from pathlib import Path
 
 import yaml
 
-from services.decode.gpu_metrics import GPU_DEFINITIONS
-from services.decode.metrics import DECODE_DEFINITIONS
+from services.gpu_metrics import ENGINE_GPU_DEFINITIONS, NVML_DEFINITIONS
 
 HERE = Path(__file__).parent
 _COMPARISON = re.compile(r" (==|!=|<=|>=|<|>) ")
@@ -42,7 +41,7 @@ def all_expressions() -> list[Expression]:
 
 def needing_gpu(expressions: list[Expression]) -> set[Expression]:
     """Those that read a metric that only a node with a GPU exports, through recorded ones too."""
-    names = {one.name for one in (*DECODE_DEFINITIONS, *GPU_DEFINITIONS) if one.needs}
+    names = {one.name for one in (*ENGINE_GPU_DEFINITIONS, *NVML_DEFINITIONS)}
     for rule in _rule_list():
         if "record" in rule and names & _words(rule["expr"]):
             names.add(rule["record"])

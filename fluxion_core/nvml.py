@@ -3,7 +3,7 @@
 These figures are the card's own; the engine's are in device_usage.py. Directions are the host's:
 what the card receives is host_to_device, and reads of host memory through UVA are among it. Bytes
 are those on the link, packet headers included, of all processes. Not here: metric names, and who
-looks how often (services/decode/gpu_metrics.py).
+looks how often (services/gpu_metrics.py).
 
 PCIe bytes are rates times the time they are of. From Hopper on the GPU's performance monitor (GPM)
 gives the mean rate between two looks, so that nothing is missed; elsewhere the driver measures for

@@ -346,6 +346,28 @@ def bench_kernels(
         plot(report, plot_path)
 
 
+@bench_app.command("prefill")
+def bench_prefill(
+    *,
+    shape: Annotated[str, typer.Option(help="Model shape with random weights.")] = "llama-3.1-8b",
+    tokens: Annotated[
+        list[int], typer.Option(min=16, help="Length of a prompt; may be repeated.")
+    ] = [8192, 32768],  # noqa: B006 - typer reads it once
+    chunk_tokens: Annotated[int, typer.Option(min=16, help="Tokens computed at a time.")] = 4096,
+    repeats: Annotated[int, typer.Option(min=1, max=100, help="Prompts of each kind.")] = 5,
+    json_path: JsonOption = None,
+) -> None:
+    """Prefill on a GPU: what it costs that KV leaves while the prompt is computed."""
+    from rich.console import Console
+
+    from fluxion_core.benchmark.report import write_json
+    from services.cli.prefill_bench import bench_prefill
+
+    report = bench_prefill(Console(), shape, tokens, chunk_tokens=chunk_tokens, repeats=repeats)
+    if json_path is not None:
+        write_json(report, json_path)
+
+
 @bench_app.command("decode-step")
 def bench_decode_step(
     *,

@@ -20,12 +20,12 @@ from fluxion_proto.v1 import generate_pb2_grpc
 from services.decode.admission import Admission
 from services.decode.config import DecodeSettings
 from services.decode.engine import DecodeEngine
-from services.decode.gpu_metrics import nvml_collectors
 from services.decode.kv_ingest import KvIngest
 from services.decode.metrics import DecodeCollector, RequestCounters
 from services.decode.planning import Planning, make_planning
 from services.decode.prefill_nodes import PrefillNodes
 from services.decode.service import GENERATION_SERVICE, GenerationService
+from services.gpu_metrics import nvml_collectors
 from services.metrics import MetricsEndpoint, NodeMetrics
 from services.node import DeviceFailure, NodeModel, load_node_model, run_node
 

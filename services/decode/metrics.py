@@ -21,6 +21,7 @@ from fluxion_core.metrics import MetricDefinition, PlainHistogram
 from services.decode.admission import Admission
 from services.decode.engine import DecodeEngine, EngineStatistics
 from services.decode.read_totals import ReadTotals
+from services.gpu_metrics import device_families
 from services.metrics import SECONDS_BOUNDS, USUAL_ENDS, outcome_of
 
 INTER_TOKEN_BOUNDS = (
@@ -176,29 +177,6 @@ TASKS = MetricDefinition(
     "Attention tasks over retrieval regions, by the device that did them.",
     ("device",),
 )
-GPU_BUSY = MetricDefinition(
-    "fluxion_gpu_busy_seconds_total",
-    "counter",
-    "seconds",
-    "GPU with kernels of the engine, those that wait for host memory included.",
-    needs="gpu",
-)
-GPU_IDLE = MetricDefinition(
-    "fluxion_gpu_idle_seconds_total",
-    "counter",
-    "seconds",
-    "GPU without work, by cause: host_attention, host_step or no_work.",
-    ("cause",),
-    needs="gpu",
-)
-PCIE_BYTES = MetricDefinition(
-    "fluxion_pcie_bytes_total",
-    "counter",
-    "bytes",
-    "Bytes that the engine moved or read over PCIe.",
-    ("direction", "purpose"),
-    needs="gpu",
-)
 
 DECODE_DEFINITIONS = (
     *(REQUESTS, REQUESTS_RUNNING, REQUESTS_WAITING, QUEUE_OLDEST, QUEUE_SECONDS),
@@ -207,7 +185,6 @@ DECODE_DEFINITIONS = (
     *(HANDOFFS, HANDOFF_BYTES, HANDOFF_SECONDS, HANDOFF_FAILURES),
     *(STEPS, STEP_TOKENS, ENGINE_BUSY, ENGINE_IDLE),
     *(SCANNED, ATTENDED, REGION, STREAMING_HEADS, PLANNED_HEADS, GROUPS, TASKS),
-    *(GPU_BUSY, GPU_IDLE, PCIE_BYTES),
 )
 
 
@@ -293,7 +270,7 @@ class DecodeCollector(Collector):
         statistics = self._engine.statistics()
         yield from _steps(statistics)
         if statistics.device is not None:
-            yield from _device(statistics.device)
+            yield from device_families(statistics.device)
 
     def _requests(self) -> Iterator[Metric]:
         counters, queue = self._counters, self._admission.statistics()
@@ -359,9 +336,3 @@ def _tasks(reads: ReadTotals, device: DeviceUsage | None) -> dict[tuple[str, ...
     if device is not None:
         return {(name,): count for name, count in device.tasks_by_device.items()}
     return {("cpu",): sum(reads.groups_of_size) + reads.groups_everything}
-
-
-def _device(device: DeviceUsage) -> Iterator[Metric]:
-    yield GPU_BUSY.render_value(device.busy_seconds)
-    yield GPU_IDLE.render({(cause,): seconds for cause, seconds in device.idle_seconds.items()})
-    yield PCIE_BYTES.render({(way, what): n for (way, what), n in device.pcie_bytes.items()})

@@ -9,6 +9,7 @@ import sys
 from fluxion_core.telemetry import event
 from fluxion_core.wire.server import NodeServer
 from fluxion_proto.v1 import handoff_pb2_grpc
+from services.gpu_metrics import nvml_collectors
 from services.metrics import MetricsEndpoint, NodeMetrics
 from services.node import DeviceFailure, NodeModel, load_node_model, run_node
 from services.prefill.config import CPU_CHUNK_TOKENS, GPU_CHUNK_TOKENS, PrefillNodeSettings
@@ -47,10 +48,12 @@ async def serve(settings: PrefillNodeSettings, ending: asyncio.Event) -> None:
         await asyncio.to_thread(engine.warm_up)
         engine.start()
         counters = PromptCounters()
+        device = model.loaded.decoder.embedding.device
         metrics.loaded(
             model.loaded.name,
-            str(model.loaded.decoder.embedding.device),
+            str(device),
             PrefillCollector(counters, engine),
+            *nvml_collectors(device),
         )
         handoff = HandoffService(
             engine,

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -31,8 +31,15 @@ from fluxion_core.predictor.prompt_estimate import (
 )
 from fluxion_core.predictor.prompt_profile import PromptProfile
 
-if TYPE_CHECKING:
-    from fluxion_core.gpu.kv_outbox import DeviceOutbox
+
+class Outbox(Protocol):
+    """What KV leaves a device through: see gpu/kv_outbox.py."""
+
+    def put(self, payload: Tensor, take: Callable[[bytes], None]) -> None:
+        """Copy a piece out; `take` gets its bytes, in this or a later call."""
+
+    def drain(self) -> None:
+        """Hand on all pieces."""
 
 
 class KvCapture:
@@ -58,7 +65,7 @@ class KvCapture:
         emit: Callable[[Frame], None],
         is_cancelled: Callable[[], bool],
         device: torch.device,
-        outbox: DeviceOutbox | None = None,
+        outbox: Outbox | None = None,
         profile_window: WindowSpec | None = None,
     ) -> None:
         self._geometry = geometry

@@ -10,6 +10,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from fluxion_core.metrics import MetricDefinition, PlainHistogram
+from services.gpu_metrics import device_families
 from services.metrics import SECONDS_BOUNDS, USUAL_ENDS, outcome_of
 from services.prefill.engine import PrefillEngine, Prompt
 
@@ -94,3 +95,5 @@ class PrefillCollector(Collector):
         yield KV_BYTES.render_value(statistics.payload_bytes)
         yield QUEUE_SECONDS.render_histogram({(): self._counters.queue_seconds})
         yield PREFILL_SECONDS.render_histogram({(): self._counters.prefill_seconds})
+        if statistics.device is not None:
+            yield from device_families(statistics.device)

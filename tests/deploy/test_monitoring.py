@@ -12,13 +12,16 @@ from pathlib import Path
 import promql_parser
 import pytest
 
-from services.decode.gpu_metrics import GPU_DEFINITIONS
 from services.decode.metrics import DECODE_DEFINITIONS
+from services.gpu_metrics import ENGINE_GPU_DEFINITIONS, NVML_DEFINITIONS
 from services.metrics import NODE_DEFINITIONS
 from services.prefill.metrics import PREFILL_DEFINITIONS
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
-DEFINITIONS = (*NODE_DEFINITIONS, *DECODE_DEFINITIONS, *GPU_DEFINITIONS, *PREFILL_DEFINITIONS)
+DEFINITIONS = (
+    *(*NODE_DEFINITIONS, *DECODE_DEFINITIONS, *PREFILL_DEFINITIONS),
+    *(*ENGINE_GPU_DEFINITIONS, *NVML_DEFINITIONS),
+)
 
 
 @pytest.fixture(scope="module")

@@ -22,8 +22,8 @@ from fluxion_core.spans import Span
 from fluxion_core.trace import Trace
 from fluxion_proto.v1 import generate_pb2
 from services.decode.engine import EngineStatistics
-from services.decode.gpu_metrics import GPU_DEFINITIONS, NvmlCollector
 from services.decode.metrics import DECODE_DEFINITIONS, DecodeCollector, RequestCounters
+from services.gpu_metrics import ENGINE_GPU_DEFINITIONS, NVML_DEFINITIONS, NvmlCollector
 from services.metrics import NODE_DEFINITIONS, MetricsEndpoint, NodeMetrics, outcome_of
 from services.prefill.metrics import PREFILL_DEFINITIONS
 
@@ -31,8 +31,9 @@ TABLE = Path(__file__).parents[2] / "deploy" / "METRICS.md"
 SECTIONS = {
     "Both nodes": NODE_DEFINITIONS,
     "Decode node": DECODE_DEFINITIONS,
-    "Decode node, from NVML": GPU_DEFINITIONS,
     "Prefill node": PREFILL_DEFINITIONS,
+    "Both nodes, with a GPU": ENGINE_GPU_DEFINITIONS,
+    "Both nodes, from NVML": NVML_DEFINITIONS,
 }
 
 
@@ -133,7 +134,7 @@ def test_gpu_metrics_are_there_with_a_gpu_and_absent_without():
     usage.pcie_bytes["host_to_device", "digests"] = 4096
     usage.tasks_by_device["gpu"] = 7
     for device, gpu_names in (
-        (usage, {one.name for one in DECODE_DEFINITIONS if one.needs}),
+        (usage, {one.name for one in ENGINE_GPU_DEFINITIONS}),
         (None, set()),
     ):
         engine = _Engine(EngineStatistics(device=device))
@@ -186,7 +187,7 @@ def collector(card: _Card):
 
 def test_a_card_is_read_at_each_scrape_and_what_it_cannot_tell_is_left_out(card, collector):
     names = {one.name + ("_total" if one.type == "counter" else "") for one in collector.collect()}
-    assert names == {one.name for one in GPU_DEFINITIONS}
+    assert names == {one.name for one in NVML_DEFINITIONS}
     card.error = DeadlineError("the driver is busy")
     assert list(collector.collect()) == []
     card.error, card.has_pcie = None, False

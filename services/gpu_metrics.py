@@ -1,4 +1,4 @@
-"""Metrics that a GPU's driver gives, through NVML, beside the engine's own."""
+"""Metrics of a node's GPU: what its engine counts, and what the driver says, through NVML."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 from prometheus_client.metrics_core import Metric
 
+from fluxion_core.device_usage import DeviceUsage
 from fluxion_core.errors import FluxionError
 from fluxion_core.metrics import MetricDefinition
 from fluxion_core.nvml import NvmlReader, open_nvml
@@ -20,6 +21,29 @@ _log = logging.getLogger(__name__)
 
 AnswerT = TypeVar("AnswerT")
 
+GPU_BUSY = MetricDefinition(
+    "fluxion_gpu_busy_seconds_total",
+    "counter",
+    "seconds",
+    "GPU with kernels of the engine, those that wait for host memory included.",
+    needs="gpu",
+)
+GPU_IDLE = MetricDefinition(
+    "fluxion_gpu_idle_seconds_total",
+    "counter",
+    "seconds",
+    "GPU without work, by cause: host_attention, host_step or no_work.",
+    ("cause",),
+    needs="gpu",
+)
+PCIE_BYTES = MetricDefinition(
+    "fluxion_pcie_bytes_total",
+    "counter",
+    "bytes",
+    "Bytes that the engine moved or read over PCIe.",
+    ("direction", "purpose"),
+    needs="gpu",
+)
 NVML_PCIE_BYTES = MetricDefinition(
     "fluxion_nvml_pcie_bytes_total",
     "counter",
@@ -53,7 +77,15 @@ NVML_ACTIVITY = MetricDefinition(
 LOOK_SECONDS = 1.0
 """Between looks at the card."""
 
-GPU_DEFINITIONS = (NVML_PCIE_BYTES, NVML_LINK, NVML_UTILIZATION, NVML_ACTIVITY)
+ENGINE_GPU_DEFINITIONS = (GPU_BUSY, GPU_IDLE, PCIE_BYTES)
+NVML_DEFINITIONS = (NVML_PCIE_BYTES, NVML_LINK, NVML_UTILIZATION, NVML_ACTIVITY)
+
+
+def device_families(device: DeviceUsage) -> Iterator[Metric]:
+    """What an engine has counted of its GPU."""
+    yield GPU_BUSY.render_value(device.busy_seconds)
+    yield GPU_IDLE.render({(cause,): seconds for cause, seconds in device.idle_seconds.items()})
+    yield PCIE_BYTES.render({(way, what): n for (way, what), n in device.pcie_bytes.items()})
 
 
 def nvml_collectors(device: torch.device) -> list[NvmlCollector]:
