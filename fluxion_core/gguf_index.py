@@ -4,7 +4,8 @@ Read here rather than by the `gguf` package, whose reader takes 3 s for the voca
 model and does not check the bounds of what it reads. Dequantisation is that package's.
 
 Layout: magic, version, counts; key-value pairs; tensor infos; padding; data. Little-endian.
-Refused: versions other than 2 and 3, big-endian files, nested arrays, lengths beyond the file.
+Refused: versions other than 2 and 3, big-endian files, nested arrays, lengths beyond the file or
+beyond what models need.
 """
 
 from __future__ import annotations
@@ -35,6 +36,10 @@ _END_TEXTS = frozenset(
     ("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|im_end|>", "<|endoftext|>")
 )
 CONTROL_TOKEN, USER_DEFINED_TOKEN = 3, 4
+# Models' vocabularies have up to 300,000 tokens, their chat templates 20 kB. A list takes 8 to 100
+# times its bytes as Python objects: without a bound, a large file could be all list.
+_MAX_LIST_ENTRIES = 1 << 22
+_MAX_STRING_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -219,6 +224,8 @@ class _IndexReader:
         if kind != _ARRAY:
             return self._scalars(key, kind, 1)[0]
         kind, count = self._scalar("I"), self._scalar("Q")
+        if count > _MAX_LIST_ENTRIES:
+            self._damaged(f"{key} has {count} entries; at most {_MAX_LIST_ENTRIES}")
         if kind != _STRING:
             return self._scalars(key, kind, count)
         # Every string takes 8 bytes at least: a count that cannot be is refused before the loop.
@@ -243,6 +250,8 @@ class _IndexReader:
 
     def _string(self) -> str:
         length = self._scalar("Q")
+        if length > _MAX_STRING_BYTES:
+            self._damaged(f"a string of {length} B; at most {_MAX_STRING_BYTES}")
         self._need(length)
         raw = self._data[self._position : self._position + length]
         self._position += length

@@ -16,6 +16,7 @@ from fluxion_core.errors import InvalidRequestError, ModelFileError, ModelNotFou
 from fluxion_core.generation.chat import ChatMessage, ChatTemplate
 from fluxion_core.generation.gguf_vocabulary import read_backend
 from fluxion_core.gguf_index import open_gguf
+from fluxion_core.json_files import read_json_if_there, token_ids
 
 
 class Tokenizer:
@@ -198,14 +199,13 @@ def _from_directory(directory: Path) -> Tokenizer:
     except Exception as error:
         # The library raises bare Exception for whatever is wrong with the file.
         raise ModelFileError(f"{path}: {error}") from None
-    config = _read_json(directory / "tokenizer_config.json")
-    model_config = _read_json(directory / "config.json")
-    generation = _read_json(directory / "generation_config.json")
+    config = read_json_if_there(directory / "tokenizer_config.json")
     special = {name: _token_text(config.get(name)) for name in ("bos_token", "eos_token")}
     template = _template_source(directory, config)
     eos: set[int] = set()
-    for value in (model_config.get("eos_token_id"), generation.get("eos_token_id")):
-        eos.update(value if isinstance(value, list) else [value] if isinstance(value, int) else [])
+    for name in ("config.json", "generation_config.json"):
+        entries = read_json_if_there(directory / name)
+        eos.update(token_ids(entries.get("eos_token_id"), directory / name))
     bos_id = backend.token_to_id(special["bos_token"]) if special["bos_token"] else None
     # What the file's own post-processor puts before a text says whether the model wants it.
     starts = backend.encode("", add_special_tokens=True).ids
@@ -269,19 +269,6 @@ def _byte_of_character() -> dict[str, int]:
 
 
 _BYTE_OF_CHARACTER = _byte_of_character()
-
-
-def _read_json(path: Path) -> dict[str, object]:
-    """A JSON object; empty if the file is not there."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelFileError(f"{path}: {error}") from None
-    if not isinstance(value, dict):
-        raise ModelFileError(f"{path}: holds no JSON object")
-    return value
 
 
 def _token_text(value: object) -> str:

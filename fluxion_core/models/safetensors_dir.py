@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from math import isfinite
 from pathlib import Path
@@ -12,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fluxion_core.errors import ModelFileError, UnsupportedModelError
+from fluxion_core.json_files import read_json, token_ids
 from fluxion_core.models.config import (
     Architecture,
     LinearScaling,
@@ -23,21 +23,7 @@ from fluxion_core.models.config import (
 _ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2"}
 INDEX_NAME = "model.safetensors.index.json"
 _DTYPES = ("F32", "F16", "BF16")
-
-
-def read_json(path: Path) -> dict[str, object]:
-    """A JSON object from a file.
-
-    Raises:
-        ModelFileError: missing, no JSON, or no object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelFileError(f"{path}: {error}") from None
-    if not isinstance(value, dict):
-        raise ModelFileError(f"{path}: holds no JSON object")
-    return value
+_NUMBER_LIMIT = 1 << 63
 
 
 def read_config(directory: Path) -> ModelConfig:
@@ -82,8 +68,8 @@ def read_config(directory: Path) -> ModelConfig:
         context_tokens=fields.integer("max_position_embeddings"),
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
         attention_bias=architecture == "qwen2",
-        bos_token_id=_first(_token_ids(raw.get("bos_token_id"), path)),
-        eos_token_ids=_eos_token_ids(directory, raw),
+        bos_token_id=_first(token_ids(raw.get("bos_token_id"), path)),
+        eos_token_ids=_eostoken_ids(directory, raw),
     )
 
 
@@ -140,7 +126,10 @@ def weight_files(directory: Path) -> list[Path]:
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise ModelFileError(f"{index}: has no weight_map")
-        files = [directory / Path(str(name)).name for name in sorted(set(weight_map.values()))]
+        names = list(weight_map.values())
+        if not all(isinstance(name, str) for name in names):
+            raise ModelFileError(f"{index}: weight_map names files that are no text")
+        files = [directory / Path(name).name for name in sorted(set(names))]
     else:
         files = sorted(directory.glob("*.safetensors"))
     missing = [file.name for file in files if not file.is_file()]
@@ -161,8 +150,13 @@ class _Fields:
         value = self._raw.get(name)
         if value is None and default is not None:
             return default
-        if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
-            raise ModelFileError(f"{self._path}: {name} is {value!r}; must be a number")
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            # Integers of JSON may be too large for a float.
+            or not (abs(value) < _NUMBER_LIMIT if isinstance(value, int) else isfinite(value))
+        ):
+            raise ModelFileError(f"{self._path}: {name} is {value!r:.60}; must be a number")
         return value
 
     def integer(self, name: str, default: int | None = None) -> int:
@@ -203,21 +197,12 @@ def _rope(raw: Mapping[str, object], path: Path) -> RopeConfig:
             )
 
 
-def _eos_token_ids(directory: Path, raw: Mapping[str, object]) -> tuple[int, ...]:
+def _eostoken_ids(directory: Path, raw: Mapping[str, object]) -> tuple[int, ...]:
     generation = directory / "generation_config.json"
-    ids = set(_token_ids(raw.get("eos_token_id"), directory / "config.json"))
+    ids = set(token_ids(raw.get("eos_token_id"), directory / "config.json"))
     if generation.is_file():
-        ids |= set(_token_ids(read_json(generation).get("eos_token_id"), generation))
+        ids |= set(token_ids(read_json(generation).get("eos_token_id"), generation))
     return tuple(sorted(ids))
-
-
-def _token_ids(value: object, path: Path) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    values = value if isinstance(value, list) else [value]
-    if not all(isinstance(item, int) for item in values):
-        raise ModelFileError(f"{path}: token ids are {value!r}; must be integers")
-    return tuple(cast(list[int], values))
 
 
 def _first(ids: tuple[int, ...]) -> int | None:

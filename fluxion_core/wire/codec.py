@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 
 import google_crc32c
@@ -195,10 +196,14 @@ def parse_trailer(frame: Frame) -> Trailer:
     """The figures in a TRAILER frame.
 
     Raises:
-        FrameFormatError: not a TRAILER, or not a HandoffTrailer message.
+        FrameFormatError: not a TRAILER, not a HandoffTrailer message, or seconds that are none.
     """
     message = handoff_pb2.HandoffTrailer()
     _parse(frame, FrameKind.TRAILER, message)
+    for name in ("queue_seconds", "prefill_seconds"):
+        # Written so that NaN is refused too.
+        if not 0 <= (seconds := getattr(message, name)) < math.inf:
+            raise FrameFormatError(f"TRAILER has {name} {seconds}; must be finite, 0 or more")
     return Trailer(
         first_token_id=message.first_token_id,
         queue_seconds=message.queue_seconds,

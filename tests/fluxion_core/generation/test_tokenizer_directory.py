@@ -85,6 +85,8 @@ def test_without_a_template_chat_is_an_invalid_request(model_dir):
         ("tokenizer_config.json", "[]"),
         ("tokenizer_config.json", "{"),
         ("tokenizer_config.json", '{"chat_template": "{% for"}'),
+        ("config.json", '{"eos_token_id": ["two", 3]}'),
+        ("generation_config.json", '{"eos_token_id": [{}]}'),
     ],
 )
 def test_a_damaged_directory_is_refused(model_dir, name, content):

@@ -255,6 +255,9 @@ def test_an_unsupported_option_is_refused(llama_dir, changes, sentence):
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8}}, "low_freq_factor is None"),
         ({"rope_parameters": [1]}, "must be an object"),
         ({"eos_token_id": "two"}, "token ids are 'two'"),
+        ({"eos_token_id": [2, {}]}, "token ids are"),
+        ({"eos_token_id": -1}, "token ids are -1"),
+        ({"num_attention_heads": 10**400}, "must be a number"),
     ],
 )
 def test_a_wrong_config_is_refused_before_memory_is_taken(llama_dir, changes, sentence):
@@ -310,6 +313,22 @@ def test_a_missing_shard_is_named(toy, tmp_path):
     lost.unlink()
     with pytest.raises(ModelFileError, match=lost.name):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("odd", [None, 7, 0.5, ["a"], {}])
+def test_an_index_that_names_no_files_is_refused(llama_dir, odd):
+    weight_map = {"model.norm.weight": "model.safetensors", "lm_head.weight": odd}
+    index = llama_dir / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ModelFileError, match="names files that are no text"):
+        load(llama_dir)
+
+
+def test_a_config_of_a_size_that_none_has_is_not_read(llama_dir):
+    with (llama_dir / "config.json").open("r+b") as file:
+        file.truncate((64 << 20) + 1)
+    with pytest.raises(ModelFileError, match="67108864 at most"):
+        load(llama_dir)
 
 
 def test_a_directory_without_weights_is_refused(llama_dir):
@@ -401,6 +420,24 @@ def test_the_index_agrees_with_the_gguf_package(llama_gguf):
 def test_what_a_gguf_file_asks_beyond_us_is_refused(tmp_path, llama, edit, error, sentence):
     path = write_gguf(tmp_path / "odd.gguf", llama, edit=edit)
     with pytest.raises(error, match=sentence):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    ("index", "sentence"),
+    [
+        # Lists and strings that fit the file and that no model has.
+        (struct.pack("<QcIIQ", 1, b"k", 9, 0, (1 << 22) + 1), "k has 4194305 entries"),
+        (struct.pack("<QcIIQ", 1, b"k", 9, 8, (1 << 22) + 1), "k has 4194305 entries"),
+        (struct.pack("<Q", (1 << 24) + 1), "a string of 16777217 B"),
+    ],
+)
+def test_a_gguf_file_that_is_all_metadata_is_not_read(tmp_path, index, sentence):
+    path = tmp_path / "large.gguf"
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + index)
+    with path.open("r+b") as file:
+        file.truncate(1 << 26)
+    with pytest.raises(ModelFileError, match=sentence):
         load(path)
 
 

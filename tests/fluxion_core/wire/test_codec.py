@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 
 import pytest
@@ -126,6 +127,14 @@ def test_header_and_trailer_survive_the_wire():
         codec.parse_header(codec.trailer_frame(trailer))
     with pytest.raises(FrameFormatError, match="no valid message"):
         codec.parse_trailer(Frame(FrameKind.TRAILER, b"\xff\xff\xff"))
+
+
+@pytest.mark.parametrize("field", ["queue_seconds", "prefill_seconds"])
+@pytest.mark.parametrize("seconds", [math.nan, math.inf, -0.5])
+def test_a_trailer_whose_seconds_are_none_is_refused(field: str, seconds: float):
+    message = handoff_pb2.HandoffTrailer(**{field: seconds})
+    with pytest.raises(FrameFormatError, match=field):
+        codec.parse_trailer(Frame(FrameKind.TRAILER, message.SerializeToString()))
 
 
 def test_the_window_of_a_profile_is_checked():
