@@ -9,74 +9,23 @@ import torch
 from torch import Tensor
 
 from fluxion_core.decode_step import StepReads, StepRow
-from fluxion_core.geometry import BLOCK_TOKENS, KvGeometry, WindowSpec
 from fluxion_core.hybrid_attention import HybridAttention
 from fluxion_core.kvstore.store import HostKvStore, SequenceKv
-from fluxion_core.models.config import ModelConfig, RopeConfig
-from fluxion_core.models.decoder import Decoder
 from fluxion_core.scheduler.scheduler import CpuPool
 from fluxion_core.selector.policy import parse_policy
+from tests.fluxion_core.gpu.small_step import WINDOW, random_decoder, random_sequence, store_for
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
-WINDOW = WindowSpec()
 LENGTHS = (40, 700, 1500, 3000)
 STEPS = 40
 
 
-def _config() -> ModelConfig:
-    return ModelConfig(
-        architecture="llama",
-        hidden_size=256,
-        intermediate_size=512,
-        num_layers=3,
-        num_heads=8,
-        num_kv_heads=2,
-        head_dim=64,
-        vocab_size=512,
-        rms_norm_eps=1e-5,
-        rope=RopeConfig(theta=10_000.0),
-        context_tokens=8192,
-        tie_word_embeddings=True,
-        attention_bias=False,
-        bos_token_id=None,
-        eos_token_ids=(),
-    )
-
-
-def _decoder(device: str) -> Decoder:
-    decoder = Decoder(_config(), torch.device(device), torch.float32)
-    generator = torch.Generator().manual_seed(1)
-    for weight in decoder.parameters():
-        scale = 1.0 if weight.dim() == 1 else weight.shape[-1] ** -0.5
-        weight.data.copy_(torch.randn(weight.shape, generator=generator) * scale)
-    return decoder
-
-
-def _store(digest_bits: int) -> tuple[HostKvStore, list[SequenceKv]]:
-    config = _config()
-    geometry = KvGeometry(
-        config.num_layers, config.num_kv_heads, config.head_dim, digest_bits=digest_bits
-    )
-    return HostKvStore(geometry, 64 << 20, model_key=b""), []
-
-
 def _sequences(store: HostKvStore) -> list[SequenceKv]:
     generator = torch.Generator().manual_seed(2)
-    sequences = []
-    for length in LENGTHS:
-        sequence = store.reserve([length, *range(length - 1)], STEPS + 1)
-        blocks = -(-length // BLOCK_TOKENS)
-        geometry = store.geometry
-        for layer in range(geometry.num_layers):
-            shape = (geometry.num_kv_heads, blocks, 2, BLOCK_TOKENS, geometry.head_dim)
-            payload = torch.randn(shape, generator=generator).bfloat16()
-            if length % BLOCK_TOKENS:
-                payload[:, -1, :, length % BLOCK_TOKENS :] = 0
-            sequence.write_blocks(layer, 0, length, payload.view(torch.uint8).numpy().tobytes())
-        sequence.commit()
-        sequences.append(sequence)
-    return sequences
+    return [
+        random_sequence(store, length, STEPS + 1, generator, first=length) for length in LENGTHS
+    ]
 
 
 @pytest.fixture(autouse=True)
@@ -88,9 +37,9 @@ def _full_precision() -> Iterator[None]:
 
 
 def _on_cpu(policy: str, digest_bits: int, tokens: Tensor) -> tuple[Tensor, list[StepReads]]:
-    store, _ = _store(digest_bits)
+    store = store_for(digest_bits)
     sequences = _sequences(store)
-    decoder = _decoder("cpu")
+    decoder = random_decoder("cpu")
     attention = HybridAttention(store, WINDOW, num_heads=8, pool=CpuPool(2))
     logits, reads = [], []
     for token in tokens:
@@ -114,8 +63,8 @@ def test_logits_and_reads_are_those_of_the_cpu(lanes: str, policy: str, digest_b
 
     tokens = torch.randint(512, (STEPS, len(LENGTHS)), generator=torch.Generator().manual_seed(3))
     expected, expected_reads = _on_cpu(policy, digest_bits, tokens)
-    store, _ = _store(digest_bits)
-    decoder = _decoder("cuda")
+    store = store_for(digest_bits)
+    decoder = random_decoder("cuda")
     step = DeviceStep(
         decoder,
         store,

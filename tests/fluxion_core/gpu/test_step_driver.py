@@ -239,8 +239,8 @@ def test_every_layer_is_answered_with_attention_over_the_region(lane: bool, alon
 
 
 def test_what_a_late_gpu_has_not_begun_goes_back_to_the_cpus() -> None:
-    # By these rates the lane takes both tasks of the longest sequence, one after the other. The first
-    # ends only when all others have: the second is done by the CPUs, or never.
+    # By these rates the lane takes both tasks of the longest sequence, one after the other. The
+    # first ends only when all others have: the second is done by the CPUs, or never.
     _, sequences = _filled_store()
     machine = _Machine(sequences, answers=lambda: 0, rates=(1.5e-6, 1.2e-6), is_late=True)
     machine.step(ExactPolicy(), True, False)
