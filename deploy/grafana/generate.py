@@ -1,4 +1,5 @@
-"""Write the dashboards and the console pages from panels.py; with --check only compare.
+"""Write the dashboards and the console pages from panels.py, and the rules as a Kubernetes object;
+with --check only compare.
 
     python deploy/grafana/generate.py [--check]
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 import html
 import json
 import sys
+import textwrap
 from pathlib import Path
 
 from grafana_foundation_sdk.builders import common, dashboard, prometheus, timeseries
@@ -21,6 +23,8 @@ from panels import DASHBOARDS, Dashboard, Panel
 
 HERE = Path(__file__).parent
 CONSOLES = HERE.parent / "consoles"
+RULES = HERE.parent / "rules" / "fluxion.yml"
+PROMETHEUS_RULE = HERE.parent / "kubernetes" / "base" / "prometheus-rule.yaml"
 PANEL_WIDTH, PANEL_HEIGHT = 12, 8
 """In Grafana's grid, 24 wide."""
 
@@ -104,9 +108,21 @@ def console_html(name: str, page: Dashboard) -> str:
     )
 
 
+def prometheus_rule() -> str:
+    """The rules as the Prometheus operator reads them."""
+    return f"""\
+# deploy/rules/fluxion.yml for the Prometheus operator. Written by deploy/grafana/generate.py.
+apiVersion: monitoring.coreos.com/v1
+kind: PrometheusRule
+metadata:
+  name: fluxion
+spec:
+{textwrap.indent(RULES.read_text(), "  ")}"""
+
+
 def generated() -> dict[Path, str]:
     """Every file and what belongs in it."""
-    files = {}
+    files = {PROMETHEUS_RULE: prometheus_rule()}
     for name, page in DASHBOARDS.items():
         files[HERE / "dashboards" / f"{name}.json"] = grafana_json(page)
         files[CONSOLES / f"{name}.html"] = console_html(name, page)

@@ -46,10 +46,13 @@ def rate(selector: str, *, by: str = "") -> str:
     return f"sum{f' by ({by}) ' if by else ''}(rate({selector}[1m]))"
 
 
-def quantiles(histogram: str, *shares: float) -> tuple[Line, ...]:
-    """Lines of a histogram's quantiles over all nodes."""
+def quantiles(histogram: str, *shares: float, of: str = "") -> tuple[Line, ...]:
+    """Lines of a histogram's quantiles over all nodes; `of` names it where a panel has several."""
     return tuple(
-        Line(f"histogram_quantile({share}, {rate(histogram + '_bucket', by='le')})", f"p{share:g}")
+        Line(
+            f"histogram_quantile({share}, {rate(histogram + '_bucket', by='le')})",
+            f"{of} p{share * 100:g}".lstrip(),
+        )
         for share in shares
     )
 
@@ -106,8 +109,8 @@ OVERVIEW = Dashboard(
             "s",
             (
                 Line("max(fluxion_queue_oldest_wait_seconds)", "first of the queue"),
-                *quantiles("fluxion_queue_seconds", 0.95),
-                *quantiles("fluxion_prefill_queue_seconds", 0.95),
+                *quantiles("fluxion_queue_seconds", 0.95, of="requests"),
+                *quantiles("fluxion_prefill_queue_seconds", 0.95, of="prompts"),
             ),
             "The first of the queue now; then what admitted requests and prompts have waited.",
         ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import shutil
 import subprocess
@@ -74,6 +75,13 @@ def test_every_label_that_is_asked_for_exists(expressions):
     for one in expressions.all_expressions():
         for grouping in re.findall(r"(?:by|on) \(([^)]*)\)", one.promql):
             assert {label.strip() for label in grouping.split(",")} <= labels, one
+
+
+def test_lines_of_a_panel_have_different_names():
+    for path in (DEPLOY / "grafana" / "dashboards").glob("*.json"):
+        for panel in json.loads(path.read_text())["panels"]:
+            legends = [target["legendFormat"] for target in panel["targets"]]
+            assert len(set(legends)) == len(legends), panel["title"]
 
 
 def test_what_needs_a_gpu_is_known_through_recorded_metrics_too(expressions):
