@@ -67,7 +67,7 @@ def trace_pieces(trace: Trace, name: str, about: Mapping[str, str] | None = None
             _event(span, threads.setdefault(span.lane, len(threads) + 1), trace.start_ns)
             for span in spans
         ]
-        yield "".join(f",\n{json.dumps(event)}" for event in events)
+        yield f",\n{json.dumps(events)[1:-1]}"
     for lane, thread in threads.items():
         for event in (
             _named("thread_name", thread, name=lane),

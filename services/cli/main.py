@@ -417,6 +417,31 @@ def bench_decode_step(
         plot(report, plot_path)
 
 
+@bench_app.command("telemetry")
+def bench_telemetry(
+    *,
+    model: ModelOption = "smollm2-135m",
+    models_dir: ModelsDirOption = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt.")] = 1500,
+    turns: Annotated[int, typer.Option(min=1, help="Each scrapes once and traces once.")] = 50,
+    steps: Annotated[int, typer.Option(min=1, help="Of a trace, and between two looks.")] = 8,
+    policy: Annotated[str, typer.Option(help="What the stream reads.")] = "exact",
+    json_path: JsonOption = None,
+) -> None:
+    """What scrapes and traces cost a node's decode steps, against steps that nobody watches."""
+    from rich.console import Console
+
+    from fluxion_core.benchmark.report import write_json
+    from services.cli import telemetry_bench
+
+    options = telemetry_bench.TelemetryBenchOptions(
+        model, models_dir, tokens=tokens, turns=turns, steps=steps, policy=policy
+    )
+    report = asyncio.run(telemetry_bench.bench_telemetry(options, Console()))
+    if json_path is not None:
+        write_json(report, json_path)
+
+
 @app.command("eval")
 def evaluate(
     benchmark: Annotated[Benchmark, typer.Argument(help="What the model is asked.")],

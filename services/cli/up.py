@@ -118,14 +118,15 @@ def plan_nodes(options: UpOptions) -> tuple[NodePlan, NodePlan]:
     )
 
 
-async def bring_up(nodes: NodeGroup, plans: Sequence[NodePlan], *, ready_seconds: float) -> None:
-    """Start every planned node in `nodes` and return when all of them are ready.
+async def bring_up(
+    nodes: NodeGroup, plans: Sequence[NodePlan], *, ready_seconds: float
+) -> list[NodeProcess]:
+    """Start every planned node in `nodes` and return them when all of them are ready.
 
     Raises:
         PeerUnavailableError: a node ended before it was ready, or the time ran out.
     """
-    for plan in plans:
-        await nodes.start(plan.name, plan.command)
+    started = [await nodes.start(plan.name, plan.command) for plan in plans]
     client = ClientSettings()
     readiness = asyncio.gather(
         *(
@@ -143,6 +144,7 @@ async def bring_up(nodes: NodeGroup, plans: Sequence[NodePlan], *, ready_seconds
         exit_watch.cancel()
         readiness.cancel()
         await asyncio.gather(readiness, exit_watch, return_exceptions=True)
+    return started
 
 
 def ended_early(node: NodeProcess, when: str) -> PeerUnavailableError:

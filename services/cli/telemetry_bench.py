@@ -1,0 +1,188 @@
+"""`fluxion bench telemetry`: two nodes, a long stream, and somebody who watches now and then.
+
+What is measured, and how: fluxion_core/benchmark/telemetry.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+import urllib.request
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import grpc
+from rich.console import Console
+
+from fluxion_core.benchmark.telemetry import Kind, Window, telemetry_report
+from fluxion_core.config import ClientSettings
+from fluxion_core.errors import FluxionError
+from fluxion_core.generation.tokenizer import Tokenizer
+from fluxion_core.models.locate import default_models_dir, locate_model
+from fluxion_core.wire.status import error_from_rpc
+from fluxion_proto.v1 import generate_pb2, generate_pb2_grpc
+from services.cli.addresses import choose_listen_address
+from services.cli.connection import connect
+from services.cli.demo import load_document
+from services.cli.logs import LogPrinter
+from services.cli.processes import NodeGroup, finished_before, stop_signals
+from services.cli.up import UpOptions, bring_up, plan_nodes
+
+_READY_SECONDS = 300.0
+_FETCH_SECONDS = 60.0
+_STEPS_A_TURN = 8
+"""As many times the steps of a window are generated at most for each turn."""
+
+
+@dataclass(frozen=True)
+class TelemetryBenchOptions:
+    """What is measured."""
+
+    model: str
+    models_dir: Path | None
+    tokens: int
+    """Of the prompt."""
+    turns: int
+    steps: int
+    """Of a trace, and between two windows."""
+    policy: str
+
+
+@dataclass
+class _Stream:
+    """Tokens of a long answer, as they arrive."""
+
+    arrived: int = 0
+    has_ended: bool = False
+
+    def wait(self, tokens: int) -> None:
+        """Until so many more have arrived."""
+        wanted = self.arrived + tokens
+        while self.arrived < wanted:
+            if self.has_ended:
+                raise FluxionError("the answer ended before all turns were done")
+            time.sleep(0.001)
+
+
+async def bench_telemetry(options: TelemetryBenchOptions, console: Console) -> dict[str, object]:
+    """Start both nodes, watch a stream, print what it cost.
+
+    Raises:
+        InvalidRequestError: the context has no room for prompt and turns.
+        FluxionError: the model cannot be used, a node failed, or the request did.
+    """
+    request = _request(options)
+    metrics = choose_listen_address("127.0.0.1:0", preferred="127.0.0.1:0", flag="--metrics")
+    prefill, decode = plan_nodes(
+        UpOptions(options.model, options.models_dir, decode_listen="127.0.0.1:0")
+    )
+    decode = replace(decode, command=(*decode.command, "--server.metrics-listen", metrics))
+    nodes = NodeGroup(LogPrinter(Console(stderr=True, quiet=True)))
+    with stop_signals(nodes.kill) as stop_requested:
+        async with nodes:
+            _, node = await bring_up(nodes, (prefill, decode), ready_seconds=_READY_SECONDS)
+            watcher = Watcher(metrics, node.pid, options.steps)
+            watching = asyncio.create_task(_watch(request, decode.address, watcher, options.turns))
+            if not await finished_before(watching, stop_requested):
+                raise FluxionError("stopped by a signal")
+            turns = watching.result()
+    return telemetry_report(console, turns, tokens=options.tokens, policy=options.policy)
+
+
+def _request(options: TelemetryBenchOptions) -> generate_pb2.GenerateRequest:
+    path = locate_model(options.model, options.models_dir or default_models_dir())
+    document = Tokenizer.load(path).encode(load_document())
+    token_ids = (document * (options.tokens // len(document) + 1))[: options.tokens]
+    request = generate_pb2.GenerateRequest(
+        max_new_tokens=options.turns * options.steps * _STEPS_A_TURN,
+        ignore_eos=True,
+        policy=options.policy,
+    )
+    request.token_ids.ids.extend(token_ids)
+    return request
+
+
+async def _watch(
+    request: generate_pb2.GenerateRequest, address: str, watcher: Watcher, turns: int
+) -> list[list[Window]]:
+    reading = asyncio.create_task(_read(request, address, watcher.stream))
+    watching = asyncio.create_task(asyncio.to_thread(watcher.watch, turns))
+    await asyncio.wait((reading, watching), return_when=asyncio.FIRST_COMPLETED)
+    if reading.done():
+        reading.result()
+    found = await watching
+    reading.cancel()
+    await asyncio.gather(reading, return_exceptions=True)
+    return found
+
+
+async def _read(request: generate_pb2.GenerateRequest, address: str, stream: _Stream) -> None:
+    try:
+        async with connect(address, ClientSettings()) as channel:
+            async for response in generate_pb2_grpc.GenerationStub(channel).Generate(request):
+                stream.arrived += len(response.token_ids)
+    except grpc.aio.AioRpcError as error:
+        raise error_from_rpc(error) from None
+    finally:
+        stream.has_ended = True
+
+
+class Watcher:
+    """Watches a node on a thread of its own, while tokens of a stream arrive.
+
+    Args:
+        metrics: host:port of the node's metrics.
+        pid: of the node.
+        steps: of a trace, and between what is watched.
+    """
+
+    def __init__(self, metrics: str, pid: int, steps: int) -> None:
+        self.stream = _Stream()
+        self._metrics, self._pid, self._steps = metrics, pid, steps
+        self._windows: list[Window] = []
+        self._mark = (0, 0.0, 0.0)
+
+    def watch(self, turns: int) -> list[list[Window]]:
+        """So many turns."""
+        self.stream.wait(self._steps)
+        found = []
+        for _ in range(turns):
+            self._mark, self._windows = self._now(), []
+            self.stream.wait(self._steps)
+            self._end("unwatched")
+            self._fetch("metrics")
+            self.stream.wait(1)
+            self._end("scrape")
+            self.stream.wait(self._steps)
+            self._end("unwatched")
+            self._fetch(f"trace?steps={self._steps}&seconds=60", answered="record")
+            self.stream.wait(1)
+            self._end("file")
+            found.append(self._windows)
+        return found
+
+    def _fetch(self, path: str, answered: Kind | None = None) -> None:
+        """Fetch; a window ends when the answer begins, if it is named."""
+        url = f"http://{self._metrics}/{path}"
+        try:
+            with urllib.request.urlopen(url, timeout=_FETCH_SECONDS) as answer:
+                if answered is not None:
+                    self._end(answered)
+                answer.read()
+        except OSError as error:
+            raise FluxionError(f"{url}: {error}") from None
+
+    def _end(self, kind: Kind) -> None:
+        """A window ends here, and another begins."""
+        before, now = self._mark, self._now()
+        steps, seconds, cpu_seconds = (b - a for a, b in zip(before, now, strict=True))
+        self._windows.append(Window(kind, int(steps), seconds, cpu_seconds))
+        self._mark = now
+
+    def _now(self) -> tuple[int, float, float]:
+        """Tokens, seconds, and CPU seconds of the node until now."""
+        # The command's name, in parentheses, may have spaces in it.
+        fields = Path(f"/proc/{self._pid}/stat").read_text().rpartition(")")[2].split()
+        ticks = int(fields[11]) + int(fields[12])
+        return self.stream.arrived, time.perf_counter(), ticks / os.sysconf("SC_CLK_TCK")
