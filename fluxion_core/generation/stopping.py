@@ -46,6 +46,8 @@ class StopChecker:
         self._num_tokens = 0
         self.finish_reason: FinishReason | None = None
         """None while generation goes on."""
+        self.matched_stop: str | int | None = None
+        """The stop string or token of `settings` that ended it; None if something else did."""
 
     def is_ending_token(self, token_id: int) -> bool:
         """Whether this token ends the generation; its text must not be shown."""
@@ -64,6 +66,8 @@ class StopChecker:
         self._num_tokens += 1
         if self.is_ending_token(token_id):
             self.finish_reason = "stop"
+            if token_id in self._settings.stop_token_ids:
+                self.matched_stop = token_id
             return self.flush()
         shown = self._take_text(text)
         if self.finish_reason is None and self._num_tokens >= self._settings.max_new_tokens:
@@ -96,7 +100,9 @@ class StopChecker:
             self.finish_reason = "stop"
             self._held = ""
             # First complete; of those, the longest.
-            return text[: min(found)[1]]
+            end, start = min(found)
+            self.matched_stop = text[start:end]
+            return text[:start]
         keep = max((_overlap(text, stop) for stop in stops), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

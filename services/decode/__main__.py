@@ -20,6 +20,7 @@ from fluxion_proto.v1 import generate_pb2_grpc
 from services.decode.admission import Admission
 from services.decode.config import DecodeSettings
 from services.decode.engine import DecodeEngine
+from services.decode.generation import Generation
 from services.decode.kv_ingest import KvIngest
 from services.decode.metrics import DecodeCollector, RequestCounters
 from services.decode.planning import Planning, make_planning
@@ -73,17 +74,24 @@ async def serve(settings: DecodeSettings, ending: asyncio.Event) -> None:
             max_running=settings.engine.max_running_sequences,
             max_waiting=settings.engine.max_waiting_requests,
         )
-        service = GenerationService(
+        generation = Generation(
             model,
-            store,
             admission,
             ingest,
             engine,
-            default_max_new_tokens=settings.engine.default_max_new_tokens,
             planning=planning,
             counters=counters,
             callers=server.callers,
             limits=server.limits,
+        )
+        service = GenerationService(
+            generation,
+            model,
+            store,
+            admission,
+            engine,
+            default_max_new_tokens=settings.engine.default_max_new_tokens,
+            planning=planning,
         )
         device = model.loaded.decoder.embedding.device
         metrics.loaded(

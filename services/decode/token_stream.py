@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
-from fluxion_core.generation.stopping import StopChecker
+from fluxion_core.generation.stopping import FinishReason, StopChecker
 from fluxion_core.generation.tokenizer import IncrementalDetokenizer
 from services.decode.request import GenerationRequest
 
@@ -43,9 +43,14 @@ class TokenStream:
         self._items: asyncio.Queue[Delta | Ended] = asyncio.Queue()
 
     @property
-    def finish_reason(self) -> str | None:
+    def finish_reason(self) -> FinishReason | None:
         """stop or length, once known."""
         return self._stop.finish_reason
+
+    @property
+    def matched_stop(self) -> str | int | None:
+        """The request's stop string or stop token that ended it, if one did."""
+        return self._stop.matched_stop
 
     def take(self, token_id: int) -> bool:
         """Take a new token; returns whether generation goes on."""

@@ -47,6 +47,25 @@ def test_a_stop_string_at_the_last_token_is_a_stop():
     assert run(["a", "b."], ".", max_new_tokens=2) == ("ab", "stop")
 
 
+@pytest.mark.parametrize(
+    ("token_id", "text", "matched"),
+    [(STOP, "", STOP), (OTHER, "a long END", "END"), (EOS, "", None)],
+    ids=["stop token", "stop string", "end of text"],
+)
+def test_what_ended_it_is_told_if_the_request_named_it(token_id, text, matched):
+    checker = StopChecker(
+        StopSettings(
+            max_new_tokens=9,
+            stop_strings=("ND", "END"),
+            stop_token_ids=frozenset({STOP}),
+            eos_token_ids=frozenset({EOS}),
+        )
+    )
+    checker.push(token_id, text)
+    assert checker.finish_reason == "stop"
+    assert checker.matched_stop == matched
+
+
 def test_text_that_may_begin_a_stop_string_waits_until_it_is_clear():
     checker = StopChecker(StopSettings(max_new_tokens=9, stop_strings=("END",)))
     assert checker.push(OTHER, "an E") == "an "

@@ -1,0 +1,272 @@
+"""A request's life on the decode node, whichever service brought it.
+
+Checked (request.py), admitted (admission.py), its prompt's KV pulled into the store (kv_ingest.py),
+decoded (engine.py) while tokens stream out, and then everything given back, whichever way it ended.
+
+Not here: the services' messages (service.py, vllm_api.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+
+import grpc
+
+from fluxion_core.generation.stopping import FinishReason
+from fluxion_core.generation.tokenizer import IncrementalDetokenizer
+from fluxion_core.telemetry import event
+from fluxion_core.wire.callers import Callers
+from fluxion_core.wire.client_limits import ClientLimits
+from fluxion_proto.v1 import generate_pb2
+from services.decode.admission import Admission, Admitted
+from services.decode.engine import DecodeEngine, DecodeSequence
+from services.decode.kv_ingest import KvIngest, Prefilled
+from services.decode.metrics import RequestCounters
+from services.decode.planning import Planning
+from services.decode.request import GenerationRequest
+from services.decode.token_stream import Delta, Ended, TokenStream
+from services.metrics import outcome_of
+from services.node import NodeModel
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Started:
+    """First of a request's outputs: it holds its memory."""
+
+    request: GenerationRequest
+    cached_tokens: int
+    """Of the prompt, found in the store."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """Last of a request's outputs."""
+
+    reason: FinishReason
+    matched_stop: str | int | None
+    """The stop string or stop token of the request that ended it, if one did."""
+    usage: generate_pb2.Usage
+
+
+Output = Started | Delta | Finished
+
+
+class Generation:
+    """Runs requests over one model, one store and one engine.
+
+    Args:
+        model: for text.
+        admission: gives memory to requests.
+        ingest: gets prompts computed.
+        engine: decodes.
+        planning: policies, and the planner's state of each sequence.
+        counters: count how requests go.
+        callers: names a request's client.
+        limits: bound what a client has waiting.
+    """
+
+    def __init__(
+        self,
+        model: NodeModel,
+        admission: Admission,
+        ingest: KvIngest,
+        engine: DecodeEngine,
+        *,
+        planning: Planning,
+        counters: RequestCounters,
+        callers: Callers,
+        limits: ClientLimits,
+    ) -> None:
+        self._model = model
+        self._admission = admission
+        self._ingest = ingest
+        self._engine = engine
+        self._planning = planning
+        self._counters = counters
+        self._callers = callers
+        self._limits = limits
+
+    async def run(
+        self, read_request: Callable[[], GenerationRequest], context: grpc.aio.ServicerContext
+    ) -> AsyncGenerator[Output, None]:
+        """One request's outputs: Started, a Delta a token, Finished.
+
+        Close it (`aclosing`) when no more is wanted: its memory is given back then.
+
+        Args:
+            read_request: checks what the client sent; what it raises is the request's end.
+            context: of the call.
+        """
+        arrived = time.perf_counter()
+        client = self._callers.client_of(context)
+        request: GenerationRequest | None = None
+        failure: BaseException | None = None
+        try:
+            request = read_request()
+            prompt_tokens = len(request.prompt_token_ids)
+            admission = self._admission.admit(request.prompt_token_ids, request.stop.max_new_tokens)
+            with self._limits.waiting(client, prompt_tokens) as has_waited:
+                async with admission as admitted:
+                    admitted_after = time.perf_counter() - arrived
+                    self._counters.admitted(
+                        prompt_tokens=prompt_tokens,
+                        cached_tokens=admitted.sequence.shared_tokens,
+                        seconds=admitted_after,
+                    )
+                    yield Started(request, admitted.sequence.shared_tokens)
+                    prefilled = await self._ingest.fetch(
+                        request.request_id,
+                        request.prompt_token_ids,
+                        request.sampling,
+                        admitted.sequence,
+                        deadline_seconds=context.time_remaining(),
+                        profile_window=self._planning.profile_window(request.policy),
+                    )
+                    has_waited()
+                    decoding = self._decode(request, admitted, prefilled, arrived, admitted_after)
+                    async with aclosing(decoding):
+                        async for output in decoding:
+                            yield output
+        except BaseException as error:
+            failure = error
+            raise
+        finally:
+            self._ended(client, request, failure, time.perf_counter() - arrived)
+
+    def _ended(
+        self,
+        client: str,
+        request: GenerationRequest | None,
+        failure: BaseException | None,
+        seconds: float,
+    ) -> None:
+        """Count and log a request's end; one that was malformed is only counted."""
+        self._counters.request_ended(failure, seconds)
+        if request is None:
+            return
+        _log.info(
+            event(
+                "request",
+                request_id=request.request_id,
+                client=client,
+                outcome="finished" if failure is None else outcome_of(failure)[1],
+                prompt_tokens=len(request.prompt_token_ids),
+                policy=str(request.policy),
+                seconds=seconds,
+            )
+        )
+
+    async def _decode(
+        self,
+        request: GenerationRequest,
+        admitted: Admitted,
+        prefilled: Prefilled,
+        arrived: float,
+        admitted_after: float,
+    ) -> AsyncGenerator[Output, None]:
+        """Stream a committed sequence. The engine has let go of it when this ends, however."""
+        stream = TokenStream(
+            request,
+            IncrementalDetokenizer(self._model.tokenizer),
+            asyncio.get_running_loop(),
+        )
+        first_token_id = prefilled.trailer.first_token_id
+        sequence = DecodeSequence(
+            request_id=request.request_id,
+            kv=admitted.sequence,
+            policy=request.policy,
+            planner_state=(
+                self._planning.planner.new_state(prefilled.profiles) if prefilled.profiles else None
+            ),
+            prompt_token_ids=request.prompt_token_ids,
+            generated_token_ids=[first_token_id],
+            sampling=request.sampling,
+            on_token=stream.take,
+            on_end=stream.end,
+        )
+        num_tokens, first_token_after, last_token_at = 0, 0.0, 0.0
+        is_running = stream.take(first_token_id)
+        if is_running:
+            self._engine.submit(sequence)
+        else:
+            stream.end(None)
+        try:
+            while True:
+                item = await stream.next()
+                if isinstance(item, Ended):
+                    is_running = False
+                    if item.error is not None:
+                        raise item.error
+                    break
+                now = time.perf_counter()
+                num_tokens += 1
+                self._counters.generated_tokens += 1
+                if num_tokens == 1:
+                    first_token_after = now - arrived
+                    self._counters.first_token_seconds.observe(first_token_after)
+                else:
+                    self._counters.inter_token_seconds.observe(now - last_token_at)
+                last_token_at = now
+                yield item
+        finally:
+            if is_running:
+                await self._reclaim(sequence, stream)
+        assert stream.finish_reason is not None
+        yield Finished(
+            stream.finish_reason,
+            stream.matched_stop,
+            generate_pb2.Usage(
+                prompt_tokens=len(request.prompt_token_ids),
+                cached_tokens=admitted.sequence.shared_tokens,
+                generated_tokens=num_tokens,
+                queue_seconds=admitted_after + prefilled.trailer.queue_seconds,
+                prefill_seconds=prefilled.trailer.prefill_seconds,
+                handoff_seconds=prefilled.handoff_seconds,
+                decode_seconds=sequence.decode_seconds,
+                time_to_first_token_seconds=first_token_after,
+                handoff_bytes=prefilled.handoff_bytes,
+                kv_bytes_read_per_token=sequence.reads.total_bytes / max(1, sequence.steps),
+                kv_bytes_in_host_memory=admitted.sequence.held_bytes,
+                kv_reads=self._kv_reads(sequence),
+            ),
+        )
+
+    def _kv_reads(self, sequence: DecodeSequence) -> generate_pb2.KvReads:
+        reads, steps = sequence.reads, max(1, sequence.steps)
+        return generate_pb2.KvReads(
+            policy=str(sequence.policy),
+            scanned_bytes_per_token=reads.scanned_bytes / steps,
+            attended_bytes_per_token=reads.attended_bytes / steps,
+            share_of_exact=reads.share_of_exact,
+            share_of_fixed_estimate=reads.share_of_exact / self._planning.baseline_share,
+            streaming_share=reads.streaming_share,
+            groups_by_block_size=reads.groups_of_size,
+            groups_nothing=reads.groups_nothing,
+            groups_everything=reads.groups_everything,
+        )
+
+    async def _reclaim(self, sequence: DecodeSequence, stream: TokenStream) -> None:
+        """Wait until the engine has let go of a sequence that nobody wants any more.
+
+        Its memory must not be freed before: a step may be reading it. At most one step passes.
+        """
+        self._engine.cancel(sequence)
+
+        async def until_ended() -> None:
+            while not isinstance(await stream.next(), Ended):
+                pass
+
+        waiting = asyncio.ensure_future(until_ended())
+        while not waiting.done():
+            try:
+                await asyncio.shield(waiting)
+            except asyncio.CancelledError:
+                # Cancelled again while cleaning up: the memory is still the engine's.
+                continue
