@@ -2,7 +2,8 @@
 
 Before any work is done for a request, it holds host KV for its prompt and every token it may
 generate, and a place in the decode batch. An admitted request therefore never fails for lack of
-room. Requests wait in the order they came; nobody overtakes.
+room. Who is next is waiting_line.py's to say; nobody overtakes the next one, so that a large
+request gets its room in the end. A refusal says what was missing, and when to try again.
 
 Not here: what the memory is used for. Runs on the event loop only, but for `statistics`.
 """
@@ -10,14 +11,18 @@ Not here: what the memory is used for. Runs on the event loop only, but for `sta
 from __future__ import annotations
 
 import asyncio
+import math
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from fluxion_core.errors import CapacityError, DrainingError
 from fluxion_core.kvstore.store import HostKvStore, SequenceKv
+from services.decode.waiting_line import Priority, Waiting, WaitingLine
+
+_NEW_SHARE = 0.2
+"""What the last request's time weighs in the mean."""
 
 
 @dataclass(frozen=True)
@@ -35,95 +40,128 @@ class AdmissionStatistics:
     admitted: int
     waiting: int
     oldest_wait_seconds: float
-    """How long the first of the queue has waited; 0 if nobody waits."""
+    """How long who has waited longest has waited; 0 if nobody waits."""
 
 
-class _Turn:
-    """A request's place in the queue."""
+@dataclass(eq=False)
+class _Turn(Waiting):
+    """A request's place in the line."""
 
-    def __init__(self) -> None:
+    def __post_init__(self) -> None:
         self.may_look = asyncio.Event()
-        self.since = time.perf_counter()
 
 
 class Admission:
-    """First come, first served over one host KV store and one decode batch.
+    """Gives out one host KV store and one decode batch.
 
     Args:
         store: where host KV is reserved.
         max_running: requests that may run at a time.
         max_waiting: requests that may wait; the next one is refused.
+        clock: monotonic seconds.
     """
 
-    def __init__(self, store: HostKvStore, *, max_running: int, max_waiting: int) -> None:
+    def __init__(
+        self,
+        store: HostKvStore,
+        *,
+        max_running: int,
+        max_waiting: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._store = store
         self._max_running = max_running
         self._max_waiting = max_waiting
-        self._queue: deque[_Turn] = deque()
+        self._clock = clock
+        self._line = WaitingLine(clock)
+        self._turns: list[_Turn] = []
         self._admitted = 0
+        self._mean_seconds: float | None = None
+        """That a request holds its memory; None before the first has ended."""
         self._draining = False
 
     def statistics(self) -> AdmissionStatistics:
         """Requests admitted and waiting now. From any thread."""
-        queue = list(self._queue)
         return AdmissionStatistics(
             admitted=self._admitted,
-            waiting=len(queue),
-            oldest_wait_seconds=time.perf_counter() - queue[0].since if queue else 0.0,
+            waiting=len(self._line),
+            oldest_wait_seconds=self._line.oldest_wait_seconds,
         )
 
     def drain(self) -> None:
         """Refuse every request from now on, those that wait included."""
         self._draining = True
-        for turn in self._queue:
+        for turn in self._turns:
             turn.may_look.set()
 
     @asynccontextmanager
-    async def admit(self, token_ids: Sequence[int], max_new_tokens: int) -> AsyncIterator[Admitted]:
+    async def admit(
+        self,
+        token_ids: Sequence[int],
+        max_new_tokens: int,
+        *,
+        client: str = "",
+        priority: Priority = Priority.NORMAL,
+        deadline_seconds: float | None = None,
+    ) -> AsyncIterator[Admitted]:
         """Hold memory for one request; everything is given back on the way out.
 
+        Args:
+            token_ids: the prompt.
+            max_new_tokens: that may follow it.
+            client: who asks; clients get their turns fairly.
+            priority: of the request.
+            deadline_seconds: time left; None for ever. Who would wait longer is refused at once.
+
         Raises:
-            CapacityError: it can never fit, or too many wait already.
+            CapacityError: it can never fit, too many wait already, or the deadline would pass
+                while it waits.
             DrainingError: the node is shutting down.
         """
-        admitted = await self._wait_for_room(token_ids, max_new_tokens)
+        turn = _Turn(
+            client,
+            priority,
+            math.inf if deadline_seconds is None else self._clock() + deadline_seconds,
+            len(token_ids) + max_new_tokens,
+        )
+        admitted = await self._wait_for_room(turn, token_ids, max_new_tokens)
+        since = self._clock()
         try:
             yield admitted
         finally:
             admitted.sequence.release()
             self._admitted -= 1
+            self._learn(self._clock() - since)
             self._wake_first()
 
-    async def _wait_for_room(self, token_ids: Sequence[int], max_new_tokens: int) -> Admitted:
+    async def _wait_for_room(
+        self, turn: _Turn, token_ids: Sequence[int], max_new_tokens: int
+    ) -> Admitted:
         self._refuse_when_draining()
         self._store.check_can_ever_hold(len(token_ids) + max_new_tokens)
-        if not self._queue and (admitted := self._try_take(token_ids, max_new_tokens)):
+        if not self._turns and (admitted := self._try_take(turn, token_ids, max_new_tokens)):
             return admitted
-        if len(self._queue) >= self._max_waiting:
-            raise CapacityError(
-                "request queue",
-                needed=1,
-                free=0,
-                unit="places",
-                remedy=f"{len(self._queue)} requests wait already; retry later or elsewhere",
-            )
-        turn = _Turn()
-        self._queue.append(turn)
+        self._refuse_who_would_wait_in_vain(turn)
+        self._line.join(turn)
+        self._turns.append(turn)
         try:
             while True:
-                # Only the head of the queue looks; it is woken whenever memory comes back.
-                if self._queue[0] is turn and (
-                    admitted := self._try_take(token_ids, max_new_tokens)
+                # Only who is next looks; it is woken whenever memory comes back.
+                if self._line.first() is turn and (
+                    admitted := self._try_take(turn, token_ids, max_new_tokens)
                 ):
                     return admitted
                 await turn.may_look.wait()
                 turn.may_look.clear()
                 self._refuse_when_draining()
         finally:
-            self._queue.remove(turn)
+            self._line.leave(turn)
+            self._turns.remove(turn)
             self._wake_first()
 
-    def _try_take(self, token_ids: Sequence[int], max_new_tokens: int) -> Admitted | None:
+    def _try_take(
+        self, turn: _Turn, token_ids: Sequence[int], max_new_tokens: int
+    ) -> Admitted | None:
         if self._admitted >= self._max_running:
             return None
         try:
@@ -131,11 +169,46 @@ class Admission:
         except CapacityError:
             return None
         self._admitted += 1
+        self._line.give(turn)
         return Admitted(sequence)
 
+    def _refuse_who_would_wait_in_vain(self, turn: _Turn) -> None:
+        if len(self._turns) >= self._max_waiting:
+            raise CapacityError(
+                "request queue",
+                needed=1,
+                free=0,
+                unit="places",
+                remedy=f"{len(self._turns)} requests wait already; retry later or elsewhere",
+                retry_after_seconds=self._expected_seconds(0),
+            )
+        expected = self._expected_seconds(self._line.ahead_of(turn))
+        left = turn.deadline - self._clock()
+        if expected is not None and expected > left:
+            raise CapacityError(
+                "time in the request queue",
+                needed=math.ceil(expected),
+                free=max(0, math.floor(left)),
+                unit="s",
+                remedy="its deadline would pass first; give it more time, or send it elsewhere",
+                retry_after_seconds=expected - left,
+            )
+
+    def _expected_seconds(self, ahead: int) -> float | None:
+        """Until a request with so many before it gets its room; None if nothing is known yet."""
+        if self._mean_seconds is None:
+            return None
+        return (ahead + 1) * self._mean_seconds / max(1, self._admitted)
+
+    def _learn(self, seconds: float) -> None:
+        """A request held its memory for so long."""
+        mean = seconds if self._mean_seconds is None else self._mean_seconds
+        self._mean_seconds = mean + _NEW_SHARE * (seconds - mean)
+
     def _wake_first(self) -> None:
-        if self._queue:
-            self._queue[0].may_look.set()
+        first = self._line.first()
+        if isinstance(first, _Turn):
+            first.may_look.set()
 
     def _refuse_when_draining(self) -> None:
         if self._draining:
