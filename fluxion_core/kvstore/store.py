@@ -193,14 +193,19 @@ class HostKvStore:
         See KvGeometry for what a record is. Blocks that are not complete hold anything.
         """
         geometry = self.geometry
-        start = slab * self.slab_stride_bytes + geometry.kv_bytes
-        heads = self._arena.bytes[start : start + geometry.digest_bytes].view(
+        heads = self.slab_digests(slab).view(
             geometry.num_layers, geometry.num_kv_heads, geometry.head_digest_bytes
         )
         offset = geometry.level_offset(level)
         level_bytes = heads[..., offset : offset + geometry.level_bytes(level)]
         records: Tensor = torch.unflatten(level_bytes, -1, (geometry.level_records(level), -1))
         return records
+
+    def slab_digests(self, slab: int) -> Tensor:
+        """All digests of a slab in place: [digest_bytes] uint8."""
+        start = slab * self.slab_stride_bytes + self.geometry.kv_bytes
+        digests: Tensor = self._arena.bytes[start : start + self.geometry.digest_bytes]
+        return digests
 
     def take_reserved(self) -> int:
         """Turn one reserved slab into a used one. For SequenceKv."""
