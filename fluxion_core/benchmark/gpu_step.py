@@ -74,6 +74,8 @@ class GpuStepOptions:
     lanes: tuple[str, ...] = ("cpu", "gpu", "both")
     steps: int = 20
     digest_bits: int = 16
+    device_digests: bool = True
+    """Whether the lane scans copies of digests on the device."""
     threads: int | None = None
     """Of the CPU pool; None for one per CPU but one."""
 
@@ -98,9 +100,11 @@ class GpuStepFigure:
     idle_milliseconds: float
     """Of that, the GPU did nothing."""
     read_bytes: float
-    """Digests and KV of regions, by both devices."""
+    """Digests and KV of regions, in host memory, by both devices."""
     lane_bytes: float
     """Of that, by the GPU."""
+    device_digest_bytes: float
+    """Scanned by the GPU in its own memory, beside that."""
     lane_task_share: float
     """Tasks that the GPU did, of those that read something."""
     dense_milliseconds: float
@@ -199,6 +203,7 @@ class GpuStepBench:
                 max_context_tokens=max(max(lengths) for lengths in self.options.cases) + 16,
                 lanes=_lanes(lanes),
                 planner=self.planner,
+                device_digests=self.options.device_digests,
             )
             self._note(f"lanes {lanes}: ready in {time.perf_counter() - started:.1f} s")
             try:
@@ -238,7 +243,7 @@ class GpuStepBench:
 
     def _time(
         self, step: DeviceStep, slots: Sequence[int], lengths: tuple[int, ...], way: _Way
-    ) -> list[tuple[float, float, float, int, int, int, int]]:
+    ) -> list[tuple[float, float, float, int, int, int, int, int]]:
         chosen = self.sequences[: len(lengths)]
         regions = [self.window.retrieval_region(length + 1) for length in lengths]
         turns = []
@@ -259,14 +264,16 @@ class GpuStepBench:
             _, reads = step.run(rows)
             seconds = time.perf_counter() - start
             times = step.times()
+            on_device = times.lane_digest_bytes if step.digests_on_device else 0
             groups = sum(sum(read.groups_of_size) + read.groups_everything for read in reads)
             turns.append(
                 (
                     seconds,
                     times.total,
                     times.waited_idle,
-                    sum(read.total_bytes for read in reads),
-                    times.lane_digest_bytes + times.lane_kv_bytes,
+                    sum(read.total_bytes for read in reads) - on_device,
+                    times.lane_digest_bytes + times.lane_kv_bytes - on_device,
+                    on_device,
                     times.lane_tasks,
                     groups,
                 )
@@ -283,12 +290,12 @@ class GpuStepBench:
 
     def _figure(
         self,
-        turns: Sequence[tuple[float, float, float, int, int, int, int]],
+        turns: Sequence[tuple[float, float, float, int, int, int, int, int]],
         lengths: tuple[int, ...],
         policy: str,
         lanes: str,
     ) -> GpuStepFigure:
-        seconds, gpu, idle, read, lane, tasks, groups = (
+        seconds, gpu, idle, read, lane, on_device, tasks, groups = (
             median(column) for column in zip(*turns, strict=True)
         )
         dense = self.dense_milliseconds[len(lengths)]
@@ -302,6 +309,7 @@ class GpuStepBench:
             idle * 1e3,
             read,
             lane,
+            on_device,
             tasks / max(1, groups),
             dense,
             limit,
@@ -432,6 +440,8 @@ def options_from(arguments: Sequence[str]) -> tuple[GpuStepOptions, Path | None]
             values[name] = tuple(value.split(","))
         elif name == "shape":
             values[name] = value
+        elif name == "device_digests":
+            values[name] = value == "yes"
         else:
             values[name] = int(value)
     return GpuStepOptions(**values), json_path  # type: ignore[arg-type]

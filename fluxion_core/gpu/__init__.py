@@ -4,6 +4,7 @@ prompt's KV on its way out of one.
 pinned.py       host memory that both sides read and write
 board.py        flags and rows through which GPU and host hand layers to each other
 step_graph.py   CUDA graphs as handles that native code launches
+device_digests.py  copies of the store's digests in spare device memory
 lane.py         the GPU's end of the task queue
 device_step.py  one step: its graphs, and the host's side of it
 step_times.py   where a step's time went

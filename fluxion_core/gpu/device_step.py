@@ -30,6 +30,7 @@ from fluxion_core.device_usage import DeviceUsage
 from fluxion_core.errors import CapacityError, DeviceError, FluxionError
 from fluxion_core.geometry import KvGeometry, WindowSpec
 from fluxion_core.gpu.board import Board
+from fluxion_core.gpu.device_digests import digests_if_they_fit
 from fluxion_core.gpu.lane import GpuLane
 from fluxion_core.gpu.pinned import RegisteredStore
 from fluxion_core.gpu.step_graph import StepGraph
@@ -64,6 +65,7 @@ class DeviceStep:
         max_context_tokens: of a sequence.
         lanes: who attends to regions.
         planner: for policies that need head profiles.
+        device_digests: whether the lane scans copies of digests on the device, if they fit.
 
     Raises:
         ShapeError: see `check_step_shapes`; or no kernel takes the model's heads.
@@ -81,6 +83,7 @@ class DeviceStep:
         max_context_tokens: int,
         lanes: Lanes = "both",
         planner: Planner | None = None,
+        device_digests: bool = True,
     ) -> None:
         config, geometry = decoder.config, store.geometry
         check_step_shapes(geometry, window, config.num_heads, planner)
@@ -107,6 +110,8 @@ class DeviceStep:
         self.board.skip.fill_(1)
         self._graphs = {size: self._capture(geometry, size) for size in sizes}
         self._steps = int(self._step_number.item())
+        wanted = device_digests and lanes != "cpu"
+        self._digests = digests_if_they_fit(store, self._device) if wanted else None
         self._lane = (
             GpuLane(
                 geometry,
@@ -114,6 +119,7 @@ class DeviceStep:
                 max_context_tokens,
                 self._device,
                 num_threads=pool.num_threads,
+                digests=self._digests.place if self._digests is not None else None,
             )
             if lanes != "cpu"
             else None
@@ -133,6 +139,9 @@ class DeviceStep:
             )
         with torch.cuda.stream(self._stream):
             slot = self.windows.join(sequence)
+            if self._digests is not None:
+                region = self._window.retrieval_region(sequence.num_tokens)
+                self._digests.join(slot, sequence, region.stop)
         window = min(sequence.num_tokens, self._window.slot_tokens)
         self.usage.pcie_bytes["host_to_device", "window"] += (
             window * self._store.geometry.token_bytes
@@ -177,6 +186,10 @@ class DeviceStep:
         size = min(size for size in self._graphs if size >= len(rows))
         graph = self._graphs[size]
         self._write_inputs(rows)
+        if self._digests is not None:
+            with torch.cuda.stream(self._stream):
+                for row, region in zip(rows, work.regions, strict=True):
+                    self._digests.follow(row.slot, row.sequence, region.stop)
         nothing = work.needs_nothing()
         self.board.skip.copy_(nothing.expand(self.board.skip.shape[0]))
         self._steps += 1
@@ -243,7 +256,9 @@ class DeviceStep:
         state_bytes = self._num_heads * (self._store.geometry.head_dim + 1) * 4
         group_bytes = state_bytes // self._store.geometry.num_kv_heads
         moved = usage.pcie_bytes
-        moved["host_to_device", "digests"] += times.lane_digest_bytes
+        moved["host_to_device", "digests"] += (
+            times.lane_digest_bytes if self._digests is None else self._digests.take_copied_bytes()
+        )
         moved["host_to_device", "selected_kv"] += times.lane_kv_bytes
         moved["host_to_device", "attention_states"] += answered * batch * state_bytes
         moved["device_to_host", "attention_states"] += times.lane_tasks * group_bytes
@@ -275,6 +290,11 @@ class DeviceStep:
             board.stamps.copy_(port.stamps, non_blocking=True)
 
         return StepGraph(body, self._stream)
+
+    @property
+    def digests_on_device(self) -> bool:
+        """Whether the lane scans copies of digests on the device."""
+        return self._digests is not None
 
     @property
     def step_number(self) -> Tensor:

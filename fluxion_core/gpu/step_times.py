@@ -36,9 +36,9 @@ class StepTimes:
     lane_tasks: int
     """GQA groups attended to by the GPU."""
     lane_digest_bytes: int
-    """Read by them over PCIe."""
+    """Scanned by them; over PCIe, unless there are copies on the device."""
     lane_kv_bytes: int
-    """Likewise."""
+    """Read by them over PCIe."""
 
     @property
     def busy(self) -> float:

@@ -1,4 +1,5 @@
-"""Scores of a lane task's blocks from digests that are read in host memory, and what starts a task.
+"""Scores of a lane task's blocks from digests in host memory, or from copies of them on the device;
+and what starts a task.
 
 The score is that of reference.py: lows times (q - radius |q|) / 2 plus highs times
 (q + radius |q|) / 2, which with radius 1 is the sum of max(q low, q high).
@@ -88,11 +89,28 @@ def _score_span(
 
 
 @triton.jit
+def _with_digests(
+    slab,
+    arena,
+    copies,
+    SLAB_STRIDE: tl.constexpr,
+    KV_BYTES: tl.constexpr,
+    COPY_BYTES: tl.constexpr,
+):
+    """Where slabs would have to begin for their digests to be where they are read."""
+    if COPY_BYTES > 0:
+        slab = copies + (slab - arena) // SLAB_STRIDE * COPY_BYTES - KV_BYTES
+    return slab
+
+
+@triton.jit
 def _score_level(
     descriptor_ptr,
     task_ptr,
     scores_ptr,
     score_stride,
+    arena,
+    copies,
     GROUP: tl.constexpr,
     GROUP_ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -100,6 +118,9 @@ def _score_level(
     WIDTH: tl.constexpr,
     LEVEL_BLOCKS: tl.constexpr,
     TILE_BLOCKS: tl.constexpr,
+    SLAB_STRIDE: tl.constexpr,
+    KV_BYTES: tl.constexpr,
+    COPY_BYTES: tl.constexpr,
 ):
     """This program's share of the level's records."""
     RECORDS: tl.constexpr = TILE_BLOCKS // WIDTH
@@ -133,6 +154,7 @@ def _score_level(
     record = begin + tl.arange(0, RECORDS)
     slab = tl.load(table_ptr + record // SLAB_RECORDS, mask=record < end_record, other=0)
     for first in range(begin, end_record, step):
+        slab = _with_digests(slab, arena, copies, SLAB_STRIDE, KV_BYTES, COPY_BYTES)
         at = slab + record_offset + (record % SLAB_RECORDS).to(tl.int64) * RECORD_BYTES
         inside = record < end_record
         # The table lies in host memory too: the next tile's slabs come while this one's records do.
@@ -157,6 +179,8 @@ def score_task(
     task_ptr,
     scores_ptr,
     score_stride,
+    arena,
+    copies,
     GROUP: tl.constexpr,
     GROUP_ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -167,6 +191,9 @@ def score_task(
     WIDTH_64: tl.constexpr,
     WIDTH_128: tl.constexpr,
     TILE_BLOCKS: tl.constexpr,
+    SLAB_STRIDE: tl.constexpr,
+    KV_BYTES: tl.constexpr,
+    COPY_BYTES: tl.constexpr,
 ):
     """One program: every num_programs-th tile of the blocks; the first also copies the task.
 
@@ -174,6 +201,11 @@ def score_task(
         descriptor_ptr: the task's words, pinned.
         task_ptr: DEVICE_WORDS int64 on the device.
         scores_ptr: [GROUP][score_stride] float32 on the device, from the level's first block on.
+        arena: address of the first slab.
+        copies: address of the first slab's copy of its digests on the device.
+        SLAB_STRIDE: bytes from slab to slab.
+        KV_BYTES: of a slab; its digests follow.
+        COPY_BYTES: of a slab's copy; 0: there are none, digests are read where they are.
     """
     level = tl.load(descriptor_ptr + LEVEL)
     if tl.program_id(0) == 0:
@@ -184,15 +216,19 @@ def score_task(
             tl.store(task_ptr + DIGEST_BYTES, level * 0)
     # fmt: off
     if level == 0:
-        _score_level(descriptor_ptr, task_ptr, scores_ptr, score_stride, GROUP, GROUP_ROWS,
-                     HEAD_DIM, DIGEST_BITS, WIDTH_16, SLAB_BLOCKS, TILE_BLOCKS)
+        _score_level(descriptor_ptr, task_ptr, scores_ptr, score_stride, arena, copies, GROUP,
+                     GROUP_ROWS, HEAD_DIM, DIGEST_BITS, WIDTH_16, SLAB_BLOCKS, TILE_BLOCKS,
+                     SLAB_STRIDE, KV_BYTES, COPY_BYTES)
     elif level == 1:
-        _score_level(descriptor_ptr, task_ptr, scores_ptr, score_stride, GROUP, GROUP_ROWS,
-                     HEAD_DIM, DIGEST_BITS, WIDTH_32, SLAB_BLOCKS // 2, TILE_BLOCKS)
+        _score_level(descriptor_ptr, task_ptr, scores_ptr, score_stride, arena, copies, GROUP,
+                     GROUP_ROWS, HEAD_DIM, DIGEST_BITS, WIDTH_32, SLAB_BLOCKS // 2, TILE_BLOCKS,
+                     SLAB_STRIDE, KV_BYTES, COPY_BYTES)
     elif level == 2:
-        _score_level(descriptor_ptr, task_ptr, scores_ptr, score_stride, GROUP, GROUP_ROWS,
-                     HEAD_DIM, DIGEST_BITS, WIDTH_64, SLAB_BLOCKS // 4, TILE_BLOCKS)
+        _score_level(descriptor_ptr, task_ptr, scores_ptr, score_stride, arena, copies, GROUP,
+                     GROUP_ROWS, HEAD_DIM, DIGEST_BITS, WIDTH_64, SLAB_BLOCKS // 4, TILE_BLOCKS,
+                     SLAB_STRIDE, KV_BYTES, COPY_BYTES)
     elif level == 3:
-        _score_level(descriptor_ptr, task_ptr, scores_ptr, score_stride, GROUP, GROUP_ROWS,
-                     HEAD_DIM, DIGEST_BITS, WIDTH_128, SLAB_BLOCKS // 8, TILE_BLOCKS)
+        _score_level(descriptor_ptr, task_ptr, scores_ptr, score_stride, arena, copies, GROUP,
+                     GROUP_ROWS, HEAD_DIM, DIGEST_BITS, WIDTH_128, SLAB_BLOCKS // 8, TILE_BLOCKS,
+                     SLAB_STRIDE, KV_BYTES, COPY_BYTES)
     # fmt: on

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 from torch import Tensor
@@ -21,6 +23,18 @@ LEAST_CHOICE = 1024
 MAX_CHOICE_BLOCKS = 1 << 15
 
 
+@dataclass(frozen=True)
+class DigestCopies:
+    """Where the slabs of a store have copies of their digests on the device."""
+
+    arena_address: int
+    """Of the first slab."""
+    slab_stride_bytes: int
+    """From slab to slab."""
+    address: int
+    """Of the first slab's copy; the others follow, `KvGeometry.digest_bytes` each."""
+
+
 class LaneKernels:
     """A slot: a descriptor in pinned memory, room on the device, and four launches over them.
 
@@ -36,6 +50,7 @@ class LaneKernels:
         programs: programs that scan and attend. Reads of host memory need 32 or more in flight to
             fill the link (FACTS section 2); with 128 the others read while one computes.
         tile_units: 16-token blocks that a program reads at a time.
+        digests: copies to be read in place of the host's; they must be whole for what is scanned.
 
     Raises:
         ShapeError: no kernel takes these shapes.
@@ -50,6 +65,7 @@ class LaneKernels:
         device: torch.device,
         programs: int = 128,
         tile_units: int = 2,
+        digests: DigestCopies | None = None,
     ) -> None:
         check_heads(num_heads, geometry.num_kv_heads, geometry.head_dim)
         group = num_heads // geometry.num_kv_heads
@@ -69,6 +85,7 @@ class LaneKernels:
             programs,
             tile_units,
         )
+        self._digests = digests
         self._rows = max(MIN_ROWS, triton.next_power_of_2(group))
         self._many = max(LEAST_CHOICE, triton.next_power_of_2(blocks))
         self._few = max(LEAST_CHOICE, self._many // 8)
@@ -96,11 +113,11 @@ class LaneKernels:
     def launch(self) -> None:
         """Do the task in the descriptor; at its end its flag takes its ticket.
 
-        Cost: reads the level's digests over the region, and K and V of the union of the heads'
-        blocks, over the link; on the device 4 * group bytes a block written and read, and
-        `programs` states of the group.
+        Cost: reads the level's digests over the region, unless they are on the device, and K and V
+        of the union of the heads' blocks, over the link; on the device 4 * group bytes a block
+        written and read, and `programs` states of the group.
         """
-        geometry = self.geometry
+        geometry, digests = self.geometry, self._digests
         widths = [geometry.record_blocks(level) for level in range(len(BLOCK_SIZES))]
         shape = {"GROUP": self.group, "GROUP_ROWS": self._rows, "HEAD_DIM": geometry.head_dim}
         score_task[(self.programs,)](
@@ -108,6 +125,8 @@ class LaneKernels:
             self._task,
             self._scores,
             self._stride,
+            digests.arena_address if digests else 0,
+            digests.address if digests else 0,
             **shape,
             DIGEST_BITS=geometry.digest_bits,
             SLAB_BLOCKS=geometry.slab_blocks,
@@ -116,6 +135,9 @@ class LaneKernels:
             WIDTH_64=widths[2],
             WIDTH_128=widths[3],
             TILE_BLOCKS=16,
+            SLAB_STRIDE=digests.slab_stride_bytes if digests else 1,
+            KV_BYTES=geometry.kv_bytes,
+            COPY_BYTES=geometry.digest_bytes if digests else 0,
             num_warps=4,
         )
         choose_blocks[(self.group,)](

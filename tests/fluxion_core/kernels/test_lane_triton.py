@@ -18,7 +18,7 @@ from fluxion_core.kernels.block_digest import reference as digests
 from fluxion_core.kernels.block_score import reference as block_score
 from fluxion_core.kernels.block_topk import reference as block_topk
 from fluxion_core.kernels.sparse_attention import reference as sparse_attention
-from fluxion_core.kernels.sparse_attention.lane import LaneKernels
+from fluxion_core.kernels.sparse_attention.lane import DigestCopies, LaneKernels
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LAYER, KV_HEAD = 1, 1
@@ -42,6 +42,7 @@ class Sequence:
     region: range = field(default_factory=lambda: range(64, 752))
     seed: int = 0
     scale: float = 1.0
+    digests_on_device: bool = False
 
     def __post_init__(self) -> None:
         self.geometry = KvGeometry(2, 2, self.head_dim, self.slab_tokens, self.digest_bits)
@@ -71,8 +72,17 @@ class Sequence:
             )
         self.blocks = kv[KV_HEAD]
         self.query = torch.randn(self.group, self.head_dim, generator=generator)
+        copies = arena[:, geometry.kv_bytes :].to(DEVICE, copy=True)
+        self.copies = copies
         self.lane = LaneKernels(
-            geometry, 2 * self.group, self.num_tokens, device=DEVICE, programs=self.programs
+            geometry,
+            2 * self.group,
+            self.num_tokens,
+            device=DEVICE,
+            programs=self.programs,
+            digests=DigestCopies(arena.data_ptr(), geometry.slab_bytes, copies.data_ptr())
+            if self.digests_on_device
+            else None,
         )
 
     def records(self, level: int) -> Tensor:
@@ -174,6 +184,20 @@ class Sequence:
 def test_every_level_reads_what_its_heads_chose(level: int, digest_bits: int):
     sequence = Sequence(digest_bits=digest_bits, seed=level + digest_bits)
     sequence.check(level, [3, 0, 1, 4])
+
+
+@pytest.mark.parametrize("digest_bits", [16, 8])
+@pytest.mark.parametrize("level", [0, 3])
+def test_copies_of_digests_serve_in_their_place(level: int, digest_bits: int):
+    sequence = Sequence(digest_bits=digest_bits, seed=level, digests_on_device=True)
+    expected = sequence.run(level, [3, 0, 1, 4])
+    sequence.check(level, [3, 0, 1, 4])
+    # The host's are not looked at any more.
+    sequence.arena[:, sequence.geometry.kv_bytes :] = 255
+    output, lse, (digest_bytes, *_) = sequence.run(level, [3, 0, 1, 4], ticket=2)
+    assert torch.equal(output, expected[0])
+    assert torch.equal(lse, expected[1])
+    assert digest_bytes == expected[2][0]
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
