@@ -1,7 +1,8 @@
 """What is the same in all layers of a decode step over the host KV store.
 
 The sequences' regions, what each row reads of its own, the native tasks that do it, and, when the
-last layer is done, what was read. How a layer's queries arrive and where its output goes is the
+last layer is done, what was read. The same for a chunk of one sequence's prompt, whose tokens are
+the rows of a step that reads everything. How a layer's queries arrive and where its output goes is the
 business of who runs the step: hybrid_attention.py on the CPU alone, gpu/device_step.py with a GPU.
 """
 
@@ -19,7 +20,13 @@ from fluxion_core.kernels import _native
 from fluxion_core.kernels.isa import MAX_GROUP, native_layout
 from fluxion_core.kvstore.store import SequenceKv, StepAppend
 from fluxion_core.selector.planner import PlanNanoseconds, Planner, PlannerState, native_policy
-from fluxion_core.selector.policy import READ_NOTHING, Policy, PredictedPolicy, StepPlan
+from fluxion_core.selector.policy import (
+    READ_NOTHING,
+    ExactPolicy,
+    Policy,
+    PredictedPolicy,
+    StepPlan,
+)
 
 
 @dataclass(frozen=True)
@@ -134,9 +141,14 @@ class StepWork:
         self.budgets = plan.budgets[None]
         """[layers or 1, batch, heads] int32."""
         self._planned_natively = [False] * len(rows)
+        self._are_exact = [
+            isinstance(policy, ExactPolicy) or not region
+            for policy, region in zip(policies, self.regions, strict=True)
+        ]
         for row, (policy, state) in enumerate(zip(policies, states, strict=True)):
             if given is not None and (plan_of_row := given[row]) is not None:
                 self._set_plan(row, plan_of_row.levels, plan_of_row.budgets)
+                self._are_exact[row] = False
             elif state is not None and isinstance(policy, PredictedPolicy) and self.regions[row]:
                 self._predict(row, policy, state)
 
@@ -151,7 +163,7 @@ class StepWork:
 
     def finish(self) -> list[StepReads]:
         """Count the new tokens; returns what was read for each sequence."""
-        self.append.advance()
+        self.append.advance(self._are_exact)
         return [self._reads(row) for row in range(len(self.regions))]
 
     @property
@@ -187,6 +199,40 @@ class StepWork:
             groups_nothing=nothing,
             groups_everything=everything,
         )
+
+
+class ChunkWork:
+    """The next tokens of one sequence's prompt, through all layers; each attends to all before it.
+
+    All of a layer's keys and values are stored before any row attends; a row reads as much of the
+    store as its own position allows.
+
+    Args:
+        sequence: whose prompt has begun (`SequenceKv.begin_prompt`).
+        count: tokens.
+        num_heads: query heads of the model.
+
+    Raises:
+        FluxionError: more tokens than the sequence has room for.
+    """
+
+    def __init__(self, sequence: SequenceKv, count: int, num_heads: int) -> None:
+        geometry = sequence.store.geometry
+        self.append = StepAppend(geometry, [sequence], [count])
+        first = sequence.num_tokens
+        table = sequence.slab_table.data_ptr()
+        # Without a region everything is the window, which is read in one piece.
+        rows = [(table, length, 0, 0, True) for length in range(first + 1, first + count + 1)]
+        views = torch.tensor(rows, dtype=torch.int64)
+        self.tasks = _native.LayerAttention(
+            native_layout(geometry), views.data_ptr(), count, num_heads
+        )
+        self.levels = torch.full((1, count, geometry.num_kv_heads), READ_NOTHING, dtype=torch.int32)
+        self.budgets = torch.zeros(1, count, num_heads, dtype=torch.int32)
+
+    def finish(self) -> None:
+        """Count the tokens."""
+        self.append.advance([True])
 
 
 def checked_states(

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fluxion_core.decode_step import (
+    ChunkWork,
     StepReads,
     StepWork,
     check_step_shapes,
@@ -37,7 +38,8 @@ from fluxion_core.selector.policy import Policy
 class HybridAttention:
     """Attention of decode steps.
 
-    A step is `begin_step`, one `attend` per layer in order, `end_step`. One thread only.
+    A step is `begin_step`, one `attend` per layer in order, `end_step`; a chunk of a prompt is
+    `begin_chunk`, the same, `end_chunk`. One thread only.
 
     Args:
         store: where sequences are held.
@@ -66,7 +68,7 @@ class HybridAttention:
         self._num_heads = num_heads
         self._pool = pool
         self._planner = planner
-        self._step: StepWork | None = None
+        self._step: StepWork | ChunkWork | None = None
         self._output = self._lse = torch.empty(0)
         self.plan_nanoseconds = PlanNanoseconds()
         """Of the last step that ended."""
@@ -96,13 +98,25 @@ class HybridAttention:
             self._window,
             self._num_heads,
         )
-        self._output = torch.empty(len(sequences), self._num_heads, self._geometry.head_dim)
-        self._lse = torch.empty(len(sequences), self._num_heads)
+        self._make_room(len(sequences))
+
+    def begin_chunk(self, sequence: SequenceKv, count: int) -> None:
+        """Prepare the next tokens of one sequence's prompt, all of which read everything.
+
+        Args:
+            sequence: whose prompt has begun (`SequenceKv.begin_prompt`).
+            count: tokens.
+
+        Raises:
+            FluxionError: more tokens than the sequence has room for.
+        """
+        self._step = ChunkWork(sequence, count, self._num_heads)
+        self._make_room(count)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """See AttentionPort; row i is the next token of sequence i of the step."""
+        """See AttentionPort; row i is the next token of sequence i, or token i of the chunk."""
         step = self._step
-        assert step is not None, "begin_step comes first"
+        assert step is not None, "begin_step or begin_chunk comes first"
         step.append.append(layer, _rows(key), _rows(value))
         rows = _rows(query)
         plan = min(layer, step.levels.shape[0] - 1)
@@ -125,10 +139,21 @@ class HybridAttention:
     def end_step(self) -> list[StepReads]:
         """Count the new tokens; returns what was read for each sequence."""
         step = self._step
-        assert step is not None, "begin_step comes first"
+        assert isinstance(step, StepWork), "begin_step comes first"
         self._step = None
         self.plan_nanoseconds = step.plan_nanoseconds
         return step.finish()
+
+    def end_chunk(self) -> None:
+        """Count the chunk's tokens."""
+        step = self._step
+        assert isinstance(step, ChunkWork), "begin_chunk comes first"
+        self._step = None
+        step.finish()
+
+    def _make_room(self, rows: int) -> None:
+        self._output = torch.empty(rows, self._num_heads, self._geometry.head_dim)
+        self._lse = torch.empty(rows, self._num_heads)
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -5,16 +5,24 @@ A slab is always in exactly one of four states:
     free       nobody's
     reserved   promised to a sequence, not yet taken; only a number, no particular slab
     used       held by one or more sequences
-    cached     held by none, but a full piece of some prompt: found again by its hash, or given up,
-               oldest first, when a reservation needs the room
+    cached     held by none, but a full piece of some text, found again by its hash, or some text's
+               last piece (its tail); given up, oldest first, when a reservation needs the room
 
     capacity = free + reserved + used + cached, at every moment.
 
 Life of a sequence: `reserve` (all the memory it can ever need, or CapacityError), `write_blocks`
-until every layer is whole, `commit`, one `StepAppend` per generated token, `release`.
+until every layer is whole, `commit`, one `StepAppend` per generated token, `keep`, `release`.
+Where the prompt's new part is computed on this node: `begin_prompt` and a `StepAppend` per chunk in
+the place of `write_blocks`.
 
-Full slabs of a prompt are published at commit under a hash of the model and of all tokens up to
-their end; a later prompt with the same beginning holds the same slabs. Stored KV is never moved.
+Full slabs of a prompt are published at commit, those of generated tokens by `keep`, under a hash of
+the model and of all tokens up to their end; a later prompt with the same beginning holds the same
+slabs. A kept sequence's last slab, filled in part, becomes a tail: the next prompt that goes on
+where it ends takes it over and fills it further. Stored KV is never moved.
+
+KV of tokens that were made without attending to everything is an approximation, and so is all that
+follows it. Its slabs are named by the approximation too: only sequences of the same one find them.
+Exact KV is found by everybody.
 
 Locks: one, around the accounting; never held while KV is copied. `write_blocks`, `commit` and
 appends of one sequence must not overlap each other or its release; different sequences may do what
@@ -23,7 +31,6 @@ they like on different threads.
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -37,6 +44,13 @@ from fluxion_core.errors import CapacityError, FluxionError, FrameFormatError, S
 from fluxion_core.geometry import BLOCK_TOKENS, KvGeometry, ceil_div
 from fluxion_core.kernels.block_digest import cpu as block_digest
 from fluxion_core.kvstore.arena import Arena
+from fluxion_core.kvstore.prefix_index import (
+    Prefix,
+    PrefixIndex,
+    TailName,
+    TokenArray,
+    token_array,
+)
 
 SLAB_ALIGNMENT_BYTES = 4096
 
@@ -93,14 +107,13 @@ class HostKvStore:
         self._arena = Arena(self.num_slabs * self.slab_stride_bytes, populate=populate)
         self.pins_tables = False
         """Whether sequences keep their table of slabs in pinned memory, for a device to read."""
-        self._model_key = hashlib.blake2b(model_key, digest_size=16).digest()
+        self.prefixes = PrefixIndex(model_key, geometry.slab_tokens)
+        """Names of slabs; the store's lock is held where it changes."""
         self._lock = threading.Lock()
         # Highest first, so that slabs are taken from the arena's start and untouched pages stay so.
         self._free = list(range(self.num_slabs - 1, -1, -1))
         self._reserved = 0
         self._holders = [0] * self.num_slabs
-        self._key_of: list[bytes | None] = [None] * self.num_slabs
-        self._published: dict[bytes, int] = {}
         self._cached: OrderedDict[int, None] = OrderedDict()
         self._sequences = 0
 
@@ -110,36 +123,42 @@ class HostKvStore:
         if needed > self.num_slabs:
             raise self._capacity_error(needed, self.num_slabs)
 
-    def reserve(self, token_ids: Sequence[int], max_new_tokens: int) -> SequenceKv:
+    def reserve(
+        self, token_ids: Sequence[int], max_new_tokens: int, *, approximation: str = ""
+    ) -> SequenceKv:
         """Hold room for a prompt and for every token that may follow it.
 
-        The longest run of full slabs that is already stored for this prompt is held at once; at
-        least one prompt token is always left to compute.
+        The longest run of slabs that is already stored for this prompt is held at once, and a tail
+        after them that the prompt goes on from; at least one prompt token is always left to compute.
+
+        Args:
+            token_ids: the prompt.
+            max_new_tokens: that may follow.
+            approximation: name of what the sequence's steps read in the place of everything, if
+                they do: it may go on from KV of that name. Empty: from exact KV only.
 
         Raises:
             CapacityError: not enough is free now; nothing is held.
         """
-        keys = self._prefix_keys(token_ids)
-        total = self.geometry.slabs_for(len(token_ids) + max_new_tokens)
-        shareable = (len(token_ids) - 1) // self.geometry.slab_tokens
+        tokens = token_array(token_ids)
+        exact_keys = self.prefixes.exact_keys(tokens[:-1])
+        total = self.geometry.slabs_for(len(tokens) + max_new_tokens)
         with self._lock:
-            shared = []
-            for key in keys[:shareable]:
-                if (slab := self._published.get(key)) is None:
-                    break
+            prefix = self.prefixes.find(tokens[:-1], exact_keys, approximation)
+            for slab in prefix.slabs:
                 self._hold(slab)
-                shared.append(slab)
-            needed = total - len(shared)
+            needed = total - len(prefix.slabs)
             available = len(self._free) - self._reserved + len(self._cached)
             if needed > available:
-                for slab in shared:
-                    self._let_go(slab)
+                self._let_go_all(prefix.slabs)
                 raise self._capacity_error(needed, available)
+            if prefix.tail is not None:
+                self.prefixes.forget(prefix.slabs[-1])
             while len(self._free) - self._reserved < needed:
                 self._evict_oldest()
             self._reserved += needed
             self._sequences += 1
-        return SequenceKv(self, len(token_ids), keys, shared, total)
+        return SequenceKv(self, tokens, prefix, total, approximation)
 
     def statistics(self) -> StoreStatistics:
         """The accounting at one moment."""
@@ -221,21 +240,28 @@ class HostKvStore:
         That is another one if the same content was published meanwhile; ours is then free.
         """
         with self._lock:
-            published = self._published.get(key)
-            if published is None:
-                self._published[key] = slab
-                self._key_of[slab] = key
-                return slab
+            published = self.prefixes.publish(slab, key)
             if published != slab:
                 self._hold(published)
                 self._let_go(slab)
             return published
 
-    def give_back(self, slabs: Sequence[int], num_reserved: int) -> None:
-        """End a sequence's hold on its slabs and on what it never took. For SequenceKv."""
+    def give_back(
+        self, slabs: Sequence[int], num_reserved: int, tail: tuple[int, TailName] | None
+    ) -> None:
+        """End a sequence's hold on its slabs and on what it never took. For SequenceKv.
+
+        Args:
+            slabs: in token order.
+            num_reserved: what it never took.
+            tail: one of the slabs, to be found by this name from now on.
+        """
         with self._lock:
-            for slab in slabs:
-                self._let_go(slab)
+            if tail is not None:
+                kept = self.prefixes.keep_tail(*tail)
+                if kept != tail[0]:
+                    self._cached.move_to_end(kept)
+            self._let_go_all(slabs)
             self._reserved -= num_reserved
             self._sequences -= 1
 
@@ -243,33 +269,24 @@ class HostKvStore:
         self._cached.pop(slab, None)
         self._holders[slab] += 1
 
+    def _let_go_all(self, slabs: Sequence[int]) -> None:
+        # The last ones first: without its beginning, what follows could not be found.
+        for slab in reversed(slabs):
+            self._let_go(slab)
+
     def _let_go(self, slab: int) -> None:
         self._holders[slab] -= 1
         if self._holders[slab]:
             return
-        if self._key_of[slab] is None:
-            self._free.append(slab)
-        else:
+        if slab in self.prefixes:
             self._cached[slab] = None
+        else:
+            self._free.append(slab)
 
     def _evict_oldest(self) -> None:
         slab, _ = self._cached.popitem(last=False)
-        key = self._key_of[slab]
-        assert key is not None
-        del self._published[key]
-        self._key_of[slab] = None
+        self.prefixes.forget(slab)
         self._free.append(slab)
-
-    def _prefix_keys(self, token_ids: Sequence[int]) -> list[bytes]:
-        """One chained hash per full slab of the prompt."""
-        tokens = np.asarray(token_ids, dtype="<u4")
-        size = self.geometry.slab_tokens
-        key, keys = self._model_key, []
-        for end in range(size, len(tokens) + 1, size):
-            piece = tokens[end - size : end].tobytes()
-            key = hashlib.blake2b(key + piece, digest_size=16).digest()
-            keys.append(key)
-        return keys
 
     def _capacity_error(self, needed_slabs: int, free_slabs: int) -> CapacityError:
         return CapacityError(
@@ -287,32 +304,42 @@ class SequenceKv:
     def __init__(
         self,
         store: HostKvStore,
-        num_prompt_tokens: int,
-        prefix_keys: list[bytes],
-        shared_slabs: list[int],
+        prompt: TokenArray,
+        prefix: Prefix,
         max_slabs: int,
+        approximation: str,
     ) -> None:
-        geometry = store.geometry
         self._store = store
-        self._prefix_keys = prefix_keys
-        self._slabs = list(shared_slabs)
-        self._num_reserved = max_slabs - len(shared_slabs)
-        self.num_prompt_tokens = num_prompt_tokens
-        self.shared_tokens = len(shared_slabs) * geometry.slab_tokens
-        """Prompt tokens that were stored already; their KV need not come again."""
+        self._prompt = prompt
+        self._approximation = approximation
+        self._keys = list(prefix.keys)
+        self._slabs = list(prefix.slabs)
+        self._num_reserved = max_slabs - len(self._slabs)
+        self._tail = None if prefix.tail is None else (self._slabs[-1], prefix.tail)
+        self.num_prompt_tokens = len(prompt)
+        self.shared_tokens = prefix.num_tokens
+        """Prompt tokens that were stored already."""
+        self.exact_tokens = prefix.exact_tokens
+        """First tokens whose KV is exact, of those that are stored."""
         self.num_tokens = 0
-        """Tokens whose KV is whole in every layer: 0 before `commit`."""
-        self._next_token = [self.shared_tokens] * geometry.num_layers
+        """Tokens whose KV is whole in every layer: 0 before `commit` or `begin_prompt`."""
+        self._may_append = False
+        self._next_token = [self.kv_from_token] * store.geometry.num_layers
         self._is_released = False
         self.slab_table = torch.zeros(max_slabs, dtype=torch.int64, pin_memory=store.pins_tables)
         """[max_slabs] addresses of the sequence's slabs in token order; grows in place."""
-        for ordinal, slab in enumerate(shared_slabs):
+        for ordinal, slab in enumerate(self._slabs):
             self.slab_table[ordinal] = store.slab_address(slab)
 
     @property
     def store(self) -> HostKvStore:
         """The store that this sequence is held in."""
         return self._store
+
+    @property
+    def kv_from_token(self) -> int:
+        """Where `write_blocks` begins: what is stored before, down to a whole block."""
+        return self.shared_tokens // BLOCK_TOKENS * BLOCK_TOKENS
 
     @property
     def slabs(self) -> tuple[int, ...]:
@@ -326,8 +353,8 @@ class SequenceKv:
 
     def restart(self) -> None:
         """Forget what was written before a commit, so that another hand-off can begin."""
-        assert not self.num_tokens
-        self._next_token = [self.shared_tokens] * self._store.geometry.num_layers
+        assert not self._may_append
+        self._next_token = [self.kv_from_token] * self._store.geometry.num_layers
 
     def write_blocks(
         self, layer: int, first_token: int, num_tokens: int, payload: bytes | memoryview
@@ -357,6 +384,7 @@ class SequenceKv:
         if len(payload) != geometry.num_kv_heads * num_blocks * geometry.block_bytes:
             raise FrameFormatError(f"{len(payload)} B for {num_tokens} tokens of one layer")
         self._grow_to(end)
+        self._tail = None
         address = np.frombuffer(payload, dtype=np.uint8).ctypes.data
         for ordinal, inside, count in geometry.split_by_slab(first_token, num_tokens):
             done = ordinal * geometry.slab_tokens + inside - first_token
@@ -371,29 +399,79 @@ class SequenceKv:
             )
         self._next_token[layer] = end
 
+    def begin_prompt(self) -> None:
+        """Let `StepAppend` add the prompt's tokens too, after those that were stored already.
+
+        `commit` follows when they are all there.
+        """
+        assert self._next_token == [self.kv_from_token] * self._store.geometry.num_layers
+        self.num_tokens = self.shared_tokens
+        self._may_append = True
+
     def commit(self) -> None:
         """Declare the prompt whole; from here on it may be attended to, and is shared.
 
         Raises:
             StreamTruncatedError: a layer is not whole.
         """
-        for layer, next_token in enumerate(self._next_token):
+        whole = [self.num_tokens] if self._may_append else self._next_token
+        for layer, next_token in enumerate(whole):
             if next_token != self.num_prompt_tokens:
                 raise StreamTruncatedError(
                     f"layer {layer} holds {next_token} of {self.num_prompt_tokens} tokens"
                 )
-        for ordinal, key in enumerate(self._prefix_keys):
+        if self.exact_tokens == self.shared_tokens:
+            # What a prefill node sends is exact; after an approximation it continues one.
+            self.exact_tokens = self.num_prompt_tokens
+        self._publish_full(self._prompt)
+        self.num_tokens = self.num_prompt_tokens
+        self._may_append = True
+
+    def keep(self, generated_token_ids: Sequence[int]) -> None:
+        """Leave what is stored to be found after `release`: full slabs now, the tail then.
+
+        To be called when no step is under way and all of them went well; nothing may be appended
+        afterwards. Before `commit` or `begin_prompt` there is nothing to keep.
+
+        Args:
+            generated_token_ids: that followed the prompt; those whose KV is not stored (the last
+                one, as a rule) may be among them.
+        """
+        stored = np.concatenate([self._prompt, token_array(generated_token_ids)])[: self.num_tokens]
+        assert len(stored) == self.num_tokens, "a stored token has no name"
+        if self.num_tokens > self.exact_tokens and not self._approximation:
+            raise FluxionError(
+                f"KV of tokens from {self.exact_tokens} on is approximate, and the sequence was "
+                f"reserved for exact KV; name its approximation in `reserve`"
+            )
+        self._publish_full(stored)
+        rest = stored[len(self._keys) * self._store.geometry.slab_tokens :]
+        if len(rest):
+            name = self._store.prefixes.tail_name(self._keys, rest, self._tag(len(stored)))
+            self._tail = self._slabs[len(self._keys)], name
+
+    def _publish_full(self, tokens: TokenArray) -> None:
+        """Publish slabs that these tokens, all stored, fill and that are not published yet."""
+        size = self._store.geometry.slab_tokens
+        for ordinal in range(len(self._keys), len(tokens) // size):
+            end = (ordinal + 1) * size
+            piece = tokens[end - size : end]
+            key = self._store.prefixes.key_after(self._keys, piece, self._tag(end))
             slab = self._store.publish(self._slabs[ordinal], key)
+            self._keys.append(key)
             self._slabs[ordinal] = slab
             self.slab_table[ordinal] = self._store.slab_address(slab)
-        self.num_tokens = self.num_prompt_tokens
+
+    def _tag(self, num_tokens: int) -> str:
+        """The approximation in the KV of so many tokens; empty if there is none."""
+        return "" if num_tokens <= self.exact_tokens else self._approximation
 
     def release(self) -> None:
         """Give everything back. Idempotent; from any state."""
         if self._is_released:
             return
         self._is_released = True
-        self._store.give_back(self._slabs, self._num_reserved)
+        self._store.give_back(self._slabs, self._num_reserved, self._tail)
         self._slabs, self._num_reserved = [], 0
 
     def grow_for_prompt(self) -> None:
@@ -412,29 +490,62 @@ class SequenceKv:
             self.slab_table[len(self._slabs)] = self._store.slab_address(slab)
             self._slabs.append(slab)
 
-    def grow_for_next_token(self) -> tuple[int, int]:
-        """Make room for one more token; returns its slab's address and its place there.
+    def grow_for_next_tokens(self, count: int) -> list[tuple[int, int]]:
+        """Make room for more tokens; returns of each its slab's address and its place there.
 
         Raises:
             FluxionError: the reservation is used up, or nothing was committed.
         """
-        if not self.num_tokens:
+        if not self._may_append:
             raise FluxionError("a sequence must be committed before tokens are appended")
-        self._grow_to(self.num_tokens + 1)
-        ordinal, inside = divmod(self.num_tokens, self._store.geometry.slab_tokens)
-        return int(self.slab_table[ordinal]), inside
+        first, size = self.num_tokens, self._store.geometry.slab_tokens
+        self._grow_to(first + count)
+        self._tail = None
+        return [
+            (int(self.slab_table[token // size]), token % size)
+            for token in range(first, first + count)
+        ]
+
+    def advance(self, count: int, *, is_exact: bool) -> None:
+        """Count tokens whose KV is now stored in every layer.
+
+        Args:
+            count: how many.
+            is_exact: whether they attended to everything before them.
+        """
+        if is_exact and self.exact_tokens == self.num_tokens:
+            self.exact_tokens += count
+        self.num_tokens += count
 
 
 class StepAppend:
-    """One generated token of every sequence of a step, written layer by layer.
+    """The next tokens of every sequence of a step, written layer by layer.
 
     What does not change within a step is worked out here, once.
+
+    Args:
+        geometry: of the store.
+        sequences: that may be appended to.
+        counts: tokens of each; one if left out.
+
+    Raises:
+        FluxionError: a sequence's reservation is used up, or it has not been committed.
     """
 
-    def __init__(self, geometry: KvGeometry, sequences: Sequence[SequenceKv]) -> None:
+    def __init__(
+        self,
+        geometry: KvGeometry,
+        sequences: Sequence[SequenceKv],
+        counts: Sequence[int] | None = None,
+    ) -> None:
         self._geometry = geometry
         self._sequences = sequences
-        places = [sequence.grow_for_next_token() for sequence in sequences]
+        self._counts = [1] * len(sequences) if counts is None else counts
+        places = [
+            place
+            for sequence, count in zip(sequences, self._counts, strict=True)
+            for place in sequence.grow_for_next_tokens(count)
+        ]
         self._slabs = torch.tensor([slab for slab, _ in places], dtype=torch.int64)
         self._tokens = torch.tensor([token for _, token in places], dtype=torch.int64)
 
@@ -447,7 +558,9 @@ class StepAppend:
         """Write one layer. key, value: see `block_digest.append_tokens`."""
         block_digest.append_tokens(self._geometry, self._slabs, self._tokens, layer, key, value)
 
-    def advance(self) -> None:
-        """Count the token, after the last layer."""
-        for sequence in self._sequences:
-            sequence.num_tokens += 1
+    def advance(self, are_exact: Sequence[bool]) -> None:
+        """Count the tokens, after the last layer. are_exact: see SequenceKv.advance."""
+        for sequence, count, is_exact in zip(
+            self._sequences, self._counts, are_exact, strict=True
+        ):
+            sequence.advance(count, is_exact=is_exact)

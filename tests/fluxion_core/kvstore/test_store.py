@@ -17,6 +17,7 @@ from fluxion_core.errors import (
 from fluxion_core.geometry import BLOCK_SIZES, BLOCK_TOKENS, KvGeometry, ceil_div
 from fluxion_core.kernels.block_digest import reference
 from fluxion_core.kvstore.digest_index import gather_digests, gather_kv
+from fluxion_core.kvstore.prefix_index import token_array
 from fluxion_core.kvstore.store import HostKvStore, SequenceKv, StepAppend
 
 GEOMETRY = KvGeometry(num_layers=2, num_kv_heads=2, head_dim=32, slab_tokens=128)
@@ -102,7 +103,7 @@ def test_appended_tokens_are_stored_and_digested_like_the_prompt():
         for layer in range(GEOMETRY.num_layers):
             column = kv[layer, :, :, position]
             step.append(layer, column[None, :, 0].float(), column[None, :, 1].float())
-        step.advance()
+        step.advance([True])
     assert sequence.num_tokens == 300
     check_content(sequence, kv)
     # A coarse block of which only a part is complete bounds that part.
@@ -124,7 +125,7 @@ def test_sequences_of_one_step_do_not_mix():
             step.append(
                 layer, columns[:, :, 0].float().contiguous(), columns[:, :, 1].float().contiguous()
             )
-        step.advance()
+        step.advance([True] * 3)
     for sequence, kv in zip(sequences, streams, strict=True):
         check_content(sequence, kv)
 
@@ -173,9 +174,9 @@ def test_a_prompt_of_whole_slabs_leaves_a_token_to_compute():
 def test_another_model_shares_nothing():
     tokens = list(range(200))
     store = make_store(4)
-    stored(store, tokens).release()
     other = HostKvStore(GEOMETRY, 4 * (GEOMETRY.slab_bytes + 4096), model_key=b"other")
-    assert store._prefix_keys(tokens) != other._prefix_keys(tokens)
+    keys = [each.prefixes.exact_keys(token_array(tokens)) for each in (store, other)]
+    assert keys[0] != keys[1]
 
 
 def test_cached_prefixes_give_way_oldest_first():
@@ -305,7 +306,7 @@ class StoreMachine(RuleBasedStateMachine):
                     column[layer, None, :, 0].float(),
                     column[layer, None, :, 1].float(),
                 )
-            step.advance()
+            step.advance([True])
 
     @rule(sequence=consumes(live))
     def release(self, sequence: SequenceKv | None) -> None:
@@ -322,6 +323,9 @@ class StoreMachine(RuleBasedStateMachine):
         assert stats.sequences == len(self.tokens)
         assert not held & set(self.store._free)
         assert not held & set(self.store._cached)
+        # Whoever holds nothing is free, or found by a name; nobody is both.
+        assert all(slab in self.store.prefixes for slab in self.store._cached)
+        assert not any(slab in self.store.prefixes for slab in self.store._free)
 
     def teardown(self) -> None:
         for sequence, tokens in self.tokens.items():

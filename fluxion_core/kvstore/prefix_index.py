@@ -1,0 +1,173 @@
+"""Which slab holds which piece of text: full slabs by a chained hash, tails by their tokens.
+
+A full slab's key is a hash of the key before it and of its own tokens, and so of the model and of
+all tokens up to its end. A tail is a slab filled in part; it is found by the key before it and its
+tokens, and goes to one sequence at a time.
+
+KV of tokens that did not attend to everything is an approximation, and so is all that follows it.
+Its pieces are named by the approximation too, so that only sequences of the same one find them.
+
+Not here: who holds a slab (store.py), and locks: the store's is held by whoever calls what changes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+TokenArray = NDArray[np.uint32]
+"""Token ids, little-endian: their bytes are hashed."""
+
+
+def token_array(token_ids: Sequence[int]) -> TokenArray:
+    """Token ids as the index takes them."""
+    return np.asarray(token_ids, dtype="<u4")
+
+
+class TailName(NamedTuple):
+    """What finds a tail."""
+
+    parent: bytes
+    """Key of the slab before it, or of the model."""
+    approximation: str
+    """Empty if all of its KV is exact."""
+    tokens: bytes
+    """Of this slab alone."""
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What is stored of a prompt."""
+
+    slabs: list[int]
+    keys: list[bytes]
+    """Of those slabs that are full; one more is a tail."""
+    tail: TailName | None
+    num_tokens: int
+    exact_tokens: int
+    """First tokens whose KV is exact."""
+
+
+class PrefixIndex:
+    """Finds slabs by what they hold.
+
+    Args:
+        model_key: identifies the model.
+        slab_tokens: of a full slab.
+    """
+
+    def __init__(self, model_key: bytes, slab_tokens: int) -> None:
+        self._root = hashlib.blake2b(model_key, digest_size=16).digest()
+        self._slab_tokens = slab_tokens
+        self._published: dict[bytes, int] = {}
+        self._key_of: dict[int, bytes] = {}
+        self._tails: dict[tuple[bytes, str], dict[bytes, int]] = {}
+        self._tail_of: dict[int, TailName] = {}
+
+    def __contains__(self, slab: int) -> bool:
+        """Whether the slab can be found."""
+        return slab in self._key_of or slab in self._tail_of
+
+    def key_after(self, keys: Sequence[bytes], tokens: TokenArray, approximation: str) -> bytes:
+        """Key of a full slab.
+
+        Args:
+            keys: of the slabs before it.
+            tokens: of this slab.
+            approximation: in its KV or before it; empty if all is exact.
+        """
+        text = tokens.tobytes() + approximation.encode()
+        return hashlib.blake2b(self._parent(keys) + text, digest_size=16).digest()
+
+    def tail_name(self, keys: Sequence[bytes], tokens: TokenArray, approximation: str) -> TailName:
+        """Name of a tail; arguments as in `key_after`."""
+        return TailName(self._parent(keys), approximation, tokens.tobytes())
+
+    def exact_keys(self, tokens: TokenArray) -> list[bytes]:
+        """Keys of the full slabs of a text, if all its KV is exact."""
+        size = self._slab_tokens
+        keys: list[bytes] = []
+        for end in range(size, len(tokens) + 1, size):
+            keys.append(self.key_after(keys, tokens[end - size : end], ""))
+        return keys
+
+    def find(self, tokens: TokenArray, exact_keys: list[bytes], approximation: str) -> Prefix:
+        """What is stored of a text: exact slabs, then approximate ones, then a tail.
+
+        Args:
+            tokens: the text.
+            exact_keys: of it, made before the lock was taken.
+            approximation: that will do in the place of exact KV; empty for none.
+        """
+        size = self._slab_tokens
+        slabs: list[int] = []
+        keys: list[bytes] = []
+        for key in exact_keys:
+            if (slab := self._published.get(key)) is None:
+                break
+            keys.append(key)
+            slabs.append(slab)
+        exact_tokens = len(slabs) * size
+        while approximation and len(slabs) < len(exact_keys):
+            piece = tokens[len(slabs) * size : (len(slabs) + 1) * size]
+            key = self.key_after(keys, piece, approximation)
+            if (slab := self._published.get(key)) is None:
+                break
+            keys.append(key)
+            slabs.append(slab)
+        num_tokens = len(slabs) * size
+        tail = self._find_tail(keys, tokens[num_tokens : num_tokens + size], approximation)
+        if tail is not None:
+            in_tail = len(tail.tokens) // tokens.itemsize
+            if not tail.approximation and exact_tokens == num_tokens:
+                exact_tokens += in_tail
+            num_tokens += in_tail
+            slabs.append(self._tails[tail.parent, tail.approximation][tail.tokens])
+        return Prefix(slabs, keys, tail, num_tokens, exact_tokens)
+
+    def publish(self, slab: int, key: bytes) -> int:
+        """Make a full slab findable; returns the one that is found by its key from now on."""
+        published = self._published.setdefault(key, slab)
+        if published == slab:
+            self._key_of[slab] = key
+        return published
+
+    def keep_tail(self, slab: int, name: TailName) -> int:
+        """Make a tail findable; returns the one that is found by its name from now on."""
+        tails = self._tails.setdefault((name.parent, name.approximation), {})
+        kept = tails.setdefault(name.tokens, slab)
+        if kept == slab:
+            self._tail_of[slab] = name
+        return kept
+
+    def forget(self, slab: int) -> None:
+        """Find this slab no more."""
+        if (key := self._key_of.pop(slab, None)) is not None:
+            del self._published[key]
+            return
+        parent, approximation, tokens = self._tail_of.pop(slab)
+        tails = self._tails[parent, approximation]
+        del tails[tokens]
+        if not tails:
+            del self._tails[parent, approximation]
+
+    def _parent(self, keys: Sequence[bytes]) -> bytes:
+        return keys[-1] if keys else self._root
+
+    def _find_tail(
+        self, keys: Sequence[bytes], tokens: TokenArray, approximation: str
+    ) -> TailName | None:
+        """The longest tail after these slabs that `tokens` begin with; an exact one if in doubt."""
+        parent, text = self._parent(keys), tokens.tobytes()
+        fitting = [
+            TailName(parent, tag, stored)
+            for tag in dict.fromkeys(("", approximation))
+            for stored in self._tails.get((parent, tag), ())
+            if text.startswith(stored)
+        ]
+        return max(fitting, key=lambda name: len(name.tokens), default=None)
