@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 import traceback
 import tracemalloc
-from collections import Counter
 from dataclasses import dataclass, field
 from random import Random
 from typing import Protocol
@@ -69,7 +68,8 @@ class Tally:
     cases: int = 0
     units: int = 0
     input_bytes: int = 0
-    results: Counter[str] = field(default_factory=Counter)
+    results: dict[str, int] = field(default_factory=dict)
+    """Cases by how they ended."""
     slowest_seconds: float = 0.0
     slowest_case: int = 0
     peak_bytes: int = 0
@@ -80,10 +80,15 @@ class Tally:
         self.cases += other.cases
         self.units += other.units
         self.input_bytes += other.input_bytes
-        self.results.update(other.results)
+        for result, count in other.results.items():
+            self.count(result, count)
         if other.slowest_seconds > self.slowest_seconds:
             self.slowest_seconds, self.slowest_case = other.slowest_seconds, other.slowest_case
         self.peak_bytes = max(self.peak_bytes, other.peak_bytes)
+
+    def count(self, result: str, cases: int = 1) -> None:
+        """Count cases that ended so."""
+        self.results[result] = self.results.get(result, 0) + cases
 
 
 @dataclass(frozen=True)
@@ -119,7 +124,7 @@ def run_case(target: Target, seed: int, case: int, tally: Tally) -> Finding | No
     tally.cases += 1
     tally.units += outcome.units
     tally.input_bytes += outcome.input_bytes
-    tally.results[outcome.result] += 1
+    tally.count(outcome.result)
     if seconds > tally.slowest_seconds:
         tally.slowest_seconds, tally.slowest_case = seconds, case
     return None
