@@ -54,6 +54,8 @@ class GenerationOptions:
     """Name of a quality level: EXACT, ACCURATE, BALANCED or FAST."""
     policy: str | None = None
     """In its place: exact, fixed(16, 5 %), threshold(0.1) or marginal(0.001)."""
+    priority: str | None = None
+    """LOW, NORMAL or HIGH, among the requests that wait for room."""
     deadline_seconds: float | None = None
     """Fail if the whole takes longer."""
 
@@ -102,6 +104,8 @@ def build_request(options: GenerationOptions) -> generate_pb2.GenerateRequest:
         request.quality = generate_pb2.QualityLevel.Value(f"QUALITY_LEVEL_{options.quality}")
     if options.policy is not None:
         request.policy = options.policy
+    if options.priority is not None:
+        request.priority = generate_pb2.Priority.Value(f"PRIORITY_{options.priority}")
     return request
 
 

@@ -68,6 +68,14 @@ class Quality(StrEnum):
     FAST = "fast"
 
 
+class Priority(StrEnum):
+    """Priorities of a request."""
+
+    LOW = "low"
+    NORMAL = "normal"
+    HIGH = "high"
+
+
 ModelOption = Annotated[
     str, typer.Option("--model", help="A pulled model's name, a GGUF file or a model directory.")
 ]
@@ -199,6 +207,9 @@ def generate(
             help="In its place: exact, fixed(16, 5 %), threshold(0.1) or marginal(0.001)."
         ),
     ] = None,
+    priority: Annotated[
+        Priority | None, typer.Option(help="Among the requests that wait for room.")
+    ] = None,
     deadline_seconds: Annotated[
         float | None, typer.Option(min=0.001, help="Fail if it takes longer, s.")
     ] = None,
@@ -234,6 +245,7 @@ def generate(
         ignore_eos=ignore_eos,
         quality=None if quality is None else quality.name,
         policy=policy,
+        priority=None if priority is None else priority.name,
         deadline_seconds=deadline_seconds,
     )
     client = client_settings(connect_seconds, tls_ca, tls_cert, tls_key, token_file)

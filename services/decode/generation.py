@@ -28,7 +28,7 @@ from services.decode.engine import DecodeEngine, DecodeSequence
 from services.decode.kv_ingest import KvIngest, Prefilled
 from services.decode.metrics import RequestCounters
 from services.decode.planning import Planning
-from services.decode.request import GenerationRequest
+from services.decode.request import GenerationRequest, check_request
 from services.decode.token_stream import Delta, Ended, TokenStream
 from services.metrics import outcome_of
 from services.node import NodeModel
@@ -62,10 +62,11 @@ class Generation:
     """Runs requests over one model, one store and one engine.
 
     Args:
-        model: for text.
+        model: for requests and text.
         admission: gives memory to requests.
         ingest: gets prompts computed.
         engine: decodes.
+        default_max_new_tokens: for requests that do not say.
         planning: policies, and the planner's state of each sequence.
         counters: count how requests go.
         callers: names a request's client.
@@ -79,6 +80,7 @@ class Generation:
         ingest: KvIngest,
         engine: DecodeEngine,
         *,
+        default_max_new_tokens: int,
         planning: Planning,
         counters: RequestCounters,
         callers: Callers,
@@ -88,20 +90,23 @@ class Generation:
         self._admission = admission
         self._ingest = ingest
         self._engine = engine
+        self._default_max_new_tokens = default_max_new_tokens
         self._planning = planning
         self._counters = counters
         self._callers = callers
         self._limits = limits
 
     async def run(
-        self, read_request: Callable[[], GenerationRequest], context: grpc.aio.ServicerContext
+        self,
+        read_message: Callable[[], generate_pb2.GenerateRequest],
+        context: grpc.aio.ServicerContext,
     ) -> AsyncGenerator[Output, None]:
         """One request's outputs: Started, a Delta a token, Finished.
 
         Close it (`aclosing`) when no more is wanted: its memory is given back then.
 
         Args:
-            read_request: checks what the client sent; what it raises is the request's end.
+            read_message: what the client asks for; what it raises is the request's end.
             context: of the call.
         """
         arrived = time.perf_counter()
@@ -109,9 +114,21 @@ class Generation:
         request: GenerationRequest | None = None
         failure: BaseException | None = None
         try:
-            request = read_request()
+            request = check_request(
+                read_message(),
+                self._model.tokenizer,
+                self._model.loaded.config,
+                default_max_new_tokens=self._default_max_new_tokens,
+                planning=self._planning,
+            )
             prompt_tokens = len(request.prompt_token_ids)
-            admission = self._admission.admit(request.prompt_token_ids, request.stop.max_new_tokens)
+            admission = self._admission.admit(
+                request.prompt_token_ids,
+                request.stop.max_new_tokens,
+                client=client,
+                priority=request.priority,
+                deadline_seconds=context.time_remaining(),
+            )
             with self._limits.waiting(client, prompt_tokens) as has_waited:
                 async with admission as admitted:
                     admitted_after = time.perf_counter() - arrived

@@ -109,8 +109,8 @@ class KvIngest:
     ) -> Prefilled:
         """Have a prompt computed and stored; commits the sequence.
 
-        Prefill nodes are tried in turn, each once. The call runs until it is cancelled or the
-        deadline passes, whichever comes first.
+        Prefill nodes are tried once each, the least busy first. The call runs until it is
+        cancelled or the deadline passes, whichever comes first.
 
         Args:
             request_id: for both nodes' logs.
@@ -143,12 +143,12 @@ class KvIngest:
         ).SerializeToString()
         started = time.monotonic()
         failures: list[tuple[str, FluxionError]] = []
-        for address in await self._nodes.in_turn():
+        for address in await self._nodes.by_load():
             left = None
             if deadline_seconds is not None:
                 left = max(0.0, deadline_seconds - (time.monotonic() - started))
             try:
-                async with self._nodes.channel(address) as channel:
+                async with self._nodes.channel(address, len(token_ids)) as channel:
                     prefilled = await self._attempt(
                         address,
                         f"handoff {address} {request_id[:8]}",
@@ -175,7 +175,8 @@ class KvIngest:
             raise failures[0][1]
         if not failures:
             none_found = PeerUnavailableError(
-                "no prefill node was found: none of prefill.addresses resolves to an address"
+                "no prefill node was found: none of prefill.addresses resolves to the address of "
+                "a node that is not draining"
             )
             self._counters.handoff_failed(none_found)
             raise none_found

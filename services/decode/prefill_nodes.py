@@ -1,9 +1,12 @@
-"""The prefill nodes that a decode node calls: names resolved to all their replicas, used in turn.
+"""The prefill nodes that a decode node calls: names resolved to all replicas, least busy first.
 
 A host name stands for every address that it resolves to (a Compose service with replicas, a
 headless Kubernetes service); it is looked up again for each prompt, so that replicas that come are
 used at once and those that go are not asked. Each replica has a channel of its own: which one
 failed, and that the next attempt goes to another, is then ours to say.
+
+Where there are several, each is asked for its load before a prompt is handed to one: an answer
+takes a millisecond, a prompt seconds.
 
 Not here: what is asked of them (kv_ingest.py). On the event loop only.
 """
@@ -13,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
+import math
 import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -22,8 +26,12 @@ import grpc
 from fluxion_core.config import ClientSettings
 from fluxion_core.telemetry import event
 from fluxion_core.wire.channel import open_channel
+from fluxion_proto.v1 import handoff_pb2, handoff_pb2_grpc
 
 _log = logging.getLogger(__name__)
+
+LOAD_SECONDS = 0.5
+"""For a node to say how busy it is."""
 
 
 class PrefillNodes:
@@ -39,6 +47,8 @@ class PrefillNodes:
         self._client = client
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._calls: dict[str, int] = {}
+        self._tokens: dict[str, int] = {}
+        """Of the prompts that each node computes for us."""
         self._next = 0
 
     def __len__(self) -> int:
@@ -66,16 +76,55 @@ class PrefillNodes:
         self._next = (self._next + 1) % max(1, len(nodes))
         return nodes[self._next :] + nodes[: self._next]
 
+    async def by_load(self) -> list[str]:
+        """host:port of every node there is now but those that drain, least busy first.
+
+        Equally busy ones are in turn. Who does not say its load in time comes last.
+        """
+        nodes = await self.in_turn()
+        if len(nodes) < 2:
+            return nodes
+        loads = await asyncio.gather(*(self._load(node) for node in nodes))
+        usable = [pair for pair in zip(loads, nodes, strict=True) if pair[0] is not None]
+        return [node for _, node in sorted(usable, key=lambda pair: pair[0] or 0.0)]
+
+    async def _load(self, node: str) -> float | None:
+        """Tokens that it has to compute; infinite if it does not answer, None if it drains."""
+        async with self.channel(node) as channel:
+            stub = handoff_pb2_grpc.PrefillNodeStub(channel)
+            try:
+                answer = await stub.GetPrefillLoad(
+                    handoff_pb2.GetPrefillLoadRequest(), timeout=LOAD_SECONDS
+                )
+            except grpc.aio.AioRpcError as error:
+                _log.warning(
+                    event(
+                        "prefill node does not tell its load", node=node, status=error.code().name
+                    )
+                )
+                return math.inf
+        if answer.is_draining:
+            return None
+        # What we have just sent it, it may not have counted yet.
+        return max(float(answer.pending_tokens), float(self._tokens.get(node, 0)))
+
     @asynccontextmanager
-    async def channel(self, node: str) -> AsyncIterator[grpc.aio.Channel]:
-        """The channel to a node that `in_turn` gave; open until the block ends."""
+    async def channel(self, node: str, tokens: int = 0) -> AsyncIterator[grpc.aio.Channel]:
+        """The channel to a node that `in_turn` gave; open until the block ends.
+
+        Args:
+            node: host:port.
+            tokens: that it computes for us meanwhile.
+        """
         if node not in self._channels:
             self._channels[node] = open_channel(node, self._client)
         self._calls[node] = self._calls.get(node, 0) + 1
+        self._tokens[node] = self._tokens.get(node, 0) + tokens
         try:
             yield self._channels[node]
         finally:
             self._calls[node] -= 1
+            self._tokens[node] -= tokens
 
     async def close(self) -> None:
         """Close all channels; streams that still run are cancelled."""

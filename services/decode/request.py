@@ -20,6 +20,7 @@ from fluxion_core.selector.policy import Policy, parse_policy
 from fluxion_core.wire import codec
 from fluxion_proto.v1 import generate_pb2
 from services.decode.planning import Planning
+from services.decode.waiting_line import Priority
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARACTERS = 256
@@ -37,6 +38,7 @@ class GenerationRequest:
     sampling: SamplingParams
     stop: StopSettings
     policy: Policy
+    priority: Priority = Priority.NORMAL
 
 
 def check_request(
@@ -65,7 +67,21 @@ def check_request(
     max_new_tokens = _max_new_tokens(message, len(prompt), config, default_max_new_tokens)
     _check_prompt(prompt, max_new_tokens, config)
     stop = _stop_settings(message, config, tokenizer, max_new_tokens)
-    return GenerationRequest(request_id, prompt, sampling, stop, policy)
+    return GenerationRequest(request_id, prompt, sampling, stop, policy, _priority(message))
+
+
+def _priority(message: generate_pb2.GenerateRequest) -> Priority:
+    match message.priority:
+        case generate_pb2.PRIORITY_UNSPECIFIED | generate_pb2.PRIORITY_NORMAL:
+            return Priority.NORMAL
+        case generate_pb2.PRIORITY_LOW:
+            return Priority.LOW
+        case generate_pb2.PRIORITY_HIGH:
+            return Priority.HIGH
+        case other:
+            raise InvalidRequestError(
+                f"priority is {other}; allowed: PRIORITY_LOW, PRIORITY_NORMAL, PRIORITY_HIGH"
+            )
 
 
 def prompt_token_ids(

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import socket
 
+import grpc
 import pytest
 
 from fluxion_core.config import ClientSettings
+from fluxion_proto.v1 import handoff_pb2, handoff_pb2_grpc
 from services.decode.prefill_nodes import PrefillNodes
 
 
@@ -81,6 +83,58 @@ async def test_a_channel_in_use_outlives_its_name(names, open_nodes):
     await nodes.in_turn()
     async with nodes.channel(node) as later:
         assert later is not channel
+
+
+class Node(handoff_pb2_grpc.PrefillNodeServicer):
+    """A prefill node that only says how busy it is."""
+
+    def __init__(self, pending_tokens: int, *, is_draining: bool = False) -> None:
+        self._answer = handoff_pb2.GetPrefillLoadResponse(
+            pending_tokens=pending_tokens, is_draining=is_draining
+        )
+
+    async def GetPrefillLoad(self, request, context):
+        del request, context
+        return self._answer
+
+
+@pytest.fixture
+async def start_node():
+    servers = []
+
+    async def start(node: Node) -> str:
+        server = grpc.aio.server()
+        handoff_pb2_grpc.add_PrefillNodeServicer_to_server(node, server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        servers.append(server)
+        return f"127.0.0.1:{port}"
+
+    yield start
+    for server in servers:
+        await server.stop(0)
+
+
+async def test_the_least_busy_node_is_first_and_draining_ones_are_left_alone(
+    start_node, open_nodes, find_free_address
+):
+    busy, idle = await start_node(Node(9000)), await start_node(Node(10))
+    going = await start_node(Node(0, is_draining=True))
+    silent = find_free_address()
+    nodes = open_nodes(silent, busy, going, idle)
+    for _ in range(4):
+        assert await nodes.by_load() == [idle, busy, silent]
+
+
+async def test_what_was_just_sent_counts_before_the_node_says_so(start_node, open_nodes):
+    first, second = await start_node(Node(0)), await start_node(Node(0))
+    nodes = open_nodes(first, second)
+    async with nodes.channel(first, 700):
+        assert {(await nodes.by_load())[0] for _ in range(3)} == {second}
+        async with nodes.channel(second, 900):
+            assert (await nodes.by_load())[0] == first
+    # Equally busy: in turn.
+    assert {(await nodes.by_load())[0] for _ in range(2)} == {first, second}
 
 
 async def test_an_address_stands_for_itself_and_is_not_looked_up(names, open_nodes):

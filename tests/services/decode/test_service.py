@@ -138,6 +138,7 @@ async def test_a_stop_string_ends_the_text_before_it(start_prefill, start_decode
         (request_of(policy="x" * 65), "64 characters"),
         (request_of(policy="exact", quality=Levels.QUALITY_LEVEL_FAST), "exclude each other"),
         (request_of(quality=77), "77"),
+        (request_of(priority=9), "priority is 9"),
         (request_of(stop_strings=[""]), "stop string"),
         (request_of(stop_strings=["x"] * 17), "stop_strings"),
         (request_of(request_id="x" * 129), "request_id"),
