@@ -49,20 +49,38 @@ class TelemetryBenchOptions:
     policy: str
 
 
-@dataclass
-class _Stream:
-    """Tokens of a long answer, as they arrive."""
+class Stream:
+    """Tokens of a long answer, as they arrive.
 
-    arrived: int = 0
-    has_ended: bool = False
+    Args:
+        pid: of the node that makes them.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self._stat = Path(f"/proc/{pid}/stat")
+        self.marks: list[tuple[float, float]] = []
+        """When each came, s, and what CPU seconds the node had used until then."""
+        self.has_ended = False
+
+    def arrive(self, tokens: int) -> None:
+        """Tokens are there."""
+        # The command's name, in parentheses, may have spaces in it.
+        fields = self._stat.read_text().rpartition(")")[2].split()
+        ticks = int(fields[11]) + int(fields[12])
+        self.marks += [(time.perf_counter(), ticks / os.sysconf("SC_CLK_TCK"))] * tokens
 
     def wait(self, tokens: int) -> None:
         """Until so many more have arrived."""
-        wanted = self.arrived + tokens
-        while self.arrived < wanted:
+        wanted = len(self.marks) + tokens
+        while len(self.marks) < wanted:
             if self.has_ended:
                 raise FluxionError("the answer ended before all turns were done")
             time.sleep(0.001)
+
+    def window(self, kind: Kind, first: int, last: int) -> Window:
+        """From one token's arrival to another's."""
+        (began, began_cpu), (ended, ended_cpu) = self.marks[first], self.marks[last]
+        return Window(kind, last - first, ended - began, ended_cpu - began_cpu)
 
 
 async def bench_telemetry(options: TelemetryBenchOptions, console: Console) -> dict[str, object]:
@@ -82,7 +100,7 @@ async def bench_telemetry(options: TelemetryBenchOptions, console: Console) -> d
     with stop_signals(nodes.kill) as stop_requested:
         async with nodes:
             _, node = await bring_up(nodes, (prefill, decode), ready_seconds=_READY_SECONDS)
-            watcher = Watcher(metrics, node.pid, options.steps)
+            watcher = Watcher(metrics, Stream(node.pid), options.steps)
             watching = asyncio.create_task(_watch(request, decode.address, watcher, options.turns))
             if not await finished_before(watching, stop_requested):
                 raise FluxionError("stopped by a signal")
@@ -117,11 +135,11 @@ async def _watch(
     return found
 
 
-async def _read(request: generate_pb2.GenerateRequest, address: str, stream: _Stream) -> None:
+async def _read(request: generate_pb2.GenerateRequest, address: str, stream: Stream) -> None:
     try:
         async with connect(address, ClientSettings()) as channel:
             async for response in generate_pb2_grpc.GenerationStub(channel).Generate(request):
-                stream.arrived += len(response.token_ids)
+                stream.arrive(len(response.token_ids))
     except grpc.aio.AioRpcError as error:
         raise error_from_rpc(error) from None
     finally:
@@ -133,22 +151,22 @@ class Watcher:
 
     Args:
         metrics: host:port of the node's metrics.
-        pid: of the node.
+        stream: whose tokens arrive.
         steps: of a trace, and between what is watched.
     """
 
-    def __init__(self, metrics: str, pid: int, steps: int) -> None:
-        self.stream = _Stream()
-        self._metrics, self._pid, self._steps = metrics, pid, steps
+    def __init__(self, metrics: str, stream: Stream, steps: int) -> None:
+        self.stream = stream
+        self._metrics, self._steps = metrics, steps
         self._windows: list[Window] = []
-        self._mark = (0, 0.0, 0.0)
+        self._first = 0
 
     def watch(self, turns: int) -> list[list[Window]]:
         """So many turns."""
         self.stream.wait(self._steps)
         found = []
         for _ in range(turns):
-            self._mark, self._windows = self._now(), []
+            self._first, self._windows = len(self.stream.marks) - 1, []
             self.stream.wait(self._steps)
             self._end("unwatched")
             self._fetch("metrics")
@@ -163,7 +181,7 @@ class Watcher:
         return found
 
     def _fetch(self, path: str, answered: Kind | None = None) -> None:
-        """Fetch; a window ends when the answer begins, if it is named."""
+        """Fetch; a window ends with the last token before the answer, if it is named."""
         url = f"http://{self._metrics}/{path}"
         try:
             with urllib.request.urlopen(url, timeout=_FETCH_SECONDS) as answer:
@@ -174,15 +192,8 @@ class Watcher:
             raise FluxionError(f"{url}: {error}") from None
 
     def _end(self, kind: Kind) -> None:
-        """A window ends here, and another begins."""
-        before, now = self._mark, self._now()
-        steps, seconds, cpu_seconds = (b - a for a, b in zip(before, now, strict=True))
-        self._windows.append(Window(kind, int(steps), seconds, cpu_seconds))
-        self._mark = now
-
-    def _now(self) -> tuple[int, float, float]:
-        """Tokens, seconds, and CPU seconds of the node until now."""
-        # The command's name, in parentheses, may have spaces in it.
-        fields = Path(f"/proc/{self._pid}/stat").read_text().rpartition(")")[2].split()
-        ticks = int(fields[11]) + int(fields[12])
-        return self.stream.arrived, time.perf_counter(), ticks / os.sysconf("SC_CLK_TCK")
+        """A window ends with the newest token, and another begins."""
+        newest = len(self.stream.marks) - 1
+        if newest > self._first:
+            self._windows.append(self.stream.window(kind, self._first, newest))
+        self._first = newest
