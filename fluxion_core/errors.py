@@ -4,6 +4,7 @@
     ├── InvalidRequestError         the caller asked for something that cannot be; do not retry
     │   ├── ContextLengthError      prompt, or prompt + new tokens, beyond the model's context
     │   └── SamplingError           a sampling value out of its range
+    ├── UnsupportedCallError        a method that this node does not offer
     ├── CapacityError               the node is full; retry later or elsewhere
     ├── LayoutMismatchError         two nodes disagree on the model or the KV layout
     ├── HandoffError                the KV stream is damaged; nothing of it was committed
@@ -57,6 +58,10 @@ class SamplingError(InvalidRequestError):
     def __init__(self, field: str, value: object, allowed: str) -> None:
         self.field, self.value, self.allowed = field, value, allowed
         super().__init__(f"sampling.{field} is {value!r}; allowed: {allowed}")
+
+
+class UnsupportedCallError(FluxionError):
+    """The method is part of the service, but this node does not offer it."""
 
 
 class CapacityError(FluxionError):

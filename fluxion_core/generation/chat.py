@@ -44,7 +44,8 @@ class ChatTemplate:
         )
         environment.globals["raise_exception"] = _refuse
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        self._special_tokens = special_tokens
+        self.source = source
+        self.special_tokens = special_tokens
         try:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
@@ -65,7 +66,7 @@ class ChatTemplate:
                 documents=None,
                 messages=[{"role": m.role, "content": m.content} for m in messages],
                 add_generation_prompt=add_generation_prompt,
-                **self._special_tokens,
+                **self.special_tokens,
             )
         # A template is a program: on messages that its author did not think of, it fails like one.
         except (jinja2.TemplateError, *_PROGRAM_ERRORS) as error:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import cast
 
 import tokenizers
-from tokenizers import decoders
+from tokenizers import decoders, processors
 
 from fluxion_core.errors import InvalidRequestError, ModelFileError, ModelNotFoundError
 from fluxion_core.generation.chat import ChatMessage, ChatTemplate
@@ -32,7 +32,7 @@ class Tokenizer:
         add_bos: bool,
     ) -> None:
         self._backend = backend
-        self._chat_template = chat_template
+        self.chat_template = chat_template
         self._bos = [bos_token_id] if add_bos and bos_token_id is not None else []
         self.bos_token_id = bos_token_id
         self.eos_token_ids = frozenset(eos_token_ids)
@@ -60,7 +60,7 @@ class Tokenizer:
     @property
     def has_chat_template(self) -> bool:
         """Whether `render_chat` works."""
-        return self._chat_template is not None
+        return self.chat_template is not None
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; special tokens written out in it are recognised.
@@ -97,9 +97,20 @@ class Tokenizer:
         Raises:
             InvalidRequestError: the model has no template, or it refuses the messages.
         """
-        if self._chat_template is None:
+        if self.chat_template is None:
             raise InvalidRequestError("this model has no chat template; send text or token_ids")
-        return self._chat_template.render(messages, add_generation_prompt=add_generation_prompt)
+        return self.chat_template.render(messages, add_generation_prompt=add_generation_prompt)
+
+    def to_json(self) -> str:
+        """Contents of a tokenizer.json of the `tokenizers` library, which encodes as we do."""
+        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        bos = [backend.id_to_token(token_id) for token_id in self._bos]
+        backend.post_processor = processors.TemplateProcessing(
+            single=[*bos, "$A"],
+            pair=[*bos, "$A", "$B"],
+            special_tokens=list(zip(bos, self._bos, strict=True)),
+        )
+        return backend.to_str()
 
     def check_fits(self, model_vocab_size: int) -> None:
         """Raise ModelFileError if this vocabulary has ids that the model's embedding lacks."""

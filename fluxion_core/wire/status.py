@@ -21,10 +21,12 @@ from fluxion_core.errors import (
     ModelError,
     PeerUnavailableError,
     RequestCancelledError,
+    UnsupportedCallError,
 )
 
 _STATUS_OF: tuple[tuple[type[FluxionError], grpc.StatusCode], ...] = (
     (InvalidRequestError, grpc.StatusCode.INVALID_ARGUMENT),
+    (UnsupportedCallError, grpc.StatusCode.UNIMPLEMENTED),
     (CapacityError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (LayoutMismatchError, grpc.StatusCode.FAILED_PRECONDITION),
     (ModelError, grpc.StatusCode.FAILED_PRECONDITION),

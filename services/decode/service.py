@@ -16,7 +16,7 @@ from services.decode.admission import Admission
 from services.decode.engine import DecodeEngine
 from services.decode.generation import Finished, Generation, Started
 from services.decode.planning import Planning
-from services.decode.request import GenerationRequest, check_request, prompt_token_ids
+from services.decode.request import prompt_token_ids
 from services.decode.token_stream import Delta
 from services.node import NodeModel
 
@@ -37,7 +37,6 @@ class GenerationService(generate_pb2_grpc.GenerationServicer):
         store: for load figures.
         admission: for load figures.
         engine: for load figures.
-        default_max_new_tokens: for requests that do not say.
         planning: policies.
     """
 
@@ -49,7 +48,6 @@ class GenerationService(generate_pb2_grpc.GenerationServicer):
         admission: Admission,
         engine: DecodeEngine,
         *,
-        default_max_new_tokens: int,
         planning: Planning,
     ) -> None:
         self._generation = generation
@@ -57,7 +55,6 @@ class GenerationService(generate_pb2_grpc.GenerationServicer):
         self._store = store
         self._admission = admission
         self._engine = engine
-        self._default_max_new_tokens = default_max_new_tokens
         self._planning = planning
         self.is_draining = False
 
@@ -66,17 +63,7 @@ class GenerationService(generate_pb2_grpc.GenerationServicer):
     ) -> AsyncIterator[generate_pb2.GenerateResponse]:
         """Stream tokens as they are made; the last message has the reason and the usage."""
         request_id = ""
-
-        def read_request() -> GenerationRequest:
-            return check_request(
-                message,
-                self._model.tokenizer,
-                self._model.loaded.config,
-                default_max_new_tokens=self._default_max_new_tokens,
-                planning=self._planning,
-            )
-
-        async with aclosing(self._generation.run(read_request, context)) as outputs:
+        async with aclosing(self._generation.run(lambda: message, context)) as outputs:
             async for output in outputs:
                 match output:
                     case Started():

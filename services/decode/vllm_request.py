@@ -1,0 +1,79 @@
+"""A request of `vllm.grpc.engine` as one of ours, so that one check serves both services.
+
+Sampling values that are 0 there mean "not given". What would change the answer and is not offered
+here is refused by name; what only shapes text is left to the gateway, which makes the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from smg_grpc_proto.generated import vllm_engine_pb2
+
+from fluxion_core.errors import InvalidRequestError
+from fluxion_core.generation.sampling import MAX_SEED
+from fluxion_proto.v1 import generate_pb2
+
+
+def as_generate_request(
+    message: vllm_engine_pb2.GenerateRequest,
+) -> generate_pb2.GenerateRequest:
+    """The same request in our own words; its values are not checked here.
+
+    Raises:
+        InvalidRequestError: it asks for something that this node does not offer.
+    """
+    if unsupported := ", ".join(_unsupported(message)):
+        raise InvalidRequestError(f"not offered by this node: {unsupported}; leave it out")
+    params = message.sampling_params
+    request = generate_pb2.GenerateRequest(
+        request_id=message.request_id,
+        sampling=generate_pb2.Sampling(
+            temperature=params.temperature if params.HasField("temperature") else 1.0,
+            top_k=params.top_k,
+            top_p=params.top_p or 1.0,
+            min_p=params.min_p,
+            repetition_penalty=params.repetition_penalty or 1.0,
+            presence_penalty=params.presence_penalty,
+            frequency_penalty=params.frequency_penalty,
+            # Seeds are signed there; every number is as good as another.
+            seed=params.seed & MAX_SEED if params.HasField("seed") else None,
+        ),
+        max_new_tokens=params.max_tokens if params.HasField("max_tokens") else None,
+        stop_strings=params.stop,
+        stop_token_ids=params.stop_token_ids,
+        ignore_eos=params.ignore_eos,
+    )
+    match message.WhichOneof("input"):
+        case "tokenized":
+            request.token_ids.ids.extend(message.tokenized.input_ids)
+        case "text":
+            request.text = message.text
+    return request
+
+
+def _unsupported(message: vllm_engine_pb2.GenerateRequest) -> Iterator[str]:
+    """Names of what was asked for and is not offered."""
+    params = message.sampling_params
+    if params.n > 1:
+        yield f"n = {params.n} (one answer a request)"
+    for field in ("logprobs", "prompt_logprobs", "truncate_prompt_tokens"):
+        if params.HasField(field):
+            yield field
+    if params.logit_bias:
+        yield "logit_bias"
+    # With nothing else that could end it, a request makes max_tokens tokens, which are enough.
+    if params.min_tokens and not (
+        params.ignore_eos and not params.stop_token_ids and not params.stop
+    ):
+        yield "min_tokens without ignore_eos"
+    if constraint := params.WhichOneof("constraint"):
+        yield f"structured output ({constraint})"
+    for field in ("mm_inputs", "extra_mm_inputs", "media_refs"):
+        if message.HasField(field) if field != "extra_mm_inputs" else message.extra_mm_inputs:
+            yield f"images and other media ({field})"
+    for field in ("kv_transfer_params", "kv_transfer_params_json"):
+        if message.HasField(field):
+            yield field
+    if message.data_parallel_rank:
+        yield f"data_parallel_rank {message.data_parallel_rank}"
