@@ -37,6 +37,8 @@ class StepRecord:
     """[layers]: not 0 where the GPU did not wait."""
     tasks: Sequence[LaneSpan]
     """Of the GPU lane, any order."""
+    digests_on_device: bool
+    """Whether tasks scan copies of digests there: then only KV comes over PCIe."""
     published_bytes: int
     """Queries, keys and values that a layer sends to the host."""
     answered_bytes: int
@@ -121,7 +123,7 @@ def device_spans(record: StepRecord, host_minus_gpu_ns: int) -> list[Span]:
                 bytes=task.digest_bytes + task.kv_bytes,
             )
         )
-    for begin, end, moved in _reads(tasks):
+    for begin, end, moved in _reads(tasks, digests=not record.digests_on_device):
         spans.append(span(to_device, "read in place", begin, end, bytes=moved))
     return spans
 
@@ -157,11 +159,12 @@ def _spans(
     yield from device_spans(record, difference)
 
 
-def _reads(tasks: Sequence[LaneSpan]) -> list[tuple[int, int, int]]:
+def _reads(tasks: Sequence[LaneSpan], *, digests: bool) -> list[tuple[int, int, int]]:
     """When tasks, sorted by their beginning, read host memory: begin, end, bytes."""
     reads: list[tuple[int, int, int]] = []
     for task in tasks:
-        begin, end, moved = task.begin_ns, task.end_ns, task.digest_bytes + task.kv_bytes
+        begin, end = task.begin_ns, task.end_ns
+        moved = task.kv_bytes + (task.digest_bytes if digests else 0)
         if reads and begin <= reads[-1][1]:
             before = reads.pop()
             begin, end, moved = before[0], max(before[1], end), before[2] + moved

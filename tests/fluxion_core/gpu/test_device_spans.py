@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -20,6 +21,7 @@ RECORD = StepRecord(
         LaneSpan(0, 3, 1000, 2000, 120, 300),
         LaneSpan(0, 1, 4, 5, 200, 350),
     ],
+    digests_on_device=False,
     published_bytes=64,
     answered_bytes=32,
 )
@@ -66,6 +68,12 @@ def test_pcie_has_what_tasks_read_and_what_layers_hand_over():
     assert [(span[1], span[3]["bytes"]) for span in on("pcie device_to_host")] == [
         *((1100, 64), (1450, 64), (1600, 64)),
     ]
+
+
+def test_digests_that_lie_on_the_device_do_not_come_over_pcie():
+    spans = device_spans(replace(RECORD, digests_on_device=True), 0)
+    assert [s.args["bytes"] for s in spans if s.name == "read in place"] == [2005, 20]
+    assert [s.args["bytes"] for s in spans if s.name == "task"] == [3000, 9, 30]
 
 
 def test_no_two_spans_of_a_lane_overlap():
