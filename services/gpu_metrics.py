@@ -40,7 +40,7 @@ PCIE_BYTES = MetricDefinition(
     "fluxion_pcie_bytes_total",
     "counter",
     "bytes",
-    "Bytes that the engine moved or read over PCIe.",
+    "Payload that the engine moved or read over PCIe.",
     ("direction", "purpose"),
     needs="gpu",
 )
