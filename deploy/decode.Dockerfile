@@ -29,10 +29,15 @@ RUN /opt/fluxion/bin/pip install -q --no-compile --no-deps . \
  && /opt/fluxion/bin/python -m compileall -q -x '/(torch|torchgen|sympy|mpmath|networkx|numpy|pip|setuptools|pygments)/' /opt/fluxion/lib
 
 FROM python:3.11-slim-bookworm
-RUN useradd --system --uid 10001 --home-dir /nonexistent fluxion \
+ARG EXTRAS=""
+# Triton has the system's compiler build its launchers, when a kernel is first used.
+RUN case ",$EXTRAS," in *,cuda,*) \
+      apt-get update -qq && apt-get install -y -qq --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/* ;; \
+    esac \
+ && useradd --system --uid 10001 --home-dir /nonexistent fluxion \
  && mkdir /models && chown fluxion /models
 COPY --from=build /opt/fluxion /opt/fluxion
-ENV PATH=/opt/fluxion/bin:$PATH PYTHONDONTWRITEBYTECODE=1
+ENV PATH=/opt/fluxion/bin:$PATH PYTHONDONTWRITEBYTECODE=1 TRITON_CACHE_DIR=/tmp/triton
 USER fluxion
 VOLUME /models
 EXPOSE 7070 9464

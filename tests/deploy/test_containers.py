@@ -1,0 +1,90 @@
+"""docker-compose.yml and the Dockerfiles: of one mind with the settings, and with each other."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fluxion_core.config import parse_bytes
+
+ROOT = Path(__file__).parents[2]
+NODES = ("prefill", "decode", "prefill-gpu", "decode-gpu")
+
+
+@pytest.fixture(scope="module")
+def services() -> dict[str, dict]:
+    return yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+
+
+def settings_of(service: dict) -> dict:
+    """The file that a node is given."""
+    (mounted,) = [one for one in service["volumes"] if one.startswith("./deploy/config/")]
+    source, target, _ = mounted.split(":")
+    assert service["environment"]["FLUXION_CONFIG"] == target
+    return tomllib.loads((ROOT / source).read_text())
+
+
+def test_both_images_are_built_alike():
+    prefill, decode = (
+        (ROOT / "deploy" / f"{node}.Dockerfile").read_text() for node in ("prefill", "decode")
+    )
+    assert prefill.replace("prefill", "decode") == decode
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_containers_outlive_their_drain(services, node):
+    server = settings_of(services[node])["server"]
+    stop_seconds = int(services[node]["stop_grace_period"].removesuffix("s"))
+    assert stop_seconds >= server["grace_seconds"] + 10
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_ports_and_places_are_those_of_the_settings(services, node):
+    settings = settings_of(services[node])
+    port = settings["server"]["listen"].rpartition(":")[2]
+    published = [one.rpartition(":")[2] for one in services[node].get("ports", [])]
+    assert published == ([port] if node.startswith("decode") else [])
+    volume = f"models:{settings['model']['models_dir']}:ro"
+    assert volume in services[node]["volumes"]
+    dockerfile = (ROOT / services[node]["build"]["dockerfile"]).read_text()
+    assert f'"health", "127.0.0.1:{port}"' in dockerfile
+    for address in settings.get("prefill", {}).get("addresses", []):
+        name = address.rpartition(":")[0]
+        assert name in services
+        assert services[f"{name}-gpu"]["networks"]["default"]["aliases"] == [name]
+
+
+def test_prometheus_finds_the_nodes_where_they_export(services):
+    scraped = yaml.safe_load((ROOT / "deploy" / "prometheus.yml").read_text())["scrape_configs"]
+    for job in scraped:
+        (found,) = job["dns_sd_configs"]
+        (name,) = found["names"]
+        server = settings_of(services[name])["server"]
+        assert server["metrics_listen"].rpartition(":")[2] == str(found["port"])
+    assert {job["job_name"] for job in scraped} == {"prefill", "decode"}
+
+
+def test_the_gpu_profile_pins_what_it_holds(services):
+    for node in ("prefill-gpu", "decode-gpu"):
+        assert services[node]["ulimits"]["memlock"] == -1
+        (device,) = services[node]["deploy"]["resources"]["reservations"]["devices"]
+        assert device["capabilities"] == ["gpu"]
+        assert services[node]["build"]["args"]["EXTRAS"] == "cuda"
+        assert "TORCH_INDEX" not in services[node]["build"]["args"]
+    size = services["decode-gpu"]["environment"]["FLUXION_STORE__HOST_KV_BYTES"]
+    assert parse_bytes(re.fullmatch(r"\$\{\w+:-(\w+)\}", size)[1]) == 64 << 30
+
+
+def test_a_model_is_there_before_its_nodes(services):
+    for node in NODES:
+        (fetcher,) = services[node]["depends_on"]
+        assert (
+            services[node]["depends_on"][fetcher]["condition"] == "service_completed_successfully"
+        )
+        assert services[fetcher]["profiles"] == services[node]["profiles"]
+        model = services[node]["environment"]["FLUXION_MODEL__MODEL"]
+        assert services[fetcher]["entrypoint"][:3] == ["fluxion", "pull", model]
