@@ -47,19 +47,21 @@ def open_channel(
         server_name: whose certificate is expected there, if `address` is what a name resolved to.
 
     Raises:
-        ConfigError: see `check_client`.
+        ConfigError: see `check_client`; what has expired is left to the node to refuse.
     """
     check_token_is_safe(address, settings)
-    interceptors = []
+    interceptors: list[grpc.aio.ClientInterceptor] = []
     if settings.token_file is not None:
-        interceptors.append(_BearerToken(settings.token_file))
+        token = _BearerToken(settings.token_file)
+        interceptors += [_UnaryToken(token), _StreamToken(token)]
     options = _OPTIONS
     if server_name is not None:
         options += (
             ("grpc.default_authority", server_name),
             ("grpc.ssl_target_name_override", server_name),
         )
-    credentials = channel_credentials(settings.tls)
+    # A certificate that expires while a node runs is refused by the other node, which says so.
+    credentials = channel_credentials(settings.tls, "tls", must_be_valid=False)
     if credentials is None:
         return grpc.aio.insecure_channel(address, options=options, interceptors=interceptors)
     return grpc.aio.secure_channel(address, credentials, options=options, interceptors=interceptors)
@@ -77,7 +79,7 @@ def check_client(settings: ClientSettings, addresses: Sequence[str], section: st
         ConfigError: a file is missing, malformed, expired or readable by others, the key does not
             belong to the certificate, or the token would travel unencrypted.
     """
-    channel_credentials(settings.tls, f"{section}.tls")
+    channel_credentials(settings.tls, f"{section}.tls", must_be_valid=True)
     if settings.token_file is not None:
         read_token(settings.token_file, f"{section}.token_file")
     for address in addresses:
@@ -98,21 +100,30 @@ def check_token_is_safe(address: str, settings: ClientSettings) -> None:
         )
 
 
-class _BearerToken(
-    grpc.aio.UnaryUnaryClientInterceptor,  # type: ignore[misc]
-    grpc.aio.UnaryStreamClientInterceptor,  # type: ignore[misc]
-):
-    """Adds `authorization: Bearer …` to every call."""
+class _BearerToken:
+    """Adds `authorization: Bearer …` to a call."""
 
     def __init__(self, path: Path) -> None:
         self._token = WatchedFiles([path], lambda: read_token(path, "token_file"))
 
-    async def intercept_unary_unary(self, continuation, details, request):  # type: ignore[no-untyped-def]
-        return await continuation(self._with_token(details), request)
-
-    async def intercept_unary_stream(self, continuation, details, request):  # type: ignore[no-untyped-def]
-        return await continuation(self._with_token(details), request)
-
-    def _with_token(self, details: grpc.aio.ClientCallDetails) -> grpc.aio.ClientCallDetails:
+    def added_to(self, details: grpc.aio.ClientCallDetails) -> grpc.aio.ClientCallDetails:
+        """The call with the token."""
         entry = ("authorization", f"Bearer {self._token.current()}")
         return details._replace(metadata=[*(details.metadata or ()), entry])
+
+
+# gRPC takes an interceptor for one kind of call only, whatever else it is.
+class _UnaryToken(grpc.aio.UnaryUnaryClientInterceptor):  # type: ignore[misc]
+    def __init__(self, token: _BearerToken) -> None:
+        self._token = token
+
+    async def intercept_unary_unary(self, continuation, details, request):  # type: ignore[no-untyped-def]
+        return await continuation(self._token.added_to(details), request)
+
+
+class _StreamToken(grpc.aio.UnaryStreamClientInterceptor):  # type: ignore[misc]
+    def __init__(self, token: _BearerToken) -> None:
+        self._token = token
+
+    async def intercept_unary_stream(self, continuation, details, request):  # type: ignore[no-untyped-def]
+        return await continuation(self._token.added_to(details), request)

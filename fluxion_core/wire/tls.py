@@ -69,25 +69,37 @@ def server_credentials(settings: ServerTlsSettings) -> grpc.ServerCredentials | 
 
 
 def channel_credentials(
-    settings: ClientTlsSettings, section: str = "tls"
+    settings: ClientTlsSettings, section: str, *, must_be_valid: bool
 ) -> grpc.ChannelCredentials | None:
     """Credentials of a channel, or None without TLS.
 
     Args:
         settings: the files.
         section: what the errors call them.
+        must_be_valid: refuse what has expired, rather than leave that to the other side.
 
     Raises:
         ConfigError: see `server_credentials`.
     """
     if settings.authority is None:
         return None
-    files = read_tls_files(settings.certificate, settings.key, settings.authority, section)
+    files = read_tls_files(
+        settings.certificate,
+        settings.key,
+        settings.authority,
+        section,
+        must_be_valid=must_be_valid,
+    )
     return grpc.ssl_channel_credentials(files.authority, files.key, files.chain)
 
 
 def read_tls_files(
-    certificate: Path | None, key: Path | None, authority: Path | None, section: str
+    certificate: Path | None,
+    key: Path | None,
+    authority: Path | None,
+    section: str,
+    *,
+    must_be_valid: bool = True,
 ) -> TlsFiles:
     """Read and check what is given; a certificate and its key go together.
 
@@ -100,13 +112,13 @@ def read_tls_files(
         authority_pem = read_public(authority, name)
         # A bundle may hold old ones beside those in use.
         expired = [_why_not_valid(each) for each in _certificates(authority_pem, authority, name)]
-        if all(expired):
+        if must_be_valid and all(expired):
             raise ConfigError(f"{name} {authority}: {expired[0]}")
     if certificate is not None and key is not None:
         name = f"{section}.certificate"
         chain_pem = read_public(certificate, name)
         own = _certificates(chain_pem, certificate, name)[0]
-        if why := _why_not_valid(own):
+        if must_be_valid and (why := _why_not_valid(own)):
             raise ConfigError(f"{name} {certificate}: {why}")
         key_pem = read_secret(key, f"{section}.key")
         if _public_bytes(_private_key(key_pem, key, section).public_key()) != _public_bytes(
