@@ -8,6 +8,9 @@ from pydantic import Field
 
 from fluxion_core.config import ByteCount, ClientSettings, NodeSettings, Section
 
+DEFAULT_LOCAL_PREFILL_TOKENS = 256
+"""Where the model is on the CPU; see EngineSettings.local_prefill_tokens."""
+
 
 class StoreSettings(Section):
     """The host KV store."""
@@ -44,6 +47,12 @@ class EngineSettings(Section):
     lanes: Literal["auto", "cpu", "gpu", "both"] = "auto"
     """Who attends to host KV: the CPU pool, the GPU lane, or both from one queue. auto is both
     where the model is on a GPU, else cpu."""
+    stuck_step_seconds: float = Field(default=120.0, gt=0)
+    """A decode step that takes longer is stuck: it is named in the log, and the node ends."""
+    local_prefill_tokens: int | None = Field(default=None, ge=0)
+    """A prompt of which at most so many tokens are not stored yet is computed on this node, without
+    a prefill node; 0 for never. Left out: 256 where the model is on the CPU, else 0. Not on a GPU
+    yet."""
     attention_threads: int | None = Field(default=None, gt=0)
     """Threads that attend over host KV; one per usable CPU if not given."""
 

@@ -1,12 +1,13 @@
 """The decode engine: one thread that runs batched steps over all live sequences.
 
 Life of a sequence: `submit` (its prompt's KV is whole in the store, its first token is
-known), then one new token a step, each given to `on_token`, until that says stop,
-`cancel` is called, or the engine fails. Then `on_end` is called once, and from then on the engine
+known; or the prompt has begun, and what is not stored of it is computed here, a chunk between two
+steps of the others, which gives the first token), then one new token a step, each given to
+`on_token`, until that says stop, `cancel` is called, or the engine fails. Then `on_end` is called once, and from then on the engine
 does not touch the sequence's memory: the submitter may free it.
 
-A step that fails ends its sequences, and the engine goes on. A device that fails (DeviceError) ends
-everything: the engine takes no sequence any more and says so to `on_failure`, once.
+A step that fails ends its sequences, a chunk that fails its own, and the engine goes on. A device
+that fails (DeviceError) ends everything: the engine takes no sequence any more and says so to `on_failure`, once.
 
 `on_token`, `on_end` and `on_failure` run on the engine's thread and must not block. The engine
 knows tokens, not text, requests, gRPC or devices.
@@ -29,13 +30,31 @@ from fluxion_core.decode_step import StepReads, StepRow
 from fluxion_core.device_usage import DeviceUsage, UsageClock
 from fluxion_core.errors import DeviceError, FluxionError
 from fluxion_core.generation.sampling import SamplingParams, sample
+from fluxion_core.geometry import WindowSpec
 from fluxion_core.kvstore.store import SequenceKv
-from fluxion_core.selector.planner import PlannerState
+from fluxion_core.prompt_chunk import PromptEnd, next_chunk_tokens
+from fluxion_core.selector.planner import Planner, PlannerState
 from fluxion_core.selector.policy import Policy
 from fluxion_core.telemetry import event
 from services.decode.read_totals import ReadTotals
 
 _log = logging.getLogger(__name__)
+
+
+CHUNK_TOKENS = 64
+"""Of a prompt that is computed here, at a time, while nobody waits for tokens."""
+
+CHUNK_TOKENS_BESIDE_STREAMS = 16
+"""The same while others wait for their next token: a chunk keeps them waiting."""
+
+
+@dataclass(frozen=True)
+class Profiled:
+    """How a prompt that is computed here gets its planner's state."""
+
+    planner: Planner
+    window: WindowSpec
+    """The default window, which the profile is of."""
 
 
 @dataclass(eq=False)
@@ -44,19 +63,22 @@ class DecodeSequence:
 
     request_id: str
     kv: SequenceKv
-    """Committed: the store holds every prompt token."""
+    """Committed: the store holds every prompt token. Or the prompt has begun."""
     policy: Policy
     """What its steps read."""
     planner_state: PlannerState | None
     """For policies that need head profiles."""
     prompt_token_ids: list[int]
     generated_token_ids: list[int]
-    """Begins with the first token, which the prefill node sampled."""
+    """Begins with the first token, which the prefill node sampled; empty if the prompt is computed
+    here."""
     sampling: SamplingParams
     on_token: Callable[[int], bool]
     """Takes a new token; returns whether to go on."""
     on_end: Callable[[BaseException | None], None]
     """Called once, with what went wrong, if anything did."""
+    profiled: Profiled | None = None
+    """If the prompt is computed here, for policies that need head profiles."""
     slot: int | None = None
     """In the step's window, while it takes part in steps."""
     is_cancelled: bool = False
@@ -65,6 +87,11 @@ class DecodeSequence:
     decode_seconds: float = 0.0
     """Time in steps that this sequence was part of."""
     steps: int = 0
+    submitted: float = 0.0
+    queue_seconds: float = 0.0
+    """From `submit` to the first chunk of its prompt, if that is computed here."""
+    prefill_seconds: float = 0.0
+    """Time in chunks of its prompt."""
 
 
 @dataclass
@@ -79,6 +106,16 @@ class EngineStatistics:
     """What all steps have read of retrieval regions."""
     device: DeviceUsage | None = None
     """Of the GPU; None where there is none."""
+
+
+@dataclass(frozen=True)
+class CurrentStep:
+    """A step that has begun and not ended."""
+
+    number: int
+    began: float
+    """time.perf_counter() then."""
+    request_ids: tuple[str, ...]
 
 
 class DecodeStep(Protocol):
@@ -100,24 +137,41 @@ class DecodeStep(Protocol):
         ...
 
 
+class PromptComputer(Protocol):
+    """What computes prompts on this node: host_step.HostStep. The step's thread only."""
+
+    def compute_chunk(
+        self, sequence: SequenceKv, token_ids: Sequence[int], profile_window: WindowSpec | None
+    ) -> PromptEnd | None:
+        """Compute and store the next tokens of a prompt; its end, after the last."""
+        ...
+
+
 class DecodeEngine:
     """Runs steps on a thread of its own while there are sequences.
 
     Args:
         step: runs them.
+        prompts: computes what is not stored of prompts; without it they must be whole.
         on_failure: told when the device has failed for good.
     """
 
     def __init__(
-        self, step: DecodeStep, *, on_failure: Callable[[DeviceError], None] = lambda _: None
+        self,
+        step: DecodeStep,
+        *,
+        prompts: PromptComputer | None = None,
+        on_failure: Callable[[DeviceError], None] = lambda _: None,
     ) -> None:
         self._step = step
+        self._prompts = prompts
         self._on_failure = on_failure
         self._changed = threading.Condition()
         self._joining: list[DecodeSequence] = []
         self._stopping = False
         self._failure: DeviceError | None = None
         self._idle_since: float | None = None
+        self._current: CurrentStep | None = None
         self._clock = UsageClock(step.usage)
         self._statistics = EngineStatistics(device=step.usage)
         self._thread = threading.Thread(target=self._run, name="decode-engine", daemon=True)
@@ -146,6 +200,9 @@ class DecodeEngine:
                 raise self._failure
             if self._stopping:
                 raise FluxionError("the decode engine has stopped")
+            if self._prompts is None and not sequence.generated_token_ids:
+                raise FluxionError("this engine computes no prompts; they must be whole")
+            sequence.submitted = time.perf_counter()
             self._joining.append(sequence)
             self._changed.notify()
 
@@ -153,6 +210,10 @@ class DecodeEngine:
     def cancel(sequence: DecodeSequence) -> None:
         """Ask for a sequence's end; `on_end` follows within a step."""
         sequence.is_cancelled = True
+
+    def current_step(self) -> CurrentStep | None:
+        """The step that runs now, if one does. From any thread."""
+        return self._current
 
     def statistics(self) -> EngineStatistics:
         """A copy of the counters; a rest that still goes on counts up to now."""
@@ -170,23 +231,29 @@ class DecodeEngine:
         running: list[DecodeSequence] = []
         self._clock.start()
         while self._wait_for_work(running):
-            running = self._without_cancelled(running)
-            if not running:
+            running = self._advance_prompt(self._without_cancelled(running))
+            batch = [sequence for sequence in running if sequence.generated_token_ids]
+            if not batch:
                 continue
             started = time.perf_counter()
+            self._current = CurrentStep(
+                self._statistics.steps + 1, started, tuple(s.request_id for s in batch)
+            )
             try:
-                finished = self._run_step(running)
+                finished = self._run_step(batch)
             except Exception as error:
-                _log.exception(event("decode step failed", sequences=len(running)))
+                _log.exception(event("decode step failed", sequences=len(batch)))
                 if isinstance(error, DeviceError):
                     self._fail(error)
-                for sequence in running:
+                for sequence in batch:
                     self._end(sequence, error)
-                running = []
+                running = [sequence for sequence in running if sequence not in batch]
                 continue
+            finally:
+                self._current = None
             seconds = time.perf_counter() - started
             self._statistics.busy_seconds += seconds
-            for sequence in running:
+            for sequence in batch:
                 sequence.decode_seconds += seconds
             for sequence in finished:
                 self._end(sequence, None)
@@ -230,6 +297,53 @@ class DecodeEngine:
             else:
                 kept.append(sequence)
         return kept
+
+    def _advance_prompt(self, running: list[DecodeSequence]) -> list[DecodeSequence]:
+        """A chunk of the oldest prompt that is not whole; returns those that go on."""
+        sequence = next((one for one in running if not one.generated_token_ids), None)
+        if sequence is None:
+            return running
+        started = time.perf_counter()
+        if not sequence.prefill_seconds:
+            sequence.queue_seconds = started - sequence.submitted
+        has_streams = any(one.generated_token_ids for one in running)
+        self._current = CurrentStep(self._statistics.steps + 1, started, (sequence.request_id,))
+        try:
+            goes_on = self._compute_chunk(
+                sequence, CHUNK_TOKENS_BESIDE_STREAMS if has_streams else CHUNK_TOKENS
+            )
+        except Exception as error:
+            _log.exception(event("chunk of a prompt failed", request_id=sequence.request_id))
+            self._end(sequence, error)
+            return [one for one in running if one is not sequence]
+        finally:
+            self._current = None
+        seconds = time.perf_counter() - started
+        self._statistics.busy_seconds += seconds
+        sequence.prefill_seconds += seconds
+        if goes_on:
+            return running
+        self._end(sequence, None)
+        return [one for one in running if one is not sequence]
+
+    def _compute_chunk(self, sequence: DecodeSequence, most_tokens: int) -> bool:
+        """The next tokens of a prompt, and after its last the first new one; whether to go on."""
+        assert self._prompts is not None
+        prompt, profiled = sequence.prompt_token_ids, sequence.profiled
+        first = sequence.kv.num_tokens
+        count = next_chunk_tokens(len(prompt) - first, most_tokens)
+        end = self._prompts.compute_chunk(
+            sequence.kv,
+            prompt[first : first + count],
+            None if profiled is None else profiled.window,
+        )
+        if end is None:
+            return True
+        if profiled is not None:
+            sequence.planner_state = profiled.planner.new_state(end.profiles)
+        token = sample(end.logits, sequence.sampling, prompt, [], position=0)
+        sequence.generated_token_ids.append(token)
+        return sequence.on_token(token)
 
     @torch.inference_mode()
     def _run_step(self, batch: list[DecodeSequence]) -> list[DecodeSequence]:
