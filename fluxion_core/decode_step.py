@@ -2,8 +2,9 @@
 
 The sequences' regions, what each row reads of its own, the native tasks that do it, and, when the
 last layer is done, what was read. The same for a chunk of one sequence's prompt, whose tokens are
-the rows of a step that reads everything. How a layer's queries arrive and where its output goes is the
-business of who runs the step: hybrid_attention.py on the CPU alone, gpu/device_step.py with a GPU.
+the rows of a step that reads everything. How a layer's queries arrive and where its output goes is
+the business of who runs the step: hybrid_attention.py on the CPU alone, gpu/device_step.py with a
+GPU.
 """
 
 from __future__ import annotations

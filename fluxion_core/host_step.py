@@ -1,6 +1,7 @@
 """A decode step without a GPU: torch computes the dense part, the CPU pool attends.
 
-The same calls as `gpu.device_step.DeviceStep`, so that whoever runs steps need not care.
+The same calls as `gpu.device_step.DeviceStep`, so that whoever runs steps need not care; and, here
+only, chunks of prompts.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ import torch
 from torch import Tensor
 
 from fluxion_core.decode_step import StepReads, StepRow
+from fluxion_core.geometry import WindowSpec
 from fluxion_core.hybrid_attention import HybridAttention
 from fluxion_core.kvstore.store import SequenceKv
 from fluxion_core.models.decoder import Decoder
+from fluxion_core.prompt_chunk import PromptEnd, compute_chunk
 
 
 class HostStep:
@@ -59,6 +62,15 @@ class HostStep:
         hidden = self._decoder(token_ids, positions, self._attention)
         reads = self._attention.end_step()
         return self._decoder.logits(hidden), reads
+
+    @torch.inference_mode()
+    def compute_chunk(
+        self, sequence: SequenceKv, token_ids: Sequence[int], profile_window: WindowSpec | None
+    ) -> PromptEnd | None:
+        """The next tokens of a prompt; see `prompt_chunk.compute_chunk`."""
+        return compute_chunk(
+            self._decoder, self._attention, sequence, token_ids, profile_window=profile_window
+        )
 
     def close(self) -> None:
         """Nothing to do: memory goes with the process."""

@@ -129,7 +129,7 @@ class HostKvStore:
         """Hold room for a prompt and for every token that may follow it.
 
         The longest run of slabs that is already stored for this prompt is held at once, and a tail
-        after them that the prompt goes on from; at least one prompt token is always left to compute.
+        after them that the prompt goes on from; at least one token is always left to compute.
 
         Args:
             token_ids: the prompt.
@@ -560,7 +560,5 @@ class StepAppend:
 
     def advance(self, are_exact: Sequence[bool]) -> None:
         """Count the tokens, after the last layer. are_exact: see SequenceKv.advance."""
-        for sequence, count, is_exact in zip(
-            self._sequences, self._counts, are_exact, strict=True
-        ):
+        for sequence, count, is_exact in zip(self._sequences, self._counts, are_exact, strict=True):
             sequence.advance(count, is_exact=is_exact)

@@ -60,7 +60,8 @@ class PromptEstimator:
         errors, masses and bounds.
 
         Args:
-            query: [rows, heads, head_dim] float32, unscaled; of `profiled_positions(num_tokens)`.
+            query: [rows, heads, head_dim] float32, unscaled; of `profiled_positions(num_tokens)`,
+                or of the last of these.
             key: [kv_heads, padded_tokens(num_tokens), head_dim] float32, zeros after the prompt.
             value: like key.
 
@@ -72,12 +73,13 @@ class PromptEstimator:
         rows, heads, head_dim = query.shape
         kv_heads, tokens, _ = key.shape
         positions = profiled_positions(self._num_tokens)
-        if rows != len(positions) or tokens != padded_tokens(self._num_tokens):
+        if not 0 < rows <= len(positions) or tokens != padded_tokens(self._num_tokens):
             raise ShapeError(
                 f"query {tuple(query.shape)} and key {tuple(key.shape)} for a prompt of "
-                f"{self._num_tokens}; need {len(positions)} queries and "
+                f"{self._num_tokens}; need up to {len(positions)} queries and "
                 f"{padded_tokens(self._num_tokens)} keys"
             )
+        positions = positions[-rows:]
         group = heads // kv_heads
         grouped = torch.unflatten(query, 1, (kv_heads, group))
         row_bytes = group * (tokens // BLOCK_TOKENS) * head_dim * query.element_size()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
+from contextlib import AsyncExitStack
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from fluxion_core.errors import ConfigError
@@ -18,7 +20,7 @@ from fluxion_core.wire.channel import check_client
 from fluxion_core.wire.server import NodeServer
 from fluxion_proto.v1 import generate_pb2_grpc
 from services.decode.admission import Admission
-from services.decode.config import DecodeSettings
+from services.decode.config import DEFAULT_LOCAL_PREFILL_TOKENS, DecodeSettings
 from services.decode.engine import DecodeEngine
 from services.decode.generation import Generation
 from services.decode.kv_ingest import KvIngest
@@ -26,6 +28,7 @@ from services.decode.metrics import DecodeCollector, RequestCounters
 from services.decode.planning import Planning, make_planning
 from services.decode.prefill_nodes import PrefillNodes
 from services.decode.service import GENERATION_SERVICE, GenerationService
+from services.decode.watchdog import StepWatchdog
 from services.gpu_metrics import nvml_collectors
 from services.metrics import MetricsEndpoint, NodeMetrics
 from services.node import DeviceFailure, NodeModel, load_node_model, run_node
@@ -39,16 +42,23 @@ _log = logging.getLogger(__name__)
 async def serve(settings: DecodeSettings, ending: asyncio.Event) -> None:
     """Load the model, serve Generate until `ending`, then drain."""
     check_client(settings.prefill.client, settings.prefill.addresses, "prefill.client")
-    server = NodeServer(settings.server, GENERATION_SERVICE, reflected=[GENERATION_SERVICE])
+    vllm_api = import_vllm_api()
+    server = NodeServer(
+        settings.server,
+        GENERATION_SERVICE,
+        reflected=(GENERATION_SERVICE, *(vllm_api.SERVICES if vllm_api else ())),
+    )
     metrics = NodeMetrics("decode")
     endpoint = MetricsEndpoint(settings.server.metrics_listen, metrics)
     address = await server.start()
     _log.info(event("listening", address=address))
     failure = DeviceFailure(ending)
-    step: HostStep | DeviceStep | None = None
-    engine: DecodeEngine | None = None
-    nodes: PrefillNodes | None = None
-    try:
+    async with AsyncExitStack() as closing:
+        # Closed from the last to the first: no calls, then no steps, then no channels, then the
+        # pinned memory; the rest goes with the process.
+        closing.callback(_log.info, event("stopped"))
+        closing.callback(endpoint.close)
+        closing.push_async_callback(server.stop, 0)
         model = await asyncio.to_thread(load_node_model, settings.model)
         planning = make_planning(
             settings.engine.predictor_weights,
@@ -59,16 +69,16 @@ async def serve(settings: DecodeSettings, ending: asyncio.Event) -> None:
         )
         store = make_store(settings, model)
         step = await asyncio.to_thread(make_step, settings, model, store, planning)
-        engine = DecodeEngine(step, on_failure=failure.tell)
-        counters = RequestCounters()
+        closing.push_async_callback(asyncio.to_thread, step.close)
         nodes = PrefillNodes(settings.prefill.addresses, settings.prefill.client)
-        ingest = KvIngest(
-            nodes,
-            model.layout,
-            vocab_size=model.loaded.config.vocab_size,
-            num_heads=model.loaded.config.num_heads,
-            counters=counters,
+        closing.push_async_callback(nodes.close)
+        local_prefill_tokens = local_prefill_limit(settings, step)
+        engine = DecodeEngine(
+            step,
+            prompts=step if isinstance(step, HostStep) else None,
+            on_failure=failure.tell,
         )
+        counters = RequestCounters()
         admission = Admission(
             store,
             max_running=settings.engine.max_running_sequences,
@@ -77,21 +87,20 @@ async def serve(settings: DecodeSettings, ending: asyncio.Event) -> None:
         generation = Generation(
             model,
             admission,
-            ingest,
+            KvIngest(
+                nodes,
+                model.layout,
+                vocab_size=model.loaded.config.vocab_size,
+                num_heads=model.loaded.config.num_heads,
+                counters=counters,
+            ),
             engine,
+            default_max_new_tokens=settings.engine.default_max_new_tokens,
+            local_prefill_tokens=local_prefill_tokens,
             planning=planning,
             counters=counters,
             callers=server.callers,
             limits=server.limits,
-        )
-        service = GenerationService(
-            generation,
-            model,
-            store,
-            admission,
-            engine,
-            default_max_new_tokens=settings.engine.default_max_new_tokens,
-            planning=planning,
         )
         device = model.loaded.decoder.embedding.device
         metrics.loaded(
@@ -101,7 +110,12 @@ async def serve(settings: DecodeSettings, ending: asyncio.Event) -> None:
             *nvml_collectors(device),
         )
         engine.start()
-        generate_pb2_grpc.add_GenerationServicer_to_server(service, server)
+        closing.callback(StepWatchdog(engine, settings.engine.stuck_step_seconds).close)
+        closing.push_async_callback(asyncio.to_thread, engine.stop)
+        closing.push_async_callback(server.stop, 0)
+        service = add_services(
+            server, settings, vllm_api, generation, model, store, admission, engine, planning
+        )
         await server.set_ready(is_ready=True)
         metrics.is_ready = True
         _log.info(
@@ -109,6 +123,7 @@ async def serve(settings: DecodeSettings, ending: asyncio.Event) -> None:
                 "ready",
                 address=address,
                 model=model.loaded.name,
+                device=device,
                 host_kv_bytes=store.statistics().capacity_bytes,
                 policy=str(planning.default_policy),
                 prefill=",".join(settings.prefill.addresses) or "none",
@@ -123,18 +138,38 @@ async def serve(settings: DecodeSettings, ending: asyncio.Event) -> None:
         await server.stop(settings.server.grace_seconds)
         if failure.error is not None:
             raise failure.error
-    finally:
-        # In this order: no calls, then no steps, then no channels, then the pinned memory; the rest
-        # goes with the process.
-        await server.stop(0)
-        if engine is not None:
-            await asyncio.to_thread(engine.stop)
-        if nodes is not None:
-            await nodes.close()
-        if step is not None:
-            await asyncio.to_thread(step.close)
-        endpoint.close()
-        _log.info(event("stopped"))
+
+
+def import_vllm_api() -> ModuleType | None:
+    """The service that gateways speak, if its messages are installed: the extra `gateway`."""
+    try:
+        from services.decode import vllm_api
+    except ModuleNotFoundError as error:
+        if error.name != "smg_grpc_proto":
+            raise
+        _log.info(event("no gateways", reason="smg-grpc-proto is not installed"))
+        return None
+    return vllm_api
+
+
+def add_services(
+    server: NodeServer,
+    settings: DecodeSettings,
+    vllm_api: ModuleType | None,
+    generation: Generation,
+    model: NodeModel,
+    store: HostKvStore,
+    admission: Admission,
+    engine: DecodeEngine,
+    planning: Planning,
+) -> GenerationService:
+    """Register what the node serves; returns our own service."""
+    service = GenerationService(generation, model, store, admission, engine, planning=planning)
+    generate_pb2_grpc.add_GenerationServicer_to_server(service, server)
+    if vllm_api is not None:
+        max_running = settings.engine.max_running_sequences
+        vllm_api.add_to_server(server, generation, model, store, admission, max_running=max_running)
+    return service
 
 
 def make_store(settings: DecodeSettings, model: NodeModel) -> HostKvStore:
@@ -150,6 +185,23 @@ def make_store(settings: DecodeSettings, model: NodeModel) -> HostKvStore:
         model_key=model.loaded.revision_hash.encode(),
         populate=settings.store.populate,
     )
+
+
+def local_prefill_limit(settings: DecodeSettings, step: HostStep | DeviceStep) -> int:
+    """Prompts of which at most so many tokens are not stored are computed on this node.
+
+    Raises:
+        ConfigError: it was asked for where steps run on a GPU.
+    """
+    limit = settings.engine.local_prefill_tokens
+    if isinstance(step, HostStep):
+        return DEFAULT_LOCAL_PREFILL_TOKENS if limit is None else limit
+    if limit:
+        raise ConfigError(
+            f"engine.local_prefill_tokens is {limit}, and this node decodes on a GPU, where it "
+            f"computes no prompts; leave it out, or set it to 0"
+        )
+    return 0
 
 
 def make_step(

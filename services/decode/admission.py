@@ -16,6 +16,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 
 from fluxion_core.errors import CapacityError, DrainingError
 from fluxion_core.kvstore.store import HostKvStore, SequenceKv
@@ -103,6 +104,7 @@ class Admission:
         client: str = "",
         priority: Priority = Priority.NORMAL,
         deadline_seconds: float | None = None,
+        approximation: str = "",
     ) -> AsyncIterator[Admitted]:
         """Hold memory for one request; everything is given back on the way out.
 
@@ -112,6 +114,7 @@ class Admission:
             client: who asks; clients get their turns fairly.
             priority: of the request.
             deadline_seconds: time left; None for ever. Who would wait longer is refused at once.
+            approximation: see `HostKvStore.reserve`.
 
         Raises:
             CapacityError: it can never fit, too many wait already, or the deadline would pass
@@ -124,7 +127,10 @@ class Admission:
             math.inf if deadline_seconds is None else self._clock() + deadline_seconds,
             len(token_ids) + max_new_tokens,
         )
-        admitted = await self._wait_for_room(turn, token_ids, max_new_tokens)
+        reserve = partial(
+            self._store.reserve, token_ids, max_new_tokens, approximation=approximation
+        )
+        admitted = await self._wait_for_room(turn, reserve, len(token_ids) + max_new_tokens)
         since = self._clock()
         try:
             yield admitted
@@ -135,11 +141,11 @@ class Admission:
             self._wake_first()
 
     async def _wait_for_room(
-        self, turn: _Turn, token_ids: Sequence[int], max_new_tokens: int
+        self, turn: _Turn, reserve: Callable[[], SequenceKv], num_tokens: int
     ) -> Admitted:
         self._refuse_when_draining()
-        self._store.check_can_ever_hold(len(token_ids) + max_new_tokens)
-        if not self._turns and (admitted := self._try_take(turn, token_ids, max_new_tokens)):
+        self._store.check_can_ever_hold(num_tokens)
+        if not self._turns and (admitted := self._try_take(turn, reserve)):
             return admitted
         self._refuse_who_would_wait_in_vain(turn)
         self._line.join(turn)
@@ -147,9 +153,7 @@ class Admission:
         try:
             while True:
                 # Only who is next looks; it is woken whenever memory comes back.
-                if self._line.first() is turn and (
-                    admitted := self._try_take(turn, token_ids, max_new_tokens)
-                ):
+                if self._line.first() is turn and (admitted := self._try_take(turn, reserve)):
                     return admitted
                 await turn.may_look.wait()
                 turn.may_look.clear()
@@ -159,13 +163,11 @@ class Admission:
             self._turns.remove(turn)
             self._wake_first()
 
-    def _try_take(
-        self, turn: _Turn, token_ids: Sequence[int], max_new_tokens: int
-    ) -> Admitted | None:
+    def _try_take(self, turn: _Turn, reserve: Callable[[], SequenceKv]) -> Admitted | None:
         if self._admitted >= self._max_running:
             return None
         try:
-            sequence = self._store.reserve(token_ids, max_new_tokens)
+            sequence = reserve()
         except CapacityError:
             return None
         self._admitted += 1

@@ -3,11 +3,12 @@
 Life of a sequence: `submit` (its prompt's KV is whole in the store, its first token is
 known; or the prompt has begun, and what is not stored of it is computed here, a chunk between two
 steps of the others, which gives the first token), then one new token a step, each given to
-`on_token`, until that says stop, `cancel` is called, or the engine fails. Then `on_end` is called once, and from then on the engine
-does not touch the sequence's memory: the submitter may free it.
+`on_token`, until that says stop, `cancel` is called, or the engine fails. Then `on_end` is called
+once, and from then on the engine does not touch the sequence's memory: the submitter may free it.
 
 A step that fails ends its sequences, a chunk that fails its own, and the engine goes on. A device
-that fails (DeviceError) ends everything: the engine takes no sequence any more and says so to `on_failure`, once.
+that fails (DeviceError) ends everything: the engine takes no sequence any more and says so to
+`on_failure`, once.
 
 `on_token`, `on_end` and `on_failure` run on the engine's thread and must not block. The engine
 knows tokens, not text, requests, gRPC or devices.

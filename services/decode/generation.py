@@ -1,7 +1,8 @@
 """A request's life on the decode node, whichever service brought it.
 
-Checked (request.py), admitted (admission.py), its prompt's KV pulled into the store (kv_ingest.py),
-decoded (engine.py) while tokens stream out, and then everything given back, whichever way it ended.
+Checked (request.py), admitted (admission.py), what is not stored of its prompt's KV pulled into
+the store (kv_ingest.py) or, if it is little, computed here, decoded (engine.py) while tokens stream
+out, and then everything given back, whichever way it ended; what was stored stays findable.
 
 Not here: the services' messages (service.py, vllm_api.py).
 """
@@ -14,6 +15,7 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 
@@ -24,7 +26,7 @@ from fluxion_core.wire.callers import Callers
 from fluxion_core.wire.client_limits import ClientLimits
 from fluxion_proto.v1 import generate_pb2
 from services.decode.admission import Admission, Admitted
-from services.decode.engine import DecodeEngine, DecodeSequence
+from services.decode.engine import DecodeEngine, DecodeSequence, Profiled
 from services.decode.kv_ingest import KvIngest, Prefilled
 from services.decode.metrics import RequestCounters
 from services.decode.planning import Planning
@@ -67,6 +69,7 @@ class Generation:
         ingest: gets prompts computed.
         engine: decodes.
         default_max_new_tokens: for requests that do not say.
+        local_prefill_tokens: the engine computes prompts of which at most so many are not stored.
         planning: policies, and the planner's state of each sequence.
         counters: count how requests go.
         callers: names a request's client.
@@ -81,6 +84,7 @@ class Generation:
         engine: DecodeEngine,
         *,
         default_max_new_tokens: int,
+        local_prefill_tokens: int,
         planning: Planning,
         counters: RequestCounters,
         callers: Callers,
@@ -91,6 +95,7 @@ class Generation:
         self._ingest = ingest
         self._engine = engine
         self._default_max_new_tokens = default_max_new_tokens
+        self._local_prefill_tokens = local_prefill_tokens
         self._planning = planning
         self._counters = counters
         self._callers = callers
@@ -128,28 +133,37 @@ class Generation:
                 client=client,
                 priority=request.priority,
                 deadline_seconds=context.time_remaining(),
+                approximation=self._planning.approximation(request.policy),
             )
             with self._limits.waiting(client, prompt_tokens) as has_waited:
                 async with admission as admitted:
                     admitted_after = time.perf_counter() - arrived
+                    kv = admitted.sequence
+                    is_local = prompt_tokens - kv.shared_tokens <= self._local_prefill_tokens
+                    cached_tokens = kv.shared_tokens if is_local else kv.kv_from_token
                     self._counters.admitted(
                         prompt_tokens=prompt_tokens,
-                        cached_tokens=admitted.sequence.shared_tokens,
+                        cached_tokens=cached_tokens,
+                        is_local=is_local,
                         seconds=admitted_after,
                     )
-                    yield Started(request, admitted.sequence.shared_tokens)
-                    prefilled = await self._ingest.fetch(
-                        request.request_id,
-                        request.prompt_token_ids,
-                        request.sampling,
-                        admitted.sequence,
-                        deadline_seconds=context.time_remaining(),
-                        profile_window=self._planning.profile_window(request.policy),
-                    )
-                    has_waited()
+                    yield Started(request, cached_tokens)
+                    prefilled: Prefilled | None = None
+                    if is_local:
+                        kv.begin_prompt()
+                    else:
+                        prefilled = await self._ingest.fetch(
+                            request.request_id,
+                            request.prompt_token_ids,
+                            request.sampling,
+                            kv,
+                            deadline_seconds=context.time_remaining(),
+                            profile_window=self._planning.profile_window(request.policy),
+                        )
                     decoding = self._decode(request, admitted, prefilled, arrived, admitted_after)
                     async with aclosing(decoding):
                         async for output in decoding:
+                            has_waited()
                             yield output
         except BaseException as error:
             failure = error
@@ -184,32 +198,38 @@ class Generation:
         self,
         request: GenerationRequest,
         admitted: Admitted,
-        prefilled: Prefilled,
+        prefilled: Prefilled | None,
         arrived: float,
         admitted_after: float,
     ) -> AsyncGenerator[Output, None]:
-        """Stream a committed sequence. The engine has let go of it when this ends, however."""
+        """Stream a sequence that is committed, or whose prompt has begun (`prefilled` is None).
+
+        The engine has let go of it when this ends, however.
+        """
         stream = TokenStream(
             request,
             IncrementalDetokenizer(self._model.tokenizer),
             asyncio.get_running_loop(),
         )
-        first_token_id = prefilled.trailer.first_token_id
+        planner = self._planning.planner
+        profile_window = self._planning.profile_window(request.policy)
         sequence = DecodeSequence(
             request_id=request.request_id,
             kv=admitted.sequence,
             policy=request.policy,
             planner_state=(
-                self._planning.planner.new_state(prefilled.profiles) if prefilled.profiles else None
+                planner.new_state(prefilled.profiles) if prefilled and prefilled.profiles else None
             ),
             prompt_token_ids=request.prompt_token_ids,
-            generated_token_ids=[first_token_id],
+            generated_token_ids=[prefilled.trailer.first_token_id] if prefilled else [],
             sampling=request.sampling,
             on_token=stream.take,
             on_end=stream.end,
+            profiled=Profiled(planner, profile_window) if profile_window else None,
         )
         num_tokens, first_token_after, last_token_at = 0, 0.0, 0.0
-        is_running = stream.take(first_token_id)
+        error: BaseException | None = None
+        is_running = prefilled is None or stream.take(prefilled.trailer.first_token_id)
         if is_running:
             self._engine.submit(sequence)
         else:
@@ -218,9 +238,9 @@ class Generation:
             while True:
                 item = await stream.next()
                 if isinstance(item, Ended):
-                    is_running = False
-                    if item.error is not None:
-                        raise item.error
+                    is_running, error = False, item.error
+                    if error is not None:
+                        raise error
                     break
                 now = time.perf_counter()
                 num_tokens += 1
@@ -234,24 +254,22 @@ class Generation:
                 yield item
         finally:
             if is_running:
-                await self._reclaim(sequence, stream)
+                error = await self._reclaim(sequence, stream)
+            if error is None:
+                admitted.sequence.keep(sequence.generated_token_ids)
         assert stream.finish_reason is not None
         yield Finished(
             stream.finish_reason,
             stream.matched_stop,
             generate_pb2.Usage(
                 prompt_tokens=len(request.prompt_token_ids),
-                cached_tokens=admitted.sequence.shared_tokens,
                 generated_tokens=num_tokens,
-                queue_seconds=admitted_after + prefilled.trailer.queue_seconds,
-                prefill_seconds=prefilled.trailer.prefill_seconds,
-                handoff_seconds=prefilled.handoff_seconds,
                 decode_seconds=sequence.decode_seconds,
                 time_to_first_token_seconds=first_token_after,
-                handoff_bytes=prefilled.handoff_bytes,
                 kv_bytes_read_per_token=sequence.reads.total_bytes / max(1, sequence.steps),
                 kv_bytes_in_host_memory=admitted.sequence.held_bytes,
                 kv_reads=self._kv_reads(sequence),
+                **_prompt_usage(sequence, prefilled, admitted_after),
             ),
         )
 
@@ -269,16 +287,20 @@ class Generation:
             groups_everything=reads.groups_everything,
         )
 
-    async def _reclaim(self, sequence: DecodeSequence, stream: TokenStream) -> None:
+    async def _reclaim(self, sequence: DecodeSequence, stream: TokenStream) -> BaseException | None:
         """Wait until the engine has let go of a sequence that nobody wants any more.
 
         Its memory must not be freed before: a step may be reading it. At most one step passes.
+
+        Returns:
+            What went wrong in that step, if anything did.
         """
         self._engine.cancel(sequence)
 
-        async def until_ended() -> None:
-            while not isinstance(await stream.next(), Ended):
+        async def until_ended() -> Ended:
+            while not isinstance(item := await stream.next(), Ended):
                 pass
+            return item
 
         waiting = asyncio.ensure_future(until_ended())
         while not waiting.done():
@@ -287,3 +309,25 @@ class Generation:
             except asyncio.CancelledError:
                 # Cancelled again while cleaning up: the memory is still the engine's.
                 continue
+        return waiting.result().error
+
+
+def _prompt_usage(
+    sequence: DecodeSequence, prefilled: Prefilled | None, admitted_after: float
+) -> dict[str, Any]:
+    """The fields of Usage that say how the prompt's KV came to be."""
+    kv = sequence.kv
+    if prefilled is None:
+        return {
+            "cached_tokens": kv.shared_tokens,
+            "local_prompt_tokens": kv.num_prompt_tokens - kv.shared_tokens,
+            "queue_seconds": admitted_after + sequence.queue_seconds,
+            "prefill_seconds": sequence.prefill_seconds,
+        }
+    return {
+        "cached_tokens": kv.kv_from_token,
+        "queue_seconds": admitted_after + prefilled.trailer.queue_seconds,
+        "prefill_seconds": prefilled.trailer.prefill_seconds,
+        "handoff_seconds": prefilled.handoff_seconds,
+        "handoff_bytes": prefilled.handoff_bytes,
+    }

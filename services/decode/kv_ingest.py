@@ -136,7 +136,7 @@ class KvIngest:
             token_ids=token_ids,
             sampling=codec.sampling_to_proto(sampling),
             layout=codec.layout_to_proto(self._layout),
-            kv_from_token=sequence.shared_tokens,
+            kv_from_token=sequence.kv_from_token,
             want_prompt_profile=profile_window is not None,
             sink_tokens=profile_window.sink_tokens if profile_window else 0,
             recent_tokens=profile_window.recent_tokens if profile_window else 0,
@@ -199,7 +199,7 @@ class KvIngest:
             sequence,
             self._layout,
             num_tokens=sequence.num_prompt_tokens,
-            kv_from_token=sequence.shared_tokens,
+            kv_from_token=sequence.kv_from_token,
         )
         call = channel.unary_stream(_METHOD)(request, timeout=deadline_seconds)
         first_chunk: float | None = None

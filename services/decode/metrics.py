@@ -77,7 +77,8 @@ PROMPT_TOKENS = MetricDefinition(
     "fluxion_prompt_tokens_total",
     "counter",
     "tokens",
-    "Prompt tokens of admitted requests, by source: computed, or cached in the store.",
+    "Prompt tokens of admitted requests, by source: computed by a prefill node, local (computed on "
+    "the decode node), or cached in the store.",
     ("source",),
 )
 GENERATED_TOKENS = MetricDefinition(
@@ -204,7 +205,7 @@ class RequestCounters:
     )
     request_seconds: PlainHistogram = field(default_factory=lambda: PlainHistogram(SECONDS_BOUNDS))
     prompt_tokens: Counter[tuple[str, ...]] = field(
-        default_factory=lambda: Counter({("computed",): 0, ("cached",): 0})
+        default_factory=lambda: Counter({("computed",): 0, ("local",): 0, ("cached",): 0})
     )
     generated_tokens: int = 0
     handoffs: Counter[tuple[str, ...]] = field(default_factory=Counter)
@@ -220,10 +221,13 @@ class RequestCounters:
         if error is None:
             self.request_seconds.observe(seconds)
 
-    def admitted(self, *, prompt_tokens: int, cached_tokens: int, seconds: float) -> None:
-        """A request got its memory, `seconds` after it came."""
+    def admitted(
+        self, *, prompt_tokens: int, cached_tokens: int, is_local: bool, seconds: float
+    ) -> None:
+        """A request got its memory, `seconds` after it came; is_local: its prompt is for this node."""
         self.queue_seconds.observe(seconds)
-        self.prompt_tokens["computed",] += prompt_tokens - cached_tokens
+        source = "local" if is_local else "computed"
+        self.prompt_tokens[source,] += prompt_tokens - cached_tokens
         self.prompt_tokens["cached",] += cached_tokens
 
     def handed_off(self, node: str, *, num_bytes: int, seconds: float) -> None:

@@ -63,6 +63,11 @@ class Planning:
         """The window that a prompt's profile is needed for; None if the policy needs none."""
         return self.window if isinstance(policy, PredictedPolicy) else None
 
+    @staticmethod
+    def approximation(policy: Policy) -> str:
+        """What the store calls KV of tokens that this policy makes; empty for exact KV."""
+        return "" if isinstance(policy, ExactPolicy) else str(policy)
+
     @property
     def baseline_share(self) -> float:
         """Bytes that BASELINE is estimated to read, as a share of the region's KV.

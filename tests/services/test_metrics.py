@@ -95,7 +95,11 @@ async def test_a_request_is_counted_on_both_nodes(
     assert decode["fluxion_inter_token_seconds_count"] == {(): 4}
     assert decode["fluxion_time_to_first_token_seconds_count"] == {(): 1}
     assert decode["fluxion_request_seconds_count"] == {(): 1}
-    assert decode["fluxion_prompt_tokens_total"] == {("computed",): 700, ("cached",): 0}
+    assert decode["fluxion_prompt_tokens_total"] == {
+        ("computed",): 700,
+        ("local",): 0,
+        ("cached",): 0,
+    }
     assert decode["fluxion_handoffs_total"] == {(prefill.address,): 1}
     # K and V, 2 layers, 2 heads of 16 channels in bf16, of 704 tokens: whole blocks.
     assert decode["fluxion_handoff_bytes_total"] == {(prefill.address,): 704 * 2 * 2 * 2 * 16 * 2}

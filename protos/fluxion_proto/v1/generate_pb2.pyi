@@ -135,7 +135,7 @@ class KvReads(_message.Message):
     def __init__(self, policy: _Optional[str] = ..., scanned_bytes_per_token: _Optional[float] = ..., attended_bytes_per_token: _Optional[float] = ..., share_of_exact: _Optional[float] = ..., share_of_fixed_estimate: _Optional[float] = ..., streaming_share: _Optional[float] = ..., groups_by_block_size: _Optional[_Iterable[int]] = ..., groups_nothing: _Optional[int] = ..., groups_everything: _Optional[int] = ...) -> None: ...
 
 class Usage(_message.Message):
-    __slots__ = ("prompt_tokens", "cached_tokens", "generated_tokens", "queue_seconds", "prefill_seconds", "handoff_seconds", "decode_seconds", "time_to_first_token_seconds", "handoff_bytes", "kv_bytes_read_per_token", "kv_bytes_in_host_memory", "kv_reads")
+    __slots__ = ("prompt_tokens", "cached_tokens", "generated_tokens", "queue_seconds", "prefill_seconds", "handoff_seconds", "decode_seconds", "time_to_first_token_seconds", "handoff_bytes", "kv_bytes_read_per_token", "kv_bytes_in_host_memory", "kv_reads", "local_prompt_tokens")
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -148,6 +148,7 @@ class Usage(_message.Message):
     KV_BYTES_READ_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
     KV_BYTES_IN_HOST_MEMORY_FIELD_NUMBER: _ClassVar[int]
     KV_READS_FIELD_NUMBER: _ClassVar[int]
+    LOCAL_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     prompt_tokens: int
     cached_tokens: int
     generated_tokens: int
@@ -160,7 +161,8 @@ class Usage(_message.Message):
     kv_bytes_read_per_token: float
     kv_bytes_in_host_memory: int
     kv_reads: KvReads
-    def __init__(self, prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., queue_seconds: _Optional[float] = ..., prefill_seconds: _Optional[float] = ..., handoff_seconds: _Optional[float] = ..., decode_seconds: _Optional[float] = ..., time_to_first_token_seconds: _Optional[float] = ..., handoff_bytes: _Optional[int] = ..., kv_bytes_read_per_token: _Optional[float] = ..., kv_bytes_in_host_memory: _Optional[int] = ..., kv_reads: _Optional[_Union[KvReads, _Mapping]] = ...) -> None: ...
+    local_prompt_tokens: int
+    def __init__(self, prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., queue_seconds: _Optional[float] = ..., prefill_seconds: _Optional[float] = ..., handoff_seconds: _Optional[float] = ..., decode_seconds: _Optional[float] = ..., time_to_first_token_seconds: _Optional[float] = ..., handoff_bytes: _Optional[int] = ..., kv_bytes_read_per_token: _Optional[float] = ..., kv_bytes_in_host_memory: _Optional[int] = ..., kv_reads: _Optional[_Union[KvReads, _Mapping]] = ..., local_prompt_tokens: _Optional[int] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("request_id", "text", "token_ids", "finish_reason", "usage")

@@ -103,12 +103,26 @@ def test_the_region_ends_where_the_receivers_window_begins():
     assert (wide.region_mass < narrow.region_mass).all()
 
 
-def test_other_queries_than_the_last_are_refused():
+def test_fewer_queries_are_those_of_the_last_tokens():
+    # The last 5 queries alone: means over them, and the largest of all 16 is no smaller.
+    query, key, value = random_layer(600)
+    whole = PromptEstimator(600, WINDOW).estimate(query, key, value)
+    last = PromptEstimator(600, WINDOW).estimate(query[-5:], key, value)
+    singles = [
+        PromptEstimator(600, WINDOW).estimate(query[-5 + n :], key, value) for n in range(1, 5)
+    ]
+    assert (last.worst_log_squares <= whole.worst_log_squares + 1e-5).all()
+    for single in singles:
+        assert (single.worst_log_squares <= last.worst_log_squares + 1e-5).all()
+
+
+def test_more_queries_than_the_last_are_refused():
     query, key, value = random_layer(600)
     estimator = PromptEstimator(600, WINDOW)
-    with pytest.raises(ShapeError, match="need 16 queries and 640 keys"):
-        estimator.estimate(query[:15], key, value)
-    with pytest.raises(ShapeError, match="need 16 queries and 640 keys"):
+    for rows in (torch.cat([query, query[:1]]), query[:0]):
+        with pytest.raises(ShapeError, match="need up to 16 queries and 640 keys"):
+            estimator.estimate(rows, key, value)
+    with pytest.raises(ShapeError, match="need up to 16 queries and 640 keys"):
         estimator.estimate(query, key[:, :600], value)
 
 

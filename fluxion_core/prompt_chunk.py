@@ -1,0 +1,111 @@
+"""Prompts computed where they are decoded: a chunk at a time over the host KV store, on the CPU.
+
+For what a follow-up turn adds to text that is stored already. The tokens of a chunk are the rows of
+one step that all read the same sequence; their keys and values are appended to it like generated
+tokens', so that nothing has to come over the wire. Each row reads everything before it in place,
+which costs as much a token as a decode step with policy exact: long new parts are a prefill node's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fluxion_core.geometry import WindowSpec
+from fluxion_core.hybrid_attention import HybridAttention
+from fluxion_core.kvstore.store import SequenceKv
+from fluxion_core.models.decoder import Decoder
+from fluxion_core.predictor.prompt_estimate import PromptEstimator, padded_tokens
+from fluxion_core.predictor.prompt_profile import PROFILED_QUERIES, PromptProfile
+
+
+@dataclass(frozen=True)
+class PromptEnd:
+    """What a prompt's last chunk gives, beside the KV that is now in the store."""
+
+    logits: Tensor
+    """[vocab_size] float32, after the last token."""
+    profiles: list[PromptProfile]
+    """Of each layer, if they were asked for."""
+
+
+def next_chunk_tokens(num_left: int, most: int) -> int:
+    """How many of the tokens that are left the next chunk takes.
+
+    The last chunk has the last 16 tokens, or all that is left: a profile needs their queries.
+
+    Args:
+        num_left: tokens of the prompt that are not stored yet, above 0.
+        most: that a chunk may take; 16 or more.
+    """
+    if num_left <= most:
+        return num_left
+    return min(most, num_left - min(PROFILED_QUERIES, num_left - 1))
+
+
+def compute_chunk(
+    decoder: Decoder,
+    attention: HybridAttention,
+    sequence: SequenceKv,
+    token_ids: Sequence[int],
+    *,
+    profile_window: WindowSpec | None = None,
+) -> PromptEnd | None:
+    """Compute and store the next tokens of a prompt; commits the sequence after its last one.
+
+    Args:
+        decoder: the model, on the CPU.
+        attention: over the store that holds the sequence.
+        sequence: whose prompt has begun (`SequenceKv.begin_prompt`).
+        token_ids: the prompt's next tokens.
+        profile_window: the default window, if a profile of the prompt is wanted. It is made from
+            the queries of the last chunk, of up to 16 tokens.
+
+    Returns:
+        What follows from the prompt's last token; None before that.
+    """
+    first, count = sequence.num_tokens, len(token_ids)
+    is_last = first + count == sequence.num_prompt_tokens
+    port: HybridAttention | _ProfilingAttention = attention
+    if is_last and profile_window is not None:
+        port = _ProfilingAttention(attention, sequence, profile_window)
+    attention.begin_chunk(sequence, count)
+    hidden = decoder(torch.tensor(token_ids), torch.arange(first, first + count), port)
+    attention.end_chunk()
+    if not is_last:
+        return None
+    sequence.commit()
+    profiles = port.profiles if isinstance(port, _ProfilingAttention) else []
+    return PromptEnd(decoder.logits(hidden[-1:])[0], profiles)
+
+
+class _ProfilingAttention:
+    """Attention of a prompt's last chunk that looks at what its last queries would have needed."""
+
+    def __init__(
+        self, attention: HybridAttention, sequence: SequenceKv, window: WindowSpec
+    ) -> None:
+        self._attention = attention
+        self._sequence = sequence
+        self._estimator = PromptEstimator(sequence.num_prompt_tokens, window)
+        self.profiles: list[PromptProfile] = []
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """See AttentionPort."""
+        attended = self._attention.attend(layer, query, key, value)
+        keys, values = self._stored(layer)
+        last = query[-PROFILED_QUERIES:].float()
+        self.profiles.append(self._estimator.estimate(last, keys, values))
+        return attended
+
+    def _stored(self, layer: int) -> tuple[Tensor, Tensor]:
+        """The prompt's K and V: each [kv_heads, padded tokens, head_dim] float32, then zeros."""
+        sequence = self._sequence
+        slabs = [sequence.store.slab_kv(slab)[layer] for slab in sequence.slabs]
+        blocks = torch.cat(slabs, dim=1)[:, : padded_tokens(sequence.num_prompt_tokens) // 16]
+        both = blocks.float().transpose(1, 2).flatten(2, 3)
+        both[:, :, sequence.num_prompt_tokens :] = 0
+        return both[:, 0], both[:, 1]
