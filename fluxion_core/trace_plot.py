@@ -10,6 +10,9 @@ from fluxion_core.trace_events import TraceEvent, TraceFile, lanes_of
 _HEIGHT = 0.8
 """Of a span; of one that lies in another, this much of that one's."""
 
+_LINE = 0.4
+"""Around spans, points: what lasts less than a pixel is seen too."""
+
 
 def draw_trace(file: TraceFile, path: Path, *, title: str) -> None:
     """Draw it, milliseconds from left to right, lanes from top to bottom.
@@ -41,7 +44,7 @@ def draw_trace(file: TraceFile, path: Path, *, title: str) -> None:
     for row, events in enumerate(spans.values()):
         for (depth, name), bars in _bars(events).items():
             height = _HEIGHT ** (2 * depth + 1)
-            axes.broken_barh(bars, (row - height / 2, height), color=colors[name], linewidth=0)
+            axes.broken_barh(bars, (row - height / 2, height), color=colors[name], linewidth=_LINE)
     axes.set_yticks(range(len(lanes)), labels=list(lanes))
     axes.set_ylim(len(lanes) - 0.5, -0.5)
     axes.set_xlabel("ms")
