@@ -28,7 +28,7 @@ from fluxion_core.decode_step import (
 )
 from fluxion_core.device_usage import DeviceUsage
 from fluxion_core.errors import CapacityError, DeviceError, FluxionError
-from fluxion_core.geometry import KvGeometry, WindowSpec
+from fluxion_core.geometry import BLOCK_TOKENS, KvGeometry, WindowSpec
 from fluxion_core.gpu.board import Board
 from fluxion_core.gpu.device_digests import digests_if_they_fit
 from fluxion_core.gpu.lane import GpuLane
@@ -116,7 +116,7 @@ class DeviceStep:
             GpuLane(
                 geometry,
                 config.num_heads,
-                max_context_tokens,
+                max(BLOCK_TOKENS, len(window.retrieval_region(max_context_tokens + 1))),
                 self._device,
                 num_threads=pool.num_threads,
                 digests=self._digests.place if self._digests is not None else None,

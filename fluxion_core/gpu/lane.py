@@ -36,7 +36,7 @@ class GpuLane:
     Args:
         geometry: of the store, whose memory the device can address.
         num_heads: query heads of the model.
-        max_context_tokens: of a sequence.
+        max_region_tokens: of what is read of a sequence.
         device: that runs the tasks.
         num_threads: of the CPU pool on the other end of the queue.
         digests: copies of the store's digests on the device, to be scanned in their place.
@@ -46,7 +46,7 @@ class GpuLane:
         self,
         geometry: KvGeometry,
         num_heads: int,
-        max_context_tokens: int,
+        max_region_tokens: int,
         device: torch.device,
         *,
         num_threads: int,
@@ -54,7 +54,7 @@ class GpuLane:
     ) -> None:
         nowhere = pinned(16 * geometry.head_dim, dtype=torch.int64)
         self._kernels = [
-            LaneKernels(geometry, num_heads, max_context_tokens, device=device, digests=digests)
+            LaneKernels(geometry, num_heads, max_region_tokens, device=device, digests=digests)
             for _ in range(NUM_SLOTS)
         ]
         self._done = pinned(NUM_SLOTS, dtype=torch.int64)
@@ -85,6 +85,7 @@ class GpuLane:
             slots,
             _GPU_BYTES_PER_NS,
             _CPU_BYTES_PER_NS_OF_A_THREAD * num_threads,
+            digests is not None,
         )
 
     def spans(self) -> list[LaneSpan]:

@@ -183,7 +183,13 @@ class LayerAttention:
 
 class GpuLane:
     def __init__(
-        self, launch: int, slots: Sequence[Sequence[int]], gpu_rate: float, cpu_rate: float, /
+        self,
+        launch: int,
+        slots: Sequence[Sequence[int]],
+        gpu_rate: float,
+        cpu_rate: float,
+        has_digests: bool,
+        /,
     ) -> None: ...
     def spans(self) -> list[tuple[int, int, int, int, int, int]]: ...
 

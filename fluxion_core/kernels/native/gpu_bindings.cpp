@@ -28,14 +28,15 @@ void bind_lane(nb::module_& m) {
   nb::class_<GpuLane>(m, "GpuLane")
       .def("__init__",
            [](GpuLane* self, uintptr_t launch, const std::vector<SlotAddresses>& addresses,
-              double gpu_rate, double cpu_rate) {
+              double gpu_rate, double cpu_rate, bool has_digests) {
              std::vector<GpuLane::Slot> slots;
              for (const auto& [graph, stream, task, done, statistics] : addresses) {
                slots.push_back({at<void>(graph), at<void>(stream), at<LaneTask>(task),
                                 at<const volatile int64_t>(done),
                                 at<const LaneStatistics>(statistics)});
              }
-             new (self) GpuLane(reinterpret_cast<GpuLane::Launch>(launch), slots, gpu_rate, cpu_rate);
+             new (self) GpuLane(reinterpret_cast<GpuLane::Launch>(launch), slots, gpu_rate, cpu_rate,
+                                has_digests);
            })
       .def("spans", [](const GpuLane& lane) {
         std::vector<std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>> spans;

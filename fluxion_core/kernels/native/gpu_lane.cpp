@@ -11,8 +11,10 @@
 namespace fluxion {
 namespace {
 
-// Launching, the first reads' latency, choosing, and telling the host.
-constexpr int64_t kTaskOverheadNs = 30000;
+// From the launch of a first task to its end, if it had nothing to read; what comes after it overlaps.
+constexpr int64_t kTaskOverheadNs = 100000;
+// A task goes back for a gain of at least this.
+constexpr int64_t kGiveBackNs = 30000;
 // Smaller tasks are done by a CPU before the GPU has begun.
 constexpr int64_t kLeastBytes = 64 << 10;
 // A round of fewer bytes tells little about rates.
@@ -22,12 +24,14 @@ constexpr int64_t kStuckNs = 10'000'000'000;
 
 }  // namespace
 
-GpuLane::GpuLane(Launch launch, const std::vector<Slot>& slots, double gpu_rate, double cpu_rate)
+GpuLane::GpuLane(Launch launch, const std::vector<Slot>& slots, double gpu_rate, double cpu_rate,
+                 bool has_digests)
     : launch_(launch),
       slots_(slots),
-      running_(slots.size()),
+      running_(slots.size(), -1),
       gpu_rate_(gpu_rate),
-      cpu_rate_(cpu_rate) {
+      cpu_rate_(cpu_rate),
+      has_digests_(has_digests) {
   if (slots.empty()) throw std::invalid_argument("a GPU lane needs a slot");
 }
 
@@ -46,12 +50,16 @@ void GpuLane::prepare(TaskPool& pool, LayerAttention& attention, int64_t layer,
 void GpuLane::round_begins() {
   has_begun_ = true;
   total_bytes_ = attention_->total_priority();
-  taken_bytes_ = running_bytes_ = finished_bytes_ = 0;
+  taken_bytes_ = busy_bytes_ = waiting_bytes_ = done_bytes_ = 0;
   cpus_done_ns_ = 0;
   num_running_ = 0;
-  since_ns_ = last_done_ns_ = now_ns();
+  since_ns_ = busy_since_ns_ = last_done_ns_ = now_ns();
   while (take_one()) {
   }
+}
+
+int64_t GpuLane::link_bytes(int32_t task) const {
+  return attention_->priority(task) - (has_digests_ ? attention_->scan_bytes(task) : 0);
 }
 
 // Until the CPUs are done with all that the lane has not taken.
@@ -61,24 +69,30 @@ double GpuLane::cpu_left_ns() const {
   return std::max(0.0, double(total_bytes_ - taken_bytes_) / cpu_rate_ - elapsed);
 }
 
-// Until the GPU is done with all that the lane has taken.
+// Until the GPU is done with all that the lane has taken; at first, what it needs to get going.
 double GpuLane::gpu_left_ns() const {
-  const double elapsed = double(now_ns() - since_ns_);
-  const double done = std::clamp(elapsed * gpu_rate_, double(finished_bytes_),
-                                 double(finished_bytes_ + running_bytes_));
-  return (double(taken_bytes_) - done) / gpu_rate_;
+  const double elapsed = double(now_ns() - busy_since_ns_);
+  const double left = kTaskOverheadNs + double(busy_bytes_) / gpu_rate_ - elapsed;
+  return std::max(left, double(waiting_bytes_) / gpu_rate_);
 }
 
 // Take the largest task that the GPU would be done with before the CPUs are done with the rest.
 bool GpuLane::take_one() {
-  const double spare_ns = cpu_left_ns() - gpu_left_ns() - kTaskOverheadNs;
-  const int64_t most =
-      alone_ ? std::numeric_limits<int64_t>::max() : int64_t(spare_ns * gpu_rate_);
-  const int64_t least = alone_ ? 0 : kLeastBytes;
-  if (most < least) return false;
+  if (num_running_ == 0 && waiting_.empty()) {
+    busy_since_ns_ = now_ns();
+    busy_bytes_ = 0;
+  }
+  int64_t least = 0, most = std::numeric_limits<int64_t>::max();
+  if (!alone_) {
+    least = kLeastBytes;
+    most = int64_t((cpu_left_ns() - gpu_left_ns()) * gpu_rate_);
+    if (most < least) return false;
+  }
   const int32_t task = pool_->claim(least, most);
   if (task < 0) return false;
   taken_bytes_ += attention_->priority(task);
+  busy_bytes_ += link_bytes(task);
+  waiting_bytes_ += link_bytes(task);
   waiting_.push_back(task);
   return true;
 }
@@ -88,11 +102,14 @@ void GpuLane::give_back_what_is_late() {
   if (alone_ || waiting_.empty()) return;
   // CPUs that should be done and are not are late themselves.
   if (!cpus_done_ns_ && cpu_left_ns() == 0.0) return;
-  const int64_t bytes = attention_->priority(waiting_.back());
-  if (gpu_left_ns() < cpu_left_ns() + double(bytes) / cpu_rate_ + kTaskOverheadNs) return;
-  if (!pool_->give_back(waiting_.back())) return;
+  const int32_t task = waiting_.back();
+  const int64_t bytes = attention_->priority(task);
+  if (gpu_left_ns() < cpu_left_ns() + double(bytes) / cpu_rate_ + kGiveBackNs) return;
+  if (!pool_->give_back(task)) return;
   waiting_.pop_back();
   taken_bytes_ -= bytes;
+  busy_bytes_ -= link_bytes(task);
+  waiting_bytes_ -= link_bytes(task);
   cpus_done_ns_ = 0;
 }
 
@@ -101,18 +118,18 @@ void GpuLane::poll() {
   const int32_t in_hand = num_running_ + int32_t(waiting_.size());
   if (!cpus_done_ns_ && pool_->remaining() == in_hand) cpus_done_ns_ = now_ns();
   give_back_what_is_late();
-  for (size_t i = 0; i < slots_.size(); ++i) {
-    if (running_[i].task >= 0) continue;
+  for (size_t slot = 0; slot < slots_.size(); ++slot) {
+    if (running_[slot] >= 0) continue;
     if (waiting_.empty() && !take_one()) return;
     const int32_t task = waiting_.front();
     waiting_.pop_front();
-    launch(slots_[i], running_[i], task);
+    waiting_bytes_ -= link_bytes(task);
+    launch(slot, task);
   }
 }
 
-void GpuLane::launch(const Slot& slot, Running& running, int32_t task) {
-  const int64_t bytes = attention_->priority(task);
-  if (bytes == 0) {
+void GpuLane::launch(size_t index, int32_t task) {
+  if (attention_->priority(task) == 0) {
     // Nothing to read: its output is written here.
     attention_->open(task, attention_->num_phases() - 1);
     attention_->close(task);
@@ -120,11 +137,11 @@ void GpuLane::launch(const Slot& slot, Running& running, int32_t task) {
     return;
   }
   if (!error_.empty()) return pool_->complete(task);
+  const Slot& slot = slots_[index];
   attention_->describe(task, queries_, slot.task);
   slot.task->ticket = ++ticket_;
   std::atomic_thread_fence(std::memory_order_release);
-  running = {task, bytes};
-  running_bytes_ += bytes;
+  running_[index] = task;
   ++num_running_;
   if (const int code = launch_(slot.graph, slot.stream)) {
     give_up("could not launch a task: CUDA error " + std::to_string(code));
@@ -133,17 +150,15 @@ void GpuLane::launch(const Slot& slot, Running& running, int32_t task) {
 
 void GpuLane::collect() {
   for (size_t i = 0; i < slots_.size(); ++i) {
-    Running& running = running_[i];
-    if (running.task < 0 || *slots_[i].done != slots_[i].task->ticket) continue;
+    if (running_[i] < 0 || *slots_[i].done != slots_[i].task->ticket) continue;
     std::atomic_thread_fence(std::memory_order_acquire);
-    attention_->finish_elsewhere(running.task, *slots_[i].statistics);
-    spans_.push_back({layer_, running.task, *slots_[i].statistics});
-    running_bytes_ -= running.bytes;
-    finished_bytes_ += running.bytes;
+    attention_->finish_elsewhere(running_[i], *slots_[i].statistics);
+    spans_.push_back({layer_, running_[i], *slots_[i].statistics});
+    done_bytes_ += link_bytes(running_[i]);
     last_done_ns_ = now_ns();
     --num_running_;
-    pool_->complete(running.task);
-    running.task = -1;
+    pool_->complete(running_[i]);
+    running_[i] = -1;
   }
   if (num_running_ > 0 && now_ns() - last_done_ns_ > kStuckNs) {
     give_up("has a task that does not end");
@@ -153,9 +168,9 @@ void GpuLane::collect() {
 // Let the round end; `end` says what happened.
 void GpuLane::give_up(const std::string& what) {
   if (error_.empty()) error_ = "the GPU lane " + what + ", layer " + std::to_string(layer_);
-  for (Running& running : running_) {
-    if (running.task >= 0) pool_->complete(running.task);
-    running.task = -1;
+  for (int32_t& task : running_) {
+    if (task >= 0) pool_->complete(task);
+    task = -1;
   }
   num_running_ = 0;
   for (const int32_t task : waiting_) pool_->complete(task);
@@ -170,9 +185,10 @@ void GpuLane::end() {
     const int64_t done = cpus_done_ns_ ? cpus_done_ns_ : now_ns();
     cpu_rate_ += kNewShare * (double(by_cpu) / double(done - since_ns_) - cpu_rate_);
   }
-  if (finished_bytes_ > kTellingBytes) {
-    const double spent = double(last_done_ns_ - since_ns_);
-    gpu_rate_ += kNewShare * (double(finished_bytes_) / spent - gpu_rate_);
+  // Of rounds in which it always had work.
+  const double spent = double(last_done_ns_ - since_ns_ - kTaskOverheadNs);
+  if (done_bytes_ > kTellingBytes && done_bytes_ == busy_bytes_ && spent > 0.0) {
+    gpu_rate_ += kNewShare * (double(done_bytes_) / spent - gpu_rate_);
   }
 }
 

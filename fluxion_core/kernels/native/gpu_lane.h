@@ -8,7 +8,7 @@
 // is left: near the end of a layer, the other way round would leave everybody waiting for one task.
 // All of a layer's are taken at its beginning, since each of the pool's threads takes one as soon as it
 // can, and then there are none left to choose from. What was taken and is not begun goes back when the
-// GPU turns out to be late.
+// GPU turns out to be late. Bytes that the GPU reads in its own memory cost it nothing here.
 //
 // CUDA is reached through a function pointer alone: nothing here is linked with it, and tests put
 // their own in its place.
@@ -44,7 +44,9 @@ class GpuLane final : public Consumer {
   };
 
   // Rates in bytes per nanosecond, of planned bytes; they follow what is measured from then on.
-  GpuLane(Launch launch, const std::vector<Slot>& slots, double gpu_rate, double cpu_rate);
+  // has_digests: tasks' digests are scanned in the device's memory.
+  GpuLane(Launch launch, const std::vector<Slot>& slots, double gpu_rate, double cpu_rate,
+          bool has_digests);
 
   // Before a layer's round. queries: [batch][heads][head_dim] on the device. alone: no CPU takes part.
   void prepare(TaskPool& pool, LayerAttention& attention, int64_t layer, const float* queries,
@@ -62,24 +64,22 @@ class GpuLane final : public Consumer {
   const std::vector<Span>& spans() const { return spans_; }
 
  private:
-  struct Running {
-    int32_t task = -1;
-    int64_t bytes = 0;
-  };
 
   bool take_one();
   void give_back_what_is_late();
-  void launch(const Slot& slot, Running& running, int32_t task);
+  void launch(size_t slot, int32_t task);
   void collect();
   void give_up(const std::string& what);
   double cpu_left_ns() const;
   double gpu_left_ns() const;
+  int64_t link_bytes(int32_t task) const;
 
   Launch launch_;
   std::vector<Slot> slots_;
-  std::vector<Running> running_;
+  std::vector<int32_t> running_;  // by slot; -1 for none
   std::deque<int32_t> waiting_;  // taken, not launched
   double gpu_rate_, cpu_rate_;
+  bool has_digests_;
   std::vector<Span> spans_;
 
   TaskPool* pool_ = nullptr;
@@ -88,11 +88,12 @@ class GpuLane final : public Consumer {
   const float* queries_ = nullptr;
   bool alone_ = false, has_begun_ = false;
   int64_t ticket_ = 0;
-  int64_t since_ns_ = 0, last_done_ns_ = 0, cpus_done_ns_ = 0;
+  int64_t since_ns_ = 0, busy_since_ns_ = 0, last_done_ns_ = 0, cpus_done_ns_ = 0;
   int32_t num_running_ = 0;
   std::string error_;
-  // Of the round; taken by the lane, and of that what runs and what is done.
-  int64_t total_bytes_ = 0, taken_bytes_ = 0, running_bytes_ = 0, finished_bytes_ = 0;
+  // Planned bytes of the round, and of what the lane took; bytes over the link of what it took since
+  // it was last without work, of what of that is in line, and of what it has done.
+  int64_t total_bytes_ = 0, taken_bytes_ = 0, busy_bytes_ = 0, waiting_bytes_ = 0, done_bytes_ = 0;
 };
 
 }  // namespace fluxion

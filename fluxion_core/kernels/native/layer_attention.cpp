@@ -180,9 +180,15 @@ int64_t LayerAttention::planned_bytes(const Task& task) const {
   int64_t blocks = 0;
   for (int64_t head = 0; head < group_; ++head) blocks += task.budgets[head];
   const int64_t tokens = blocks * (int64_t(kBlockTokens) << task.level);
-  return bytes + std::min(tokens, region) * token_bytes + task.num_blocks * layout_.record_bytes(task.level) /
-                     layout_.record_blocks(task.level);
+  return bytes + std::min(tokens, region) * token_bytes + digest_bytes(task);
 }
+
+int64_t LayerAttention::digest_bytes(const Task& task) const {
+  if (task.level < 0) return 0;
+  return task.num_blocks * layout_.record_bytes(task.level) / layout_.record_blocks(task.level);
+}
+
+int64_t LayerAttention::scan_bytes(int32_t task) const { return digest_bytes(tasks_[size_t(task)]); }
 
 int32_t LayerAttention::open(int32_t index, int32_t phase) {
   Task& task = tasks_[size_t(index)];

@@ -78,6 +78,8 @@ class LayerAttention final : public Work {
   void describe(int32_t task, const float* queries, LaneTask* to) const;
   void finish_elsewhere(int32_t task, const LaneStatistics& read);
   int64_t priority(int32_t task) const { return priorities_[size_t(task)]; }
+  // Of that, digests.
+  int64_t scan_bytes(int32_t task) const;
   int64_t total_priority() const;
 
   // In place of a layer in which every plan is to read nothing: count it.
@@ -124,6 +126,7 @@ class LayerAttention final : public Work {
   void add_blocks(Task& task, int64_t first, int64_t count, uint16_t heads, uint16_t last_tokens);
   PartialState partial(Task& task, int32_t chunk);
   int64_t planned_bytes(const Task& task) const;
+  int64_t digest_bytes(const Task& task) const;
   void count_groups(const Task& task);
 
   SlabLayout layout_;

@@ -19,7 +19,7 @@ from fluxion_core.kernels.sparse_attention.triton import attend_listed, finish_t
 from fluxion_core.kernels.tile_products import MIN_ROWS
 
 LEAST_CHOICE = 1024
-"""Blocks that the top-k has registers for at least; of longer contexts it has a second size."""
+"""Blocks that the top-k has registers for at least; of longer regions it has a second size."""
 MAX_CHOICE_BLOCKS = 1 << 15
 
 
@@ -45,7 +45,7 @@ class LaneKernels:
     Args:
         geometry: layout of the slabs.
         num_heads: query heads of the model.
-        max_context_tokens: longest sequence.
+        max_region_tokens: of what is read of a sequence.
         device: where the scratch lies; without CUDA the kernels run in Triton's interpreter.
         programs: programs that scan and attend. Reads of host memory need 32 or more in flight to
             fill the link (FACTS section 2); with 128 the others read while one computes.
@@ -60,7 +60,7 @@ class LaneKernels:
         self,
         geometry: KvGeometry,
         num_heads: int,
-        max_context_tokens: int,
+        max_region_tokens: int,
         *,
         device: torch.device,
         programs: int = 128,
@@ -73,10 +73,10 @@ class LaneKernels:
             raise ShapeError(f"{group} query heads to a KV head; up to {MAX_GROUP}")
         if programs <= 0 or tile_units <= 0 or tile_units & (tile_units - 1):
             raise ShapeError(f"{programs} programs, tiles of {tile_units} blocks (a power of two)")
-        blocks = ceil_div(max_context_tokens, BLOCK_TOKENS)
+        blocks = ceil_div(max_region_tokens, BLOCK_TOKENS)
         if not 0 < blocks <= MAX_CHOICE_BLOCKS:
             raise ShapeError(
-                f"a context of {max_context_tokens} tokens is {blocks} blocks; the top-k takes up "
+                f"a region of {max_region_tokens} tokens is {blocks} blocks; the top-k takes up "
                 f"to {MAX_CHOICE_BLOCKS}"
             )
         self.geometry, self.group, self.programs, self.tile_units = (

@@ -115,7 +115,7 @@ class _Machine:
         address = ctypes.cast(self._launch, ctypes.c_void_p).value
         assert address is not None
         slot = [tensor.data_ptr() for tensor in (self.descriptor, self.done, self.statistics)]
-        self.lane = _native.GpuLane(address, [[0, 0, *slot]], *rates)
+        self.lane = _native.GpuLane(address, [[0, 0, *slot]], *rates, False)
 
     def step(self, policy: Policy, lane: bool, alone: bool, *, wake_bytes: int = 0) -> StepWork:
         number = 1
