@@ -224,7 +224,7 @@ class RequestCounters:
     def admitted(
         self, *, prompt_tokens: int, cached_tokens: int, is_local: bool, seconds: float
     ) -> None:
-        """A request got its memory, `seconds` after it came; is_local: its prompt is for this node."""
+        """A request got its memory, `seconds` after it came; is_local: this node computes it."""
         self.queue_seconds.observe(seconds)
         source = "local" if is_local else "computed"
         self.prompt_tokens[source,] += prompt_tokens - cached_tokens
