@@ -45,6 +45,9 @@ class LayerAttention final : public Work {
   // the bounds of Quest.
   void rank_by(int64_t row, const Planner& planner) { rankers_[size_t(row)] = &planner; }
 
+  // Whether plans are made here: then the layer's new tokens must be in the store before `submit`.
+  bool makes_plans() const { return plan_ != nullptr; }
+
   // Start a layer on the pool, after its plans have been made where they are. Everything pointed to must live until the pool's `wait` returns.
   //   query    [batch] rows of [heads][head_dim], query_stride apart, unscaled
   //   levels   [batch][kv_heads]  level of digests, or kReadAll, or kReadNothing

@@ -22,11 +22,16 @@ void StepDriver::run(TaskPool& pool, LayerAttention& attention, GpuLane* lane, b
       continue;
     }
     await(layer, batch, step);
-    append(layer, batch, slabs, tokens);
+    // Regions end before the new tokens: these are appended while others are at work, unless a plan
+    // looks at the window first.
+    const bool appends_first = attention.makes_plans();
+    if (appends_first) append(layer, batch, slabs, tokens);
     if (lane != nullptr) lane->prepare(pool, attention, layer, board_.device_queries, alone);
     attention.submit(pool, layer, rows(layer), row_stride(), layer_levels, layer_budgets,
                      board_.output, board_.lse, wake_bytes, alone, lane);
     const bool lane_takes_part = lane != nullptr && lane->has_begun();
+    if (lane_takes_part) lane->poll();
+    if (!appends_first) append(layer, batch, slabs, tokens);
     pool.wait(lane_takes_part ? lane : nullptr);
     if (lane_takes_part) lane->end();
     std::atomic_thread_fence(std::memory_order_release);
