@@ -358,6 +358,79 @@ def bench_kernels(
         plot(report, plot_path)
 
 
+@bench_app.command("serve")
+def bench_serve(
+    *,
+    address: AddressOption = DEFAULT_DECODE_ADDRESS,
+    rate: Annotated[
+        list[float] | None,
+        typer.Option(min=0.001, help="Open loop: requests a second; may be repeated."),
+    ] = None,
+    concurrency: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Closed loop: clients with a request each; may be repeated."),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="Length of prompts, TOKENS or TOKENS=WEIGHT; may be repeated."),
+    ] = None,
+    requests: Annotated[int, typer.Option(min=1, help="Requests of each load.")] = 64,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Made by every request.")] = 32,
+    shared_tokens: Annotated[
+        int, typer.Option(min=0, help="First tokens that are the same in all prompts.")
+    ] = 0,
+    policy: Annotated[
+        str | None, typer.Option(help="What is read; the node's default if not given.")
+    ] = None,
+    deadline_seconds: Annotated[
+        float | None, typer.Option(min=0.001, help="Deadline of every request, s.")
+    ] = None,
+    good_first_token_seconds: Annotated[
+        float | None, typer.Option(min=0.001, help="Goodput: first token at the latest, s.")
+    ] = None,
+    good_token_seconds: Annotated[
+        float | None, typer.Option(min=0.0001, help="Goodput: mean time between tokens, s.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Makes the workload.")] = 2026,
+    connect_seconds: ConnectSecondsOption = 5.0,
+    tls_ca: TlsAuthorityOption = None,
+    tls_cert: TlsCertificateOption = None,
+    tls_key: TlsKeyOption = None,
+    token_file: TokenFileOption = None,
+    json_path: JsonOption = None,
+    plot_path: PlotOption = None,
+) -> None:
+    """Load a decode node: latencies by percentile, throughput, goodput."""
+    from rich.console import Console
+
+    from fluxion_core.benchmark.report import write_json
+    from fluxion_core.benchmark.serve import Length, Load, Objectives, plot
+    from services.cli.connection import client_settings
+    from services.cli.serve_bench import ServeOptions, bench_serve
+
+    options = ServeOptions(
+        lengths=tuple(Length.parse(text) for text in prompt or ["200=2", "2000=1"]),
+        loads=(
+            *(Load(rate=one) for one in rate or ()),
+            *(Load(concurrency=one) for one in concurrency or ()),
+        )
+        or (Load(concurrency=4),),
+        requests=requests,
+        new_tokens=new_tokens,
+        shared_tokens=shared_tokens,
+        policy=policy,
+        deadline_seconds=deadline_seconds,
+        objectives=Objectives(good_first_token_seconds, good_token_seconds),
+        seed=seed,
+    )
+    client = client_settings(connect_seconds, tls_ca, tls_cert, tls_key, token_file)
+    report, figures = asyncio.run(bench_serve(Console(), options, address, client))
+    if json_path is not None:
+        write_json(report, json_path)
+    if plot_path is not None:
+        plot(plot_path, figures)
+
+
 @bench_app.command("prefill")
 def bench_prefill(
     *,

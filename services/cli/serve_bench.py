@@ -1,0 +1,178 @@
+"""`fluxion bench serve`: sends a workload to a decode node and times what comes back.
+
+Prompts are pieces of the demo's document with random first tokens, so that no two share a prefix
+but for what `shared_tokens` asks for. What is measured, and how: fluxion_core/benchmark/serve.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+
+import grpc
+from rich.console import Console
+
+from fluxion_core.benchmark.report import describe_machine
+from fluxion_core.benchmark.serve import (
+    OK,
+    Length,
+    Load,
+    LoadFigures,
+    Objectives,
+    Outcome,
+    PlannedRequest,
+    figures_of,
+    plan_requests,
+    print_table,
+)
+from fluxion_core.config import ClientSettings
+from fluxion_core.errors import ConfigError
+from fluxion_proto.v1 import generate_pb2, generate_pb2_grpc
+from services.cli.connection import connect
+from services.cli.demo import load_document
+
+_RANDOM_TOKENS = 16
+"""At the start of what a prompt does not share: other prompts have other ones."""
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """A workload."""
+
+    lengths: tuple[Length, ...]
+    loads: tuple[Load, ...]
+    requests: int = 64
+    """Of each load."""
+    new_tokens: int = 32
+    """Made by every request."""
+    shared_tokens: int = 0
+    """Of every prompt, the same in all."""
+    policy: str | None = None
+    """The node's default if None."""
+    deadline_seconds: float | None = None
+    """Of every request."""
+    objectives: Objectives = field(default_factory=Objectives)
+    seed: int = 2026
+
+
+async def bench_serve(
+    console: Console, options: ServeOptions, address: str, client: ClientSettings
+) -> tuple[dict[str, object], list[LoadFigures]]:
+    """Run all loads, one after the other; prints the table.
+
+    Returns:
+        the report, and the figures in it.
+
+    Raises:
+        ConfigError: no load or no length, or a prompt does not fit the model's context.
+        FluxionError: the node cannot be reached.
+    """
+    if not options.loads or not options.lengths:
+        raise ConfigError("bench serve needs a load (--rate or --concurrency) and a prompt length")
+    async with connect(address, client) as channel:
+        stub = generate_pb2_grpc.GenerationStub(channel)
+        info = await stub.GetModelInfo(generate_pb2.GetModelInfoRequest())
+        longest = max(length.tokens for length in options.lengths) + options.new_tokens
+        if longest > info.context_tokens:
+            raise ConfigError(
+                f"prompts and new tokens are up to {longest}; the context has {info.context_tokens}"
+            )
+        text = await stub.Tokenize(generate_pb2.TokenizeRequest(text=load_document()))
+        sender = _Sender(stub, options, list(text.token_ids), info.vocab_size)
+        figures = []
+        for number, load in enumerate(options.loads):
+            planned = plan_requests(options.lengths, load, options.requests, options.seed + number)
+            started = time.perf_counter()
+            outcomes = await sender.send(load, planned)
+            seconds = time.perf_counter() - started
+            figures.append(figures_of(load, outcomes, seconds, options.objectives))
+    print_table(console, figures, options.objectives)
+    report = {
+        "machine": describe_machine(),
+        "model": info.name,
+        "device": info.device,
+        "policy": options.policy or info.default_policy,
+        "options": asdict(options),
+        "figures": [asdict(one) for one in figures],
+    }
+    return report, figures
+
+
+class _Sender:
+    """Sends planned requests and times them."""
+
+    def __init__(
+        self,
+        stub: generate_pb2_grpc.GenerationStub,
+        options: ServeOptions,
+        document: Sequence[int],
+        vocab_size: int,
+    ) -> None:
+        self._stub = stub
+        self._options = options
+        self._document = document
+        self._vocab_size = vocab_size
+
+    async def send(self, load: Load, planned: Sequence[PlannedRequest]) -> list[Outcome]:
+        """All of them, as the load says."""
+        started = time.perf_counter()
+        if load.concurrency is None:
+
+            async def at_its_time(one: PlannedRequest) -> Outcome:
+                await asyncio.sleep(max(0.0, started + one.due_seconds - time.perf_counter()))
+                return await self._send(one, started + one.due_seconds)
+
+            return list(await asyncio.gather(*map(at_its_time, planned)))
+        outcomes: list[Outcome] = []
+        left = iter(planned)
+
+        async def client(mine: Iterator[PlannedRequest]) -> None:
+            for one in mine:
+                outcomes.append(await self._send(one, time.perf_counter()))
+
+        # One iterator for all: each takes the next request when its last one is done.
+        await asyncio.gather(*(client(left) for _ in range(load.concurrency)))
+        return outcomes
+
+    async def _send(self, one: PlannedRequest, due: float) -> Outcome:
+        options = self._options
+        request = generate_pb2.GenerateRequest(
+            max_new_tokens=options.new_tokens, ignore_eos=True, policy=options.policy
+        )
+        request.token_ids.ids.extend(self._prompt(one))
+        arrivals: list[float] = []
+        usage = generate_pb2.Usage()
+        status = OK
+        try:
+            async for response in self._stub.Generate(request, timeout=options.deadline_seconds):
+                arrivals += [time.perf_counter()] * len(response.token_ids)
+                if response.finish_reason:
+                    usage = response.usage
+        except grpc.aio.AioRpcError as error:
+            status = error.code().name
+        return Outcome(
+            prompt_tokens=one.prompt_tokens,
+            status=status,
+            end_seconds=time.perf_counter() - due,
+            first_token_seconds=arrivals[0] - due if arrivals else None,
+            token_gaps=tuple(later - earlier for earlier, later in pairwise(arrivals)),
+            queue_seconds=usage.queue_seconds,
+            cached_tokens=usage.cached_tokens,
+        )
+
+    def _prompt(self, one: PlannedRequest) -> list[int]:
+        generator = random.Random(one.seed)
+        shared = self._piece(0, min(self._options.shared_tokens, one.prompt_tokens))
+        own = one.prompt_tokens - len(shared)
+        drawn = [generator.randrange(self._vocab_size) for _ in range(min(own, _RANDOM_TOKENS))]
+        first = generator.randrange(len(self._document))
+        return shared + drawn + self._piece(first, own - len(drawn))
+
+    def _piece(self, first: int, count: int) -> list[int]:
+        """Tokens of the document, from the start again after its end."""
+        document = self._document
+        return [document[(first + place) % len(document)] for place in range(count)]
