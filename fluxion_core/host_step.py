@@ -17,6 +17,7 @@ from fluxion_core.hybrid_attention import HybridAttention
 from fluxion_core.kvstore.store import SequenceKv
 from fluxion_core.models.decoder import Decoder
 from fluxion_core.prompt_chunk import PromptEnd, compute_chunk
+from fluxion_core.scheduler.pool_spans import PoolSpans
 
 
 class HostStep:
@@ -33,6 +34,8 @@ class HostStep:
     def __init__(self, decoder: Decoder, attention: HybridAttention) -> None:
         self._decoder = decoder
         self._attention = attention
+        self.span_source = PoolSpans(attention.pool)
+        """For traces of steps."""
 
     def join(self, sequence: SequenceKv) -> int:
         """Nothing to do: windows are read from the store."""

@@ -66,7 +66,8 @@ class HybridAttention:
         self._geometry = store.geometry
         self._window = window
         self._num_heads = num_heads
-        self._pool = pool
+        self.pool = pool
+        """Threads that do the work."""
         self._planner = planner
         self._step: StepWork | ChunkWork | None = None
         self._output = self._lse = torch.empty(0)
@@ -122,7 +123,7 @@ class HybridAttention:
         plan = min(layer, step.levels.shape[0] - 1)
         # Pointers into tensors that live until `wait` returns.
         step.tasks.submit(
-            self._pool.native,
+            self.pool.native,
             layer,
             rows.data_ptr(),
             rows.stride(0),
@@ -132,7 +133,7 @@ class HybridAttention:
             self._lse.data_ptr(),
             WAKE_BYTES,
         )
-        self._pool.wait()
+        self.pool.wait()
         step.tasks.finish_layer()
         return self._output.to(query.dtype, copy=True)
 

@@ -31,6 +31,7 @@ from fluxion_core.errors import CapacityError, DeviceError, FluxionError
 from fluxion_core.geometry import BLOCK_TOKENS, KvGeometry, WindowSpec
 from fluxion_core.gpu.board import Board
 from fluxion_core.gpu.device_digests import digests_if_they_fit
+from fluxion_core.gpu.device_spans import DeviceSpans, StepRecord
 from fluxion_core.gpu.lane import GpuLane
 from fluxion_core.gpu.pinned import RegisteredStore
 from fluxion_core.gpu.step_graph import StepGraph
@@ -101,6 +102,7 @@ class DeviceStep:
         self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
         self._steps = 0
         self._times: StepTimes | None = None
+        self._num_rows = 0
         self.usage = DeviceUsage()
         """What steps did to the device; `host_step` and `no_work` are for whoever runs them."""
         self.usage.pcie_bytes["host_to_device", "weights"] = sum(
@@ -183,6 +185,7 @@ class DeviceStep:
             attends_window=False,
             given=[row.given for row in rows],
         )
+        self._num_rows = len(rows)
         size = min(size for size in self._graphs if size >= len(rows))
         graph = self._graphs[size]
         self._write_inputs(rows)
@@ -230,6 +233,23 @@ class DeviceStep:
         """Where the last step's time went."""
         assert self._times is not None, "no step has been run"
         return self._times
+
+    @property
+    def span_source(self) -> DeviceSpans:
+        """For traces of steps."""
+        return DeviceSpans(self, self._pool)
+
+    def record(self) -> StepRecord:
+        """What the last step has left for a trace."""
+        board, head_dim = self.board, self._store.geometry.head_dim
+        return StepRecord(
+            stamps=board.stamps.numpy().copy(),
+            skip=board.skip.numpy().copy(),
+            tasks=self._lane.spans() if self._lane is not None else [],
+            digests_on_device=self.digests_on_device,
+            published_bytes=self._num_rows * board.rows[0, 0].nbytes,
+            answered_bytes=self._num_rows * self._num_heads * (head_dim + 1) * 4,
+        )
 
     def close(self) -> None:
         """Let go of the device: wait for it, then unpin the store. Idempotent.

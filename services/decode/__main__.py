@@ -16,6 +16,7 @@ from fluxion_core.hybrid_attention import HybridAttention
 from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.scheduler.scheduler import CpuPool
 from fluxion_core.telemetry import event
+from fluxion_core.trace import TraceRecorder
 from fluxion_core.wire.channel import check_client
 from fluxion_core.wire.server import NodeServer
 from fluxion_proto.v1 import generate_pb2_grpc
@@ -73,10 +74,12 @@ async def serve(settings: DecodeSettings, ending: asyncio.Event) -> None:
         nodes = PrefillNodes(settings.prefill.addresses, settings.prefill.client)
         closing.push_async_callback(nodes.close)
         local_prefill_tokens = local_prefill_limit(settings, step)
+        trace = TraceRecorder(step.span_source)
         engine = DecodeEngine(
             step,
             prompts=step if isinstance(step, HostStep) else None,
             on_failure=failure.tell,
+            trace=trace,
         )
         counters = RequestCounters()
         admission = Admission(
@@ -93,6 +96,7 @@ async def serve(settings: DecodeSettings, ending: asyncio.Event) -> None:
                 vocab_size=model.loaded.config.vocab_size,
                 num_heads=model.loaded.config.num_heads,
                 counters=counters,
+                trace=trace,
             ),
             engine,
             default_max_new_tokens=settings.engine.default_max_new_tokens,
@@ -103,6 +107,7 @@ async def serve(settings: DecodeSettings, ending: asyncio.Event) -> None:
             limits=server.limits,
         )
         device = model.loaded.decoder.embedding.device
+        metrics.take_trace = trace.take
         metrics.loaded(
             model.loaded.name,
             str(device),

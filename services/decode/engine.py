@@ -37,6 +37,7 @@ from fluxion_core.prompt_chunk import PromptEnd, next_chunk_tokens
 from fluxion_core.selector.planner import Planner, PlannerState
 from fluxion_core.selector.policy import Policy
 from fluxion_core.telemetry import event
+from fluxion_core.trace import ENGINE_LANE, TraceRecorder
 from services.decode.read_totals import ReadTotals
 
 _log = logging.getLogger(__name__)
@@ -155,6 +156,7 @@ class DecodeEngine:
         step: runs them.
         prompts: computes what is not stored of prompts; without it they must be whole.
         on_failure: told when the device has failed for good.
+        trace: records steps when it is asked to.
     """
 
     def __init__(
@@ -163,8 +165,10 @@ class DecodeEngine:
         *,
         prompts: PromptComputer | None = None,
         on_failure: Callable[[DeviceError], None] = lambda _: None,
+        trace: TraceRecorder | None = None,
     ) -> None:
         self._step = step
+        self._trace = trace or TraceRecorder()
         self._prompts = prompts
         self._on_failure = on_failure
         self._changed = threading.Condition()
@@ -241,7 +245,8 @@ class DecodeEngine:
                 self._statistics.steps + 1, started, tuple(s.request_id for s in batch)
             )
             try:
-                finished = self._run_step(batch)
+                with self._trace.step(len(batch)):
+                    finished = self._run_step(batch)
             except Exception as error:
                 _log.exception(event("decode step failed", sequences=len(batch)))
                 if isinstance(error, DeviceError):
@@ -310,9 +315,10 @@ class DecodeEngine:
         has_streams = any(one.generated_token_ids for one in running)
         self._current = CurrentStep(self._statistics.steps + 1, started, (sequence.request_id,))
         try:
-            goes_on = self._compute_chunk(
-                sequence, CHUNK_TOKENS_BESIDE_STREAMS if has_streams else CHUNK_TOKENS
-            )
+            with self._trace.span(ENGINE_LANE, "prompt chunk"):
+                goes_on = self._compute_chunk(
+                    sequence, CHUNK_TOKENS_BESIDE_STREAMS if has_streams else CHUNK_TOKENS
+                )
         except Exception as error:
             _log.exception(event("chunk of a prompt failed", request_id=sequence.request_id))
             self._end(sequence, error)
@@ -349,7 +355,8 @@ class DecodeEngine:
     @torch.inference_mode()
     def _run_step(self, batch: list[DecodeSequence]) -> list[DecodeSequence]:
         """One token for every sequence of the batch; returns those that are finished."""
-        logits, reads = self._step.run([self._row(sequence) for sequence in batch])
+        with self._trace.span(ENGINE_LANE, "forward"):
+            logits, reads = self._step.run([self._row(sequence) for sequence in batch])
         finished = []
         for row, sequence in enumerate(batch):
             token = sample(
