@@ -83,6 +83,25 @@ async def test_batches_do_not_change_a_sequences_tokens(start_prefill, start_dec
             await assert_nothing_is_held(stub)
 
 
+async def test_sixty_four_streams_get_what_each_gets_alone_though_few_fit_at_a_time(
+    start_prefill, start_decode, open_stub
+):
+    lengths = [20, 150, 40, 900, 60, 300, 1500, 100]
+    requests = [
+        request_of(f"{number} " + "x" * lengths[number % 8], max_new_tokens=16, ignore_eos=True)
+        for number in range(64)
+    ]
+    async with start_prefill() as prefill:
+        async with start_decode(prefill.address) as node, open_stub(node.address) as stub:
+            alone = [await tokens_of(stub, request) for request in requests]
+        few = {"store_bytes": 3 << 20, "max_running_sequences": 6}
+        async with start_decode(prefill.address, **few) as node, open_stub(node.address) as stub:
+            together = await asyncio.gather(*(tokens_of(stub, request) for request in requests))
+            await assert_nothing_is_held(stub)
+    assert list(together) == alone
+    assert {len(tokens) for tokens in alone} == {16}
+
+
 async def test_sampling_with_a_seed_repeats_and_without_one_varies(
     start_prefill, start_decode, open_stub
 ):
