@@ -124,7 +124,7 @@ def load(seconds: float) -> None:
         except ComposeTestError as error:
             failures.append(error)
 
-    clients = [threading.Thread(target=client, args=(1000 * place,)) for place in (1, 2)]
+    clients = [threading.Thread(target=client, args=(1001 * place,)) for place in (1, 2)]
     for one in clients:
         one.start()
     for one in clients:
@@ -149,6 +149,12 @@ def lose_a_prefill_node() -> None:
         if not generate(100 + number, characters=1500):
             raise ComposeTestError("an empty answer after a prefill node was killed")
     step("4 requests served without it")
+
+
+def sizes_of_images() -> list[str]:
+    """Of what was built, the base image included."""
+    named = ("--filter", "reference=fluxion-*:latest", "--format", "{{.Repository}} {{.Size}}")
+    return run("docker", "images", *named).splitlines()
 
 
 def check_nothing_is_left() -> None:
@@ -198,7 +204,7 @@ def main() -> int:
         return 1
     try:
         compose("build")
-        step("built: " + run("docker", "images", "--format", "{{.Repository}} {{.Size}}"))
+        step("built: " + ", ".join(sizes_of_images()))
         bring_up_and_use()
     except ComposeTestError as error:
         print(compose("logs", "--tail", "40", check=False))
