@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -121,3 +123,87 @@ def counters(cluster: Cluster) -> dict[str, float]:
         lines = answer.read().decode().splitlines()
     pairs = [line.rsplit(" ", 1) for line in lines if line and not line.startswith("#")]
     return {name: float(value) for name, value in pairs}
+
+
+def test_the_engine_agrees_with_the_card(
+    lanes: str, on_gpu: Cluster, document_tokens: list[int]
+) -> None:
+    """Over some seconds in which four long sequences are decoded and nothing else runs."""
+    if lanes == "cpu":
+        pytest.skip("hardly a byte crosses the link")
+    streams = [_Stream(on_gpu, document_tokens[first : first + 6500]) for first in range(4)]
+    try:
+        for stream in streams:
+            stream.has_begun.wait(120)
+        # The card's counter is moved on once a second: whole seconds are compared.
+        before = _after_a_look(on_gpu)
+        activity = []
+        for _ in range(4):
+            time.sleep(1)
+            activity.append(counters(on_gpu).get('fluxion_nvml_activity_ratio{unit="graphics"}'))
+        after = _after_a_look(on_gpu)
+        assert not any(stream.has_ended.is_set() for stream in streams), "too short to measure"
+    finally:
+        for stream in streams:
+            stream.cancel()
+    if None in activity:
+        pytest.skip("the driver does not tell this card's activity")
+
+    def grown(name: str) -> float:
+        return sum(after[key] - before[key] for key in after if key.startswith(name))
+
+    idle = 'fluxion_gpu_idle_seconds_total{cause="%s"}'
+    whole = grown("fluxion_gpu_busy_seconds_total") + grown("fluxion_gpu_idle_seconds_total")
+    # A kernel that waits for the host is one that runs, to the card.
+    at_rest = (grown(idle % "host_step") + grown(idle % "no_work")) / whole
+    engine = grown('fluxion_pcie_bytes_total{direction="host_to_device"')
+    card = grown('fluxion_nvml_pcie_bytes_total{direction="host_to_device"}')
+    seen = 1 - sum(activity) / len(activity)
+    figures = {
+        "engine GB/s": engine / whole / 1e9,
+        "card over engine": card / engine,
+        "engine: at rest": at_rest,
+        "card: at rest": seen,
+        "engine: waits for the host": grown(idle % "host_attention") / whole,
+    }
+    print(lanes, {name: round(value, 3) for name, value in figures.items()})
+    # Headers are a sixth of the payload where packets carry 128 bytes, less where they carry more.
+    assert 1.0 <= card / engine <= 1.16 * 1.1
+    assert seen == pytest.approx(at_rest, abs=0.1)
+
+
+def _after_a_look(cluster: Cluster) -> dict[str, float]:
+    """The counters just after the card's have moved."""
+    name = 'fluxion_nvml_pcie_bytes_total{direction="host_to_device"}'
+    first = counters(cluster)
+    deadline = time.monotonic() + 10
+    while (now := counters(cluster)).get(name) == first.get(name) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return now
+
+
+class _Stream:
+    """A long answer, read by a thread."""
+
+    def __init__(self, cluster: Cluster, token_ids: list[int]) -> None:
+        request = generate_pb2.GenerateRequest(max_new_tokens=1600, ignore_eos=True)
+        request.token_ids.ids.extend(token_ids)
+        self.has_begun, self.has_ended = threading.Event(), threading.Event()
+        self._channel = grpc.insecure_channel(cluster.decode.address)
+        self._call = generate_pb2_grpc.GenerationStub(self._channel).Generate(request)
+        self._thread = threading.Thread(target=self._read)
+        self._thread.start()
+
+    def _read(self) -> None:
+        try:
+            for _ in self._call:
+                self.has_begun.set()
+        except grpc.RpcError:
+            pass
+        self.has_ended.set()
+
+    def cancel(self) -> None:
+        """End it."""
+        self._call.cancel()
+        self._thread.join()
+        self._channel.close()
