@@ -28,53 +28,60 @@ from services.prefill.config import PrefillNodeSettings
 TOY_CONTEXT_TOKENS = 2048
 
 
+def write_toy_model(
+    directory: Path, seed: int, *, num_layers: int = 2, context_tokens: int = TOY_CONTEXT_TOKENS
+) -> None:
+    """Write a random Llama that reads and writes bytes into an empty directory."""
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": 256,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "max_position_embeddings": context_tokens,
+        "tie_word_embeddings": False,
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    generator = torch.Generator().manual_seed(seed)
+
+    def weight(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+
+    tensors = {"model.embed_tokens.weight": weight(256, 64) * 8}
+    tensors["lm_head.weight"] = weight(256, 64) * 2
+    tensors["model.norm.weight"] = torch.ones(64)
+    for index in range(num_layers):
+        layer = f"model.layers.{index}"
+        tensors[f"{layer}.input_layernorm.weight"] = torch.ones(64)
+        tensors[f"{layer}.post_attention_layernorm.weight"] = torch.ones(64)
+        tensors[f"{layer}.self_attn.q_proj.weight"] = weight(64, 64)
+        tensors[f"{layer}.self_attn.k_proj.weight"] = weight(32, 64)
+        tensors[f"{layer}.self_attn.v_proj.weight"] = weight(32, 64)
+        tensors[f"{layer}.self_attn.o_proj.weight"] = weight(64, 64)
+        tensors[f"{layer}.mlp.gate_proj.weight"] = weight(96, 64)
+        tensors[f"{layer}.mlp.up_proj.weight"] = weight(96, 64)
+        tensors[f"{layer}.mlp.down_proj.weight"] = weight(64, 96)
+    save_file(tensors, directory / "model.safetensors")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {character: index for index, character in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(directory / "tokenizer.json"))
+
+
 @pytest.fixture(scope="session")
 def make_toy_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
     """Directory of a random Llama of two layers that reads and writes bytes; one per seed."""
 
     def make(seed: int) -> Path:
         directory = tmp_path_factory.mktemp(f"toy{seed}")
-        config = {
-            "architectures": ["LlamaForCausalLM"],
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 16,
-            "vocab_size": 256,
-            "rms_norm_eps": 1e-5,
-            "rope_theta": 10000.0,
-            "max_position_embeddings": TOY_CONTEXT_TOKENS,
-            "tie_word_embeddings": False,
-        }
-        (directory / "config.json").write_text(json.dumps(config))
-        generator = torch.Generator().manual_seed(seed)
-
-        def weight(*shape: int) -> torch.Tensor:
-            return torch.randn(shape, generator=generator) / shape[-1] ** 0.5
-
-        tensors = {"model.embed_tokens.weight": weight(256, 64) * 8}
-        tensors["lm_head.weight"] = weight(256, 64) * 2
-        tensors["model.norm.weight"] = torch.ones(64)
-        for index in range(2):
-            layer = f"model.layers.{index}"
-            tensors[f"{layer}.input_layernorm.weight"] = torch.ones(64)
-            tensors[f"{layer}.post_attention_layernorm.weight"] = torch.ones(64)
-            tensors[f"{layer}.self_attn.q_proj.weight"] = weight(64, 64)
-            tensors[f"{layer}.self_attn.k_proj.weight"] = weight(32, 64)
-            tensors[f"{layer}.self_attn.v_proj.weight"] = weight(32, 64)
-            tensors[f"{layer}.self_attn.o_proj.weight"] = weight(64, 64)
-            tensors[f"{layer}.mlp.gate_proj.weight"] = weight(96, 64)
-            tensors[f"{layer}.mlp.up_proj.weight"] = weight(96, 64)
-            tensors[f"{layer}.mlp.down_proj.weight"] = weight(64, 96)
-        save_file(tensors, directory / "model.safetensors")
-        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-        vocabulary = {character: index for index, character in enumerate(alphabet)}
-        tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        tokenizer.save(str(directory / "tokenizer.json"))
+        write_toy_model(directory, seed)
         return directory
 
     return make
