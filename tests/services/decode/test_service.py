@@ -102,6 +102,23 @@ async def test_sixty_four_streams_get_what_each_gets_alone_though_few_fit_at_a_t
     assert {len(tokens) for tokens in alone} == {16}
 
 
+async def test_two_decode_nodes_share_two_prefill_nodes(start_prefill, start_decode, open_stub):
+    requests = [
+        request_of(f"{number} " + "x" * 400, max_new_tokens=6, ignore_eos=True)
+        for number in range(8)
+    ]
+    async with start_prefill() as one, start_prefill() as other:
+        both = (one.address, other.address)
+        async with start_decode(*both) as first, start_decode(*both) as second:
+            async with open_stub(first.address) as stub, open_stub(second.address) as other_stub:
+                answers = await asyncio.gather(
+                    *(tokens_of(node, one) for node in (stub, other_stub) for one in requests)
+                )
+                await assert_nothing_is_held(stub)
+                await assert_nothing_is_held(other_stub)
+    assert answers[:8] == answers[8:]
+
+
 async def test_sampling_with_a_seed_repeats_and_without_one_varies(
     start_prefill, start_decode, open_stub
 ):
