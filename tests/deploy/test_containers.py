@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -88,3 +89,21 @@ def test_a_model_is_there_before_its_nodes(services):
         assert services[fetcher]["profiles"] == services[node]["profiles"]
         model = services[node]["environment"]["FLUXION_MODEL__MODEL"]
         assert services[fetcher]["entrypoint"][:3] == ["fluxion", "pull", model]
+
+
+def test_grafana_shows_the_composed_prometheus(services):
+    deploy = ROOT / "deploy" / "grafana"
+    provisioned = deploy / "provisioning"
+    datasources = yaml.safe_load((provisioned / "datasources" / "prometheus.yml").read_text())
+    (source,) = datasources["datasources"]
+    port = services["prometheus"]["ports"][0].rpartition(":")[2]
+    assert source["url"] == f"http://prometheus:{port}"
+    providers = yaml.safe_load((provisioned / "dashboards" / "fluxion.yml").read_text())
+    (provider,) = providers["providers"]
+    path = provider["options"]["path"]
+    assert f"./deploy/grafana/dashboards:{path}:ro" in services["grafana"]["volumes"]
+    home = services["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
+    assert (deploy / "dashboards" / Path(home).relative_to(path)).is_file()
+    for dashboard in (deploy / "dashboards").glob("*.json"):
+        panels = json.loads(dashboard.read_text())["panels"]
+        assert {panel["datasource"]["uid"] for panel in panels} == {source["uid"]}
