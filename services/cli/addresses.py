@@ -10,6 +10,8 @@ from fluxion_core.errors import ConfigError
 
 DEFAULT_DECODE_ADDRESS = "127.0.0.1:7420"
 """Where `fluxion generate` looks for a decode node, and where `fluxion up` puts one if it can."""
+DEFAULT_GATEWAY_ADDRESS = "127.0.0.1:7480"
+"""Where `fluxion up --gateway` puts the gateway if it can."""
 
 _PORTS_NOT_HANDED_OUT = range(20_000, 32_000)
 """Below what Linux (32768) and IANA (49152) hand to outgoing connections and to port 0."""

@@ -7,7 +7,7 @@ import re
 from rich.console import Console
 from rich.text import Text
 
-NODE_COLOURS = {"prefill": "magenta", "decode": "cyan"}
+NODE_COLOURS = {"prefill": "magenta", "decode": "cyan", "gateway": "green"}
 """Colour of each node's prefix."""
 
 _LEVEL_COLOURS = {"DEBUG": "dim", "WARNING": "yellow", "ERROR": "red", "CRITICAL": "bold red"}
@@ -33,14 +33,14 @@ class LogPrinter:
 def render_log_line(node: str, line: str) -> Text:
     """Mark a line with its node. The date and an INFO are left out, other levels are coloured.
 
-    What is not in the nodes' log format (a traceback, a library's own message) is kept whole.
+    What is not in the nodes' log format (a traceback, a library's own message) is kept whole; its
+    colours, if it has any, are shown where there is a terminal.
     """
     text = Text()
     text.append(f"{node:<{_NAME_WIDTH}} │ ", style=NODE_COLOURS.get(node, "blue"))
     match = _LOG_LINE.fullmatch(line)
     if match is None:
-        text.append(line)
-        return text
+        return text.append_text(Text.from_ansi(line))
     level = match["level"]
     text.append(match["time"] + " ", style="dim")
     if level != "INFO":

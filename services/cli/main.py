@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from fluxion_core.errors import FluxionError
-from services.cli.addresses import DEFAULT_DECODE_ADDRESS
+from services.cli.addresses import DEFAULT_DECODE_ADDRESS, DEFAULT_GATEWAY_ADDRESS
 
 
 class _OneSentenceGroup(TyperGroup):
@@ -143,6 +143,16 @@ def up(
     prefill_config: Annotated[
         Path | None, typer.Option(help="TOML file with more of the prefill node's settings.")
     ] = None,
+    gateway: Annotated[
+        bool, typer.Option("--gateway", help="Start the gateway smg too: the OpenAI API.")
+    ] = False,
+    gateway_listen: Annotated[
+        str | None,
+        typer.Option(
+            help=f"HOST:PORT of the gateway, which it turns on; port 0 takes a free one. Without "
+            f"it, {DEFAULT_GATEWAY_ADDRESS} if that is free.",
+        ),
+    ] = None,
     ready_seconds: Annotated[
         float, typer.Option(min=1, help="Time for both nodes to get ready, s.")
     ] = 300.0,
@@ -157,6 +167,8 @@ def up(
         prefill_listen=prefill_listen,
         decode_config=decode_config,
         prefill_config=prefill_config,
+        gateway=gateway or gateway_listen is not None,
+        gateway_listen=gateway_listen,
         ready_seconds=ready_seconds,
     )
     asyncio.run(run_up(options))

@@ -1,4 +1,5 @@
-"""`fluxion up`: a prefill node and a decode node on this machine, in one terminal.
+"""`fluxion up`: a prefill node and a decode node on this machine, in one terminal; with them, if
+wanted, a gateway that gives the OpenAI API.
 
 The nodes are ordinary processes, `python -m services.prefill` and `python -m services.decode`,
 exactly what runs on two machines. This process starts them, shows their logs, and ends them.
@@ -22,6 +23,7 @@ from services.cli.addresses import (
     dial_address,
     split_address,
 )
+from services.cli.gateway import GatewayPlan, plan_gateway
 from services.cli.health import DECODE_SERVICE, PREFILL_SERVICE, wait_until_ready
 from services.cli.logs import LogPrinter
 from services.cli.processes import NodeGroup, NodeProcess, finished_before, stop_signals
@@ -43,8 +45,12 @@ class UpOptions:
     """TOML file with more of the decode node's settings."""
     prefill_config: Path | None = None
     """TOML file with more of the prefill node's settings."""
+    gateway: bool = False
+    """Start a gateway too."""
+    gateway_listen: str | None = None
+    """host:port; none for the default address, or a free port if that is taken."""
     ready_seconds: float = 300.0
-    """Time for both nodes to get ready."""
+    """Time for both nodes to get ready, and then for the gateway."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,14 @@ class NodePlan:
     service: str
     """gRPC service whose health says that the node is ready."""
 
+    async def wait_until_ready(self, *, seconds: float) -> None:
+        """Return as soon as the node serves.
+
+        Raises:
+            PeerUnavailableError: it does not within `seconds`.
+        """
+        await wait_until_ready(self.address, self.service, ClientSettings(), seconds=seconds)
+
 
 async def run_up(options: UpOptions) -> None:
     """Run both nodes until SIGINT or SIGTERM, then end them; a second signal ends them at once.
@@ -67,22 +81,40 @@ async def run_up(options: UpOptions) -> None:
     Raises:
         FluxionError: the model or an address cannot be used, or a node ended by itself.
     """
-    await run_nodes(plan_nodes(options), Console(stderr=True), ready_seconds=options.ready_seconds)
+    plans = plan_nodes(options)
+    gateway = None
+    if options.gateway:
+        ports = [split_address(plan.address, flag="")[1] for plan in plans]
+        gateway = plan_gateway(options.gateway_listen, plans[-1].address, promised=ports)
+    await run_nodes(
+        plans, Console(stderr=True), ready_seconds=options.ready_seconds, gateway=gateway
+    )
 
 
-async def run_nodes(plans: Sequence[NodePlan], console: Console, *, ready_seconds: float) -> None:
-    """Run the planned nodes until a signal; see `run_up`. The last plan is the one to talk to."""
+async def run_nodes(
+    plans: Sequence[NodePlan],
+    console: Console,
+    *,
+    ready_seconds: float,
+    gateway: GatewayPlan | None = None,
+) -> None:
+    """Run the planned nodes until a signal; see `run_up`. The last plan is the one to talk to.
+
+    The gateway is started when they are ready, and ended before them.
+    """
     nodes = NodeGroup(LogPrinter(console))
     with stop_signals(nodes.kill) as stop_requested:
         async with nodes:
-            starting = asyncio.create_task(bring_up(nodes, plans, ready_seconds=ready_seconds))
+            starting = asyncio.create_task(
+                _bring_all_up(nodes, plans, gateway, ready_seconds=ready_seconds)
+            )
             if await finished_before(starting, stop_requested):
                 starting.result()
-                _announce(plans[-1].address, console)
+                _announce(plans[-1].address, gateway, console)
                 ending = asyncio.create_task(nodes.first_exit())
                 if await finished_before(ending, stop_requested):
                     raise ended_early(ending.result(), "while it was serving")
-            console.print("Ending both nodes; Ctrl-C again ends them at once.", style="bold")
+            console.print("Ending what was started; Ctrl-C again ends them at once.", style="bold")
 
 
 def plan_nodes(options: UpOptions) -> tuple[NodePlan, NodePlan]:
@@ -119,7 +151,7 @@ def plan_nodes(options: UpOptions) -> tuple[NodePlan, NodePlan]:
 
 
 async def bring_up(
-    nodes: NodeGroup, plans: Sequence[NodePlan], *, ready_seconds: float
+    nodes: NodeGroup, plans: Sequence[NodePlan | GatewayPlan], *, ready_seconds: float
 ) -> list[NodeProcess]:
     """Start every planned node in `nodes` and return them when all of them are ready.
 
@@ -127,13 +159,7 @@ async def bring_up(
         PeerUnavailableError: a node ended before it was ready, or the time ran out.
     """
     started = [await nodes.start(plan.name, plan.command) for plan in plans]
-    client = ClientSettings()
-    readiness = asyncio.gather(
-        *(
-            wait_until_ready(plan.address, plan.service, client, seconds=ready_seconds)
-            for plan in plans
-        )
-    )
+    readiness = asyncio.gather(*(plan.wait_until_ready(seconds=ready_seconds) for plan in plans))
     exit_watch = asyncio.create_task(nodes.first_exit())
     try:
         await asyncio.wait((readiness, exit_watch), return_when=asyncio.FIRST_COMPLETED)
@@ -166,7 +192,21 @@ def _node_command(node: str, model_path: Path, listen: str, config: Path | None)
     )
 
 
-def _announce(address: str, console: Console) -> None:
+async def _bring_all_up(
+    nodes: NodeGroup,
+    plans: Sequence[NodePlan],
+    gateway: GatewayPlan | None,
+    *,
+    ready_seconds: float,
+) -> None:
+    await bring_up(nodes, plans, ready_seconds=ready_seconds)
+    if gateway is not None:
+        await bring_up(nodes, (gateway,), ready_seconds=ready_seconds)
+
+
+def _announce(address: str, gateway: GatewayPlan | None, console: Console) -> None:
     default = "" if address == DEFAULT_DECODE_ADDRESS else f" --address {address}"
     console.print(f"Ready at {address}. In another terminal:", style="bold green")
     console.print(f'  fluxion generate{default} "Why is the sky dark at night?"', highlight=False)
+    if gateway is not None:
+        console.print(f"OpenAI API at http://{gateway.address}/v1", style="bold green")
