@@ -89,6 +89,7 @@ async def _try_connection(host: str, port: int, tls: ClientTlsSettings) -> None:
 
     Raises:
         OSError: nobody listens, or an SSLError: the handshake failed.
+        AuthenticationError: the node hung up after the handshake.
     """
     context = None
     if tls.authority is not None:
@@ -98,28 +99,33 @@ async def _try_connection(host: str, port: int, tls: ClientTlsSettings) -> None:
             context.load_cert_chain(tls.certificate, tls.key)
     reader, writer = await asyncio.open_connection(host, port, ssl=context)
     try:
-        if context is not None:
-            # A node refuses a client's certificate, or the want of one, after the handshake; one
-            # that accepts it speaks first.
-            await reader.read(1)
+        # A node that takes a connection speaks first; with TLS 1.3 it looks at the client's
+        # certificate, or the want of one, when the client thinks that it is connected.
+        if context is not None and not await _first_byte(reader):
+            raise AuthenticationError(
+                f"{host}:{port} wants a certificate; give --tls-cert and --tls-key"
+                if tls.certificate is None
+                else f"{host}:{port} does not accept the certificate of {tls.certificate}: it is "
+                f"of an authority that the node does not know, or has expired"
+            )
     finally:
         writer.transport.abort()
 
 
-_TLS_REASONS = {
-    "CERTIFICATE_REQUIRED": "the node wants a certificate; give --tls-cert and --tls-key",
-    "UNKNOWN_CA": "the node does not know the authority of --tls-cert",
-    "CERTIFICATE_EXPIRED": "the node says that the certificate of --tls-cert has expired",
-    "WRONG_VERSION_NUMBER": "the node does not speak TLS; leave out --tls-ca",
-}
-"""By a part of OpenSSL's name of the failure."""
+async def _first_byte(reader: asyncio.StreamReader) -> bytes:
+    """What the node says first; nothing if it hangs up."""
+    try:
+        return await reader.read(1)
+    except ConnectionResetError:
+        return b""
 
 
 def _tls_reason(error: ssl.SSLError) -> str:
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"the node's certificate is not accepted by --tls-ca: {error.verify_message}"
-    name = error.reason or str(error)
-    return next((text for part, text in _TLS_REASONS.items() if part in name), name)
+    if error.reason in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"):
+        return "the node does not speak TLS; leave out --tls-ca"
+    return error.reason or str(error)
 
 
 def _reason(error: OSError) -> str:

@@ -27,14 +27,17 @@ from pathlib import Path
 
 from tests.fuzz.harness import Finding, Tally, Target, run_case
 
-HANG_SECONDS = 60.0
-"""No case takes a hundredth of this on an idle machine."""
+HANG_SECONDS = 20.0
+"""Of processor time; no case takes a hundredth of it."""
+STUCK_SECONDS = 600.0
+"""Without a processor's help, such as for a lock."""
 REPORTED_EVERY = 500
 SPARE_ADDRESS_BYTES = 2 << 30
 """Address space that a child may take beyond what it has after its first case."""
 MAX_FINDINGS = 50
 
 _POSITION = struct.Struct("<q")
+_NOT_STARTED = _POSITION.pack(-1)
 
 
 def make_target(name: str) -> Target:
@@ -104,7 +107,6 @@ def fuzz(name: str, progress: Progress, goal: int, save: Callable[[], None]) -> 
     """Run a target's cases, from where it is, until it has had `goal` units."""
     with tempfile.TemporaryDirectory(prefix="fluxion-fuzz-") as directory:
         position = Path(directory) / "position"
-        position.write_bytes(_POSITION.pack(-1))
         while progress.tally.units < goal and len(progress.findings) < MAX_FINDINGS:
             how = _watch_child(name, progress, goal, position, save)
             if how:
@@ -126,7 +128,8 @@ def _watch_child(
     )
     assert child.stdout is not None
     before, started = progress.seconds, time.monotonic()
-    last, since = b"", started
+    last, since, busy_since = _NOT_STARTED, started, 0.0
+    position.write_bytes(_NOT_STARTED)
     buffered = b""
     try:
         with selectors.DefaultSelector() as selector:
@@ -148,15 +151,23 @@ def _watch_child(
                         return ""
                 now = position.read_bytes()
                 if now != last:
-                    last, since = now, time.monotonic()
-                elif time.monotonic() - since > HANG_SECONDS:
-                    child.send_signal(signal.SIGABRT)
-                    child.wait()
-                    return f"no end within {HANG_SECONDS:g} s"
+                    last, since, busy_since = now, time.monotonic(), _processor_seconds(child.pid)
+                elif now != _NOT_STARTED:
+                    busy = _processor_seconds(child.pid) - busy_since
+                    if busy > HANG_SECONDS or time.monotonic() - since > STUCK_SECONDS:
+                        child.send_signal(signal.SIGABRT)
+                        child.wait()
+                        return f"no end after {busy:.0f} s of processor time"
     finally:
         if child.poll() is None:
             child.kill()
             child.wait()
+
+
+def _processor_seconds(pid: int) -> float:
+    """Processor time of a process, all its threads."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _take_line(progress: Progress, line: dict) -> None:
