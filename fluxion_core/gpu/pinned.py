@@ -8,11 +8,14 @@ sides.
 from __future__ import annotations
 
 import logging
+import math
+import weakref
 
 import torch
 from torch import Tensor
 
 from fluxion_core.errors import CapacityError, FluxionError
+from fluxion_core.kvstore.arena import Arena
 from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.telemetry import event
 
@@ -30,6 +33,50 @@ def pinned(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.zeros(*shape, dtype=dtype, pin_memory=True)
 
 
+class PinnedRegion:
+    """Pinned zeros on huge pages, given out in pieces.
+
+    For what a device writes or reads a little of in each layer: it looks addresses up by page, one
+    page after the other, and on ordinary pages that costs more than the bytes.
+
+    Args:
+        size_bytes: of all pieces, 256 for each of them included.
+
+    Raises:
+        CapacityError: the system does not let so much memory be pinned.
+    """
+
+    _ALIGNMENT = 256
+
+    def __init__(self, size_bytes: int) -> None:
+        self._arena = Arena(size_bytes, populate=True)
+        self._used = 0
+        _register(self._arena.address, self._arena.size_bytes, self._arena.size_bytes)
+        # Before the memory goes.
+        weakref.finalize(self, torch.cuda.cudart().cudaHostUnregister, self._arena.address)
+
+    def take(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """The next piece. It must not outlive the region."""
+        start = self._used
+        self._used += math.prod(shape) * dtype.itemsize
+        assert self._used <= self._arena.size_bytes, "the region was made too small"
+        piece: Tensor = self._arena.bytes[start : self._used].view(dtype).view(shape)
+        self._used += -self._used % self._ALIGNMENT
+        return piece
+
+
+def _register(address: int, size_bytes: int, wanted_bytes: int) -> None:
+    error = torch.cuda.cudart().cudaHostRegister(address, size_bytes, _REGISTER_PORTABLE_MAPPED)
+    if int(error) != 0:
+        raise CapacityError(
+            "pinned host memory",
+            needed=wanted_bytes,
+            free=0,
+            unit="B",
+            remedy=f"lower store.host_kv_bytes or raise the memlock limit ({error})",
+        )
+
+
 class RegisteredStore:
     """A host KV store whose memory the current CUDA device may address.
 
@@ -44,20 +91,14 @@ class RegisteredStore:
         self._store = store
         self._pieces: list[int] = []
         address, size = store.arena_address, store.arena_bytes
-        for start in range(0, size, PIECE_BYTES):
-            piece = min(PIECE_BYTES, size - start)
-            error = torch.cuda.cudart().cudaHostRegister(
-                address + start, piece, _REGISTER_PORTABLE_MAPPED
-            )
-            if int(error) != 0:
+        # Whole slabs: no copy of a part of one lies across two pieces, which CUDA refuses.
+        whole = max(1, PIECE_BYTES // store.slab_stride_bytes) * store.slab_stride_bytes
+        for start in range(0, size, whole):
+            try:
+                _register(address + start, min(whole, size - start), size)
+            except CapacityError:
                 self.close()
-                raise CapacityError(
-                    "pinned host memory",
-                    needed=size,
-                    free=start,
-                    unit="B",
-                    remedy=f"lower store.host_kv_bytes or raise the memlock limit ({error})",
-                )
+                raise
             self._pieces.append(address + start)
         store.pins_tables = True
         _log.info(event("arena registered", bytes=size, pieces=len(self._pieces)))
