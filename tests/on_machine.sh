@@ -5,6 +5,7 @@
 # For machines where the project cannot be installed with its pins; needs what README says to install.
 #   OUT           takes reports and journals (.)
 #   PYTEST        arguments of pytest; "none" for no tests
+#   SANITIZE      pytest arguments for one more run under compute-sanitizer's memcheck; unset for none
 #   GPU_STEP      options of fluxion_core.benchmark.gpu_step, separated by spaces; unset for no timing
 #   PLANS         files of recorded plans that are timed beside fixed(16, 5 %), separated by semicolons
 #   WEIGHTS       predictor weights in place of the package's
@@ -29,6 +30,13 @@ if [ "${PYTEST:-}" != none ]; then
   "$python" -m pytest -c /dev/null --rootdir=. --import-mode=importlib -q -x -p no:cacheprovider \
     ${PYTEST:-tests/fluxion_core/kernels tests/fluxion_core/gpu tests/fluxion_core/kvstore} 2>&1 | tail -15
   status=${PIPESTATUS[0]}
+fi
+if [ -n "${SANITIZE:-}" ]; then
+  # shellcheck disable=SC2086
+  compute-sanitizer --tool memcheck --target-processes all --error-exitcode 9 --log-file "$out/memcheck-%p.log" \
+    "$python" -m pytest -c /dev/null --rootdir=. --import-mode=importlib -q -x -p no:cacheprovider $SANITIZE 2>&1 | tail -5
+  status=$((PIPESTATUS[0] | status))
+  grep -h "ERROR SUMMARY" "$out"/memcheck-*.log | sort | uniq -c
 fi
 if [ -n "${GPU_STEP:-}" ]; then
   # shellcheck disable=SC2086
