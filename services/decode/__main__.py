@@ -95,6 +95,7 @@ async def serve(settings: DecodeSettings, ending: asyncio.Event) -> None:
                 model.layout,
                 vocab_size=model.loaded.config.vocab_size,
                 num_heads=model.loaded.config.num_heads,
+                stall_seconds=settings.prefill.stall_seconds,
                 counters=counters,
                 trace=trace,
             ),

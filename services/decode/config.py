@@ -64,6 +64,9 @@ class PrefillSettings(Section):
     """host:port of each prefill node."""
     client: ClientSettings = ClientSettings()
     """How they are called."""
+    stall_seconds: float = Field(default=10.0, gt=0)
+    """A prefill node that sends no KV and does not even say how busy it is for so long has stopped
+    or cannot be reached: its hand-off is tried elsewhere."""
 
 
 class DecodeSettings(NodeSettings):

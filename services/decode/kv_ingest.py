@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import grpc
 
@@ -39,6 +40,7 @@ from fluxion_core.wire.status import RemoteCapacityError, RemoteError, error_fro
 from fluxion_proto.v1 import handoff_pb2
 from services.decode.metrics import RequestCounters
 from services.decode.prefill_nodes import PrefillNodes
+from services.decode.silence import ended_when_silent
 
 _log = logging.getLogger(__name__)
 
@@ -76,6 +78,7 @@ class KvIngest:
         layout: what this node serves.
         vocab_size: first tokens are below it.
         num_heads: query heads of the model, each of which a prompt profile describes.
+        stall_seconds: a node that is silent for longer is given up.
         counters: count what was handed off, and what failed.
         trace: takes a span for each frame, on a lane for each stream.
     """
@@ -87,6 +90,7 @@ class KvIngest:
         *,
         vocab_size: int,
         num_heads: int,
+        stall_seconds: float,
         counters: RequestCounters,
         trace: TraceRecorder | None = None,
     ) -> None:
@@ -96,6 +100,7 @@ class KvIngest:
         self._layout = layout
         self._vocab_size = vocab_size
         self._num_heads = num_heads
+        self._stall_seconds = stall_seconds
 
     async def fetch(
         self,
@@ -202,15 +207,20 @@ class KvIngest:
             kv_from_token=sequence.kv_from_token,
         )
         call = channel.unary_stream(_METHOD)(request, timeout=deadline_seconds)
+        answers = partial(self._nodes.answers, address)
         first_chunk: float | None = None
         try:
-            async for message in call:
-                with self._trace.span(lane, "frame", bytes=len(message)):
-                    kind = codec.take_message(assembler, message)
-                if kind is FrameKind.CHUNK and first_chunk is None:
-                    first_chunk = time.perf_counter()
+            async with ended_when_silent(call, answers, self._stall_seconds) as heard:
+                async for message in call:
+                    heard()
+                    with self._trace.span(lane, "frame", bytes=len(message)):
+                        kind = codec.take_message(assembler, message)
+                    if kind is FrameKind.CHUNK and first_chunk is None:
+                        first_chunk = time.perf_counter()
         except grpc.aio.AioRpcError as error:
             raise _of_node(error_from_rpc(error), address) from None
+        except PeerUnavailableError as error:
+            raise _of_node(error, address) from None
         finally:
             # Ends the stream on the other side too, however this attempt ended.
             call.cancel()

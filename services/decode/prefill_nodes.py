@@ -108,6 +108,16 @@ class PrefillNodes:
         # What we have just sent it, it may not have counted yet.
         return max(float(answer.pending_tokens), float(self._tokens.get(node, 0)))
 
+    async def answers(self, node: str, seconds: float) -> bool:
+        """Whether anything comes back from a node within so many seconds, be it a refusal."""
+        async with self.channel(node) as channel:
+            stub = handoff_pb2_grpc.PrefillNodeStub(channel)
+            try:
+                await stub.GetPrefillLoad(handoff_pb2.GetPrefillLoadRequest(), timeout=seconds)
+            except grpc.aio.AioRpcError as error:
+                return error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED
+        return True
+
     @asynccontextmanager
     async def channel(self, node: str, tokens: int = 0) -> AsyncIterator[grpc.aio.Channel]:
         """The channel to a node that `in_turn` gave; open until the block ends.

@@ -40,11 +40,17 @@ class Node:
     log_path: Path
     address: str = field(default_factory=lambda: f"127.0.0.1:{free_port()}")
     process: subprocess.Popen[bytes] | None = None
+    prefix: tuple[str, ...] = ()
+    """A command that runs the node's in place of itself: nsenter, say."""
+    environment: dict[str, str] = field(default_factory=dict)
+    """Added to this process's own."""
 
     def start(self) -> Node:
         """Start the process; `wait_ready` waits for it."""
-        command = [sys.executable, "-m", f"services.{self.kind}", "--listen", self.address]
-        environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'protos'}"}
+        program = [sys.executable, "-m", f"services.{self.kind}", "--listen", self.address]
+        command = [*self.prefix, *program]
+        paths = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'protos'}"}
+        environment = os.environ | paths | self.environment
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
                 command + self.flags, cwd=ROOT, env=environment, stdout=log, stderr=log
