@@ -6,7 +6,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 NATIVE := $(shell find fluxion_core/kernels/native -type f 2>/dev/null)
 
-.PHONY: demo test lint format bench asan protos dashboards compose-test native clean
+.PHONY: demo test lint format bench asan fuzz protos dashboards compose-test native clean
 
 demo: $(VENV)/.installed  ## ask a question about a 7,000-token document, through two processes
 	$(BIN)/fluxion demo
@@ -39,6 +39,9 @@ asan: $(VENV)/.tested  ## the kernels' tests under AddressSanitizer
 	FLUXION_NATIVE=$$(ls build/asan/_native*.so) LD_PRELOAD=$$(c++ -print-file-name=libasan.so):$$(c++ -print-file-name=libstdc++.so) \
 	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest tests/fluxion_core/kernels tests/fluxion_core/scheduler \
 	  tests/fluxion_core/test_hybrid_attention.py tests/fluxion_core/test_predicted_policies.py --deselect tests/fluxion_core/kernels/test_isa.py
+
+fuzz: $(VENV)/.tested  ## a million hand-off frames, 100,000 model headers, 20,000 requests; resumes
+	nice -n 15 $(BIN)/python -m tests.fuzz --journal build/fuzz.json
 
 dashboards: $(VENV)/.tested  ## Grafana dashboards and console pages from deploy/grafana/panels.py
 	$(BIN)/python deploy/grafana/generate.py

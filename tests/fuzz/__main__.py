@@ -1,4 +1,4 @@
-"""The full load: `python -m tests.fuzz [TARGET ...] --units 1000000 --journal build/fuzz.json`.
+"""The full load: `python -m tests.fuzz [TARGET ...] --journal build/fuzz.json` (`make fuzz`).
 
 Cases run in one child process per target, with a bound on its memory; a child that crashes, hangs
 or runs out of memory is a finding, and another one goes on behind the case that did it. With a
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import faulthandler
 import json
+import logging
 import mmap
 import os
 import resource
@@ -54,10 +55,14 @@ def make_target(name: str) -> Target:
         from tests.fuzz.model_directories import ModelDirectories
 
         return ModelDirectories()
+    if name == "requests":
+        from tests.fuzz.node_requests import NodeRequests
+
+        return NodeRequests()
     raise SystemExit(f"no target {name!r}; there are {', '.join(DEFAULT_UNITS)}")
 
 
-DEFAULT_UNITS = {"handoff": 1_000_000, "gguf": 50_000, "safetensors": 50_000}
+DEFAULT_UNITS = {"handoff": 1_000_000, "gguf": 50_000, "safetensors": 50_000, "requests": 20_000}
 """Units of each target that a full run takes."""
 
 
@@ -181,6 +186,8 @@ def _take_line(progress: Progress, line: dict) -> None:
 def run_child(name: str, seed: int, first: int, position_path: Path) -> None:
     """Run cases for ever, with a bound on memory; a line of JSON on stdout tells of every 500."""
     faulthandler.enable()
+    # Nodes warn of every hand-off that is damaged.
+    logging.disable(logging.WARNING)
     target = make_target(name)
     # Libraries that are loaded at first use are not the cases' memory.
     run_case(target, seed, -1, Tally())
