@@ -51,9 +51,11 @@ void GpuLane::round_begins() {
   has_begun_ = true;
   total_bytes_ = attention_->total_priority();
   taken_bytes_ = busy_bytes_ = waiting_bytes_ = done_bytes_ = 0;
+  const int64_t here = has_digests_ ? attention_->total_scan_bytes() : 0;
+  planned_per_link_byte_ = double(total_bytes_) / double(std::max<int64_t>(1, total_bytes_ - here));
   cpus_done_ns_ = 0;
   num_running_ = 0;
-  since_ns_ = busy_since_ns_ = last_done_ns_ = now_ns();
+  since_ns_ = last_done_ns_ = now_ns();
   while (take_one()) {
   }
 }
@@ -71,6 +73,7 @@ double GpuLane::cpu_left_ns() const {
 
 // Until the GPU is done with all that the lane has taken; at first, what it needs to get going.
 double GpuLane::gpu_left_ns() const {
+  if (num_running_ == 0 && waiting_.empty()) return double(kTaskOverheadNs);
   const double elapsed = double(now_ns() - busy_since_ns_);
   const double left = kTaskOverheadNs + double(busy_bytes_) / gpu_rate_ - elapsed;
   return std::max(left, double(waiting_bytes_) / gpu_rate_);
@@ -78,18 +81,19 @@ double GpuLane::gpu_left_ns() const {
 
 // Take the largest task that the GPU would be done with before the CPUs are done with the rest.
 bool GpuLane::take_one() {
-  if (num_running_ == 0 && waiting_.empty()) {
-    busy_since_ns_ = now_ns();
-    busy_bytes_ = 0;
-  }
   int64_t least = 0, most = std::numeric_limits<int64_t>::max();
   if (!alone_) {
     least = kLeastBytes;
-    most = int64_t((cpu_left_ns() - gpu_left_ns()) * gpu_rate_);
+    most = int64_t((cpu_left_ns() - gpu_left_ns()) * gpu_rate_ * planned_per_link_byte_);
     if (most < least) return false;
   }
   const int32_t task = pool_->claim(least, most);
   if (task < 0) return false;
+  if (num_running_ == 0 && waiting_.empty()) {
+    is_steady_ = taken_bytes_ == 0;
+    busy_since_ns_ = now_ns();
+    busy_bytes_ = 0;
+  }
   taken_bytes_ += attention_->priority(task);
   busy_bytes_ += link_bytes(task);
   waiting_bytes_ += link_bytes(task);
@@ -187,7 +191,7 @@ void GpuLane::end() {
   }
   // Of rounds in which it always had work.
   const double spent = double(last_done_ns_ - since_ns_ - kTaskOverheadNs);
-  if (done_bytes_ > kTellingBytes && done_bytes_ == busy_bytes_ && spent > 0.0) {
+  if (done_bytes_ > kTellingBytes && is_steady_ && spent > 0.0) {
     gpu_rate_ += kNewShare * (double(done_bytes_) / spent - gpu_rate_);
   }
 }

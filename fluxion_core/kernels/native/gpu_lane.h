@@ -94,6 +94,8 @@ class GpuLane final : public Consumer {
   // Planned bytes of the round, and of what the lane took; bytes over the link of what it took since
   // it was last without work, of what of that is in line, and of what it has done.
   int64_t total_bytes_ = 0, taken_bytes_ = 0, busy_bytes_ = 0, waiting_bytes_ = 0, done_bytes_ = 0;
+  double planned_per_link_byte_ = 1.0;  // of the round's tasks
+  bool is_steady_ = true;               // the lane never ran out of work and then took more
 };
 
 }  // namespace fluxion

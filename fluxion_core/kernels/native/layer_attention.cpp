@@ -188,7 +188,11 @@ int64_t LayerAttention::digest_bytes(const Task& task) const {
   return task.num_blocks * layout_.record_bytes(task.level) / layout_.record_blocks(task.level);
 }
 
-int64_t LayerAttention::scan_bytes(int32_t task) const { return digest_bytes(tasks_[size_t(task)]); }
+int64_t LayerAttention::total_scan_bytes() const {
+  int64_t total = 0;
+  for (const Task& task : tasks_) total += digest_bytes(task);
+  return total;
+}
 
 int32_t LayerAttention::open(int32_t index, int32_t phase) {
   Task& task = tasks_[size_t(index)];

@@ -82,8 +82,9 @@ class LayerAttention final : public Work {
   void finish_elsewhere(int32_t task, const LaneStatistics& read);
   int64_t priority(int32_t task) const { return priorities_[size_t(task)]; }
   // Of that, digests.
-  int64_t scan_bytes(int32_t task) const;
+  int64_t scan_bytes(int32_t task) const { return digest_bytes(tasks_[size_t(task)]); }
   int64_t total_priority() const;
+  int64_t total_scan_bytes() const;
 
   // In place of a layer in which every plan is to read nothing: count it.
   void skip_layer(int64_t layer, const int32_t* levels, const int32_t* budgets);
