@@ -49,10 +49,21 @@ def payload(kv: torch.Tensor, layer: int, first: int, count: int) -> bytes:
 
 def ingest(sequence: SequenceKv, kv: torch.Tensor, step: int = 64) -> None:
     layers, end = kv.shape[0], kv.shape[3]
-    for first in range(sequence.shared_tokens, end, step):
+    for first in range(sequence.kv_from_token, end, step):
         count = min(step, end - first)
         for layer in range(layers):
             sequence.write_blocks(layer, first, count, payload(kv, layer, first, count))
+
+
+def append(sequence: SequenceKv, token_ids: list[int], count: int, *, exact: bool = True) -> None:
+    """Store the next tokens of a sequence, one step for all of them."""
+    first = sequence.num_tokens
+    kv = kv_of(token_ids[: first + count])
+    step = StepAppend(GEOMETRY, [sequence], [count])
+    for layer in range(GEOMETRY.num_layers):
+        columns = kv[layer, :, :, first:].permute(2, 0, 1, 3).float()
+        step.append(layer, columns[:, :, 0].contiguous(), columns[:, :, 1].contiguous())
+    step.advance([exact])
 
 
 def stored(store: HostKvStore, token_ids: list[int], new_tokens: int = 0) -> SequenceKv:
@@ -258,8 +269,162 @@ def test_appending_beyond_the_reservation_is_refused():
         StepAppend(GEOMETRY, [sequence])
 
 
+def session(store: HostKvStore, turns: list[int], **options) -> list[int]:
+    """Tokens shared by each of these turns; each is longer than the one before, and kept."""
+    shared = []
+    for length in turns:
+        sequence = store.reserve(list(range(length)), 10, **options)
+        shared.append(sequence.shared_tokens)
+        sequence.begin_prompt()
+        append(sequence, list(range(length)), length - sequence.num_tokens)
+        sequence.commit()
+        check_content(sequence, kv_of(list(range(length))))
+        sequence.keep([7])
+        sequence.release()
+        check_accounting(store)
+        assert store.statistics().used_bytes == store.statistics().reserved_bytes == 0
+    return shared
+
+
+def test_a_turn_finds_all_that_was_kept_of_the_turn_before():
+    store = make_store(4)
+    # Of what was kept, a turn leaves a token to compute; 128 tokens fill a slab.
+    assert session(store, [50, 51, 128, 129, 300, 400]) == [0, 50, 51, 128, 129, 300]
+    assert store.statistics().cached_bytes == 4 * store.slab_stride_bytes
+
+
+def test_generated_tokens_are_found_but_for_those_without_kv():
+    store = make_store(4)
+    first = stored(store, list(range(100)), new_tokens=60)
+    append(first, list(range(150)), 50)
+    first.keep([*range(100, 150), 777])
+    first.release()
+    second = store.reserve([*range(150), 777, 5], 4)
+    assert (second.shared_tokens, second.kv_from_token) == (150, 144)
+    # From a whole block on, a prefill node's KV comes: what is there is written again.
+    kv = kv_of([*range(150), 777, 5])
+    ingest(second, kv)
+    second.commit()
+    check_content(second, kv)
+
+
+@pytest.mark.parametrize("digest_bits", [8, 16])
+@pytest.mark.parametrize("cut", [130, 255, 257, 300])
+def test_digests_of_a_slab_filled_by_two_turns_are_those_of_one(digest_bits: int, cut: int):
+    geometry = KvGeometry(2, 2, 32, slab_tokens=512, digest_bits=digest_bits)
+    tokens = list(range(512))
+    kv = kv_of(tokens, geometry)
+    digests = []
+    for turns in ((512,), (cut, 512)):
+        store = make_store(2, geometry)
+        for length in turns:
+            sequence = store.reserve(tokens[:length], 0)
+            ingest(sequence, kv[:, :, :, :length])
+            sequence.commit()
+            sequence.keep([])
+            sequence.release()
+        assert sequence.shared_tokens == (0 if len(turns) == 1 else cut)
+        again = store.reserve([*tokens, 1], 0)
+        digests.append([store.slab_digest(again.slabs[0], level).clone() for level in range(4)])
+    for one, two in zip(*digests, strict=True):
+        assert torch.equal(one, two)
+
+
+def test_a_tail_has_one_heir_and_moves_no_bytes():
+    store = make_store(6)
+    first = stored(store, list(range(200)))
+    slabs = first.slabs
+    first.keep([])
+    first.release()
+    heir, other = (store.reserve([*range(200), mark], 0) for mark in (1, 2))
+    assert (heir.shared_tokens, heir.slabs) == (200, slabs)
+    assert (other.shared_tokens, other.slabs) == (128, slabs[:1])
+    # Nothing was written: whoever comes next finds the tail again.
+    heir.release()
+    third = store.reserve([*range(200), 3], 0)
+    assert third.shared_tokens == 200
+    # Something was, and did not become whole: nobody may find that.
+    third.write_blocks(0, 192, 9, payload(kv_of([*range(200), 3]), 0, 192, 9))
+    third.release()
+    assert store.reserve([*range(200), 4], 0).shared_tokens == 128
+
+
+def test_a_prompt_that_ends_within_a_tail_leaves_it_alone():
+    store = make_store(4)
+    assert session(store, [200]) == [0]
+    assert store.reserve(list(range(200)), 0).shared_tokens == 128
+    assert store.reserve([*range(190), 5, 6], 0).shared_tokens == 128
+    assert store.reserve(list(range(201)), 0).shared_tokens == 200
+
+
+def test_the_same_text_twice_is_one_tail():
+    store = make_store(4)
+    both = [stored(store, list(range(100))) for _ in range(2)]
+    for sequence in both:
+        sequence.keep([])
+        sequence.release()
+    assert store.statistics().cached_bytes == store.slab_stride_bytes
+    assert store.reserve(list(range(101)), 0).slabs == (0,)
+
+
+def test_tails_give_way_before_what_they_follow():
+    store = make_store(3)
+    assert session(store, [200]) == [0]
+    assert store.reserve([9] * 250, 0).shared_tokens == 0
+    # Two were needed and one was free: the tail went, and the full slab before it stayed.
+    assert (
+        store.prefixes.find(
+            token_array(range(200)), store.prefixes.exact_keys(token_array(range(128))), ""
+        ).num_tokens
+        == 128
+    )
+
+
+def test_approximate_kv_is_for_its_own_kind():
+    store = make_store(20)
+    first = store.reserve(list(range(100)), 200, approximation="fast")
+    ingest(first, kv_of(list(range(100))))
+    first.commit()
+    append(first, list(range(300)), 10)
+    append(first, list(range(300)), 190, exact=False)
+    assert first.exact_tokens == 110
+    first.keep(list(range(100, 300)))
+    first.release()
+    prompt = [*range(300), 1]
+    assert store.reserve(prompt, 0).shared_tokens == 0
+    assert store.reserve(prompt, 0, approximation="faster").shared_tokens == 0
+    own = store.reserve(prompt, 200, approximation="fast")
+    assert (own.shared_tokens, own.exact_tokens) == (300, 0)
+    # All that follows an approximation is one, whoever computes it.
+    own.begin_prompt()
+    append(own, prompt, 1)
+    own.commit()
+    append(own, [*prompt, *range(100)], 100)
+    assert own.exact_tokens == 0
+    own.keep(list(range(100)))
+    own.release()
+    longer = [*prompt, *range(101)]
+    assert store.reserve(longer, 0, approximation="fast").shared_tokens == 401
+    assert store.reserve(longer, 0).shared_tokens == 0
+
+
+def test_exact_kv_is_for_everybody():
+    store = make_store(8)
+    assert session(store, [300]) == [0]
+    own = store.reserve(list(range(301)), 0, approximation="fast")
+    assert (own.shared_tokens, own.exact_tokens) == (300, 300)
+
+
+def test_approximate_kv_without_a_name_is_not_kept():
+    store = make_store(4)
+    sequence = stored(store, list(range(100)), new_tokens=8)
+    append(sequence, list(range(104)), 4, exact=False)
+    with pytest.raises(FluxionError, match="approximation"):
+        sequence.keep(list(range(100, 104)))
+
+
 class StoreMachine(RuleBasedStateMachine):
-    """Any order of reserve, ingest, commit, append and release."""
+    """Any order of reserve, ingest or chunks, commit, append, keep and release."""
 
     live = Bundle("live")
 
@@ -274,11 +439,12 @@ class StoreMachine(RuleBasedStateMachine):
         family=st.integers(0, 1),
         length=st.integers(1, 400),
         room=st.integers(0, 200),
+        approximation=st.sampled_from(["fast", "faster"]),
     )
-    def reserve(self, family: int, length: int, room: int) -> SequenceKv | None:
+    def reserve(self, family: int, length: int, room: int, approximation: str) -> SequenceKv | None:
         tokens = [family] * length
         try:
-            sequence = self.store.reserve(tokens, room)
+            sequence = self.store.reserve(tokens, room, approximation=approximation)
         except CapacityError:
             return None
         self.tokens[sequence], self.room[sequence] = tokens, room
@@ -287,30 +453,35 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(sequence=live)
     def commit(self, sequence: SequenceKv | None) -> None:
         if sequence in self.tokens and not sequence.num_tokens:
+            assert sequence.kv_from_token <= sequence.shared_tokens < sequence.num_prompt_tokens
             sequence.restart()
             ingest(sequence, kv_of(self.tokens[sequence]), step=128)
             sequence.commit()
 
-    @rule(sequence=live, count=st.integers(1, 40))
-    def append(self, sequence: SequenceKv | None, count: int) -> None:
+    @rule(sequence=live, count=st.integers(1, 40), exact=st.booleans())
+    def append(self, sequence: SequenceKv | None, count: int, exact: bool) -> None:
         if sequence not in self.tokens or not sequence.num_tokens:
             return
-        for _ in range(min(count, self.room[sequence])):
-            self.room[sequence] -= 1
-            self.tokens[sequence].append(7)
-            column = kv_of(self.tokens[sequence])[:, :, :, -1]
-            step = StepAppend(GEOMETRY, [sequence])
-            for layer in range(GEOMETRY.num_layers):
-                step.append(
-                    layer,
-                    column[layer, None, :, 0].float(),
-                    column[layer, None, :, 1].float(),
-                )
-            step.advance([True])
+        count = min(count, self.room[sequence])
+        if count:
+            self.room[sequence] -= count
+            self.tokens[sequence] += [sequence.num_tokens % 2] * count
+            append(sequence, self.tokens[sequence], count, exact=exact)
 
-    @rule(sequence=consumes(live))
-    def release(self, sequence: SequenceKv | None) -> None:
+    @rule(sequence=live, most=st.integers(1, 200))
+    def compute_here(self, sequence: SequenceKv | None, most: int) -> None:
+        if sequence not in self.tokens or sequence.num_tokens:
+            return
+        sequence.begin_prompt()
+        while left := sequence.num_prompt_tokens - sequence.num_tokens:
+            append(sequence, self.tokens[sequence], min(left, most))
+        sequence.commit()
+
+    @rule(sequence=consumes(live), is_kept=st.booleans())
+    def release(self, sequence: SequenceKv | None, is_kept: bool) -> None:
         if sequence is not None:
+            if is_kept and sequence in self.tokens:
+                sequence.keep([*self.tokens[sequence][sequence.num_prompt_tokens :], 99])
             sequence.release()
             self.tokens.pop(sequence, None)
 
