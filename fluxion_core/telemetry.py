@@ -29,10 +29,21 @@ def configure_logging(node: str, level: str) -> None:
 def event(message: str, **fields: object) -> str:
     """Render an event with its fields as `message key=value …`; floats get three decimals.
 
-    Never pass prompts, generated text or credentials.
+    Whatever a value holds, the event is one line, and it cannot pass for another field: what cannot
+    be printed is escaped, and so are quotes. Never pass prompts, generated text or credentials.
     """
     parts = [message]
     for key, value in fields.items():
         text = f"{value:.3f}" if isinstance(value, float) else str(value)
-        parts.append(f'{key}="{text}"' if " " in text else f"{key}={text}")
+        if not text.isprintable():
+            text = "".join(map(_printable, text))
+        if " " in text or '"' in text:
+            text = '"' + text.replace('"', '\\"') + '"'
+        parts.append(f"{key}={text}")
     return " ".join(parts)
+
+
+def _printable(character: str) -> str:
+    if character.isprintable():
+        return character
+    return character.encode("unicode_escape").decode()
