@@ -143,6 +143,13 @@ def up(
     prefill_config: Annotated[
         Path | None, typer.Option(help="TOML file with more of the prefill node's settings.")
     ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="Of both nodes: auto, cpu, cuda or cuda:N. auto takes a GPU if it can."),
+    ] = None,
+    lanes: Annotated[
+        str | None, typer.Option(help="Who attends to host KV: auto, cpu, gpu or both.")
+    ] = None,
     gateway: Annotated[
         bool, typer.Option("--gateway", help="Start the gateway smg too: the OpenAI API.")
     ] = False,
@@ -167,6 +174,8 @@ def up(
         prefill_listen=prefill_listen,
         decode_config=decode_config,
         prefill_config=prefill_config,
+        device=device,
+        lanes=lanes,
         gateway=gateway or gateway_listen is not None,
         gateway_listen=gateway_listen,
         ready_seconds=ready_seconds,

@@ -45,6 +45,10 @@ class UpOptions:
     """TOML file with more of the decode node's settings."""
     prefill_config: Path | None = None
     """TOML file with more of the prefill node's settings."""
+    device: str | None = None
+    """Of both nodes: auto, cpu, cuda or cuda:N; none for what their settings say."""
+    lanes: str | None = None
+    """Who attends to host KV: auto, cpu, gpu or both; none for what the settings say."""
     gateway: bool = False
     """Start a gateway too."""
     gateway_listen: str | None = None
@@ -137,8 +141,11 @@ def plan_nodes(options: UpOptions) -> tuple[NodePlan, NodePlan]:
         promised=(split_address(prefill_listen, flag="--prefill-listen")[1],),
     )
     prefill_address = dial_address(prefill_listen)
+    device = () if options.device is None else ("--device", options.device)
+    lanes = () if options.lanes is None else ("--lanes", options.lanes)
     prefill = _node_command("prefill", model_path, prefill_listen, options.prefill_config)
     decode = _node_command("decode", model_path, decode_listen, options.decode_config)
+    prefill, decode = (*prefill, *device), (*decode, *device, *lanes)
     return (
         NodePlan("prefill", prefill, prefill_address, PREFILL_SERVICE),
         NodePlan(

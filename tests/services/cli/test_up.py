@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from fluxion_core.errors import PeerUnavailableError
 from services.cli.health import DECODE_SERVICE, PREFILL_SERVICE
 from services.cli.main import app
-from services.cli.up import NodePlan, run_nodes
+from services.cli.up import NodePlan, UpOptions, plan_nodes, run_nodes
 
 PlanFakeNode = Callable[..., NodePlan]
 ANNOUNCEMENT = "Why is the sky dark"
@@ -93,3 +93,17 @@ def test_a_model_that_is_not_there_is_one_sentence_with_the_remedy(tmp_path: Pat
     assert result.exit_code == 1
     assert result.stderr.startswith("fluxion: ")
     assert "fluxion pull smollm2-135m" in result.stderr
+
+
+def test_device_and_lanes_are_handed_to_the_nodes_that_have_them(tmp_path: Path):
+    model = tmp_path / "model.gguf"
+    model.touch()
+    prefill, decode = (
+        plan.command for plan in plan_nodes(UpOptions(str(model), device="cuda:1", lanes="both"))
+    )
+    assert prefill[-2:] == ("--device", "cuda:1")
+    assert decode[-4:-2] == ("--prefill-addresses", prefill[prefill.index("--listen") + 1])
+    assert ("--device", "cuda:1", "--lanes", "both") == decode[-6:-2]
+    for plan in plan_nodes(UpOptions(str(model))):
+        assert "--device" not in plan.command
+        assert "--lanes" not in plan.command
