@@ -134,9 +134,15 @@ def running_cluster(
 
 @pytest.fixture(scope="session")
 def cluster(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Both nodes with SmolLM2-135M-Instruct on the CPU, for tests that leave them as they were."""
+    """Both nodes with SmolLM2-135M-Instruct on the CPU, for tests that leave them as they were.
+
+    Every prompt goes the whole way, short ones too.
+    """
     with running_cluster(
-        smollm2_path, tmp_path_factory.mktemp("nodes"), "--device", "cpu"
+        smollm2_path,
+        tmp_path_factory.mktemp("nodes"),
+        *("--device", "cpu"),
+        decode_flags=("--engine.local-prefill-tokens", "0"),
     ) as nodes:
         yield nodes
 

@@ -1,0 +1,104 @@
+"""A session of three turns with the real model: short parts computed here, long ones sent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from fluxion_proto.v1 import generate_pb2, generate_pb2_grpc
+from tests.e2e.conftest import Cluster, running_cluster
+
+NEW_TOKENS = 24
+LOCAL_TOKENS = 64
+ADDED = (700, 40, 200)
+"""Tokens that each turn adds: sent by the prefill node, computed here, sent again."""
+
+
+@pytest.fixture(scope="module")
+def nodes(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with running_cluster(
+        smollm2_path,
+        tmp_path_factory.mktemp("sessions"),
+        *("--device", "cpu"),
+        decode_flags=("--engine.local-prefill-tokens", str(LOCAL_TOKENS)),
+    ) as cluster:
+        yield cluster
+
+
+def session(
+    nodes: Cluster, document: list[int], **asked
+) -> list[tuple[list[int], list[int], generate_pb2.Usage]]:
+    """Prompt, answer and usage of each turn."""
+    said: list[int] = []
+    turns = []
+    with grpc.insecure_channel(nodes.decode.address) as channel:
+        stub = generate_pb2_grpc.GenerationStub(channel)
+        for added in ADDED:
+            prompt = [*said, *document[len(said) : len(said) + added]]
+            request = generate_pb2.GenerateRequest(
+                max_new_tokens=NEW_TOKENS, ignore_eos=True, **asked
+            )
+            request.token_ids.ids.extend(prompt)
+            responses = list(stub.Generate(request, timeout=280))
+            answer = [token for response in responses for token in response.token_ids]
+            turns.append((prompt, answer, responses[-1].usage))
+            said = [*prompt, *answer]
+        load = stub.GetLoad(generate_pb2.GetLoadRequest())
+    assert load.host_kv_reserved_bytes == load.host_kv_used_bytes == 0
+    return turns
+
+
+def check_usage(turns: list[tuple[list[int], list[int], generate_pb2.Usage]]) -> None:
+    (prompt, _, first), (_, _, second), (longest, _, third) = turns
+    assert (first.cached_tokens, first.local_prompt_tokens) == (0, 0)
+    # All but the last token of an answer is stored.
+    assert second.cached_tokens == len(prompt) + NEW_TOKENS - 1
+    assert second.local_prompt_tokens == ADDED[1] + 1
+    assert second.handoff_bytes == 0
+    assert third.cached_tokens == (second.prompt_tokens + NEW_TOKENS - 1) // 16 * 16
+    assert third.local_prompt_tokens == 0
+    # K and V of 30 layers, 3 heads of 64 channels, in whole blocks.
+    sent = -(-len(longest) // 16) * 16 - third.cached_tokens
+    assert third.handoff_bytes == sent * 30 * 3 * 2 * 64 * 2
+
+
+@pytest.mark.model
+@pytest.mark.timeout(900)
+def test_every_turns_tokens_are_those_of_transformers_given_the_whole_prompt(
+    nodes: Cluster, smollm2_path: Path, document_tokens: list[int]
+):
+    turns = session(nodes, document_tokens)
+    check_usage(turns)
+    oracle = AutoModelForCausalLM.from_pretrained(
+        smollm2_path.parent, gguf_file=smollm2_path.name, dtype=torch.float32
+    ).eval()
+    for prompt, answer, _ in turns:
+        assert answer == greedy(oracle, prompt)
+
+
+@torch.inference_mode()
+def greedy(model, token_ids: list[int]) -> list[int]:
+    tokens: list[int] = []
+    output = model(torch.tensor([token_ids]), use_cache=True, logits_to_keep=1)
+    for _ in range(NEW_TOKENS):
+        tokens.append(int(output.logits[0, -1].argmax()))
+        output = model(
+            torch.tensor([tokens[-1:]]), past_key_values=output.past_key_values, use_cache=True
+        )
+    return tokens
+
+
+@pytest.mark.model
+@pytest.mark.timeout(900)
+def test_a_session_at_a_level_goes_on_from_its_own_kv(nodes: Cluster, document_tokens: list[int]):
+    turns = session(
+        nodes, document_tokens[2000:], quality=generate_pb2.QualityLevel.QUALITY_LEVEL_BALANCED
+    )
+    check_usage(turns)
+    for _, _, usage in turns:
+        assert 0 < usage.kv_reads.share_of_exact < 1
