@@ -67,8 +67,9 @@ class Tokenizer:
 
         With `add_special_tokens`, the beginning-of-text token comes first where the model has one.
         """
-        ids = self._backend.encode(text, add_special_tokens=False).ids
-        return self._bos + ids if add_special_tokens else ids
+        # Of the library's ways this one lets other threads run meanwhile.
+        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=False)
+        return self._bos + encoding.ids if add_special_tokens else encoding.ids
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids; bytes that are no character become U+FFFD."""

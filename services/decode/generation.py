@@ -15,6 +15,7 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import grpc
@@ -30,7 +31,7 @@ from services.decode.engine import DecodeEngine, DecodeSequence, Profiled
 from services.decode.kv_ingest import KvIngest, Prefilled
 from services.decode.metrics import RequestCounters
 from services.decode.planning import Planning
-from services.decode.request import GenerationRequest, check_request
+from services.decode.request import GenerationRequest, check_request, off_loop
 from services.decode.token_stream import Delta, Ended, TokenStream
 from services.metrics import outcome_of
 from services.node import NodeModel
@@ -121,12 +122,17 @@ class Generation:
         request: GenerationRequest | None = None
         failure: BaseException | None = None
         try:
-            request = check_request(
-                read_message(),
-                self._model.tokenizer,
-                self._model.loaded.config,
-                default_max_new_tokens=self._default_max_new_tokens,
-                planning=self._planning,
+            message = read_message()
+            request = await off_loop(
+                message,
+                partial(
+                    check_request,
+                    message,
+                    self._model.tokenizer,
+                    self._model.loaded.config,
+                    default_max_new_tokens=self._default_max_new_tokens,
+                    planning=self._planning,
+                ),
             )
             prompt_tokens = len(request.prompt_token_ids)
             admission = self._admission.admit(

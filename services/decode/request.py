@@ -6,9 +6,13 @@ here: memory (admission.py) and answers (service.py).
 
 from __future__ import annotations
 
+import asyncio
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from google.protobuf.message import Message
 
 from fluxion_core.errors import ConfigError, ContextLengthError, InvalidRequestError
 from fluxion_core.generation.chat import ChatMessage
@@ -27,6 +31,10 @@ MAX_STOP_STRING_CHARACTERS = 256
 MAX_STOP_TOKEN_IDS = 256
 MAX_REQUEST_ID_CHARACTERS = 128
 MAX_POLICY_CHARACTERS = 64
+OFF_LOOP_BYTES = 32 << 10
+"""Messages from this size on are checked on a thread."""
+
+ResultT = TypeVar("ResultT")
 
 
 @dataclass(frozen=True)
@@ -82,6 +90,16 @@ def _priority(message: generate_pb2.GenerateRequest) -> Priority:
             raise InvalidRequestError(
                 f"priority is {other}; allowed: PRIORITY_LOW, PRIORITY_NORMAL, PRIORITY_HIGH"
             )
+
+
+async def off_loop(message: Message, work: Callable[[], ResultT]) -> ResultT:
+    """What `work` makes of a message; of a large one on a thread, so that the event loop goes on.
+
+    Cutting a text into tokens takes about a second per MiB.
+    """
+    if message.ByteSize() < OFF_LOOP_BYTES:
+        return work()
+    return await asyncio.to_thread(work)
 
 
 def prompt_token_ids(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from functools import partial
 
 import grpc
 
@@ -16,7 +17,7 @@ from services.decode.admission import Admission
 from services.decode.engine import DecodeEngine
 from services.decode.generation import Finished, Generation, Started
 from services.decode.planning import Planning
-from services.decode.request import prompt_token_ids
+from services.decode.request import off_loop, prompt_token_ids
 from services.decode.token_stream import Delta
 from services.node import NodeModel
 
@@ -85,7 +86,9 @@ class GenerationService(generate_pb2_grpc.GenerationServicer):
         """Token ids of a prompt as Generate would see it."""
         del context
         return generate_pb2.TokenizeResponse(
-            token_ids=prompt_token_ids(message, self._model.tokenizer)
+            token_ids=await off_loop(
+                message, partial(prompt_token_ids, message, self._model.tokenizer)
+            )
         )
 
     async def GetModelInfo(  # noqa: N802 - the rpc's name
