@@ -36,7 +36,11 @@ _OPTIONS: tuple[tuple[str, int | str], ...] = (
 
 
 def open_channel(
-    address: str, settings: ClientSettings, *, server_name: str | None = None
+    address: str,
+    settings: ClientSettings,
+    *,
+    server_name: str | None = None,
+    credentials: grpc.ChannelCredentials | None = None,
 ) -> grpc.aio.Channel:
     """A channel to `address` (host:port); connects when first used. Close it.
 
@@ -44,6 +48,7 @@ def open_channel(
         address: host:port.
         settings: how to call.
         server_name: whose certificate is expected there, if `address` is what a name resolved to.
+        credentials: those of settings.tls, if they have been read.
 
     Raises:
         ConfigError: see `check_client`; what has expired is left to the node to refuse.
@@ -61,7 +66,7 @@ def open_channel(
             ("grpc.ssl_target_name_override", server_name),
         )
     # A certificate that expires while a node runs is refused by the other node, which says so.
-    credentials = channel_credentials(settings.tls, "tls", must_be_valid=False)
+    credentials = credentials or channel_credentials(settings.tls, "tls", must_be_valid=False)
     if credentials is None:
         return grpc.aio.insecure_channel(address, options=options, interceptors=interceptors)
     return grpc.aio.secure_channel(address, credentials, options=options, interceptors=interceptors)

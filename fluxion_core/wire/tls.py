@@ -1,7 +1,7 @@
 """Certificates and keys: what gRPC is given, checked first, so that what is wrong is told at start.
 
 A server's files are read again at the next connection after they changed; a client's when a
-channel is opened.
+channel is opened, and PrefillNodes opens new ones.
 """
 
 from __future__ import annotations
@@ -91,6 +91,20 @@ def channel_credentials(
         must_be_valid=must_be_valid,
     )
     return grpc.ssl_channel_credentials(files.authority, files.key, files.chain)
+
+
+def watched_channel_credentials(
+    settings: ClientTlsSettings, section: str
+) -> WatchedFiles[grpc.ChannelCredentials | None]:
+    """Credentials for channels that are opened while a node runs: others once the files change.
+
+    Raises:
+        ConfigError: see `server_credentials`; what has expired is left to the other side.
+    """
+    return WatchedFiles(
+        (settings.authority, settings.certificate, settings.key),
+        lambda: channel_credentials(settings, section, must_be_valid=False),
+    )
 
 
 def read_tls_files(

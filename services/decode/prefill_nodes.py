@@ -26,6 +26,7 @@ import grpc
 from fluxion_core.config import ClientSettings
 from fluxion_core.telemetry import event
 from fluxion_core.wire.channel import open_channel
+from fluxion_core.wire.tls import watched_channel_credentials
 from fluxion_proto.v1 import handoff_pb2, handoff_pb2_grpc
 
 _log = logging.getLogger(__name__)
@@ -45,7 +46,9 @@ class PrefillNodes:
     def __init__(self, addresses: Sequence[str], client: ClientSettings) -> None:
         self._addresses = tuple(addresses)
         self._client = client
+        self._credentials = watched_channel_credentials(client.tls, "prefill.client.tls")
         self._channels: dict[str, grpc.aio.Channel] = {}
+        self._opened_with: dict[str, grpc.ChannelCredentials | None] = {}
         self._calls: dict[str, int] = {}
         self._tokens: dict[str, int] = {}
         """Of the prompts that each node computes for us."""
@@ -58,20 +61,26 @@ class PrefillNodes:
     async def in_turn(self) -> list[str]:
         """host:port of every node there is now, beginning with another one each time.
 
-        A name that does not resolve gives no node, and a line in the log.
+        A name that does not resolve gives no node, and a line in the log. Idle channels are opened
+        anew once the files of this node's credentials have changed.
         """
         found: dict[str, str] = {}
         for address in self._addresses:
             host, _, port = address.rpartition(":")
             for node in await _resolve(host, port):
                 found.setdefault(node, host)
-        for gone in self._channels.keys() - found.keys():
-            # Its running hand-offs end by themselves.
-            if not self._calls.get(gone):
-                await self._channels.pop(gone).close()
+        credentials = self._credentials.current()
+        left = []
+        for node in list(self._channels):
+            is_current = node in found and self._opened_with[node] is credentials
+            # Running hand-offs end by themselves, over what they began with.
+            if not is_current and not self._calls.get(node):
+                left.append(self._channels.pop(node))
         for node, host in found.items():
             if node not in self._channels:
-                self._channels[node] = open_channel(node, self._client, server_name=host)
+                self._open(node, server_name=host)
+        for channel in left:
+            await channel.close()
         nodes = list(found)
         self._next = (self._next + 1) % max(1, len(nodes))
         return nodes[self._next :] + nodes[: self._next]
@@ -127,7 +136,7 @@ class PrefillNodes:
             tokens: that it computes for us meanwhile.
         """
         if node not in self._channels:
-            self._channels[node] = open_channel(node, self._client)
+            self._open(node)
         self._calls[node] = self._calls.get(node, 0) + 1
         self._tokens[node] = self._tokens.get(node, 0) + tokens
         try:
@@ -135,6 +144,13 @@ class PrefillNodes:
         finally:
             self._calls[node] -= 1
             self._tokens[node] -= tokens
+
+    def _open(self, node: str, server_name: str | None = None) -> None:
+        credentials = self._credentials.current()
+        self._channels[node] = open_channel(
+            node, self._client, server_name=server_name, credentials=credentials
+        )
+        self._opened_with[node] = credentials
 
     async def close(self) -> None:
         """Close all channels; streams that still run are cancelled."""

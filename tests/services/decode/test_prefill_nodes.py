@@ -8,9 +8,10 @@ import socket
 import grpc
 import pytest
 
-from fluxion_core.config import ClientSettings
+from fluxion_core.config import ClientSettings, ClientTlsSettings
 from fluxion_proto.v1 import handoff_pb2, handoff_pb2_grpc
 from services.decode.prefill_nodes import PrefillNodes
+from tests.certificates import Authority
 
 
 class Names:
@@ -156,3 +157,30 @@ async def test_a_name_that_does_not_resolve_gives_no_node(names, open_nodes, cap
     assert await nodes.in_turn() == ["10.0.0.1:7070"]
     assert "prefill node not found host=nowhere" in caplog.text
     assert await open_nodes("nowhere:7070").in_turn() == []
+
+
+async def test_a_renewed_certificate_is_shown_without_a_restart(tmp_path):
+    authority = Authority(tmp_path)
+    certificate, key = authority.issue("decode")
+    tls = ClientTlsSettings(authority=authority.path, certificate=certificate, key=key)
+    nodes = PrefillNodes(["127.0.0.1:7070"], ClientSettings(tls=tls))
+    try:
+        (node,) = await nodes.in_turn()
+        async with nodes.channel(node) as before:
+            await nodes.in_turn()
+            async with nodes.channel(node) as same:
+                assert same is before
+            authority.issue("decode")
+            await nodes.in_turn()
+            # A hand-off runs over it.
+            async with nodes.channel(node) as same:
+                assert same is before
+        await nodes.in_turn()
+        async with nodes.channel(node) as renewed:
+            assert renewed is not before
+        certificate.write_text("half a file")
+        await nodes.in_turn()
+        async with nodes.channel(node) as same:
+            assert same is renewed
+    finally:
+        await nodes.close()
