@@ -44,6 +44,8 @@ class Node:
     """A command that runs the node's in place of itself: nsenter, say."""
     environment: dict[str, str] = field(default_factory=dict)
     """Added to this process's own."""
+    ready_seconds: float = READY_SECONDS
+    """That it may take to be ready."""
 
     def start(self) -> Node:
         """Start the process; `wait_ready` waits for it."""
@@ -59,7 +61,7 @@ class Node:
 
     def wait_ready(self) -> Node:
         """Return once the node's health service says SERVING for "" (live)."""
-        deadline = time.monotonic() + READY_SECONDS
+        deadline = time.monotonic() + self.ready_seconds
         with grpc.insecure_channel(self.address) as channel:
             health = health_pb2_grpc.HealthStub(channel)
             while time.monotonic() < deadline:
@@ -74,7 +76,7 @@ class Node:
                 except grpc.RpcError:
                     pass
                 time.sleep(0.1)
-        raise AssertionError(f"{self.kind} was not ready in {READY_SECONDS} s:\n{self.log()}")
+        raise AssertionError(f"{self.kind} was not ready in {self.ready_seconds} s:\n{self.log()}")
 
     @property
     def service(self) -> str:
