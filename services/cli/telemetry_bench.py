@@ -15,7 +15,8 @@ from pathlib import Path
 import grpc
 from rich.console import Console
 
-from fluxion_core.benchmark.telemetry import Kind, Window, telemetry_report
+from fluxion_core.benchmark.recording import measure_recording, recording_report
+from fluxion_core.benchmark.telemetry import Kind, Window, telemetry_report, unwatched_step
 from fluxion_core.config import ClientSettings
 from fluxion_core.errors import FluxionError
 from fluxion_core.generation.tokenizer import Tokenizer
@@ -105,7 +106,10 @@ async def bench_telemetry(options: TelemetryBenchOptions, console: Console) -> d
             if not await finished_before(watching, stop_requested):
                 raise FluxionError("stopped by a signal")
             turns = watching.result()
-    return telemetry_report(console, turns, tokens=options.tokens, policy=options.policy)
+    report = telemetry_report(console, turns, tokens=options.tokens, policy=options.policy)
+    seconds, _ = unwatched_step([window for turn in turns for window in turn])
+    cost = measure_recording(options.tokens)
+    return report | {"recording": recording_report(console, cost, seconds * 1e3)}
 
 
 def _request(options: TelemetryBenchOptions) -> generate_pb2.GenerateRequest:
