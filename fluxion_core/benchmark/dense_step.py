@@ -89,7 +89,7 @@ class _WindowsOnly:
         self._rows = torch.zeros(rows, self._handover.host_row_floats, device=device)
         self._flags = torch.zeros(rows, dtype=torch.int32, device=device)
         self._step = torch.zeros(1, dtype=torch.int32, device=device)
-        self._skip = torch.ones(1, dtype=torch.int32, device=device)
+        self._has_answer = torch.zeros(1, dtype=torch.int32, device=device)
         self._stamp = torch.zeros(1, dtype=torch.int64, device=device)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -114,9 +114,7 @@ class _WindowsOnly:
             *self._states,
             self._queries,
             self._states[1],
-            self._flags,
-            self._skip,
-            self._step,
+            self._has_answer,
             output,
         )
         return output

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fluxion_core.geometry import KvGeometry
-from fluxion_core.gpu.pinned import PinnedRegion, pinned
+from fluxion_core.gpu.pinned import pinned
 from fluxion_core.kernels import _native
 from fluxion_core.kernels.isa import native_layout
 
@@ -31,19 +31,16 @@ class Board:
     ) -> None:
         layers, dim = geometry.num_layers, geometry.head_dim
         floats = (num_heads + 2 * geometry.num_kv_heads) * dim
-        row_bytes = layers * (4 * floats + 4) + 4 * num_heads * (dim + 1)
-        self._region = PinnedRegion(capacity * row_bytes + 8 * layers + 8 * 256)
-        shared = self._region.take
-        self.published = shared(layers, capacity, dtype=torch.int32)
+        self.published = pinned(layers, capacity, dtype=torch.int32)
         """Written by the GPU: this row of this layer is in `rows`."""
-        self.answered = shared(layers, dtype=torch.int32)
+        self.answered = pinned(layers, dtype=torch.int32)
         """Written by the host: this layer's output is whole."""
-        self.skip = shared(layers, dtype=torch.int32)
+        self.skip = pinned(layers, dtype=torch.int32)
         """Written by the host before a step: not 0 where the GPU need not wait."""
-        self.rows = shared(layers, capacity, floats, dtype=torch.float32)
+        self.rows = pinned(layers, capacity, floats, dtype=torch.float32)
         """[layers, capacity, queries | keys | values] float32."""
-        self.output = shared(capacity, num_heads, dim, dtype=torch.float32)
-        self.lse = shared(capacity, num_heads, dtype=torch.float32)
+        self.output = pinned(capacity, num_heads, dim, dtype=torch.float32)
+        self.lse = pinned(capacity, num_heads, dtype=torch.float32)
         self.error = pinned(1, dtype=torch.int32)
         """Written by the GPU: 1 + the layer whose answer did not come in time."""
         self.input_words = pinned(2, capacity, dtype=torch.int64)

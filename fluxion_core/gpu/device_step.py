@@ -343,6 +343,7 @@ class _GraphAttention:
             step.window, heads, kv_heads, head_dim, self._attention.num_splits
         )
         self._states = self._attention.make_states(size, device)
+        self._has_answer = torch.zeros(1, dtype=torch.int32, device=device)
         self.stamps = torch.zeros(geometry.num_layers, 3, dtype=torch.int64, device=device)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -376,6 +377,7 @@ class _GraphAttention:
             step.step_number,
             board.error,
             self.stamps[layer, 1:3],
+            self._has_answer,
             output,
             timeout_ns=STUCK_NS,
             error_code=layer + 1,

@@ -8,14 +8,11 @@ sides.
 from __future__ import annotations
 
 import logging
-import math
-import weakref
 
 import torch
 from torch import Tensor
 
 from fluxion_core.errors import CapacityError, FluxionError
-from fluxion_core.kvstore.arena import Arena
 from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.telemetry import event
 
@@ -31,50 +28,6 @@ _REGISTER_PORTABLE_MAPPED = 3
 def pinned(*shape: int, dtype: torch.dtype) -> Tensor:
     """Zeros in pinned memory, which the device may address."""
     return torch.zeros(*shape, dtype=dtype, pin_memory=True)
-
-
-class PinnedRegion:
-    """Pinned zeros on huge pages, given out in pieces.
-
-    For what a device writes or reads a little of in each layer: it looks addresses up by page, one
-    page after the other, and on ordinary pages that costs more than the bytes.
-
-    Args:
-        size_bytes: of all pieces, 256 for each of them included.
-
-    Raises:
-        CapacityError: the system does not let so much memory be pinned.
-    """
-
-    _ALIGNMENT = 256
-
-    def __init__(self, size_bytes: int) -> None:
-        self._arena = Arena(size_bytes, populate=True)
-        self._used = 0
-        _register(self._arena.address, self._arena.size_bytes, self._arena.size_bytes)
-        # Before the memory goes.
-        weakref.finalize(self, torch.cuda.cudart().cudaHostUnregister, self._arena.address)
-
-    def take(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        """The next piece. It must not outlive the region."""
-        start = self._used
-        self._used += math.prod(shape) * dtype.itemsize
-        assert self._used <= self._arena.size_bytes, "the region was made too small"
-        piece: Tensor = self._arena.bytes[start : self._used].view(dtype).view(shape)
-        self._used += -self._used % self._ALIGNMENT
-        return piece
-
-
-def _register(address: int, size_bytes: int, wanted_bytes: int) -> None:
-    error = torch.cuda.cudart().cudaHostRegister(address, size_bytes, _REGISTER_PORTABLE_MAPPED)
-    if int(error) != 0:
-        raise CapacityError(
-            "pinned host memory",
-            needed=wanted_bytes,
-            free=0,
-            unit="B",
-            remedy=f"lower store.host_kv_bytes or raise the memlock limit ({error})",
-        )
 
 
 class RegisteredStore:
@@ -115,3 +68,15 @@ class RegisteredStore:
             failed += int(torch.cuda.cudart().cudaHostUnregister(self._pieces.pop())) != 0
         if failed:
             raise FluxionError(f"{failed} pieces of the arena could not be unpinned")
+
+
+def _register(address: int, size_bytes: int, wanted_bytes: int) -> None:
+    error = torch.cuda.cudart().cudaHostRegister(address, size_bytes, _REGISTER_PORTABLE_MAPPED)
+    if int(error) != 0:
+        raise CapacityError(
+            "pinned host memory",
+            needed=wanted_bytes,
+            free=0,
+            unit="B",
+            remedy=f"lower store.host_kv_bytes or raise the memlock limit ({error})",
+        )

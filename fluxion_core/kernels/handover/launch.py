@@ -113,6 +113,7 @@ class Handover:
         step: Tensor,
         error: Tensor,
         stamps: Tensor,
+        has_answer: Tensor,
         output: Tensor,
         *,
         timeout_ns: int,
@@ -136,12 +137,15 @@ class Handover:
             step: [1] int32 on the device.
             error: [1] int32, pinned or on the device.
             stamps: [2] int64 on the device; the clock before and after the wait.
+            has_answer: [1] int32 on the device; takes whether the host's part is there.
             output: [rows, num_heads, head_dim] of the model's dtype; rows may lie apart.
             timeout_ns: how long to wait at most.
             error_code: not 0; says which layer it was.
         """
-        await_answer[(1,)](answered, skip, step, error, stamps, timeout_ns, error_code, num_warps=1)
-        self.merge(window_output, window_lse, host_output, host_lse, answered, skip, step, output)
+        await_answer[(1,)](
+            answered, skip, step, error, stamps, has_answer, timeout_ns, error_code, num_warps=1
+        )
+        self.merge(window_output, window_lse, host_output, host_lse, has_answer, output)
 
     def merge(
         self,
@@ -149,9 +153,7 @@ class Handover:
         window_lse: Tensor,
         host_output: Tensor,
         host_lse: Tensor,
-        answered: Tensor,
-        skip: Tensor,
-        step: Tensor,
+        has_answer: Tensor,
         output: Tensor,
     ) -> None:
         """Merge what is there, without waiting: see `await_and_merge`. Grid: rows x KV heads."""
@@ -161,9 +163,7 @@ class Handover:
             window_lse,
             host_output,
             host_lse,
-            answered,
-            skip,
-            step,
+            has_answer,
             output,
             output.stride(0),
             HEAD_DIM=self.head_dim,

@@ -5,7 +5,9 @@
     (the host)    attends, writes output and lse, then sets the layer's one flag
     await_answer  waits for that flag: one program, since every one that waits reads over the link
                   all the time, and 32 of them halved what the GPU lane could read of host memory
-    merge_answer  merges window and host into the layer's attention
+    merge_answer  merges window and host into the layer's attention. Whether the host has answered
+                  is told on the device: reads of one address over the link come one after the
+                  other, 1.1 us each, and a program of every group would make one
 
 All only launch. What varies from step to step is read from memory: the step's number, lengths,
 slots, and which layers are not waited for. Flags hold the number of the step that they speak of, so
@@ -91,13 +93,15 @@ def await_answer(
     step_ptr,
     error_ptr,
     stamps_ptr,
+    has_answer_ptr,
     timeout_ns,
     error_code,
 ):
-    """The one program: wait for the host, and stamp when that began and ended."""
+    """The one program: wait for the host, tell whether it answered, stamp begin and end."""
     step = tl.load(step_ptr)
     begin = global_timer()
     tl.store(stamps_ptr, begin)
+    tl.store(has_answer_ptr, 0)
     if tl.load(skip_ptr, volatile=True) == 0:
         now = begin
         answered = load_flag(answered_ptr)
@@ -106,6 +110,8 @@ def await_answer(
             now = global_timer()
         if answered < step:
             tl.store(error_ptr, error_code)
+        else:
+            tl.store(has_answer_ptr, 1)
     tl.store(stamps_ptr + 1, global_timer())
 
 
@@ -115,9 +121,7 @@ def merge_answer(
     window_lse_ptr,
     host_output_ptr,
     host_lse_ptr,
-    answered_ptr,
-    skip_ptr,
-    step_ptr,
+    has_answer_ptr,
     output_ptr,
     output_row_stride,
     HEAD_DIM: tl.constexpr,
@@ -127,10 +131,7 @@ def merge_answer(
 ):
     """One program: one GQA group of one row from all its parts, the host's if it has answered."""
     row = tl.program_id(0).to(tl.int64)
-    has_host = tl.load(skip_ptr, volatile=True) == 0
-    if has_host:
-        has_host = load_flag(answered_ptr) >= tl.load(step_ptr)
-
+    has_host = tl.load(has_answer_ptr) != 0
     members = tl.arange(0, GROUP_ROWS)
     inside = members < GROUP
     channels = tl.arange(0, HEAD_DIM)
