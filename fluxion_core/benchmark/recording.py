@@ -105,8 +105,8 @@ def recording_report(
     """Print it beside a whole step of the same shape; return it as plain data."""
     share, error = cost.excess / step_milliseconds, cost.error / step_milliseconds
     console.print(
-        f"recording {cost.spans:.0f} spans a step: {cost.excess:.3f} +- {cost.error:.3f} ms CPU, on "
-        f"{cost.plain:.3f} of attention at {cost.tokens:,} tokens; {share * 100:.2f} +- "
+        f"recording {cost.spans:.0f} spans a step: {cost.excess:.3f} +- {cost.error:.3f} ms CPU, "
+        f"on {cost.plain:.3f} of attention at {cost.tokens:,} tokens; {share * 100:.2f} +- "
         f"{error * 100:.2f} % of the step",
         highlight=False,
     )
