@@ -42,6 +42,6 @@ USER fluxion
 VOLUME /models
 EXPOSE 7070 9464
 STOPSIGNAL SIGTERM
-# Loading a large model takes minutes; until then the node is alive and not ready.
-HEALTHCHECK --interval=15s --timeout=10s --start-period=10m CMD ["fluxion", "health", "127.0.0.1:7070"]
+# Loading a large model takes minutes; until then the node is alive and not ready. A busy machine may take a check long.
+HEALTHCHECK --interval=15s --timeout=30s --start-period=10m CMD ["fluxion", "health", "127.0.0.1:7070"]
 ENTRYPOINT ["python", "-m", "services.decode"]
