@@ -27,7 +27,7 @@ PROJECT = "fluxion-compose-test"
 NODE_ADDRESS = f"127.0.0.1:{os.environ.get('FLUXION_PORT', '7420')}"
 PROMETHEUS = f"http://127.0.0.1:{os.environ.get('FLUXION_PROMETHEUS_PORT', '9090')}"
 FLUXION = Path(sys.executable).with_name("fluxion")
-READY_SECONDS = 300
+READY_SECONDS = 600
 LOAD_SECONDS = 75
 
 
