@@ -32,18 +32,19 @@ class PromptEnd:
     """Of each layer, if they were asked for."""
 
 
-def next_chunk_tokens(num_left: int, most: int) -> int:
+def next_chunk_tokens(num_left: int, most: int, *, wants_profile: bool) -> int:
     """How many of the tokens that are left the next chunk takes.
-
-    The last chunk has the last 16 tokens, or all that is left: a profile needs their queries.
 
     Args:
         num_left: tokens of the prompt that are not stored yet, above 0.
-        most: that a chunk may take; 16 or more.
+        most: that a chunk should take.
+        wants_profile: whether the last chunk must have the queries that a profile is made from:
+            those of 16 tokens, or of all that is left.
     """
-    if num_left <= most:
+    in_last = PROFILED_QUERIES if wants_profile else 1
+    if num_left <= max(most, in_last):
         return num_left
-    return min(most, num_left - min(PROFILED_QUERIES, num_left - 1))
+    return min(most, num_left - in_last)
 
 
 def compute_chunk(

@@ -134,6 +134,8 @@ def handoff_cells(generation: Generation) -> tuple[str, str]:
     `fluxion bench handoff` measures the wire alone.
     """
     usage = generation.usage
+    if usage.local_prompt_tokens:
+        return "none", f"the node computed {usage.local_prompt_tokens} tokens of the prompt itself"
     if not usage.handoff_bytes or not usage.handoff_seconds:
         return "none", "the node held all of the prompt's KV"
     rate = usage.handoff_bytes / usage.handoff_seconds

@@ -46,8 +46,9 @@ _log = logging.getLogger(__name__)
 CHUNK_TOKENS = 64
 """Of a prompt that is computed here, at a time, while nobody waits for tokens."""
 
-CHUNK_TOKENS_BESIDE_STREAMS = 16
-"""The same while others wait for their next token: a chunk keeps them waiting."""
+CHUNK_TOKENS_BESIDE_STREAMS = 8
+"""The same while others wait for their next token, which a chunk delays by about two steps. Up to 8
+rows the products of the dense part are cheap (models/decoder.py)."""
 
 
 @dataclass(frozen=True)
@@ -338,7 +339,9 @@ class DecodeEngine:
         assert self._prompts is not None
         prompt, profiled = sequence.prompt_token_ids, sequence.profiled
         first = sequence.kv.num_tokens
-        count = next_chunk_tokens(len(prompt) - first, most_tokens)
+        count = next_chunk_tokens(
+            len(prompt) - first, most_tokens, wants_profile=profiled is not None
+        )
         end = self._prompts.compute_chunk(
             sequence.kv,
             prompt[first : first + count],

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from fluxion_core.errors import FluxionError
-from fluxion_core.geometry import BLOCK_TOKENS
 from fluxion_core.hybrid_attention import HybridAttention
 from fluxion_core.kvstore.digest_index import gather_digests, gather_kv
 from fluxion_core.kvstore.store import HostKvStore, SequenceKv
@@ -65,7 +64,9 @@ def in_chunks(
     end = None
     while end is None:
         first = sequence.num_tokens
-        count = next_chunk_tokens(len(prompt) - first, most)
+        count = next_chunk_tokens(
+            len(prompt) - first, most, wants_profile="profile_window" in options
+        )
         ids = prompt[first : first + count]
         end = compute_chunk(decoder, attention, sequence, ids, **options)
     return end
@@ -191,13 +192,16 @@ def test_no_chunk_goes_beyond_the_room(decoder: Decoder):
         attention_over(store).begin_chunk(sequence, 600)
 
 
-@pytest.mark.parametrize("most", [16, 64])
-def test_chunks_cover_a_prompt_and_the_last_has_its_last_16_tokens(most: int):
+@pytest.mark.parametrize("most", [1, 8, 64])
+@pytest.mark.parametrize(("wants_profile", "in_last"), [(False, 1), (True, 16)])
+def test_chunks_cover_a_prompt_and_the_last_has_a_profiles_queries(
+    most: int, wants_profile: bool, in_last: int
+):
     for tokens in range(1, 200):
         left, sizes = tokens, []
         while left:
-            sizes.append(next_chunk_tokens(left, most))
+            sizes.append(next_chunk_tokens(left, most, wants_profile=wants_profile))
             left -= sizes[-1]
         assert sum(sizes) == tokens
-        assert 0 < min(sizes) <= max(sizes) <= most
-        assert sizes[-1] >= min(BLOCK_TOKENS, tokens)
+        assert 0 < min(sizes) <= max(sizes) <= max(most, in_last)
+        assert sizes[-1] >= min(in_last, tokens)
