@@ -27,9 +27,9 @@ TRIM = 0.1
 Kind = Literal["unwatched", "scrape", "record", "file"]
 
 NAMES: dict[Kind, str] = {
-    "scrape": f"metrics, scraped every {SCRAPE_INTERVAL_SECONDS:g} s",
-    "record": "trace, while steps are recorded",
-    "file": "trace, while its file is made",
+    "scrape": f"scrape every {SCRAPE_INTERVAL_SECONDS:g} s",
+    "record": "recording",
+    "file": "making the file",
 }
 
 

@@ -51,5 +51,5 @@ def test_the_report_names_the_machine_and_has_every_figure():
     assert report["step_cpu_milliseconds"] == pytest.approx(200)
     assert [cost["kind"] for cost in report["costs"]] == ["scrape", "record", "file"]
     text = console.file.getvalue()
-    assert "metrics, scraped every 5 s" in text
+    assert "scrape every 5 s" in text
     assert "1.00 +- 0.00 %" in text
