@@ -58,3 +58,19 @@ def test_a_server_that_speaks_no_grpc_is_one_sentence():
 async def test_waiting_for_a_service_that_never_serves_has_an_end(decode_node: SimpleNamespace):
     with pytest.raises(PeerUnavailableError, match="was not ready within"):
         await wait_until_ready(decode_node.address, PREFILL_SERVICE, ClientSettings(), seconds=0.3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--tls-cert", "a.pem"), "--tls-cert and --tls-key go together"),
+        (("--tls-ca", "a.pem", "--tls-key", "a.key"), "--tls-cert and --tls-key go together"),
+        (("--tls-cert", "a.pem", "--tls-key", "a.key"), "--tls-cert needs --tls-ca"),
+        (("--tls-ca", "absent.pem"), "absent.pem: No such file or directory"),
+    ],
+)
+def test_credentials_that_do_not_go_together_are_one_sentence(flags: tuple[str, ...], words: str):
+    result = runner.invoke(app, ["health", "127.0.0.1:1", *flags])
+    assert result.exit_code == 1
+    assert words in result.stderr
+    assert result.stderr.count("\n") == 1
