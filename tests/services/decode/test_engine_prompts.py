@@ -1,0 +1,132 @@
+"""Prompts that the decode engine computes itself: chunks between steps, and their ends."""
+
+from __future__ import annotations
+
+import queue
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fluxion_core.errors import FluxionError
+from fluxion_core.geometry import WindowSpec
+from fluxion_core.prompt_chunk import PromptEnd
+from fluxion_core.selector.policy import ExactPolicy, ThresholdPolicy
+from services.decode.engine import (
+    CHUNK_TOKENS,
+    CHUNK_TOKENS_BESIDE_STREAMS,
+    DecodeEngine,
+    DecodeSequence,
+    Profiled,
+)
+from tests.services.decode.test_engine import FakeStep, sequence_of
+
+
+class FakePrompts:
+    """Stores what it is given; the token after a prompt is 1. Prompts of 13s are too much for it."""
+
+    def __init__(self, step: FakeStep) -> None:
+        self.step = step
+        self.ran: list[tuple[int, int, WindowSpec | None]] = []
+        """Tokens of each chunk, steps before it, and the window of the profile."""
+
+    def compute_chunk(self, sequence, token_ids, profile_window):
+        if token_ids[0] == 13:
+            raise ValueError("boom")
+        self.ran.append((len(token_ids), len(self.step.ran), profile_window))
+        sequence.num_tokens += len(token_ids)
+        if sequence.num_tokens < sequence.num_prompt_tokens:
+            return None
+        return PromptEnd(torch.tensor([0.0, 1.0]), ["profile"] if profile_window else [])
+
+
+def prompt_of(
+    length: int, num_tokens: int, ends: queue.Queue, *, stored: int = 0, token: int = 0, **options
+) -> DecodeSequence:
+    sequence = sequence_of(ExactPolicy(), None, num_tokens + 1, ends)
+    sequence.prompt_token_ids = [token] * length
+    sequence.generated_token_ids = []
+    sequence.kv = SimpleNamespace(num_tokens=stored, num_prompt_tokens=length)
+    for name, value in options.items():
+        setattr(sequence, name, value)
+    return sequence
+
+
+def run(step: FakeStep, prompts: FakePrompts, sequences, ends: queue.Queue) -> list:
+    engine = DecodeEngine(step, prompts=prompts)
+    for sequence in sequences:
+        engine.submit(sequence)
+    engine.start()
+    outcomes = [ends.get(timeout=60) for _ in sequences]
+    engine.stop()
+    assert step.slots == set()
+    return outcomes
+
+
+def test_what_is_not_stored_is_computed_in_chunks_and_then_decoded():
+    step, ends = FakeStep(), queue.Queue()
+    prompts = FakePrompts(step)
+    sequence = prompt_of(30 + CHUNK_TOKENS + 5, 2, ends, stored=30)
+    assert run(step, prompts, [sequence], ends) == [None]
+    assert prompts.ran == [(CHUNK_TOKENS, 0, None), (5, 0, None)]
+    assert sequence.generated_token_ids == [1, 1, 1]
+    assert (len(step.ran), sequence.steps) == (2, 2)
+    assert sequence.queue_seconds > 0
+    assert sequence.prefill_seconds > 0
+
+
+def test_streams_make_a_step_between_two_chunks_which_are_small_then():
+    step, ends = FakeStep(), queue.Queue()
+    prompts = FakePrompts(step)
+    stream = sequence_of(ExactPolicy(), None, 12, ends)
+    later, last = (prompt_of(3 * CHUNK_TOKENS_BESIDE_STREAMS, 1, ends) for _ in range(2))
+    assert run(step, prompts, [stream, later, last], ends) == [None] * 3
+    # By hand: a chunk, a step, a chunk…; one prompt after the other; who is ready joins at once.
+    assert prompts.ran == [(CHUNK_TOKENS_BESIDE_STREAMS, steps, None) for steps in range(6)]
+    assert [len(rows) for rows in step.ran[:7]] == [1, 1, 2, 1, 1, 2, 1]
+
+
+def test_a_prompts_last_chunk_gives_the_planner_its_profile():
+    step, ends = FakeStep(), queue.Queue()
+    prompts, window = FakePrompts(step), WindowSpec()
+    planner = SimpleNamespace(new_state=lambda profiles: ("state", *profiles))
+    sequence = prompt_of(
+        CHUNK_TOKENS + 5,
+        1,
+        ends,
+        policy=ThresholdPolicy(0.1),
+        profiled=Profiled(planner, window),
+    )
+    assert run(step, prompts, [sequence], ends) == [None]
+    assert prompts.ran == [(CHUNK_TOKENS + 5 - 16, 0, window), (16, 0, window)]
+    assert sequence.planner_state == ("state", "profile")
+    assert step.ran[0][0].state == ("state", "profile")
+
+
+def test_a_first_token_may_be_the_last():
+    step, ends = FakeStep(), queue.Queue()
+    sequence = prompt_of(5, 0, ends)
+    assert run(step, FakePrompts(step), [sequence], ends) == [None]
+    assert (sequence.generated_token_ids, step.ran) == ([1], [])
+
+
+def test_a_chunk_that_fails_ends_its_own_sequence_only():
+    step, ends = FakeStep(), queue.Queue()
+    broken, sound = prompt_of(5, 2, ends, token=13), prompt_of(5, 2, ends)
+    outcomes = run(step, FakePrompts(step), [broken, sound], ends)
+    assert [type(outcome) for outcome in outcomes] == [ValueError, type(None)]
+    assert broken.generated_token_ids == []
+    assert sound.generated_token_ids == [1, 1, 1]
+
+
+def test_a_prompt_that_is_given_up_is_computed_no_further():
+    step, ends = FakeStep(), queue.Queue()
+    prompts = FakePrompts(step)
+    sequence = prompt_of(5, 2, ends, is_cancelled=True)
+    assert run(step, prompts, [sequence], ends) == [None]
+    assert prompts.ran == []
+
+
+def test_an_engine_that_computes_no_prompts_says_so():
+    with pytest.raises(FluxionError, match="computes no prompts"):
+        DecodeEngine(FakeStep()).submit(prompt_of(5, 2, queue.Queue()))
