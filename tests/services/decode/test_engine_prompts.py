@@ -23,7 +23,7 @@ from tests.services.decode.test_engine import FakeStep, sequence_of
 
 
 class FakePrompts:
-    """Stores what it is given; the token after a prompt is 1. Prompts of 13s are too much for it."""
+    """Stores what it is given; the token after a prompt is 1. Prompts of 13s are not computed."""
 
     def __init__(self, step: FakeStep) -> None:
         self.step = step
