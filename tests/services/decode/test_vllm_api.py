@@ -17,8 +17,12 @@ from types import SimpleNamespace
 import grpc
 import pytest
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from hypothesis import given
+from hypothesis import strategies as st
 
+from fluxion_core.errors import InvalidRequestError
 from fluxion_core.generation.tokenizer import Tokenizer
+from fluxion_core.wire import codec
 from fluxion_proto.v1 import generate_pb2, generate_pb2_grpc
 from services.decode.__main__ import import_vllm_api
 
@@ -27,6 +31,7 @@ pytest.importorskip("smg_grpc_proto", reason="the messages come with the extra `
 from smg_grpc_proto.generated import common_pb2, vllm_engine_pb2, vllm_engine_pb2_grpc
 
 from services.decode.vllm_api import VllmEngineService
+from services.decode.vllm_request import as_generate_request
 
 SERVICE = "vllm.grpc.engine.VllmEngine"
 PROMPT = list(b"hello")
@@ -207,6 +212,36 @@ async def test_what_another_engine_would_take_beside_the_prompt_is_refused(node,
         failure = await failure_of(stub.Generate(request))
     assert failure.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert next(iter(fields)) in failure.details()
+
+
+ANY_FLOAT = st.floats(width=32)
+ANY_PARAMS = st.fixed_dictionaries(
+    {},
+    optional={
+        **dict.fromkeys(("temperature", "top_p", "min_p", "repetition_penalty"), ANY_FLOAT),
+        **dict.fromkeys(("frequency_penalty", "presence_penalty"), ANY_FLOAT),
+        **dict.fromkeys(("top_k", "max_tokens", "min_tokens", "n"), st.integers(0, 2**32 - 1)),
+        "seed": st.integers(-(2**31), 2**31 - 1),
+        "stop": st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=5)),
+        "stop_token_ids": st.lists(st.integers(0, 2**32 - 1)),
+        "ignore_eos": st.booleans(),
+    },
+)
+
+
+@given(params=ANY_PARAMS)
+def test_any_numbers_make_a_request_or_a_refusal(params):
+    message = vllm_engine_pb2.GenerateRequest(
+        sampling_params=vllm_engine_pb2.SamplingParams(**params)
+    )
+    try:
+        sampling = codec.sampling_from_proto(as_generate_request(message).sampling)
+    except InvalidRequestError:
+        return
+    assert sampling.temperature == message.sampling_params.temperature or (
+        "temperature" not in params and sampling.temperature == 1.0
+    )
+    assert sampling.seed % 2**32 == params.get("seed", 0) % 2**32
 
 
 async def test_min_tokens_are_made_where_nothing_but_the_length_can_end_it(node):
