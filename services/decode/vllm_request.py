@@ -8,11 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from google.protobuf.message import Message
 from smg_grpc_proto.generated import vllm_engine_pb2
 
 from fluxion_core.errors import InvalidRequestError
 from fluxion_core.generation.sampling import MAX_SEED
 from fluxion_proto.v1 import generate_pb2
+
+_PARAMS_NOT_OFFERED = frozenset(
+    {"logprobs", "prompt_logprobs", "logit_bias", "truncate_prompt_tokens"}
+)
+_INPUTS_NOT_OFFERED = frozenset(
+    {"mm_inputs", "extra_mm_inputs", "media_refs", "kv_transfer_params", "kv_transfer_params_json"}
+)
 
 
 def as_generate_request(
@@ -57,23 +65,17 @@ def _unsupported(message: vllm_engine_pb2.GenerateRequest) -> Iterator[str]:
     params = message.sampling_params
     if params.n > 1:
         yield f"n = {params.n} (one answer a request)"
-    for field in ("logprobs", "prompt_logprobs", "truncate_prompt_tokens"):
-        if params.HasField(field):
-            yield field
-    if params.logit_bias:
-        yield "logit_bias"
-    # With nothing else that could end it, a request makes max_tokens tokens, which are enough.
-    if params.min_tokens and not (
-        params.ignore_eos and not params.stop_token_ids and not params.stop
-    ):
-        yield "min_tokens without ignore_eos"
+    may_end_early = bool(params.stop or params.stop_token_ids) or not params.ignore_eos
+    if params.min_tokens and may_end_early:
+        yield "min_tokens with anything but max_tokens to end it"
     if constraint := params.WhichOneof("constraint"):
         yield f"structured output ({constraint})"
-    for field in ("mm_inputs", "extra_mm_inputs", "media_refs"):
-        if message.HasField(field) if field != "extra_mm_inputs" else message.extra_mm_inputs:
-            yield f"images and other media ({field})"
-    for field in ("kv_transfer_params", "kv_transfer_params_json"):
-        if message.HasField(field):
-            yield field
+    yield from _given(params, _PARAMS_NOT_OFFERED)
+    yield from _given(message, _INPUTS_NOT_OFFERED)
     if message.data_parallel_rank:
         yield f"data_parallel_rank {message.data_parallel_rank}"
+
+
+def _given(message: Message, names: frozenset[str]) -> list[str]:
+    """Those of the fields that are set."""
+    return sorted(names.intersection(field.name for field, _ in message.ListFields()))
