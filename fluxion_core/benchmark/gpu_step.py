@@ -441,6 +441,8 @@ def options_from(arguments: Sequence[str]) -> tuple[GpuStepOptions, Path | None]
         elif name == "shape":
             values[name] = value
         elif name == "device_digests":
+            if value not in ("yes", "no"):
+                raise ConfigError(f"{argument!r}; yes or no")
             values[name] = value == "yes"
         else:
             values[name] = int(value)
