@@ -26,6 +26,8 @@ _OPTIONS: tuple[tuple[str, int | str], ...] = (
     ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
     # Retrying is ours to decide: a hand-off is retried on another node, not on the same one.
     ("grpc.enable_retries", 0),
+    # A channel that is opened anew gets a connection of its own, not that of the last one.
+    ("grpc.use_local_subchannel_pool", 1),
     # A node that comes back is found within a second, not within two minutes.
     ("grpc.max_reconnect_backoff_ms", 1_000),
     ("grpc.initial_reconnect_backoff_ms", 100),

@@ -49,6 +49,8 @@ class PrefillNodes:
         self._credentials = watched_channel_credentials(client.tls, "prefill.client.tls")
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._opened_with: dict[str, grpc.ChannelCredentials | None] = {}
+        self._silent: set[str] = set()
+        """Nodes whose connection carries nothing, though it is not broken."""
         self._calls: dict[str, int] = {}
         self._tokens: dict[str, int] = {}
         """Of the prompts that each node computes for us."""
@@ -62,7 +64,7 @@ class PrefillNodes:
         """host:port of every node there is now, beginning with another one each time.
 
         A name that does not resolve gives no node, and a line in the log. Idle channels are opened
-        anew once the files of this node's credentials have changed.
+        anew once the files of this node's credentials have changed, or nothing came over them.
         """
         found: dict[str, str] = {}
         for address in self._addresses:
@@ -73,6 +75,7 @@ class PrefillNodes:
         left = []
         for node in list(self._channels):
             is_current = node in found and self._opened_with[node] is credentials
+            is_current = is_current and node not in self._silent
             # Running hand-offs end by themselves, over what they began with.
             if not is_current and not self._calls.get(node):
                 left.append(self._channels.pop(node))
@@ -124,7 +127,9 @@ class PrefillNodes:
             try:
                 await stub.GetPrefillLoad(handoff_pb2.GetPrefillLoadRequest(), timeout=seconds)
             except grpc.aio.AioRpcError as error:
-                return error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED
+                if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                    self._silent.add(node)
+                    return False
         return True
 
     @asynccontextmanager
@@ -151,6 +156,7 @@ class PrefillNodes:
             node, self._client, server_name=server_name, credentials=credentials
         )
         self._opened_with[node] = credentials
+        self._silent.discard(node)
 
     async def close(self) -> None:
         """Close all channels; streams that still run are cancelled."""

@@ -184,3 +184,31 @@ async def test_a_renewed_certificate_is_shown_without_a_restart(tmp_path):
             assert same is renewed
     finally:
         await nodes.close()
+
+
+class SilentNode(Node):
+    """A prefill node that lets who asks wait."""
+
+    async def GetPrefillLoad(self, request, context):
+        await asyncio.get_running_loop().create_future()
+
+
+async def test_a_connection_over_which_no_answer_came_is_not_used_again(start_node, open_nodes):
+    silent, other = await start_node(SilentNode(0)), await start_node(Node(0))
+    nodes = open_nodes(silent, other)
+    channels = {}
+    for node in (silent, other):
+        async with nodes.channel(node) as channel:
+            channels[node] = channel
+    assert not await nodes.answers(silent, seconds=0.05)
+    assert await nodes.answers(other, seconds=60)
+    async with nodes.channel(silent) as channel:
+        await nodes.in_turn()
+        # Who still uses it may go on.
+        async with nodes.channel(silent) as same:
+            assert same is channel
+    await nodes.in_turn()
+    async with nodes.channel(silent) as channel:
+        assert channel is not channels[silent]
+    async with nodes.channel(other) as channel:
+        assert channel is channels[other]
