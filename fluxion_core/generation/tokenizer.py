@@ -66,9 +66,16 @@ class Tokenizer:
         """Token ids of a text; special tokens written out in it are recognised.
 
         With `add_special_tokens`, the beginning-of-text token comes first where the model has one.
+
+        Raises:
+            InvalidRequestError: the vocabulary has no token for a part of the text, and no other.
         """
-        # Of the library's ways this one lets other threads run meanwhile.
-        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=False)
+        try:
+            # Of the library's ways this one lets other threads run meanwhile.
+            (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=False)
+        except Exception as error:
+            # The library raises bare Exception, as for an unknown-token that is not there.
+            raise InvalidRequestError(f"the model's tokenizer refuses the text: {error}") from None
         return self._bos + encoding.ids if add_special_tokens else encoding.ids
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:

@@ -132,7 +132,11 @@ def weight_files(directory: Path) -> list[Path]:
         files = [directory / Path(name).name for name in sorted(set(names))]
     else:
         files = sorted(directory.glob("*.safetensors"))
-    missing = [file.name for file in files if not file.is_file()]
+    try:
+        missing = [file.name for file in files if not file.is_file()]
+    except OSError as error:
+        # Of a name that no file can have.
+        raise ModelFileError(f"{index}: {error.strerror}") from None
     if missing or not files:
         what = f"lacks {', '.join(missing)}" if missing else "holds no safetensors file"
         raise ModelFileError(f"{directory} {what}; fetch the model again")

@@ -95,6 +95,17 @@ def test_a_damaged_directory_is_refused(model_dir, name, content):
         Tokenizer.load(model_dir)
 
 
+def test_a_text_beyond_the_vocabulary_is_an_invalid_request(model_dir):
+    path = model_dir / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"] = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "<nothing>"}
+    path.write_text(json.dumps(content | {"added_tokens": [], "post_processor": None}))
+    tokenizer = Tokenizer.load(model_dir)
+    assert tokenizer.encode("a") == [0]
+    with pytest.raises(InvalidRequestError, match="tokenizer refuses the text"):
+        tokenizer.encode("b")
+
+
 def test_a_directory_without_a_tokenizer_says_so(tmp_path):
     with pytest.raises(ModelNotFoundError, match=r"holds no tokenizer\.json"):
         Tokenizer.load(tmp_path)

@@ -324,6 +324,13 @@ def test_an_index_that_names_no_files_is_refused(llama_dir, odd):
         load(llama_dir)
 
 
+def test_an_index_with_a_name_that_no_file_can_have_is_refused(llama_dir):
+    index = llama_dir / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"model.norm.weight": "x" * 2000}}))
+    with pytest.raises(ModelFileError, match="File name too long"):
+        load(llama_dir)
+
+
 def test_a_config_of_a_size_that_none_has_is_not_read(llama_dir):
     with (llama_dir / "config.json").open("r+b") as file:
         file.truncate((64 << 20) + 1)
