@@ -50,6 +50,9 @@ CHUNK_TOKENS_BESIDE_STREAMS = 8
 """The same while others wait for their next token, which a chunk delays by about two steps. Up to 8
 rows the products of the dense part are cheap (models/decoder.py)."""
 
+FULL_CHUNK_CONTEXT = 8192
+"""A row reads all that is stored: where that is more than this, chunks have fewer of them."""
+
 
 @dataclass(frozen=True)
 class Profiled:
@@ -317,9 +320,7 @@ class DecodeEngine:
         self._current = CurrentStep(self._statistics.steps + 1, started, (sequence.request_id,))
         try:
             with self._trace.span(ENGINE_LANE, "prompt chunk"):
-                goes_on = self._compute_chunk(
-                    sequence, CHUNK_TOKENS_BESIDE_STREAMS if has_streams else CHUNK_TOKENS
-                )
+                goes_on = self._compute_chunk(sequence, has_streams=has_streams)
         except Exception as error:
             _log.exception(event("chunk of a prompt failed", request_id=sequence.request_id))
             self._end(sequence, error)
@@ -334,14 +335,14 @@ class DecodeEngine:
         self._end(sequence, None)
         return [one for one in running if one is not sequence]
 
-    def _compute_chunk(self, sequence: DecodeSequence, most_tokens: int) -> bool:
+    def _compute_chunk(self, sequence: DecodeSequence, *, has_streams: bool) -> bool:
         """The next tokens of a prompt, and after its last the first new one; whether to go on."""
         assert self._prompts is not None
         prompt, profiled = sequence.prompt_token_ids, sequence.profiled
         first = sequence.kv.num_tokens
-        count = next_chunk_tokens(
-            len(prompt) - first, most_tokens, wants_profile=profiled is not None
-        )
+        most = CHUNK_TOKENS_BESIDE_STREAMS if has_streams else CHUNK_TOKENS
+        most = min(most, max(1, most * FULL_CHUNK_CONTEXT // (first + 1)))
+        count = next_chunk_tokens(len(prompt) - first, most, wants_profile=profiled is not None)
         end = self._prompts.compute_chunk(
             sequence.kv,
             prompt[first : first + count],

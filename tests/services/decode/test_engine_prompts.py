@@ -86,6 +86,16 @@ def test_streams_make_a_step_between_two_chunks_which_are_small_then():
     assert [len(rows) for rows in step.ran[:7]] == [1, 1, 2, 1, 1, 2, 1]
 
 
+def test_the_more_is_stored_the_smaller_the_chunks():
+    step, ends = FakeStep(), queue.Queue()
+    prompts = FakePrompts(step)
+    # By hand: 64 rows are meant for 8,192 tokens; over 32,768 it is 15, over a million one.
+    stored = (32_768, 1_000_000)
+    sequences = [prompt_of(length + 17, 0, ends, stored=length) for length in stored]
+    assert run(step, prompts, sequences, ends) == [None, None]
+    assert [tokens for tokens, _, _ in prompts.ran] == [15, 2, *[1] * 17]
+
+
 def test_a_prompts_last_chunk_gives_the_planner_its_profile():
     step, ends = FakeStep(), queue.Queue()
     prompts, window = FakePrompts(step), WindowSpec()
