@@ -77,7 +77,7 @@ class PromptKv:
         """
         sequence = store.reserve(token_ids, max_new_tokens)
         try:
-            first = sequence.shared_tokens
+            first = sequence.kv_from_token
             for layer in range(self._geometry.num_layers):
                 payload = self._payload(layer, first)
                 sequence.write_blocks(layer, first, self.num_tokens - first, payload)

@@ -34,7 +34,7 @@ ANSWER_TOKENS = 24
 def prefilled(decoder: Decoder, store: HostKvStore, token_ids: list[int], new: int) -> SequenceKv:
     """A committed sequence that holds this prompt."""
     sequence = store.reserve(token_ids, new)
-    first = sequence.shared_tokens
+    first = sequence.kv_from_token
     capture = KvCapture(
         store.geometry,
         num_tokens=len(token_ids),

@@ -54,7 +54,7 @@ class HandoffStreams:
         wants_profile = random.random() < 0.3
         try:
             messages = whole_stream(
-                random, num_tokens, sequence.shared_tokens, self._noise, wants_profile=wants_profile
+                random, num_tokens, sequence.kv_from_token, self._noise, wants_profile=wants_profile
             )
             is_damaged = random.random() < 0.9
             if is_damaged:
@@ -79,7 +79,7 @@ class HandoffStreams:
 
     def _check_stored(self, sequence: SequenceKv, messages: list[bytes]) -> None:
         """Every token of every layer came once, in order, and lies in the store as it was sent."""
-        expected = [sequence.shared_tokens] * GEOMETRY.num_layers
+        expected = [sequence.kv_from_token] * GEOMETRY.num_layers
         for message in messages:
             _, _, kind, layer, first, count, size, crc, _ = _PREFIX.unpack_from(message)
             payload = message[_PREFIX.size :]
@@ -130,7 +130,7 @@ def receive(
         sequence,
         LAYOUT,
         num_tokens=sequence.num_prompt_tokens,
-        kv_from_token=sequence.shared_tokens,
+        kv_from_token=sequence.kv_from_token,
     )
     for message in messages:
         taken[0] += 1
