@@ -8,6 +8,8 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
+import grpc
+
 from tests.e2e.conftest import ROOT
 from tests.faults.cluster import (
     LONG_TOKENS,
@@ -95,6 +97,7 @@ async def cancels(cluster: Cluster, phase: str) -> float:
             calls[0].cancel()
             ended = await gone(cluster, phase)
             await asyncio.gather(started, return_exceptions=True)
+            assert await calls[0].code() is grpc.StatusCode.CANCELLED
     return ended - began
 
 

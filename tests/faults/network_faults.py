@@ -35,7 +35,7 @@ from tests.faults.matrix import Row, failed_line, skipped_line
 DELAY_SECONDS = 0.1
 LOSS = 0.05
 STALL = f"prefill.stall_seconds ({STALL_SECONDS:g})"
-KEEPALIVE = "keepalive (20 + 10)"
+KEEPALIVE = "10 s without an acknowledgement; idle, keepalive (20 + 10)"
 
 NetworkScenario = Callable[[Cluster, Link, Far], Awaitable[Row]]
 
@@ -172,7 +172,7 @@ async def network_of_a_client_is_cut(cluster: Cluster, link: Link, far: Far) -> 
         "network of a client cut, request in phase decode",
         "nothing",
         seconds,
-        f"its last token, or {KEEPALIVE}",
+        KEEPALIVE,
         "yes, right tokens",
     )
 
