@@ -6,7 +6,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 NATIVE := $(shell find fluxion_core/kernels/native -type f 2>/dev/null)
 
-.PHONY: demo test lint format bench asan fuzz protos dashboards compose-test native clean
+.PHONY: demo test lint format bench asan fuzz faults protos dashboards compose-test native clean
 
 demo: $(VENV)/.installed  ## ask a question about a 7,000-token document, through two processes
 	$(BIN)/fluxion demo
@@ -48,6 +48,9 @@ dashboards: $(VENV)/.tested  ## Grafana dashboards and console pages from deploy
 
 compose-test: $(VENV)/.tested  ## bring docker-compose.yml up for real: serve, lose a node, be scraped, go
 	$(BIN)/python deploy/compose_test.py
+
+faults: $(VENV)/.tested  ## what clients see when something fails, with real processes: deploy/FAULTS.md
+	$(BIN)/python -m tests.faults
 
 protos: $(VENV)/.tested  ## stubs from the .proto files
 	$(BIN)/python protos/regenerate.py

@@ -116,8 +116,6 @@ class Generation:
             context: of the call.
         """
         arrived = time.perf_counter()
-        # Asked once: gRPC subtracts the wall clock, which may be set while a request waits.
-        allowed_seconds = context.time_remaining()
         client = self._callers.client_of(context)
         request: GenerationRequest | None = None
         failure: BaseException | None = None
@@ -140,7 +138,7 @@ class Generation:
                 request.stop.max_new_tokens,
                 client=client,
                 priority=request.priority,
-                deadline_seconds=_left(allowed_seconds, arrived),
+                deadline_seconds=context.time_remaining(),
                 approximation=self._planning.approximation(request.policy),
             )
             with self._limits.waiting(client, prompt_tokens) as has_waited:
@@ -165,7 +163,7 @@ class Generation:
                             request.prompt_token_ids,
                             request.sampling,
                             kv,
-                            deadline_seconds=_left(allowed_seconds, arrived),
+                            deadline_seconds=context.time_remaining(),
                             profile_window=self._planning.profile_window(request.policy),
                         )
                     decoding = self._decode(request, admitted, prefilled, arrived, admitted_after)
@@ -318,13 +316,6 @@ class Generation:
                 # Cancelled again while cleaning up: the memory is still the engine's.
                 continue
         return waiting.result().error
-
-
-def _left(allowed_seconds: float | None, since: float) -> float | None:
-    """What is left now of seconds counted from `since`, of time.perf_counter(); None for ever."""
-    if allowed_seconds is None:
-        return None
-    return max(0.0, allowed_seconds - (time.perf_counter() - since))
 
 
 def _prompt_usage(

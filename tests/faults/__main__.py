@@ -36,7 +36,6 @@ def main() -> int:
         scenarios = named(
             (
                 *node_faults.SCENARIOS,
-                *node_faults.SLOW_SCENARIOS,
                 *client_faults.SCENARIOS,
                 *machine_faults.SCENARIOS,
             )
