@@ -16,8 +16,12 @@ class Relay:
         self._server: asyncio.Server | None = None
         self._writers: list[asyncio.StreamWriter] = []
         self.address = ""
+        self.may_pass = asyncio.Event()
+        """While it is not set, connections are made, and nothing comes back."""
+        self.may_pass.set()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await self.may_pass.wait()
         there_reader, there_writer = await asyncio.open_connection(self._host, self._port)
         self._writers += [writer, there_writer]
         await asyncio.gather(_pump(reader, there_writer), _pump(there_reader, writer))
