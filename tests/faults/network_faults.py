@@ -151,13 +151,7 @@ async def network_is_cut_before_alone(cluster: Cluster, link: Link, far: Far) ->
 
 async def network_of_a_client_is_cut(cluster: Cluster, link: Link, far: Far) -> Row:
     """Its request is ended when its connection is."""
-    process = await asyncio.create_subprocess_exec(
-        *far.prefix,
-        *(sys.executable, "-m", "tests.faults.client", cluster.lone.address, "3000"),
-        *map(str, cluster.fresh_prompt(SHORT_TOKENS)),
-        cwd=ROOT,
-        stdout=asyncio.subprocess.PIPE,
-    )
+    process = await start_client(cluster, far)
     assert process.stdout is not None
     await process.stdout.readline()
     link.is_cut, began = True, time.monotonic()
@@ -174,6 +168,17 @@ async def network_of_a_client_is_cut(cluster: Cluster, link: Link, far: Far) -> 
         seconds,
         KEEPALIVE,
         "yes, right tokens",
+    )
+
+
+async def start_client(cluster: Cluster, far: Far) -> asyncio.subprocess.Process:
+    """A client in the other namespace, which asks `lone` for many tokens."""
+    return await asyncio.create_subprocess_exec(
+        *far.prefix,
+        *(sys.executable, "-m", "tests.faults.client", cluster.lone.address, "3000"),
+        *map(str, cluster.fresh_prompt(SHORT_TOKENS)),
+        cwd=ROOT,
+        stdout=asyncio.subprocess.PIPE,
     )
 
 

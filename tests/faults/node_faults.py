@@ -227,6 +227,35 @@ async def prefill_pauses(cluster: Cluster) -> Row:
     )
 
 
+async def decode_stops(cluster: Cluster) -> Row:
+    """A client sees nothing but its own deadline."""
+    cluster.heal()
+    first_token, allowed_seconds = asyncio.Event(), 5.0
+    began = time.monotonic()
+    streaming = asyncio.ensure_future(
+        ask(
+            cluster.lone.address,
+            cluster.fresh_prompt(SHORT_TOKENS),
+            3000,
+            timeout=allowed_seconds,
+            on_token=lambda _: first_token.set(),
+        )
+    )
+    await first_token.wait()
+    with cluster.lone.frozen():
+        seen = await streaming
+    assert seen.status == "DEADLINE_EXCEEDED", seen
+    await assert_nothing_is_held(cluster.lone)
+    await cluster.assert_serves(cluster.lone)
+    return Row(
+        "SIGSTOP of the decode node, a client with a deadline of 5 s",
+        "DEADLINE_EXCEEDED",
+        seen.ended_at - began,
+        "the client's own",
+        "once it goes on: yes, right tokens",
+    )
+
+
 async def store_is_full(cluster: Cluster) -> Row:
     """Who can never fit is refused; who does not fit now waits, and gets its room."""
     cluster.heal()
@@ -276,5 +305,6 @@ SCENARIOS: tuple[Scenario, ...] = (
     prefill_dies_during_alone,
     prefill_dies_before_alone,
     prefill_dies_after,
+    decode_stops,
     decode_dies,
 )
