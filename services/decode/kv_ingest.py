@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -54,6 +55,10 @@ _WORTH_ANOTHER_NODE = (
     CapacityError,
     RemoteError,
 )
+
+
+class _UnheardError(PeerUnavailableError):
+    """The connection broke before the node said anything: it may have been dead for long."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +119,8 @@ class KvIngest:
     ) -> Prefilled:
         """Have a prompt computed and stored; commits the sequence.
 
-        Prefill nodes are tried once each, the least busy first. The call runs until it is
+        Prefill nodes are tried once each, the least busy first; one whose connection broke before
+        anything came is tried again after the others, over a new one. The call runs until it is
         cancelled or the deadline passes, whichever comes first.
 
         Args:
@@ -147,8 +153,10 @@ class KvIngest:
             recent_tokens=profile_window.recent_tokens if profile_window else 0,
         ).SerializeToString()
         started = time.monotonic()
-        failures: list[tuple[str, FluxionError]] = []
-        for address in await self._nodes.by_load():
+        failures: dict[str, FluxionError] = {}
+        addresses = deque(await self._nodes.by_load())
+        while addresses:
+            address = addresses.popleft()
             left = None
             if deadline_seconds is not None:
                 left = max(0.0, deadline_seconds - (time.monotonic() - started))
@@ -164,7 +172,10 @@ class KvIngest:
                         wants_profile=profile_window is not None,
                     )
             except _WORTH_ANOTHER_NODE as error:
-                failures.append((address, error))
+                if isinstance(error, _UnheardError) and address not in failures:
+                    await self._nodes.renew(address)
+                    addresses.append(address)
+                failures[address] = error
                 self._counters.handoff_failed(error)
                 _log.warning(
                     event("hand-off failed", request_id=request_id, node=address, error=str(error))
@@ -177,7 +188,7 @@ class KvIngest:
                 )
                 return prefilled
         if len(failures) == 1:
-            raise failures[0][1]
+            raise next(iter(failures.values()))
         if not failures:
             none_found = PeerUnavailableError(
                 "no prefill node was found: none of prefill.addresses resolves to the address of "
@@ -185,7 +196,7 @@ class KvIngest:
             )
             self._counters.handoff_failed(none_found)
             raise none_found
-        answers = "; ".join(f"{address}: {error}" for address, error in failures)
+        answers = "; ".join(f"{address}: {error}" for address, error in failures.items())
         raise PeerUnavailableError(f"no prefill node could compute the prompt: {answers}")
 
     async def _attempt(
@@ -209,16 +220,21 @@ class KvIngest:
         call = channel.unary_stream(_METHOD)(request, timeout=deadline_seconds)
         answers = partial(self._nodes.answers, address)
         first_chunk: float | None = None
+        has_heard = False
         try:
             async with ended_when_silent(call, answers, self._stall_seconds) as heard:
                 async for message in call:
                     heard()
+                    has_heard = True
                     with self._trace.span(lane, "frame", bytes=len(message)):
                         kind = codec.take_message(assembler, message)
                     if kind is FrameKind.CHUNK and first_chunk is None:
                         first_chunk = time.perf_counter()
         except grpc.aio.AioRpcError as error:
-            raise _of_node(error_from_rpc(error), address) from None
+            failure = _of_node(error_from_rpc(error), address)
+            if error.code() is grpc.StatusCode.UNAVAILABLE and not has_heard:
+                raise _UnheardError(str(failure)) from None
+            raise failure from None
         except PeerUnavailableError as error:
             raise _of_node(error, address) from None
         finally:

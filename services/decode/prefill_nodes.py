@@ -132,6 +132,11 @@ class PrefillNodes:
                     return False
         return True
 
+    async def renew(self, node: str) -> None:
+        """Connect anew to a node, whose connection has broken, unless other calls still use it."""
+        self._silent.add(node)
+        await self.in_turn()
+
     @asynccontextmanager
     async def channel(self, node: str, tokens: int = 0) -> AsyncIterator[grpc.aio.Channel]:
         """The channel to a node that `in_turn` gave; open until the block ends.

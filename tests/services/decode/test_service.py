@@ -259,6 +259,28 @@ async def test_a_prefill_node_with_another_model_is_refused(
         await assert_nothing_is_held(stub)
 
 
+async def test_a_connection_that_breaks_before_anything_came_is_made_again(
+    start_prefill, start_decode, open_stub
+):
+    class BreaksOnce(Tampered):
+        async def prefill(self, message, context):
+            if not self.requests:
+                self.requests.append(handoff_pb2.HandoffRequest.FromString(message))
+                await context.abort(grpc.StatusCode.UNAVAILABLE, "broken")
+            async for frame in super().prefill(message, context):
+                yield frame
+
+    async with (
+        start_prefill() as prefill,
+        serving(BreaksOnce(prefill.address, lambda frames: frames)) as (proxy, address),
+        start_decode(address) as node,
+        open_stub(node.address) as stub,
+    ):
+        assert len(await tokens_of(stub, request_of(ignore_eos=True))) == 8
+        assert len(proxy.requests) == 2
+        await assert_nothing_is_held(stub)
+
+
 GROUPS = 2 * 2
 """KV heads of all layers of the toy model."""
 
@@ -382,7 +404,12 @@ class Tampered:
 
 @asynccontextmanager
 async def tampered(target: str, change) -> AsyncIterator[tuple[Tampered, str]]:
-    proxy = Tampered(target, change)
+    async with serving(Tampered(target, change)) as both:
+        yield both
+
+
+@asynccontextmanager
+async def serving(proxy: Tampered) -> AsyncIterator[tuple[Tampered, str]]:
     server = grpc.aio.server(options=[("grpc.max_send_message_length", 64 << 20)])
     server.add_generic_rpc_handlers((HandoffService.generic_handler(proxy),))
     port = server.add_insecure_port("127.0.0.1:0")
