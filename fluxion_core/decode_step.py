@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ class StepReads:
     """
 
     scanned_bytes: int
-    """Digests."""
+    """Digests, by whoever scanned them."""
     attended_bytes: int
     """K and V: the union of what the heads of each group chose."""
     region_bytes: int = 0
@@ -53,6 +54,8 @@ class StepReads:
     """Groups that read nothing of the region, summed over layers."""
     groups_everything: int = 0
     """Groups that read the whole region without a choice, summed over layers."""
+    device_scanned_bytes: int = 0
+    """Of the digests, what a GPU scanned in its own memory to make plans."""
 
     @property
     def total_bytes(self) -> int:
@@ -76,6 +79,25 @@ class GivenPlan:
 
 
 @dataclass(frozen=True)
+class Told:
+    """Where a row's plans are made elsewhere: what is to be known there of what was read."""
+
+    address: int
+    """Of layer 0: [heads, 2] float32, lse and share of the region."""
+    stride: int
+    """Floats from one layer's to the next."""
+
+
+class PlanSource(IntEnum):
+    """Who says what a row reads; native/step_driver.h has the same."""
+
+    GIVEN = 0
+    FROM_DEVICE = 1
+    TIMED_ONLY = 2
+    """The row's plan is given; the device's is made and waited for all the same."""
+
+
+@dataclass(frozen=True)
 class StepRow:
     """One sequence of a step."""
 
@@ -90,7 +112,8 @@ class StepRow:
     state: PlannerState | None = None
     """For policies that need head profiles."""
     given: GivenPlan | None = None
-    """In place of the policy's decisions; a GPU's steps only."""
+    """In place of the policy's decisions, which are made all the same if there is a state; a GPU's
+    steps only."""
 
 
 class StepWork:
@@ -104,6 +127,7 @@ class StepWork:
         num_heads: query heads of the model.
         attends_window: whether the window is attended to here too; else only the region is.
         given: plans that stand in for policies' decisions, by row.
+        told: by row; of those whose plans are made elsewhere, not natively.
 
     Raises:
         FluxionError: a sequence's reservation is used up.
@@ -119,6 +143,7 @@ class StepWork:
         *,
         attends_window: bool = True,
         given: Sequence[GivenPlan | None] | None = None,
+        told: Sequence[Told | None] | None = None,
     ) -> None:
         geometry = sequences[0].store.geometry
         self._geometry = geometry
@@ -138,26 +163,37 @@ class StepWork:
             policies, self.regions, num_kv_heads=geometry.num_kv_heads, num_heads=num_heads
         )
         self.levels = plan.levels[None]
-        """[layers or 1, batch, kv_heads] int32; rows whose plans are made natively are not read."""
+        """[layers or 1, batch, kv_heads] int32; rows whose plans are made later are not read."""
         self.budgets = plan.budgets[None]
         """[layers or 1, batch, heads] int32."""
-        self._planned_natively = [False] * len(rows)
+        self.sources = torch.full((len(rows),), PlanSource.GIVEN, dtype=torch.int32)
+        """[batch] PlanSource."""
+        self._is_planned_later = [False] * len(rows)
         self._are_exact = [
             isinstance(policy, ExactPolicy) or not region
             for policy, region in zip(policies, self.regions, strict=True)
         ]
         for row, (policy, state) in enumerate(zip(policies, states, strict=True)):
-            if given is not None and (plan_of_row := given[row]) is not None:
+            plan_of_row = given[row] if given is not None else None
+            to_tell = told[row] if told is not None and self.regions[row] else None
+            if plan_of_row is not None:
                 self._set_plan(row, plan_of_row.levels, plan_of_row.budgets)
                 self._are_exact[row] = False
-            elif state is not None and isinstance(policy, PredictedPolicy) and self.regions[row]:
+            if to_tell is not None and state is not None:
+                self._plan_elsewhere(row, state, to_tell, is_given=plan_of_row is not None)
+            elif (
+                plan_of_row is None
+                and state is not None
+                and isinstance(policy, PredictedPolicy)
+                and self.regions[row]
+            ):
                 self._predict(row, policy, state)
 
     def needs_nothing(self) -> Tensor:
         """[layers or 1] bool: layers of which no row reads anything of its region."""
         reads = self.levels != READ_NOTHING
         for row, region in enumerate(self.regions):
-            reads[:, row] |= self._planned_natively[row]
+            reads[:, row] |= self._is_planned_later[row]
             if not region:
                 reads[:, row] = False
         return ~reads.flatten(1).any(1)
@@ -176,10 +212,15 @@ class StepWork:
         planner = state.planner
         if planner.mode == "network":
             self.tasks.predict(row, planner.native, state.native, *native_policy(policy))
-            self._planned_natively[row] = True
+            self._is_planned_later[row] = True
             return
         self.tasks.rank_by(row, planner.native)
         self._set_plan(row, *state.fixed_plans(policy, self.regions[row]))
+
+    def _plan_elsewhere(self, row: int, state: PlannerState, told: Told, *, is_given: bool) -> None:
+        self.tasks.plan_elsewhere(row, state.planner.native, told.address, told.stride)
+        self._is_planned_later[row] = True
+        self.sources[row] = PlanSource.TIMED_ONLY if is_given else PlanSource.FROM_DEVICE
 
     def _set_plan(self, row: int, levels: Tensor, budgets: Tensor) -> None:
         if len(self.levels) < len(levels):
@@ -188,7 +229,7 @@ class StepWork:
         self.levels[:, row], self.budgets[:, row] = levels, budgets
 
     def _reads(self, row: int) -> StepReads:
-        scanned, attended = self.tasks.read_bytes(row)
+        scanned, attended, scanned_for_plans = self.tasks.read_bytes(row)
         of_size, nothing, everything, streaming, heads = self.tasks.group_counts(row)
         return StepReads(
             scanned_bytes=scanned,
@@ -199,6 +240,7 @@ class StepWork:
             groups_of_size=of_size,
             groups_nothing=nothing,
             groups_everything=everything,
+            device_scanned_bytes=scanned_for_plans,
         )
 
 

@@ -108,12 +108,13 @@ class _WindowsOnly:
             self._step,
             self._stamp,
         )
-        self._attention.launch(query, *windows, self._slots, self._lengths, *self._states)
+        self._attention.launch(query, *windows, self._slots, self._lengths, self._states)
         output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         self._handover.merge(
-            *self._states,
+            self._states.output,
+            self._states.lse,
             self._queries,
-            self._states[1],
+            self._states.lse,
             self._has_answer,
             output,
         )

@@ -50,6 +50,10 @@ class Board:
         self.logits = pinned(capacity, vocab_size, dtype=torch.float32)
         self.stamps = pinned(layers, 3, dtype=torch.int64)
         """The GPU's clock, ns: published, began to wait, was answered."""
+        self.planned = pinned(layers, capacity, geometry.num_kv_heads, dtype=torch.int32)
+        """Written by the GPU: this group's plan is in `plan_levels` and `plan_budgets`."""
+        self.plan_levels = pinned(layers, capacity, geometry.num_kv_heads, dtype=torch.int32)
+        self.plan_budgets = pinned(layers, capacity, num_heads, dtype=torch.int32)
         self.device_queries = torch.zeros(
             capacity, num_heads, dim, dtype=torch.float32, device=device
         )
@@ -66,6 +70,9 @@ class Board:
             self.output,
             self.lse,
             self.device_queries,
+            self.planned,
+            self.plan_levels,
+            self.plan_budgets,
         )
         return _native.StepDriver(
             native_layout(geometry),

@@ -4,7 +4,8 @@ The dense part is one CUDA graph for each size of batch. In each layer it publis
 and values in pinned memory, attends to the windows, waits for the host's flag and merges what the
 host attended to. The host's side (native, kernels/native/step_driver.h) appends to the store and
 has the retrieval regions attended to by the CPU pool and the GPU lane, which pull from one queue.
-Python runs before and after a step, not within.
+Python runs before and after a step, not within. Plans that are predicted are made
+in the graph too, behind the windows, and handed to the host with flags of their own.
 
 A layer in which no sequence reads its region is not waited for; its keys and values are appended
 while the GPU goes on.
@@ -31,6 +32,7 @@ from fluxion_core.errors import CapacityError, DeviceError, FluxionError
 from fluxion_core.geometry import BLOCK_TOKENS, KvGeometry, WindowSpec
 from fluxion_core.gpu.board import Board
 from fluxion_core.gpu.device_digests import digests_if_they_fit
+from fluxion_core.gpu.device_planner import DevicePlanner, LayerPlans
 from fluxion_core.gpu.device_spans import DeviceSpans, StepRecord
 from fluxion_core.gpu.lane import GpuLane
 from fluxion_core.gpu.pinned import RegisteredStore
@@ -66,7 +68,8 @@ class DeviceStep:
         max_context_tokens: of a sequence.
         lanes: who attends to regions.
         planner: for policies that need head profiles.
-        device_digests: whether the lane scans copies of digests on the device, if they fit.
+        device_digests: whether there are copies of digests on the device, if they fit: the lane
+            scans those, and predicted plans are made there. Else the CPUs make them.
 
     Raises:
         ShapeError: see `check_step_shapes`; or no kernel takes the model's heads.
@@ -108,12 +111,34 @@ class DeviceStep:
         self.usage.pcie_bytes["host_to_device", "weights"] = sum(
             weight.nbytes for weight in decoder.parameters()
         )
+        predicts = planner is not None and planner.mode == "network"
+        wanted = device_digests and (lanes != "cpu" or predicts)
+        self._digests = digests_if_they_fit(store, self._device) if wanted else None
+        self._attention = WindowAttention(
+            window, config.num_heads, geometry.num_kv_heads, geometry.head_dim
+        )
+        self._device_planner = (
+            DevicePlanner(
+                planner,
+                geometry,
+                window,
+                num_splits=self._attention.num_splits,
+                digests=self._digests,
+                max_context_tokens=max_context_tokens,
+                capacity=max_rows,
+                device=self._device,
+            )
+            if planner is not None and predicts and self._digests is not None
+            else None
+        )
         sizes = sorted({min(1 << power, max_rows) for power in range(max_rows.bit_length() + 1)})
         self.board.skip.fill_(1)
-        self._graphs = {size: self._capture(geometry, size) for size in sizes}
+        self._graphs = {
+            (size, plans): self._capture(geometry, size, plans=plans)
+            for size in sizes
+            for plans in ((False, True) if self._device_planner else (False,))
+        }
         self._steps = int(self._step_number.item())
-        wanted = device_digests and lanes != "cpu"
-        self._digests = digests_if_they_fit(store, self._device) if wanted else None
         self._lane = (
             GpuLane(
                 geometry,
@@ -153,6 +178,8 @@ class DeviceStep:
     def leave(self, slot: int) -> None:
         """Give a slot back."""
         self.windows.leave(slot)
+        if self._device_planner is not None:
+            self._device_planner.leave(slot)
 
     def run(self, rows: Sequence[StepRow]) -> tuple[Tensor, list[StepReads]]:
         """One token of every sequence.
@@ -176,23 +203,29 @@ class DeviceStep:
                 remedy="raise engine.max_running_sequences",
             )
         policies = [row.policy for row in rows]
+        states = checked_states(self._planner, policies, [row.state for row in rows])
+        told = None
+        regions = [self._window.retrieval_region(row.sequence.num_tokens + 1) for row in rows]
+        with torch.cuda.stream(self._stream):
+            if self._digests is not None:
+                for row, region in zip(rows, regions, strict=True):
+                    self._digests.follow(row.slot, row.sequence, region.stop)
+            if self._device_planner is not None:
+                told = self._device_planner.write_input(rows, states, regions)
         work = StepWork(
             [row.sequence for row in rows],
             policies,
-            checked_states(self._planner, policies, [row.state for row in rows]),
+            states,
             self._window,
             self._num_heads,
             attends_window=False,
             given=[row.given for row in rows],
+            told=told,
         )
         self._num_rows = len(rows)
-        size = min(size for size in self._graphs if size >= len(rows))
-        graph = self._graphs[size]
+        size = min(size for size, _ in self._graphs if size >= len(rows))
+        graph = self._graphs[size, told is not None]
         self._write_inputs(rows)
-        if self._digests is not None:
-            with torch.cuda.stream(self._stream):
-                for row, region in zip(rows, work.regions, strict=True):
-                    self._digests.follow(row.slot, row.sequence, region.stop)
         nothing = work.needs_nothing()
         self.board.skip.copy_(nothing.expand(self.board.skip.shape[0]))
         self._steps += 1
@@ -211,6 +244,7 @@ class DeviceStep:
                 work.levels.data_ptr(),
                 work.budgets.data_ptr(),
                 len(work.levels),
+                work.sources.data_ptr(),
                 WAKE_BYTES,
             )
             self._stream.synchronize()
@@ -294,11 +328,14 @@ class DeviceStep:
         self.board.input_words.copy_(torch.tensor([ids + padding, positions + padding]))
         self.board.input_rows.copy_(torch.tensor([slots + padding, lengths + padding]))
 
-    def _capture(self, geometry: KvGeometry, size: int) -> StepGraph:
+    def _capture(self, geometry: KvGeometry, size: int, *, plans: bool) -> StepGraph:
         board, device = self.board, self._device
         words = torch.zeros(2, size, dtype=torch.int64, device=device)
         ints = torch.zeros(2, size, dtype=torch.int32, device=device)
-        port = _GraphAttention(self, geometry, size, slots=ints[0], lengths=ints[1])
+        planner = self._device_planner.new_layers(size) if self._device_planner and plans else None
+        port = _GraphAttention(
+            self, geometry, size, slots=ints[0], lengths=ints[1], planner=planner
+        )
 
         @torch.inference_mode()
         def body() -> None:
@@ -306,6 +343,8 @@ class DeviceStep:
                 words[index].copy_(board.input_words[index, :size], non_blocking=True)
                 ints[index].copy_(board.input_rows[index, :size], non_blocking=True)
             self._step_number.add_(1)
+            if planner is not None:
+                planner.begin()
             hidden = self._decoder(words[0], words[1], port)
             board.logits[:size].copy_(self._decoder.logits(hidden), non_blocking=True)
             board.stamps.copy_(port.stamps, non_blocking=True)
@@ -314,13 +353,23 @@ class DeviceStep:
 
     @property
     def digests_on_device(self) -> bool:
-        """Whether the lane scans copies of digests on the device."""
+        """Whether there are copies of digests on the device."""
         return self._digests is not None
+
+    @property
+    def plans_on_device(self) -> bool:
+        """Whether predicted plans are made on the device."""
+        return self._device_planner is not None
 
     @property
     def step_number(self) -> Tensor:
         """[1] int32 on the device: goes up by one a step."""
         return self._step_number
+
+    @property
+    def window_attention(self) -> WindowAttention:
+        """Over the default windows."""
+        return self._attention
 
     @property
     def window(self) -> WindowSpec:
@@ -332,15 +381,26 @@ class _GraphAttention:
     """Attention port that only launches: everything the kernels read is where it always is."""
 
     def __init__(
-        self, step: DeviceStep, geometry: KvGeometry, size: int, *, slots: Tensor, lengths: Tensor
+        self,
+        step: DeviceStep,
+        geometry: KvGeometry,
+        size: int,
+        *,
+        slots: Tensor,
+        lengths: Tensor,
+        planner: LayerPlans | None,
     ) -> None:
-        heads, device = step._num_heads, slots.device
+        device = slots.device
         self._step, self._size = step, size
         self._slots, self._lengths = slots, lengths
-        kv_heads, head_dim = geometry.num_kv_heads, geometry.head_dim
-        self._attention = WindowAttention(step.window, heads, kv_heads, head_dim)
+        self._planner = planner
+        self._attention = step.window_attention
         self._handover = Handover(
-            step.window, heads, kv_heads, head_dim, self._attention.num_splits
+            step.window,
+            self._attention.num_heads,
+            geometry.num_kv_heads,
+            geometry.head_dim,
+            self._attention.num_splits,
         )
         self._states = self._attention.make_states(size, device)
         self._has_answer = torch.zeros(1, dtype=torch.int32, device=device)
@@ -365,11 +425,25 @@ class _GraphAttention:
             self.stamps[layer, 0:1],
         )
         self._attention.launch(
-            query, window_key, window_value, self._slots, self._lengths, *self._states
+            query, window_key, window_value, self._slots, self._lengths, self._states
         )
+        if self._planner is not None:
+            self._planner.launch(
+                layer,
+                self._slots,
+                self._lengths,
+                board.device_queries[:size],
+                window_key,
+                self._states,
+                board.plan_levels[layer],
+                board.plan_budgets[layer],
+                board.planned[layer],
+                step.step_number,
+            )
         output = torch.empty(size, *query.shape[1:], dtype=query.dtype, device=query.device)
         self._handover.await_and_merge(
-            *self._states,
+            self._states.output,
+            self._states.lse,
             board.output,
             board.lse,
             board.answered[layer : layer + 1],

@@ -21,7 +21,7 @@ from torch import Tensor
 from fluxion_core.errors import ConfigError, ShapeError
 from fluxion_core.geometry import BLOCK_SIZES, ceil_div
 from fluxion_core.kernels import _native
-from fluxion_core.predictor.features import FEATURES, NUM_FEATURES
+from fluxion_core.predictor.features import FEATURES, NUM_FEATURES, SMALL_BUDGET
 from fluxion_core.predictor.head_profile import BUDGETS
 from fluxion_core.predictor.mlp import HeadProfileMlp
 from fluxion_core.predictor.prompt_profile import PromptProfile, pack
@@ -131,6 +131,7 @@ class PlannerState:
                     f"of {len(profile.kv)} heads; the model needs {list(curves)} and {kv_heads}"
                 )
         self.planner = planner
+        self._profiles = profiles
         packed = np.frombuffer(pack(profiles), dtype=np.float32)
         self.native = _native.PlannerState(planner.native, packed.ctypes.data)
         """What the kernels keep: estimates, and the memory of the last step."""
@@ -140,6 +141,30 @@ class PlannerState:
             else None
         )
         self._fixed: tuple[PredictedPolicy, Tensor, Tensor] | None = None
+
+    def estimates(self) -> Tensor:
+        """What prefill estimated, as a device's planner takes it.
+
+        Returns:
+            [layers, heads, 13] float32: log squared error at budget 0 and at 1/32, the worst of
+            both, region mass and its worst, bound_lse and bound_1st, the KV's five statistics.
+        """
+        group = self.planner.num_heads // self.planner.num_kv_heads
+        return torch.stack(
+            [
+                torch.cat(
+                    (
+                        profile.log_squares[:, 0, (0, SMALL_BUDGET)],
+                        profile.worst_log_squares,
+                        profile.region_mass,
+                        profile.bounds,
+                        profile.kv.repeat_interleave(group, dim=0),
+                    ),
+                    dim=-1,
+                ).float()
+                for profile in self._profiles
+            ]
+        )
 
     def fixed_plans(self, policy: PredictedPolicy, region: range) -> tuple[Tensor, Tensor]:
         """Training-free plans for a region: levels and numbers of blocks, of all layers.

@@ -34,7 +34,7 @@ def _reach(weights, radius):
 
 
 @triton.jit
-def _score_tile(at, inside, query, radius, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
+def score_tile(at, inside, query, radius, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
     """[rows, records * width] scores from records of 16 bits at the addresses `at`."""
     channel = tl.arange(0, HEAD_DIM)
     lane = tl.arange(0, WIDTH)
@@ -64,7 +64,7 @@ def _span_half(header, query, bytes_low, bytes_high, radius):
 
 
 @triton.jit
-def _score_span(
+def score_span(
     at, inside, even_query, odd_query, radius, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr
 ):
     """[rows, records * width] scores from records of 8 bits at the addresses `at`."""
@@ -161,9 +161,9 @@ def _score_level(
         record = first + step + tl.arange(0, RECORDS)
         slab = tl.load(table_ptr + record // SLAB_RECORDS, mask=record < end_record, other=0)
         if DIGEST_BITS == 8:
-            scores = _score_span(at, inside, query, odd_query, radius, HEAD_DIM, WIDTH)
+            scores = score_span(at, inside, query, odd_query, radius, HEAD_DIM, WIDTH)
         else:
-            scores = _score_tile(at, inside, query, radius, HEAD_DIM, WIDTH)
+            scores = score_tile(at, inside, query, radius, HEAD_DIM, WIDTH)
         block = first * WIDTH - first_block + tl.arange(0, TILE_BLOCKS)
         is_scored = (block >= 0) & (block < num_blocks)
         tl.store(

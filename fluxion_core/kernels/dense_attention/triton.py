@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -27,6 +28,7 @@ def _window_attention(
     lengths_ptr,
     output_ptr,
     lse_ptr,
+    peak_ptr,
     query_row_stride,
     slot_stride,
     head_stride,
@@ -82,11 +84,23 @@ def _window_attention(
 
     state = (row.to(tl.int64) * heads + kv_head * GROUP + members) * SPLITS + split
     tl.store(lse_ptr + state, lse, mask=members < GROUP)
+    tl.store(peak_ptr + state, highest * LN2, mask=members < GROUP)
     tl.store(
         output_ptr + state[:, None] * HEAD_DIM + channels[None, :],
         output,
         mask=(members < GROUP)[:, None],
     )
+
+
+class WindowStates(NamedTuple):
+    """Partial states of rows' windows, on the device. float32, contiguous."""
+
+    output: Tensor
+    """[rows, num_heads, num_splits, head_dim], normalised."""
+    lse: Tensor
+    """[rows, num_heads, num_splits], natural log; -inf for a split in which nothing counts."""
+    peak: Tensor
+    """[rows, num_heads, num_splits]: highest logit; likewise."""
 
 
 @dataclass(frozen=True)
@@ -116,11 +130,14 @@ class WindowAttention:
         """Partial states of a head."""
         return ceil_div(self.window.slot_tokens, self.split_tokens)
 
-    def make_states(self, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Room for the states of `rows` rows: the `output` and `lse` of `launch`."""
-        states = (rows, self.num_heads, self.num_splits)
-        output = torch.empty(*states, self.head_dim, dtype=torch.float32, device=device)
-        return output, torch.empty(states, dtype=torch.float32, device=device)
+    def make_states(self, rows: int, device: torch.device) -> WindowStates:
+        """Room for the states of `rows` rows."""
+        shape = (rows, self.num_heads, self.num_splits)
+        return WindowStates(
+            torch.empty(*shape, self.head_dim, dtype=torch.float32, device=device),
+            torch.empty(shape, dtype=torch.float32, device=device),
+            torch.empty(shape, dtype=torch.float32, device=device),
+        )
 
     def launch(
         self,
@@ -129,8 +146,7 @@ class WindowAttention:
         value: Tensor,
         slots: Tensor,
         lengths: Tensor,
-        output: Tensor,
-        lse: Tensor,
+        states: WindowStates,
     ) -> None:
         """Attend to each row's window: sink, and what of the ring is not in the retrieval region.
 
@@ -145,9 +161,7 @@ class WindowAttention:
             slots: [rows] int32, each row's slot.
             lengths: [rows] int32, tokens of each row's sequence, the newest included; 0 makes empty
                 states, whatever the slot.
-            output: [rows, num_heads, num_splits, head_dim] float32, contiguous; normalised.
-            lse: [rows, num_heads, num_splits] float32, contiguous; natural log, -inf for a split in
-                which nothing counts.
+            states: of as many rows; written.
 
         Cost: reads the rows' windows once, 2 * head_dim * 2 B per entry and KV head.
         """
@@ -158,8 +172,7 @@ class WindowAttention:
             value,
             slots,
             lengths,
-            output,
-            lse,
+            *states,
             query.stride(0),
             key.stride(0),
             key.stride(1),

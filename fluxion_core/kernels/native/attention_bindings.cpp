@@ -156,6 +156,13 @@ void bind_attention(nb::module_& m) {
       // The planner and the states live on while the attention does.
       .def("predict", &LayerAttention::predict, nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>())
       .def("rank_by", &LayerAttention::rank_by, nb::keep_alive<1, 3>())
+      .def(
+          "plan_elsewhere",
+          [](LayerAttention& self, int64_t row, const Planner& planner, uintptr_t told,
+             int64_t stride) {
+            self.plan_elsewhere(row, planner, reinterpret_cast<float*>(told), stride);
+          },
+          nb::keep_alive<1, 3>())
       .def("submit",
            [](LayerAttention& self, TaskPool& pool, int64_t layer, uintptr_t query,
               int64_t query_stride, uintptr_t levels, uintptr_t budgets, uintptr_t output,
@@ -180,7 +187,7 @@ void bind_attention(nb::module_& m) {
       .def("read_bytes",
            [](const LayerAttention& self, int64_t sequence) {
              const ReadBytes& bytes = self.read_bytes(sequence);
-             return std::make_tuple(bytes.scanned, bytes.attended);
+             return std::make_tuple(bytes.scanned, bytes.attended, bytes.scanned_for_plans);
            })
       .def("group_counts",
            [](const LayerAttention& self, int64_t sequence) {

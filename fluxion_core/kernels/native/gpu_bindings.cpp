@@ -53,26 +53,28 @@ void bind_driver(nb::module_& m) {
   nb::class_<StepDriver>(m, "StepDriver")
       .def("__init__",
            [](StepDriver* self, const SlabLayout& layout, int64_t layers, int64_t capacity,
-              int64_t heads, const std::array<uintptr_t, 7>& board, int64_t timeout_ns) {
+              int64_t heads, const std::array<uintptr_t, 10>& board, int64_t timeout_ns) {
              new (self) StepDriver(
                  layout,
                  {layers, capacity, at<const volatile int32_t>(board[0]),
                   at<volatile int32_t>(board[1]), at<const int32_t>(board[2]),
                   at<const float>(board[3]), at<float>(board[4]), at<float>(board[5]),
-                  at<const float>(board[6])},
+                  at<const float>(board[6]), at<const volatile int32_t>(board[7]),
+                  at<const int32_t>(board[8]), at<const int32_t>(board[9])},
                  heads, timeout_ns);
            })
       .def(
           "run",
           [](StepDriver& self, TaskPool& pool, LayerAttention& attention, GpuLane* lane, bool alone,
              int64_t batch, int32_t step, uintptr_t slabs, uintptr_t tokens, uintptr_t levels,
-             uintptr_t budgets, int64_t plan_layers, int64_t wake_bytes) {
+             uintptr_t budgets, int64_t plan_layers, uintptr_t sources, int64_t wake_bytes) {
             nb::gil_scoped_release unlocked;
             self.run(pool, attention, lane, alone, batch, step, at<const int64_t>(slabs),
                      at<const int64_t>(tokens), at<const int32_t>(levels),
-                     at<const int32_t>(budgets), plan_layers, wake_bytes);
+                     at<const int32_t>(budgets), plan_layers, at<const int32_t>(sources),
+                     wake_bytes);
           },
-          nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+          nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
           nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg());
 }
 

@@ -37,20 +37,37 @@ LayerAttention::LayerAttention(const SlabLayout& layout, const int64_t* sequence
   read_bytes_.resize(size_t(batch));
   group_counts_.resize(size_t(batch));
   rankers_.resize(size_t(batch));
+  told_.resize(size_t(batch));
 }
 
-void LayerAttention::predict(int64_t row, const Planner& planner, PlannerState& state,
-                             bool by_price, float number) {
+void LayerAttention::check_shape(const Planner& planner) const {
   if (planner.heads != heads_ || planner.kv_heads != layout_.kv_heads ||
       planner.head_dim != layout_.head_dim) {
     throw std::invalid_argument("the planner is of a model of another shape");
   }
+}
+
+void LayerAttention::predict(int64_t row, const Planner& planner, PlannerState& state,
+                             bool by_price, float number) {
+  check_shape(planner);
   const SequenceView& sequence = sequences_[size_t(row)];
   if (sequence.region_end <= sequence.region_begin) return;
   if (!plan_) plan_ = std::make_unique<LayerPlan>(layout_, planner);
   plan_->add(row, sequence, state, by_price, number);
   rank_by(row, planner);
   predicted_.push_back(&state);
+}
+
+void LayerAttention::plan_elsewhere(int64_t row, const Planner& planner, float* told,
+                                    int64_t told_stride) {
+  check_shape(planner);
+  const SequenceView& sequence = sequences_[size_t(row)];
+  if (sequence.region_end <= sequence.region_begin) return;
+  rank_by(row, planner);
+  const int64_t size = (int64_t(kBlockTokens) << kCoarseLevel) * layout_.record_blocks(kCoarseLevel);
+  const int64_t records = ceil_div(sequence.region_end, size) - sequence.region_begin / size;
+  told_[size_t(row)] = {told, told_stride,
+                        layout_.kv_heads * records * layout_.record_bytes(kCoarseLevel)};
 }
 
 void LayerAttention::submit(TaskPool& pool, int64_t layer, const float* query,
@@ -129,17 +146,33 @@ void LayerAttention::describe(int32_t index, const float* queries, LaneTask* to)
 void LayerAttention::finish_elsewhere(int32_t index, const LaneStatistics& read) {
   Task& task = tasks_[size_t(index)];
   task.bytes = {read.digest_bytes, read.kv_bytes};
-  if (!task.seen) return;
-  task.bytes.scanned += task.seen->scanned_bytes;
-  const SequenceView& sequence = sequences_[size_t(task.sequence)];
-  const int64_t region = (sequence.region_end - sequence.region_begin) / kBlockTokens;
+  if (task.seen) task.bytes.scanned += task.seen->scanned_bytes;
+  const int64_t region = region_blocks(task);
   for (int64_t head = 0; head < group_; ++head) {
     // The blocks at the region's ends may be cut; that is not told here.
-    const int64_t blocks =
+    task.head_blocks[head] =
         task.level >= 0 ? std::min(int64_t(task.budgets[head]) << task.level, region) : region;
+    if (!task.seen) continue;
     const int64_t in_layer = task.kv_head * group_ + head;
     plan_->remember(task.sequence, in_layer, lse_[task.sequence * heads_ + in_layer],
-                    float(blocks) / float(region));
+                    float(task.head_blocks[head]) / float(region));
+  }
+}
+
+int64_t LayerAttention::region_blocks(const Task& task) const {
+  const SequenceView& sequence = sequences_[size_t(task.sequence)];
+  return (sequence.region_end - sequence.region_begin) / kBlockTokens;
+}
+
+// What the next step's plan will know of this one, to who makes it.
+void LayerAttention::tell(const Task& task) {
+  const Told& told = told_[size_t(task.sequence)];
+  if (told.of_layer == nullptr) return;
+  for (int64_t head = 0; head < group_; ++head) {
+    const int64_t in_layer = task.kv_head * group_ + head;
+    float* to = told.of_layer + layer_ * told.stride + in_layer * 2;
+    to[0] = lse_[task.sequence * heads_ + in_layer];
+    to[1] = float(task.head_blocks[head]) / float(region_blocks(task));
   }
 }
 
@@ -149,6 +182,11 @@ void LayerAttention::finish_layer() {
     total.scanned += task.bytes.scanned;
     total.attended += task.bytes.attended;
     count_groups(task);
+    tell(task);
+  }
+  for (size_t row = 0; row < told_.size(); ++row) {
+    read_bytes_[row].scanned += told_[row].scanned_bytes;
+    read_bytes_[row].scanned_for_plans += told_[row].scanned_bytes;
   }
   for (PlannerState* state : predicted_) state->known[size_t(layer_)] = 1;
 }
@@ -388,10 +426,8 @@ void LayerAttention::close(int32_t index) {
     if (task.seen) {
       const bool any = highest_read != kMinusInfinity;
       const float lse = any ? (highest + std::log2(weight_sum)) * kLn2 : kMinusInfinity;
-      const SequenceView& sequence = sequences_[size_t(task.sequence)];
-      const int64_t region = (sequence.region_end - sequence.region_begin) / kBlockTokens;
       plan_->remember(task.sequence, in_layer, lse,
-                      float(task.head_blocks[head]) / float(region));
+                      float(task.head_blocks[head]) / float(region_blocks(task)));
       if (attends_rest) add(task.seen->window);
     }
     if (highest == kMinusInfinity) {

@@ -23,6 +23,7 @@ namespace fluxion {
 // `bytes` counts the region alone: what the policies differ in.
 struct ReadBytes {
   int64_t scanned = 0, attended = 0;
+  int64_t scanned_for_plans = 0;  // of `scanned`, by the device that makes the plans
 };
 
 // What groups and heads read of the region, summed over layers.
@@ -40,6 +41,11 @@ class LayerAttention final : public Work {
   // without a region stay as they are. number: 2 log(threshold), or the price.
   void predict(int64_t row, const Planner& planner, PlannerState& state, bool by_price,
                float number);
+
+  // Before the first layer: this row's plans are made by another device, which has `planner` and scans
+  // the coarsest digests for them; they come as levels and budgets. told: of layer 0, [heads][2], takes
+  // lse and share of the region of what was read; the next layer's lie told_stride floats on.
+  void plan_elsewhere(int64_t row, const Planner& planner, float* told, int64_t told_stride);
 
   // Before the first layer: choose this row's blocks by scores with the planner's radii. Otherwise, by
   // the bounds of Quest.
@@ -131,6 +137,9 @@ class LayerAttention final : public Work {
   PartialState partial(Task& task, int32_t chunk);
   int64_t planned_bytes(const Task& task) const;
   int64_t digest_bytes(const Task& task) const;
+  int64_t region_blocks(const Task& task) const;
+  void check_shape(const Planner& planner) const;
+  void tell(const Task& task);
   void count_groups(const Task& task);
 
   SlabLayout layout_;
@@ -144,6 +153,11 @@ class LayerAttention final : public Work {
   std::unique_ptr<LayerPlan> plan_;
   std::vector<PlannerState*> predicted_;
   std::vector<const Planner*> rankers_;  // [batch], null for bounds
+  struct Told {
+    float* of_layer = nullptr;
+    int64_t stride = 0, scanned_bytes = 0;
+  };
+  std::vector<Told> told_;  // [batch], null where plans are not made elsewhere
 
   int64_t layer_ = 0;
   const float* query_ = nullptr;

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "gpu_lane.h"
 #include "layer_attention.h"
@@ -25,24 +26,38 @@ struct StepBoard {
   float* output;                      // [capacity][heads][head_dim]
   float* lse;                         // [capacity][heads]
   const float* device_queries;        // [capacity][heads][head_dim], on the GPU
+  const volatile int32_t* planned;    // [layers][capacity][kv_heads], written by the GPU
+  const int32_t* plan_levels;         // [layers][capacity][kv_heads], what `planned` announces
+  const int32_t* plan_budgets;        // [layers][capacity][heads]
+};
+
+// Who says what a row reads.
+enum PlanSource : int32_t {
+  kGiven = 0,        // who calls `run`
+  kFromDevice = 1,   // the GPU, layer by layer
+  kTimedOnly = 2,    // who calls `run`; the GPU's plan is made and waited for all the same
 };
 
 class StepDriver {
  public:
-  StepDriver(const SlabLayout& layout, const StepBoard& board, int64_t heads, int64_t timeout_ns)
-      : layout_(layout), board_(board), heads_(heads), timeout_ns_(timeout_ns) {}
+  StepDriver(const SlabLayout& layout, const StepBoard& board, int64_t heads, int64_t timeout_ns);
 
   // One step, whose graph has been launched.
   //   slabs, tokens    [batch] where each sequence's new token goes
   //   levels, budgets  [plan_layers][batch]…, see LayerAttention::submit; plan_layers may be 1
+  //   sources          [batch] PlanSource
   //   lane             null: the CPUs alone. alone: the lane alone.
   // Throws std::runtime_error if the GPU does not publish in time.
   void run(TaskPool& pool, LayerAttention& attention, GpuLane* lane, bool alone, int64_t batch,
            int32_t step, const int64_t* slabs, const int64_t* tokens, const int32_t* levels,
-           const int32_t* budgets, int64_t plan_layers, int64_t wake_bytes);
+           const int32_t* budgets, int64_t plan_layers, const int32_t* sources, int64_t wake_bytes);
 
  private:
+  // What a step waits with: until when is known once it has waited for long.
+  void await_flag(const volatile int32_t& flag, int32_t step, int64_t layer, const char* what) const;
   void await(int64_t layer, int64_t batch, int32_t step) const;
+  void take_plans(int64_t layer, int64_t batch, int32_t step, const int32_t* levels,
+                  const int32_t* budgets, const int32_t* sources);
   void append(int64_t layer, int64_t batch, const int64_t* slabs, const int64_t* tokens) const;
   int64_t row_stride() const { return (heads_ + 2 * layout_.kv_heads) * layout_.head_dim; }
   const float* rows(int64_t layer) const {
@@ -52,6 +67,7 @@ class StepDriver {
   SlabLayout layout_;
   StepBoard board_;
   int64_t heads_, timeout_ns_;
+  std::vector<int32_t> levels_, budgets_;  // of a layer, from all sources
 };
 
 }  // namespace fluxion

@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
-from fluxion_core.decode_step import StepWork
+from fluxion_core.decode_step import GivenPlan, StepWork, Told
 from fluxion_core.geometry import KvGeometry, WindowSpec
 from fluxion_core.kernels import _native
 from fluxion_core.kernels.isa import native_layout
 from fluxion_core.kvstore.digest_index import gather_kv
 from fluxion_core.kvstore.store import HostKvStore, SequenceKv
 from fluxion_core.scheduler.scheduler import WAKE_BYTES, CpuPool
-from fluxion_core.selector.policy import ExactPolicy, FixedPolicy, Policy
+from fluxion_core.selector.planner import PlannerState
+from fluxion_core.selector.policy import (
+    READ_ALL,
+    READ_NOTHING,
+    ExactPolicy,
+    FixedPolicy,
+    MarginalPolicy,
+    Policy,
+)
+from tests.fluxion_core.planner_fixtures import make_planner, random_profile
 
 GEOMETRY = KvGeometry(num_layers=3, num_kv_heads=2, head_dim=32, slab_tokens=128)
 WINDOW = WindowSpec(sink_tokens=32, recent_tokens=128)
@@ -72,6 +81,7 @@ class _Machine:
         answers: Callable[[], int],
         rates: tuple[float, float] = (1e-3, 1e-3),
         is_late: bool = False,
+        timeout_ns: int = TIMEOUT_NS,
     ) -> None:
         """rates: what the lane believes of GPU and CPUs. is_late: a task of the lane ends when all
         others of its layer have."""
@@ -87,6 +97,13 @@ class _Machine:
         self.output = torch.zeros(batch, HEADS, dim)
         self.lse = torch.zeros(batch, HEADS)
         self.queries = torch.zeros(batch, HEADS, dim)
+        kv_heads = GEOMETRY.num_kv_heads
+        self.planned = torch.zeros(layers, batch, kv_heads, dtype=torch.int32)
+        self.levels = torch.zeros(layers, batch, kv_heads, dtype=torch.int32)
+        self.budgets = torch.zeros(layers, batch, HEADS, dtype=torch.int32)
+        self.plans: tuple[Tensor, Tensor] | None = None
+        """Levels and budgets of all layers that the GPU makes."""
+        self.told = torch.full((layers, batch, HEADS, 2), torch.nan)
         self.received: list[tuple[Tensor, Tensor] | None] = []
         self.descriptor = torch.zeros(32, dtype=torch.int64)
         self.done = torch.zeros(1, dtype=torch.int64)
@@ -103,6 +120,9 @@ class _Machine:
             self.output,
             self.lse,
             self.queries,
+            self.planned,
+            self.levels,
+            self.budgets,
         )
         self.driver = _native.StepDriver(
             native_layout(GEOMETRY),
@@ -110,18 +130,38 @@ class _Machine:
             batch,
             HEADS,
             [tensor.data_ptr() for tensor in board],
-            TIMEOUT_NS,
+            timeout_ns,
         )
         address = ctypes.cast(self._launch, ctypes.c_void_p).value
         assert address is not None
         slot = [tensor.data_ptr() for tensor in (self.descriptor, self.done, self.statistics)]
         self.lane = _native.GpuLane(address, [[0, 0, *slot]], *rates, False)
 
-    def step(self, policy: Policy, lane: bool, alone: bool, *, wake_bytes: int = 0) -> StepWork:
+    def step(
+        self,
+        policy: Policy,
+        lane: bool,
+        alone: bool,
+        *,
+        wake_bytes: int = 0,
+        states: Sequence[PlannerState | None] | None = None,
+        given: Sequence[GivenPlan | None] | None = None,
+    ) -> StepWork:
         number = 1
         batch = len(self.sequences)
+        told = [
+            Told(self.told[0, row].data_ptr(), self.told.stride(0)) if states else None
+            for row in range(batch)
+        ]
         work = StepWork(
-            self.sequences, [policy] * batch, [None] * batch, WINDOW, HEADS, attends_window=False
+            self.sequences,
+            [policy] * batch,
+            states or [None] * batch,
+            WINDOW,
+            HEADS,
+            attends_window=False,
+            given=given,
+            told=told,
         )
         graph = threading.Thread(target=self._play_graph, args=(number,), daemon=True)
         graph.start()
@@ -135,7 +175,8 @@ class _Machine:
             *work.append.addresses,
             work.levels.data_ptr(),
             work.budgets.data_ptr(),
-            1,
+            len(work.levels),
+            work.sources.data_ptr(),
             wake_bytes,
         )
         graph.join()
@@ -149,6 +190,9 @@ class _Machine:
             )
             self.lse.fill_(torch.nan)
             self.published[layer] = number
+            if self.plans is not None:
+                self.levels[layer], self.budgets[layer] = (part[layer] for part in self.plans)
+                self.planned[layer] = number
             if self.skip[layer]:
                 self.received.append(None)
                 continue
@@ -270,6 +314,98 @@ def test_what_was_published_is_appended_in_skipped_layers_too() -> None:
                 assert torch.equal(values[sequence.num_tokens - 1], sent[1, head])
 
 
+def _random_plans() -> tuple[Tensor, Tensor]:
+    """Everything, some blocks, or nothing; layers and groups differ."""
+    generator = torch.Generator().manual_seed(4)
+    layers, batch, kv_heads = GEOMETRY.num_layers, len(LENGTHS), GEOMETRY.num_kv_heads
+    choices = torch.tensor([READ_ALL, READ_NOTHING], dtype=torch.int32)
+    levels = choices[torch.randint(2, (layers, batch, kv_heads), generator=generator)]
+    levels[1, 1:] = 0
+    levels[2, 2] = 3
+    budgets = torch.full((layers, batch, HEADS), 3, dtype=torch.int32)
+    budgets[1, :, 0] = 0
+    return levels, budgets
+
+
+def _planner_states(count: int) -> list[PlannerState | None]:
+    layers, kv_heads = GEOMETRY.num_layers, GEOMETRY.num_kv_heads
+    planner = make_planner(layers, HEADS, kv_heads, GEOMETRY.head_dim, network=None)
+    profile = random_profile(HEADS, kv_heads, torch.Generator().manual_seed(5))
+    return [planner.new_state([profile] * layers) for _ in range(count)]
+
+
+@pytest.mark.parametrize("lane", [False, True])
+def test_plans_of_the_gpu_are_followed_and_what_was_read_is_told(lane: bool) -> None:
+    _, sequences = _filled_store()
+    machine = _Machine(sequences, answers=lambda: 0)
+    machine.plans = levels, budgets = _random_plans()
+    # The lane of these tests knows how to read everything, and nothing else.
+    if lane:
+        levels[1:, 1:] = READ_ALL
+    states = _planner_states(len(sequences))
+    work = machine.step(MarginalPolicy(1.0), lane, False, states=states)
+    group, dim = HEADS // GEOMETRY.num_kv_heads, GEOMETRY.head_dim
+    # Without a region there is nothing to plan or tell.
+    assert work.sources.tolist() == [0, 1, 1]
+    assert machine.told[:, 0].isnan().all()
+    for layer, received in enumerate(machine.received):
+        assert received is not None
+        for row in (1, 2):
+            region = work.regions[row]
+            output, lse = _expected(machine, layer, row)
+            told = machine.told[layer, row]
+            assert torch.equal(told[:, 0], received[1][row])
+            for head in range(HEADS):
+                level = int(levels[layer, row, head // group])
+                budget = int(budgets[layer, row, head])
+                if level == READ_ALL:
+                    torch.testing.assert_close(
+                        received[0][row, head], output[head], rtol=1e-4, atol=1e-4
+                    )
+                    torch.testing.assert_close(told[head, 0], lse[head], rtol=1e-4, atol=1e-4)
+                    assert told[head, 1] == 1.0
+                elif level == READ_NOTHING or budget == 0:
+                    assert told[head].tolist() == [-torch.inf, 0.0]
+                else:
+                    # Blocks at the region's ends may be cut.
+                    share = min(1.0, budget * (16 << level) / len(region))
+                    assert share / 2 < told[head, 1] <= share
+    reads = work.finish()
+    for row in (1, 2):
+        assert work.tasks.group_counts(row)[1] == int((levels[:, row] == READ_NOTHING).sum())
+        # The coarsest digests: slabs hold one block of 128, a word for each channel.
+        blocks = -(-work.regions[row].stop // 128)
+        scanned = GEOMETRY.num_layers * GEOMETRY.num_kv_heads * blocks * dim * 4
+        assert reads[row].device_scanned_bytes == scanned <= reads[row].scanned_bytes
+    assert reads[0].device_scanned_bytes == 0
+
+
+def test_a_plan_that_is_only_timed_is_awaited_and_not_followed() -> None:
+    _, sequences = _filled_store()
+    machine = _Machine(sequences, answers=lambda: 0)
+    levels, budgets = _random_plans()
+    machine.plans = torch.full_like(levels, READ_ALL), budgets
+    nothing = GivenPlan(torch.full_like(levels[:, 0], READ_NOTHING), budgets[:, 0])
+    work = machine.step(
+        MarginalPolicy(1.0),
+        False,
+        False,
+        states=_planner_states(len(sequences)),
+        given=[nothing] * len(sequences),
+    )
+    assert work.sources.tolist() == [0, 2, 2]
+    assert not work.needs_nothing().any()
+    assert [read.attended_bytes for read in work.finish()] == [0, 0, 0]
+
+
+def test_a_gpu_that_makes_no_plan_is_named_stuck() -> None:
+    _, sequences = _filled_store()
+    machine = _Machine(sequences, answers=lambda: 0, timeout_ns=50_000_000)
+    with pytest.raises(RuntimeError, match="stuck: the GPU has not planned layer 0"):
+        machine.step(MarginalPolicy(1.0), False, False, states=_planner_states(len(sequences)))
+    machine.has_failed.set()
+
+
 def test_a_launch_that_fails_ends_the_step_with_the_error() -> None:
     _, sequences = _filled_store()
     machine = _Machine(sequences, answers=lambda: 719)
@@ -288,6 +424,9 @@ def test_a_gpu_that_publishes_nothing_is_named_stuck() -> None:
         machine.output,
         machine.lse,
         machine.queries,
+        machine.planned,
+        machine.levels,
+        machine.budgets,
     )
     driver = _native.StepDriver(
         native_layout(GEOMETRY),
@@ -318,5 +457,6 @@ def test_a_gpu_that_publishes_nothing_is_named_stuck() -> None:
             work.levels.data_ptr(),
             work.budgets.data_ptr(),
             1,
+            work.sources.data_ptr(),
             WAKE_BYTES,
         )

@@ -27,17 +27,17 @@ def attend(
     lengths: list[int],
 ) -> tuple[Tensor, Tensor]:
     """Launch, and merge the splits: output [rows, heads, head_dim] and lse [rows, heads]."""
-    output, lse = attention.make_states(len(slots), DEVICE)
+    states = attention.make_states(len(slots), DEVICE)
     attention.launch(
         query.to(DEVICE),
         key.to(DEVICE),
         value.to(DEVICE),
         torch.tensor(slots, dtype=torch.int32, device=DEVICE),
         torch.tensor(lengths, dtype=torch.int32, device=DEVICE),
-        output,
-        lse,
+        states,
     )
-    return merge.merge(output.movedim(2, 0).double().cpu(), lse.movedim(2, 0).double().cpu())
+    output, lse, _ = (part.movedim(2, 0).double().cpu() for part in states)
+    return merge.merge(output, lse)
 
 
 def fill_slot(kv: Tensor, ring: Tensor, length: int) -> None:

@@ -1,0 +1,1 @@
+"""Plans of a layer on the GPU: look, features, network, choice; see launch.py."""
