@@ -17,7 +17,7 @@ from torch import Tensor
 from fluxion_core.decode_step import StepRow, Told
 from fluxion_core.errors import FluxionError
 from fluxion_core.geometry import KvGeometry, WindowSpec
-from fluxion_core.gpu.device_digests import DeviceDigests
+from fluxion_core.gpu.device_digests import CoarseDigests
 from fluxion_core.gpu.pinned import pinned
 from fluxion_core.kernels.dense_attention.triton import WindowStates
 from fluxion_core.kernels.head_plan.launch import HeadPlan, PlanScratch, PlanWeights
@@ -36,6 +36,7 @@ from fluxion_core.kernels.head_plan.triton import (
     SLAB_TABLE,
     TILE,
 )
+from fluxion_core.kvstore.store import SequenceKv
 from fluxion_core.predictor.ranking import RADII
 from fluxion_core.selector.planner import Planner, PlannerState, native_policy
 from fluxion_core.selector.policy import PredictedPolicy
@@ -49,7 +50,7 @@ class DevicePlanner:
         geometry: of the store.
         window: which tokens every head always attends to.
         num_splits: partial states of the window's attention per head.
-        digests: of the store, on the device.
+        digests: of the store's 128-token blocks, on the device.
         max_context_tokens: of a sequence.
         capacity: sequences of a step, and slots.
         device: where the dense part runs.
@@ -65,11 +66,12 @@ class DevicePlanner:
         window: WindowSpec,
         *,
         num_splits: int,
-        digests: DeviceDigests,
+        digests: CoarseDigests,
         max_context_tokens: int,
         capacity: int,
         device: torch.device,
     ) -> None:
+        self._digests = digests
         self._weights = pack_weights(planner, device)
         self._plan = HeadPlan(
             geometry,
@@ -99,7 +101,7 @@ class DevicePlanner:
         states: Sequence[PlannerState | None],
         regions: Sequence[range],
     ) -> list[Told | None] | None:
-        """Say what the next step has to plan; estimates of new sequences go on the current stream.
+        """Say what the next step has to plan; what it needs is copied on the current stream.
 
         Args:
             rows: of the step.
@@ -114,7 +116,8 @@ class DevicePlanner:
         for index, (row, state, region) in enumerate(zip(rows, states, regions, strict=True)):
             if state is None or not region:
                 continue
-            self._take_slot(row.slot, state)
+            self._take_slot(row.slot, state, row.sequence)
+            self._digests.follow(row.slot, row.sequence, region.stop)
             assert isinstance(row.policy, PredictedPolicy)
             by_price, number = native_policy(row.policy)
             words[index, MODE.value] = BY_PRICE.value if by_price else BY_THRESHOLD.value
@@ -135,7 +138,16 @@ class DevicePlanner:
         """Launches of a graph for `size` rows."""
         return LayerPlans(self, size)
 
-    def _take_slot(self, slot: int, state: PlannerState) -> None:
+    def take_copied_bytes(self) -> int:
+        """Digests that went over the link since the last call."""
+        return self._digests.take_copied_bytes()
+
+    @property
+    def told_bytes(self) -> int:
+        """That go over the link in each step that plans."""
+        return self._told.nbytes
+
+    def _take_slot(self, slot: int, state: PlannerState, sequence: SequenceKv) -> None:
         if self._states[slot] is state:
             return
         if self._states[slot] is not None:
@@ -144,6 +156,7 @@ class DevicePlanner:
         self._memory.estimates[:, slot, :, : estimates.shape[-1]].copy_(estimates)
         self._states[slot] = state
         self._is_known[slot] = False
+        self._digests.join(slot, sequence, 0)
 
 
 class LayerPlans:
@@ -154,6 +167,7 @@ class LayerPlans:
         self._planner, self._size = planner, size
         self._rows = torch.zeros(size, ROW_WORDS.value, dtype=torch.int64, device=device)
         self._scratch: PlanScratch = planner._plan.make_scratch(size, device)
+        self._side = torch.cuda.Stream(device)
 
     def begin(self) -> None:
         """Once a step, before its layers."""
@@ -161,6 +175,14 @@ class LayerPlans:
         self._rows.copy_(planner._input[: self._size], non_blocking=True)
         planner._memory.told.copy_(planner._told, non_blocking=True)
         planner._plan.list_slabs(self._rows, self._scratch)
+
+    def scan(self, layer: int, query: Tensor) -> None:
+        """What a layer's plans begin with, beside the window's attention; see HeadPlan.scan."""
+        planner = self._planner
+        ahead = torch.cuda.current_stream(query.device)
+        self._side.wait_stream(ahead)
+        with torch.cuda.stream(self._side):
+            planner._plan.scan(layer, self._rows, query, planner._weights, self._scratch)
 
     def launch(
         self,
@@ -175,8 +197,9 @@ class LayerPlans:
         planned: Tensor,
         step: Tensor,
     ) -> None:
-        """A layer's plans; see HeadPlan.launch."""
+        """A layer's plans, after its scan; see HeadPlan.launch."""
         planner = self._planner
+        torch.cuda.current_stream(query.device).wait_stream(self._side)
         planner._plan.launch(
             layer,
             self._rows,

@@ -31,7 +31,7 @@ from fluxion_core.device_usage import DeviceUsage
 from fluxion_core.errors import CapacityError, DeviceError, FluxionError
 from fluxion_core.geometry import BLOCK_TOKENS, KvGeometry, WindowSpec
 from fluxion_core.gpu.board import Board
-from fluxion_core.gpu.device_digests import digests_if_they_fit
+from fluxion_core.gpu.device_digests import coarse_digests_if_they_fit, digests_if_they_fit
 from fluxion_core.gpu.device_planner import DevicePlanner, LayerPlans
 from fluxion_core.gpu.device_spans import DeviceSpans, StepRecord
 from fluxion_core.gpu.lane import GpuLane
@@ -68,8 +68,8 @@ class DeviceStep:
         max_context_tokens: of a sequence.
         lanes: who attends to regions.
         planner: for policies that need head profiles.
-        device_digests: whether there are copies of digests on the device, if they fit: the lane
-            scans those, and predicted plans are made there. Else the CPUs make them.
+        device_digests: whether there are copies of digests on the device, as far as they fit: of
+            all for the lane, of 128-token blocks for predicted plans, which the CPUs make else.
 
     Raises:
         ShapeError: see `check_step_shapes`; or no kernel takes the model's heads.
@@ -112,7 +112,10 @@ class DeviceStep:
             weight.nbytes for weight in decoder.parameters()
         )
         predicts = planner is not None and planner.mode == "network"
-        wanted = device_digests and (lanes != "cpu" or predicts)
+        wanted = device_digests and lanes != "cpu"
+        coarse = (
+            coarse_digests_if_they_fit(store, self._device) if device_digests and predicts else None
+        )
         self._digests = digests_if_they_fit(store, self._device) if wanted else None
         self._attention = WindowAttention(
             window, config.num_heads, geometry.num_kv_heads, geometry.head_dim
@@ -123,12 +126,12 @@ class DeviceStep:
                 geometry,
                 window,
                 num_splits=self._attention.num_splits,
-                digests=self._digests,
+                digests=coarse,
                 max_context_tokens=max_context_tokens,
                 capacity=max_rows,
                 device=self._device,
             )
-            if planner is not None and predicts and self._digests is not None
+            if planner is not None and coarse is not None
             else None
         )
         sizes = sorted({min(1 << power, max_rows) for power in range(max_rows.bit_length() + 1)})
@@ -260,7 +263,7 @@ class DeviceStep:
             self.board.skip,
             self._lane.spans() if self._lane is not None else [],
         )
-        self._count(reads, size)
+        self._count(reads, size, plans=told is not None)
         return self.board.logits[: len(rows)], reads
 
     def times(self) -> StepTimes:
@@ -297,7 +300,7 @@ class DeviceStep:
             return
         self._registered.close()
 
-    def _count(self, reads: Sequence[StepReads], size: int) -> None:
+    def _count(self, reads: Sequence[StepReads], size: int, *, plans: bool) -> None:
         """Add the last step to `usage`. Flags and stamps, some bytes a layer, are left out."""
         times, usage, board = self.times(), self.usage, self.board
         usage.busy_seconds += times.busy
@@ -313,6 +316,10 @@ class DeviceStep:
         moved["host_to_device", "digests"] += (
             times.lane_digest_bytes if self._digests is None else self._digests.take_copied_bytes()
         )
+        if self._device_planner is not None:
+            moved["host_to_device", "digests"] += self._device_planner.take_copied_bytes()
+            if plans:
+                moved["host_to_device", "attention_states"] += self._device_planner.told_bytes
         moved["host_to_device", "selected_kv"] += times.lane_kv_bytes
         moved["host_to_device", "attention_states"] += answered * batch * state_bytes
         moved["device_to_host", "attention_states"] += times.lane_tasks * group_bytes
@@ -353,7 +360,7 @@ class DeviceStep:
 
     @property
     def digests_on_device(self) -> bool:
-        """Whether there are copies of digests on the device."""
+        """Whether there are copies of all digests on the device."""
         return self._digests is not None
 
     @property
@@ -424,6 +431,8 @@ class _GraphAttention:
             step.step_number,
             self.stamps[layer, 0:1],
         )
+        if self._planner is not None:
+            self._planner.scan(layer, board.device_queries[:size])
         self._attention.launch(
             query, window_key, window_value, self._slots, self._lengths, self._states
         )

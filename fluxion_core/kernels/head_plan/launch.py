@@ -1,4 +1,4 @@
-"""Plans of a layer as four launches: shapes checked once, then nothing but the kernels."""
+"""Plans of a layer as five launches: shapes checked once, then nothing but the kernels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from fluxion_core.kernels.dense_attention.triton import WindowStates
 from fluxion_core.kernels.head_plan.triton import (
     BOUND_WORDS,
     COARSE_LEVEL,
-    COARSE_TOKENS,
     ESTIMATE_WORDS,
     OUTPUT_COLUMNS,
     ROW_WORDS,
@@ -24,12 +23,13 @@ from fluxion_core.kernels.head_plan.triton import (
     choose,
     first_hidden,
     list_slabs,
-    look,
+    scan,
     second_hidden,
+    see_window,
 )
+from fluxion_core.kernels.head_plan.triton import copy_coarse as copy_coarse_
 from fluxion_core.kernels.head_shape import check_heads
 from fluxion_core.kernels.isa import MAX_GROUP
-from fluxion_core.kernels.sparse_attention.lane import DigestCopies
 from fluxion_core.kernels.tile_products import MIN_ROWS
 
 MAX_HEADS = 128
@@ -56,6 +56,58 @@ class PlanWeights(NamedTuple):
     """[4, 3]: scan, spread, 1 - spread of each block size."""
     radius: float
     """What half a 128-token block's extent counts in its score."""
+
+
+class CoarseCopies(NamedTuple):
+    """Copies of a store's 128-token digests, on the device."""
+
+    copies: Tensor
+    """[layers, slabs, KV heads, bytes] uint8, contiguous."""
+    arena_address: int
+    """Of the store's first slab."""
+    slab_stride_bytes: int
+    """From slab to slab."""
+
+    @classmethod
+    def of(
+        cls,
+        geometry: KvGeometry,
+        num_slabs: int,
+        arena_address: int,
+        slab_stride_bytes: int,
+        device: torch.device,
+    ) -> CoarseCopies:
+        """Room for those of a store of `num_slabs` slabs."""
+        level_bytes = geometry.level_bytes(COARSE_LEVEL.value)
+        shape = (geometry.num_layers, num_slabs, geometry.num_kv_heads, level_bytes)
+        copies = torch.zeros(shape, dtype=torch.uint8, device=device)
+        return cls(copies, arena_address, slab_stride_bytes)
+
+
+def copy_coarse(geometry: KvGeometry, slab_table: Tensor, to: CoarseCopies) -> None:
+    """Copy the 128-token digests of some slabs, on the current stream: one launch.
+
+    Args:
+        geometry: of the store.
+        slab_table: [slabs] int64 addresses, memory that the device reads.
+        to: takes them.
+
+    Cost: reads a fifteenth of the slabs' digests over the link.
+    """
+    level_bytes = geometry.level_bytes(COARSE_LEVEL.value)
+    copy_coarse_[(len(slab_table), geometry.num_layers, geometry.num_kv_heads)](
+        slab_table,
+        to.copies.data_ptr(),
+        to.copies.shape[1],
+        to.arena_address,
+        geometry.layer_digest_bytes,
+        geometry.digest_offset(0, 0, COARSE_LEVEL.value),
+        HEAD_BYTES=geometry.head_digest_bytes,
+        LEVEL_BYTES=level_bytes,
+        SLAB_STRIDE=to.slab_stride_bytes,
+        WORDS=triton.next_power_of_2(level_bytes // 4),
+        num_warps=4,
+    )
 
 
 class SlotMemory(NamedTuple):
@@ -93,7 +145,7 @@ class HeadPlan:
     """The shape of a layer's plans; everything is checked when it is made.
 
     Args:
-        digests: copies of the store's digests on the device.
+        digests: the store's, on the device.
         max_slabs: of a sequence.
         hidden: of the network's layers, padded.
         parts: programs that scan a KV head's blocks. 16 take 1,024 blocks, 131,072 tokens, in one
@@ -108,7 +160,7 @@ class HeadPlan:
     num_heads: int
     num_splits: int
     """Partial states of the window per head."""
-    digests: DigestCopies
+    digests: CoarseCopies
     max_slabs: int
     hidden: int
     parts: int = 16
@@ -138,6 +190,14 @@ class HeadPlan:
     def tiles(self) -> int:
         """Programs that share a hidden layer."""
         return self.hidden // int(TILE.value)
+
+    @property
+    def _shape(self) -> dict[str, int]:
+        return {"GROUP": self.group, "HEAD_DIM": self.geometry.head_dim}
+
+    @property
+    def _group_rows(self) -> int:
+        return max(MIN_ROWS, int(triton.next_power_of_2(self.group)))
 
     def make_scratch(self, rows: int, device: torch.device) -> PlanScratch:
         """Room for a step of `rows` rows."""
@@ -179,11 +239,48 @@ class HeadPlan:
             scratch.slabs,
             self.max_slabs,
             self.digests.arena_address,
-            self.digests.address,
+            self.digests.copies.data_ptr(),
             SLAB_TOKENS=self.geometry.slab_tokens,
             SLAB_STRIDE=self.digests.slab_stride_bytes,
-            COPY_BYTES=self.geometry.digest_bytes,
+            COPY_BYTES=self.digests.copies.stride(1),
             TILE_SLABS=_TILE_SLABS,
+        )
+
+    def scan(
+        self, layer: int, rows: Tensor, query: Tensor, weights: PlanWeights, scratch: PlanScratch
+    ) -> None:
+        """Score the 128-token blocks of the rows' regions: what `launch` begins with.
+
+        Only launches, one kernel, on the current stream; may be captured in a CUDA graph.
+
+        Args:
+            layer: of the model.
+            rows: [rows, 8] int64 on the device: what to plan; see triton.py for the words.
+            query: [rows, num_heads, head_dim] float32, contiguous, unscaled.
+            weights: of the model.
+            scratch: of as many rows, with this step's slabs; takes what the blocks say.
+
+        Cost: reads the rows' 128-token digests once, 1/128 of the region's KV, in device memory.
+        """
+        geometry, copies = self.geometry, self.digests.copies
+        scan[(len(rows), geometry.num_kv_heads, self.parts)](
+            rows,
+            query,
+            scratch.slabs,
+            self.max_slabs,
+            layer * copies.stride(0),
+            weights.radius,
+            scratch.bounds,
+            **self._shape,
+            GROUP_ROWS=self._group_rows,
+            SCALE=geometry.head_dim**-0.5,
+            DIGEST_BITS=geometry.digest_bits,
+            SLAB_BLOCKS=geometry.level_blocks(COARSE_LEVEL.value),
+            WIDTH=geometry.record_blocks(COARSE_LEVEL.value),
+            TILE_BLOCKS=_TILE_BLOCKS[geometry.digest_bits],
+            LEVEL_BYTES=copies.shape[-1],
+            PARTS=self.parts,
+            num_warps=4,
         )
 
     def launch(
@@ -205,7 +302,7 @@ class HeadPlan:
     ) -> None:
         """Make a layer's plans and hand them to the host; remember what the next step asks for.
 
-        Only launches, on the current stream; may be captured in a CUDA graph. Four launches.
+        Only launches, four kernels, on the current stream; may be captured in a CUDA graph.
 
         Args:
             layer: of the model.
@@ -216,44 +313,29 @@ class HeadPlan:
             window_key: [slots, num_kv_heads, slot_tokens, head_dim] bfloat16, with the new token's.
             states: of the window's attention over it.
             weights, memory: of the model and of its sequences.
-            scratch: of as many rows.
+            scratch: of as many rows, scanned.
             levels: [rows, num_kv_heads] int32, pinned: takes a block size's index, or -1 to read
                 all of the region, or -2 to read nothing.
             budgets: [rows, num_heads] int32, pinned: takes blocks of that size.
             planned: [rows, num_kv_heads] int32, pinned: takes the step's number when both are
                 there.
             step: [1] int32 on the device.
-
-        Cost: reads the rows' 128-token digests once, 1/128 of the region's KV, in device memory.
         """
         geometry, count = self.geometry, len(rows)
-        level = COARSE_LEVEL.value
-        shape = {"GROUP": self.group, "HEAD_DIM": geometry.head_dim}
-        look[(count, geometry.num_kv_heads, self.parts + 1)](
+        see_window[(count, geometry.num_kv_heads)](
             rows,
             slots,
             lengths,
             query,
-            scratch.slabs,
-            self.max_slabs,
-            geometry.digest_offset(layer, 0, level) - geometry.kv_bytes,
-            weights.radius,
             window_key,
             window_key.stride(0),
             window_key.stride(1),
             *states,
             memory.query[layer],
-            scratch.bounds,
             scratch.sights,
-            **shape,
-            GROUP_ROWS=max(MIN_ROWS, triton.next_power_of_2(self.group)),
+            **self._shape,
+            GROUP_ROWS=self._group_rows,
             SCALE=geometry.head_dim**-0.5,
-            DIGEST_BITS=geometry.digest_bits,
-            SLAB_BLOCKS=geometry.slab_tokens // COARSE_TOKENS.value,
-            WIDTH=geometry.record_blocks(level),
-            TILE_BLOCKS=_TILE_BLOCKS[geometry.digest_bits],
-            HEAD_DIGEST_BYTES=geometry.head_digest_bytes,
-            PARTS=self.parts,
             SINK=self.window.sink_tokens,
             RING=self.window.ring_tokens,
             SPLITS=self.num_splits,
@@ -275,7 +357,7 @@ class HeadPlan:
             scratch.hidden,
             scratch.best,
             layer / max(1, geometry.num_layers - 1),
-            **shape,
+            **self._shape,
             HEADS=self.num_heads,
             HEAD_ROWS=self.head_rows,
             PARTS=self.parts,
@@ -311,5 +393,5 @@ class HeadPlan:
             GROUP_ROWS=triton.next_power_of_2(self.group),
             HEAD_ROWS=self.head_rows,
             TILES=self.tiles,
-            num_warps=2,
+            num_warps=4,
         )

@@ -1,7 +1,9 @@
 """Plans of one layer of a decode step, made on the GPU from what it has at hand.
 
-    list_slabs     once a step: where the rows' digests lie on the device
-    look           scan of the 128-token digests; what the window's attention says of each head
+    copy_coarse    when a region has grown: its 128-token digests to the device, side by side
+    list_slabs     once a step: where the rows' digests lie there
+    scan           the 128-token blocks' scores, summed up for each head
+    see_window     what the window's attention and the query say of each head
     first_hidden   features, and the network's first layer
     second_hidden  its second, and the third's share of it
     choose         profiles, group plans; they go to pinned memory, then each group's flag
@@ -39,7 +41,7 @@ ROW_WORDS = tl.constexpr(8)
 BY_THRESHOLD = tl.constexpr(1)
 BY_PRICE = tl.constexpr(2)
 
-# What `look` says of a head and a part of its blocks, and of a head and its window; float32.
+# What `scan` says of a head and a part of its blocks, `see_window` of a head; float32.
 BOUND_WORDS = tl.constexpr(8)
 """The four highest bounds; sum of exp(bound - highest), mean, squared deviations, number."""
 SIGHT_WORDS = tl.constexpr(8)
@@ -74,6 +76,41 @@ _PRECISION = tl.constexpr("ieee" if INTERPRETED else "tf32x3")
 
 
 @triton.jit
+def copy_coarse(
+    table_ptr,
+    copies,
+    num_slabs,
+    arena,
+    layer_bytes,
+    first_record,
+    HEAD_BYTES: tl.constexpr,
+    LEVEL_BYTES: tl.constexpr,
+    SLAB_STRIDE: tl.constexpr,
+    WORDS: tl.constexpr,
+):
+    """One program: the 128-token digests of one slab, layer and KV head, from host memory.
+
+    Args:
+        table_ptr: [programs] int64 addresses of slabs, pinned.
+        copies: address of [layers][num_slabs][KV heads][LEVEL_BYTES] on the device.
+        num_slabs: of the store.
+        arena: address of the first slab, SLAB_STRIDE bytes from the next.
+        layer_bytes: digests of a layer in a slab; HEAD_BYTES: of a KV head in that.
+        first_record: bytes from a slab's start to the first record of layer 0 and KV head 0.
+    """
+    layer = tl.program_id(1).to(tl.int64)
+    kv_head = tl.program_id(2).to(tl.int64)
+    slab = tl.load(table_ptr + tl.program_id(0))
+    number = (slab - arena) // SLAB_STRIDE
+    at = slab + first_record + layer * layer_bytes + kv_head * HEAD_BYTES
+    to = copies + ((layer * num_slabs + number) * tl.num_programs(2) + kv_head) * LEVEL_BYTES
+    word = tl.arange(0, WORDS)
+    mask = word < LEVEL_BYTES // 4
+    digest = tl.load(typed_pointer(at, tl.int32) + word, mask=mask)
+    tl.store(typed_pointer(to, tl.int32) + word, digest, mask=mask)
+
+
+@triton.jit
 def list_slabs(
     rows_ptr,
     slabs_ptr,
@@ -85,14 +122,14 @@ def list_slabs(
     COPY_BYTES: tl.constexpr,
     TILE_SLABS: tl.constexpr,
 ):
-    """One program: addresses on the device of the digests of some slabs of one row.
+    """One program: addresses on the device of the first layer's digests of some slabs of one row.
 
     Args:
         rows_ptr: [rows][ROW_WORDS] int64.
         slabs_ptr: [rows][max_slabs] int64; takes them.
         max_slabs: of a row.
         arena: address of the first slab, SLAB_STRIDE bytes from the next.
-        copies: address of the first slab's copy of its digests, COPY_BYTES from the next.
+        copies: see `copy_coarse`; a slab's are COPY_BYTES from the next one's.
     """
     row = tl.program_id(0).to(tl.int64)
     words = rows_ptr + row * ROW_WORDS
@@ -207,6 +244,49 @@ def _scan(
 
 
 @triton.jit
+def scan(
+    rows_ptr,
+    query_ptr,
+    slabs_ptr,
+    max_slabs,
+    layer_offset,
+    radius,
+    bounds_ptr,
+    GROUP: tl.constexpr,
+    GROUP_ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    SCALE: tl.constexpr,
+    DIGEST_BITS: tl.constexpr,
+    SLAB_BLOCKS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TILE_BLOCKS: tl.constexpr,
+    LEVEL_BYTES: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """One program: bounds of every PARTS-th tile of one KV head's 128-token blocks of one row.
+
+    Args:
+        rows_ptr: [rows][ROW_WORDS] int64.
+        query_ptr: [rows][heads][HEAD_DIM] float32, unscaled.
+        slabs_ptr: [rows][max_slabs] int64, of `list_slabs`.
+        layer_offset: bytes from the first layer's digests to this one's.
+        radius: what half a block's extent counts.
+        bounds_ptr: [rows][heads][PARTS][BOUND_WORDS]; takes what they say of each head.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    kv_head = tl.program_id(1)
+    words = rows_ptr + row * ROW_WORDS
+    head = row * (tl.num_programs(1) * GROUP) + kv_head * GROUP
+    if tl.load(words + MODE) != 0:
+        # fmt: off
+        _scan(words, query_ptr + head * HEAD_DIM, slabs_ptr + row * max_slabs,
+              layer_offset + kv_head * LEVEL_BYTES, bounds_ptr + head * (PARTS * BOUND_WORDS),
+              tl.program_id(2), radius, GROUP, GROUP_ROWS, HEAD_DIM, SCALE, DIGEST_BITS,
+              SLAB_BLOCKS, WIDTH, TILE_BLOCKS, PARTS)
+        # fmt: on
+
+
+@triton.jit
 def _lse(logits):
     highest = tl.max(logits, axis=1)
     return highest + tl.log(tl.sum(tl.exp(logits - highest[:, None]), axis=1))
@@ -288,15 +368,11 @@ def _see_window(
 
 
 @triton.jit
-def look(
+def see_window(
     rows_ptr,
     slots_ptr,
     lengths_ptr,
     query_ptr,
-    slabs_ptr,
-    max_slabs,
-    record_offset,
-    radius,
     window_key_ptr,
     slot_stride,
     head_stride,
@@ -304,61 +380,43 @@ def look(
     window_lse_ptr,
     window_peak_ptr,
     query_memory_ptr,
-    bounds_ptr,
     sights_ptr,
     GROUP: tl.constexpr,
     GROUP_ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     SCALE: tl.constexpr,
-    DIGEST_BITS: tl.constexpr,
-    SLAB_BLOCKS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    TILE_BLOCKS: tl.constexpr,
-    HEAD_DIGEST_BYTES: tl.constexpr,
-    PARTS: tl.constexpr,
     SINK: tl.constexpr,
     RING: tl.constexpr,
     SPLITS: tl.constexpr,
     SPLIT_ROWS: tl.constexpr,
 ):
-    """One program: a part of one KV head's scan of one row, or, the last, its window.
+    """One program: one GQA group of one row.
 
     Args:
         rows_ptr: [rows][ROW_WORDS] int64.
         slots_ptr: [rows] int32.
         lengths_ptr: [rows] int32, the new token included.
         query_ptr: [rows][heads][HEAD_DIM] float32, unscaled.
-        slabs_ptr: [rows][max_slabs] int64, of `list_slabs`.
-        record_offset: bytes from there to the layer's first 128-token record.
-        radius: what half a block's extent counts.
         window_key_ptr: [slots][KV heads][SINK + RING][HEAD_DIM] bfloat16, the new token's in it.
         window_output_ptr, window_lse_ptr, window_peak_ptr: of the window's attention.
         query_memory_ptr: [slots][heads][HEAD_DIM] float32; takes the query.
-        bounds_ptr: [rows][heads][PARTS][BOUND_WORDS]; takes what the scan says.
-        sights_ptr: [rows][heads][SIGHT_WORDS]; takes what the window says.
+        sights_ptr: [rows][heads][SIGHT_WORDS]; takes what there is to say.
     """
     row = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
-    part = tl.program_id(2)
     heads = tl.num_programs(1) * GROUP
     words = rows_ptr + row * ROW_WORDS
     head = row * heads + kv_head * GROUP
     if tl.load(words + MODE) != 0:
+        slot = tl.load(slots_ptr + row).to(tl.int64)
         # fmt: off
-        if part < PARTS:
-            _scan(words, query_ptr + head * HEAD_DIM, slabs_ptr + row * max_slabs,
-                  record_offset + kv_head.to(tl.int64) * HEAD_DIGEST_BYTES,
-                  bounds_ptr + head * (PARTS * BOUND_WORDS), part, radius, GROUP, GROUP_ROWS,
-                  HEAD_DIM, SCALE, DIGEST_BITS, SLAB_BLOCKS, WIDTH, TILE_BLOCKS, PARTS)
-        else:
-            slot = tl.load(slots_ptr + row).to(tl.int64)
-            _see_window(words, tl.load(lengths_ptr + row), query_ptr + head * HEAD_DIM,
-                        window_key_ptr + slot * slot_stride + kv_head * head_stride,
-                        window_output_ptr + head * (SPLITS * HEAD_DIM),
-                        window_lse_ptr + head * SPLITS, window_peak_ptr + head * SPLITS,
-                        query_memory_ptr + (slot * heads + kv_head * GROUP) * HEAD_DIM,
-                        sights_ptr + head * SIGHT_WORDS, GROUP, GROUP_ROWS, HEAD_DIM, SCALE, SINK,
-                        RING, SPLITS, SPLIT_ROWS)
+        _see_window(words, tl.load(lengths_ptr + row), query_ptr + head * HEAD_DIM,
+                    window_key_ptr + slot * slot_stride + kv_head * head_stride,
+                    window_output_ptr + head * (SPLITS * HEAD_DIM),
+                    window_lse_ptr + head * SPLITS, window_peak_ptr + head * SPLITS,
+                    query_memory_ptr + (slot * heads + kv_head * GROUP) * HEAD_DIM,
+                    sights_ptr + head * SIGHT_WORDS, GROUP, GROUP_ROWS, HEAD_DIM, SCALE, SINK,
+                    RING, SPLITS, SPLIT_ROWS)
         # fmt: on
 
 
@@ -430,7 +488,7 @@ def first_hidden(
     """One program: the features of all heads of one row, through TILE columns of the first layer.
 
     Args:
-        rows_ptr, slots_ptr, bounds_ptr, sights_ptr: see `look`.
+        rows_ptr, bounds_ptr: see `scan`; slots_ptr, sights_ptr: see `see_window`.
         estimates_ptr: [slots][HEADS][ESTIMATE_WORDS] float32, of the layer.
         priors_ptr: [HEADS][PRIOR_WORDS] float32, of the layer.
         seen_ptr: [slots][HEADS][2] float32: window_lse and bound_1st of the step before.
@@ -561,7 +619,7 @@ def second_hidden(
     of them.
 
     Args:
-        rows_ptr: see `look`.
+        rows_ptr: see `scan`.
         hidden_ptr: [rows][HEAD_ROWS][HIDDEN].
         weights_ptr: [HIDDEN][HIDDEN], inputs first; bias_ptr: [HIDDEN].
         output_weights_ptr: [HIDDEN][OUTPUT_COLUMNS].
@@ -651,7 +709,7 @@ def choose(
     """One program: the plan of one GQA group of one row, to the host, then its flag.
 
     Args:
-        rows_ptr, slots_ptr, sights_ptr: see `look`; best_ptr, seen_ptr: see `first_hidden`.
+        rows_ptr, slots_ptr, sights_ptr: see `see_window`; best_ptr, seen_ptr: see `first_hidden`.
         shares_ptr: [rows][TILES][HEAD_ROWS][OUTPUT_COLUMNS], of `second_hidden`.
         bias_ptr: [OUTPUT_COLUMNS]: what is added to their sum.
         head_weights_ptr: [heads] float32, of the layer: what a head's squared error counts.

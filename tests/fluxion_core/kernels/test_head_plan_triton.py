@@ -17,8 +17,14 @@ from fluxion_core.kernels.block_digest import reference as digests
 from fluxion_core.kernels.block_score import reference as block_score
 from fluxion_core.kernels.dense_attention.triton import WindowAttention
 from fluxion_core.kernels.head_plan import triton as words_of
-from fluxion_core.kernels.head_plan.launch import HeadPlan, PlanScratch, PlanWeights, SlotMemory
-from fluxion_core.kernels.sparse_attention.lane import DigestCopies
+from fluxion_core.kernels.head_plan.launch import (
+    CoarseCopies,
+    HeadPlan,
+    PlanScratch,
+    PlanWeights,
+    SlotMemory,
+    copy_coarse,
+)
 from fluxion_core.kvstore.store import HostKvStore, StepAppend
 from fluxion_core.kvstore.window import DeviceWindows
 from fluxion_core.predictor.head_profile import log_squared_errors
@@ -72,15 +78,13 @@ class Machine:
         self.registered = RegisteredStore(self.store) if DEVICE.type == "cuda" else None
         self.attention = WindowAttention(WINDOW, HEADS, KV_HEADS, DIM)
         self.windows = DeviceWindows(geometry, WINDOW, rows, DEVICE)
-        self.copies = torch.stack(
-            [self.store.slab_digests(slab).flatten() for slab in range(self.store.num_slabs)]
-        ).to(DEVICE)
-        self.weights: PlanWeights = pack_weights(self.planner, DEVICE)
-        place = DigestCopies(
-            self.store.arena_address, self.store.slab_stride_bytes, self.copies.data_ptr()
+        store = self.store
+        self.copies = CoarseCopies.of(
+            geometry, store.num_slabs, store.arena_address, store.slab_stride_bytes, DEVICE
         )
+        self.weights: PlanWeights = pack_weights(self.planner, DEVICE)
         self.plan = HeadPlan(
-            geometry, WINDOW, HEADS, self.attention.num_splits, place, 16,
+            geometry, WINDOW, HEADS, self.attention.num_splits, self.copies, 16,
             self.weights.biases[0].shape[0], parts=2,
         )  # fmt: skip
         self.memory: SlotMemory = self.plan.make_memory(rows, DEVICE)
@@ -102,10 +106,6 @@ class Machine:
             torch.cuda.synchronize()
             self.registered.close()
 
-    def write_digests(self) -> None:
-        for slab in range(self.store.num_slabs):
-            self.copies[slab] = self.store.slab_digests(slab).flatten().to(DEVICE)
-
     def step(self, policy: PredictedPolicy, rows: list[Tensor]) -> list[Tensor]:
         """One step's plans of all layers; per layer the profiles [rows, heads, 11]."""
         by_mode, number = native_policy(policy)
@@ -125,7 +125,8 @@ class Machine:
         on_device = torch.tensor([self.slots, lengths], dtype=torch.int32, device=DEVICE)
         self.steps += 1
         number_of_step = torch.tensor([self.steps], dtype=torch.int32, device=DEVICE)
-        self.write_digests()
+        for sequence in self.sequences:
+            copy_coarse(self.store.geometry, sequence.kv.slab_table, self.copies)
         self.plan.list_slabs(words, self.scratch)
         profiles = []
         for layer in range(LAYERS):
@@ -140,6 +141,7 @@ class Machine:
             self.attention.launch(
                 queries, window_key, self.windows.value(layer), *on_device, states
             )
+            self.plan.scan(layer, words, queries, self.weights, self.scratch)
             self.plan.launch(
                 layer, words, *on_device, queries, window_key, states, self.weights, self.memory,
                 self.scratch, self.levels[layer], self.budgets[layer], self.planned[layer],
@@ -326,7 +328,7 @@ def test_choices_are_the_selectors(heads: int, kv_heads: int, policy: PredictedP
 
 def test_shapes_that_no_kernel_takes_are_refused():
     geometry = KvGeometry(2, 1, 32)
-    place = DigestCopies(0, 1, 0)
+    place = CoarseCopies.of(geometry, 1, 0, 1, torch.device("cpu"))
     with pytest.raises(ShapeError, match="17 to a KV head"):
         HeadPlan(geometry, WindowSpec(), 17, 6, place, 4, 320)
     with pytest.raises(ShapeError, match="multiple of 64"):
