@@ -167,7 +167,6 @@ class LayerPlans:
         self._planner, self._size = planner, size
         self._rows = torch.zeros(size, ROW_WORDS.value, dtype=torch.int64, device=device)
         self._scratch: PlanScratch = planner._plan.make_scratch(size, device)
-        self._side = torch.cuda.Stream(device)
 
     def begin(self) -> None:
         """Once a step, before its layers."""
@@ -175,14 +174,6 @@ class LayerPlans:
         self._rows.copy_(planner._input[: self._size], non_blocking=True)
         planner._memory.told.copy_(planner._told, non_blocking=True)
         planner._plan.list_slabs(self._rows, self._scratch)
-
-    def scan(self, layer: int, query: Tensor) -> None:
-        """What a layer's plans begin with, beside the window's attention; see HeadPlan.scan."""
-        planner = self._planner
-        ahead = torch.cuda.current_stream(query.device)
-        self._side.wait_stream(ahead)
-        with torch.cuda.stream(self._side):
-            planner._plan.scan(layer, self._rows, query, planner._weights, self._scratch)
 
     def launch(
         self,
@@ -197,9 +188,8 @@ class LayerPlans:
         planned: Tensor,
         step: Tensor,
     ) -> None:
-        """A layer's plans, after its scan; see HeadPlan.launch."""
+        """A layer's plans; see HeadPlan.launch."""
         planner = self._planner
-        torch.cuda.current_stream(query.device).wait_stream(self._side)
         planner._plan.launch(
             layer,
             self._rows,

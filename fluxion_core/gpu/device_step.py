@@ -431,8 +431,6 @@ class _GraphAttention:
             step.step_number,
             self.stamps[layer, 0:1],
         )
-        if self._planner is not None:
-            self._planner.scan(layer, board.device_queries[:size])
         self._attention.launch(
             query, window_key, window_value, self._slots, self._lengths, self._states
         )

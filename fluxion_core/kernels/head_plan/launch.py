@@ -16,15 +16,17 @@ from fluxion_core.kernels.head_plan.triton import (
     BOUND_WORDS,
     COARSE_LEVEL,
     ESTIMATE_WORDS,
+    FEATURE_COLUMNS,
+    HEAD_TILE,
     OUTPUT_COLUMNS,
     ROW_WORDS,
     SIGHT_WORDS,
     TILE,
     choose,
-    first_hidden,
     list_slabs,
+    predict,
     scan,
-    second_hidden,
+    see_heads,
     see_window,
 )
 from fluxion_core.kernels.head_plan.triton import copy_coarse as copy_coarse_
@@ -132,8 +134,8 @@ class PlanScratch(NamedTuple):
     """[rows, heads, parts, 8] float32."""
     sights: Tensor
     """[rows, heads, 8] float32."""
-    hidden: Tensor
-    """[rows, head rows, hidden] float32."""
+    features: Tensor
+    """[rows, head rows, 64] float32, standardised."""
     shares: Tensor
     """[rows, tiles, head rows, 16] float32: their sum is the profile."""
     best: Tensor
@@ -148,8 +150,7 @@ class HeadPlan:
         digests: the store's, on the device.
         max_slabs: of a sequence.
         hidden: of the network's layers, padded.
-        parts: programs that scan a KV head's blocks. 16 take 1,024 blocks, 131,072 tokens, in one
-            go, all loads in flight at once.
+        parts: programs that scan a KV head's blocks.
 
     Raises:
         ShapeError: no kernel takes these shapes.
@@ -163,7 +164,7 @@ class HeadPlan:
     digests: CoarseCopies
     max_slabs: int
     hidden: int
-    parts: int = 16
+    parts: int = 8
 
     def __post_init__(self) -> None:
         geometry = self.geometry
@@ -184,7 +185,7 @@ class HeadPlan:
     @property
     def head_rows(self) -> int:
         """Heads, filled up to what a tensor core takes."""
-        return max(16, int(triton.next_power_of_2(self.num_heads)))
+        return max(int(HEAD_TILE.value), int(triton.next_power_of_2(self.num_heads)))
 
     @property
     def tiles(self) -> int:
@@ -210,7 +211,7 @@ class HeadPlan:
             torch.zeros(rows, self.max_slabs, dtype=torch.int64, device=device),
             floats(rows, heads, self.parts, BOUND_WORDS.value),
             floats(rows, heads, SIGHT_WORDS.value),
-            floats(rows, padded, self.hidden),
+            floats(rows, padded, FEATURE_COLUMNS.value),
             floats(rows, self.tiles, padded, OUTPUT_COLUMNS.value),
             floats(rows, padded),
         )
@@ -246,43 +247,6 @@ class HeadPlan:
             TILE_SLABS=_TILE_SLABS,
         )
 
-    def scan(
-        self, layer: int, rows: Tensor, query: Tensor, weights: PlanWeights, scratch: PlanScratch
-    ) -> None:
-        """Score the 128-token blocks of the rows' regions: what `launch` begins with.
-
-        Only launches, one kernel, on the current stream; may be captured in a CUDA graph.
-
-        Args:
-            layer: of the model.
-            rows: [rows, 8] int64 on the device: what to plan; see triton.py for the words.
-            query: [rows, num_heads, head_dim] float32, contiguous, unscaled.
-            weights: of the model.
-            scratch: of as many rows, with this step's slabs; takes what the blocks say.
-
-        Cost: reads the rows' 128-token digests once, 1/128 of the region's KV, in device memory.
-        """
-        geometry, copies = self.geometry, self.digests.copies
-        scan[(len(rows), geometry.num_kv_heads, self.parts)](
-            rows,
-            query,
-            scratch.slabs,
-            self.max_slabs,
-            layer * copies.stride(0),
-            weights.radius,
-            scratch.bounds,
-            **self._shape,
-            GROUP_ROWS=self._group_rows,
-            SCALE=geometry.head_dim**-0.5,
-            DIGEST_BITS=geometry.digest_bits,
-            SLAB_BLOCKS=geometry.level_blocks(COARSE_LEVEL.value),
-            WIDTH=geometry.record_blocks(COARSE_LEVEL.value),
-            TILE_BLOCKS=_TILE_BLOCKS[geometry.digest_bits],
-            LEVEL_BYTES=copies.shape[-1],
-            PARTS=self.parts,
-            num_warps=4,
-        )
-
     def launch(
         self,
         layer: int,
@@ -302,7 +266,7 @@ class HeadPlan:
     ) -> None:
         """Make a layer's plans and hand them to the host; remember what the next step asks for.
 
-        Only launches, four kernels, on the current stream; may be captured in a CUDA graph.
+        Only launches, five kernels, on the current stream; may be captured in a CUDA graph.
 
         Args:
             layer: of the model.
@@ -313,15 +277,36 @@ class HeadPlan:
             window_key: [slots, num_kv_heads, slot_tokens, head_dim] bfloat16, with the new token's.
             states: of the window's attention over it.
             weights, memory: of the model and of its sequences.
-            scratch: of as many rows, scanned.
+            scratch: of as many rows, with this step's slabs.
             levels: [rows, num_kv_heads] int32, pinned: takes a block size's index, or -1 to read
                 all of the region, or -2 to read nothing.
             budgets: [rows, num_heads] int32, pinned: takes blocks of that size.
             planned: [rows, num_kv_heads] int32, pinned: takes the step's number when both are
                 there.
             step: [1] int32 on the device.
+
+        Cost: reads the rows' 128-token digests once, 1/128 of the region's KV, in device memory.
         """
-        geometry, count = self.geometry, len(rows)
+        geometry, copies, count = self.geometry, self.digests.copies, len(rows)
+        scan[(count, geometry.num_kv_heads, self.parts)](
+            rows,
+            query,
+            scratch.slabs,
+            self.max_slabs,
+            layer * copies.stride(0),
+            weights.radius,
+            scratch.bounds,
+            **self._shape,
+            GROUP_ROWS=self._group_rows,
+            SCALE=geometry.head_dim**-0.5,
+            DIGEST_BITS=geometry.digest_bits,
+            SLAB_BLOCKS=geometry.level_blocks(COARSE_LEVEL.value),
+            WIDTH=geometry.record_blocks(COARSE_LEVEL.value),
+            TILE_BLOCKS=_TILE_BLOCKS[geometry.digest_bits],
+            LEVEL_BYTES=copies.shape[-1],
+            PARTS=self.parts,
+            num_warps=4,
+        )
         see_window[(count, geometry.num_kv_heads)](
             rows,
             slots,
@@ -342,7 +327,7 @@ class HeadPlan:
             SPLIT_ROWS=triton.next_power_of_2(self.num_splits),
             num_warps=4,
         )
-        first_hidden[(count, self.tiles)](
+        see_heads[(count,)](
             rows,
             slots,
             scratch.bounds,
@@ -352,21 +337,20 @@ class HeadPlan:
             memory.seen[layer],
             memory.told[layer],
             weights.standards,
-            weights.weights[0],
-            weights.biases[0],
-            scratch.hidden,
+            scratch.features,
             scratch.best,
             layer / max(1, geometry.num_layers - 1),
             **self._shape,
             HEADS=self.num_heads,
             HEAD_ROWS=self.head_rows,
             PARTS=self.parts,
-            HIDDEN=self.hidden,
             num_warps=4,
         )
-        second_hidden[(count, self.tiles)](
+        predict[(count, self.tiles, self.head_rows // HEAD_TILE.value)](
             rows,
-            scratch.hidden,
+            scratch.features,
+            weights.weights[0],
+            weights.biases[0],
             weights.weights[1],
             weights.biases[1],
             weights.weights[2],
@@ -393,5 +377,5 @@ class HeadPlan:
             GROUP_ROWS=triton.next_power_of_2(self.group),
             HEAD_ROWS=self.head_rows,
             TILES=self.tiles,
-            num_warps=4,
+            num_warps=1,
         )

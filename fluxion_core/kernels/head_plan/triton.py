@@ -4,9 +4,12 @@
     list_slabs     once a step: where the rows' digests lie there
     scan           the 128-token blocks' scores, summed up for each head
     see_window     what the window's attention and the query say of each head
-    first_hidden   features, and the network's first layer
-    second_hidden  its second, and the third's share of it
+    see_heads      features
+    predict        the network
     choose         profiles, group plans; they go to pinned memory, then each group's flag
+
+Each layer streams the model's weights through the GPU's caches, so that kernels find their own
+instructions there no more. What is written as a loop is one so that they are few.
 
 The arithmetic is that of predictor/features.py, predictor/mlp.py and selector/reference.py, which
 are its oracles; the CPU's is kernels/native/layer_plan.h. A program that finds a row of mode 0 has
@@ -57,6 +60,8 @@ OUTPUT_COLUMNS = tl.constexpr(16)
 """Room for a profile: 8 budgets, then 3 growths."""
 TILE = tl.constexpr(64)
 """Columns of a hidden layer that a program takes."""
+HEAD_TILE = tl.constexpr(16)
+"""Heads that it takes: as many as a tensor core."""
 
 COARSE_LEVEL = tl.constexpr(3)
 COARSE_TOKENS = tl.constexpr(128)
@@ -230,7 +235,7 @@ def _scan(
         highest = tl.maximum(best_1, tl.max(scores, axis=1))
         weight = weight * tl.exp(best_1 - highest)
         weight += tl.sum(tl.exp(scores - highest[:, None]), axis=1)
-        for _ in tl.static_range(4):
+        for _ in tl.range(4):
             value, scores = _take_best(scores)
             best_1, value = tl.maximum(best_1, value), tl.minimum(best_1, value)
             best_2, value = tl.maximum(best_2, value), tl.minimum(best_2, value)
@@ -421,16 +426,16 @@ def see_window(
 
 
 @triton.jit
-def _put(features, column: tl.constexpr, value):
-    """The features with one more column, clipped."""
-    number = tl.arange(0, FEATURE_COLUMNS)[None, :]
-    value = tl.minimum(tl.maximum(value, -CLIP), CLIP)
-    return tl.where(number == column, value[:, None], features)
+def _clip(value):
+    return tl.minimum(tl.maximum(value, -CLIP), CLIP)
 
 
 @triton.jit
-def _clip(value):
-    return tl.minimum(tl.maximum(value, -CLIP), CLIP)
+def _put(to, column, value, standards_ptr):
+    """Store a feature of each head, clipped and standardised."""
+    value = _clip(value) - tl.load(standards_ptr + column)
+    value *= tl.load(standards_ptr + FEATURE_COLUMNS + column)
+    tl.store(to + column, tl.minimum(tl.maximum(value, -CLIP_DEVIATIONS), CLIP_DEVIATIONS))
 
 
 @triton.jit
@@ -463,7 +468,7 @@ def _sum_up_bounds(bounds_ptr, mask, PARTS: tl.constexpr):
 
 
 @triton.jit
-def first_hidden(
+def see_heads(
     rows_ptr,
     slots_ptr,
     bounds_ptr,
@@ -473,9 +478,7 @@ def first_hidden(
     seen_ptr,
     told_ptr,
     standards_ptr,
-    weights_ptr,
-    bias_ptr,
-    hidden_ptr,
+    features_ptr,
     best_ptr,
     layer_depth,
     HEADS: tl.constexpr,
@@ -483,9 +486,8 @@ def first_hidden(
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PARTS: tl.constexpr,
-    HIDDEN: tl.constexpr,
 ):
-    """One program: the features of all heads of one row, through TILE columns of the first layer.
+    """One program: the features of all heads of one row, as the network takes them.
 
     Args:
         rows_ptr, bounds_ptr: see `scan`; slots_ptr, sights_ptr: see `see_window`.
@@ -494,13 +496,11 @@ def first_hidden(
         seen_ptr: [slots][HEADS][2] float32: window_lse and bound_1st of the step before.
         told_ptr: [slots][HEADS][2] float32: read_lse and read_share of the step before.
         standards_ptr: [2][FEATURE_COLUMNS]: mean and scale of the features.
-        weights_ptr: [FEATURE_COLUMNS][HIDDEN]; bias_ptr: [HIDDEN].
-        hidden_ptr: [rows][HEAD_ROWS][HIDDEN]; takes the layer's output.
+        features_ptr: [rows][HEAD_ROWS][FEATURE_COLUMNS]; takes them, standardised.
         best_ptr: [rows][HEAD_ROWS]; takes bound_1st, for the next step.
         layer_depth: layer / (layers - 1).
     """
     row = tl.program_id(0).to(tl.int64)
-    tile = tl.program_id(1)
     words = rows_ptr + row * ROW_WORDS
     if tl.load(words + MODE) != 0:
         slot = tl.load(slots_ptr + row).to(tl.int64)
@@ -508,30 +508,24 @@ def first_hidden(
         mask = head < HEADS
         sight_ptr = sights_ptr + (row * HEADS + head) * SIGHT_WORDS
         window = tl.load(sight_ptr, mask=mask, other=0.0)
-        sink = tl.load(sight_ptr + 1, mask=mask, other=0.0)
-        recent = tl.load(sight_ptr + 2, mask=mask, other=0.0)
-        peak = tl.load(sight_ptr + 3, mask=mask, other=0.0)
         norm = tl.maximum(tl.load(sight_ptr + 4, mask=mask, other=0.0), TINY)
-        query_norm = tl.load(sight_ptr + 5, mask=mask, other=1.0)
-        cosine = tl.load(sight_ptr + 6, mask=mask, other=0.0)
-        change = tl.load(sight_ptr + 7, mask=mask, other=0.0)
-
         best_1, best_2, best_4, lse, mean, deviation = _sum_up_bounds(
             bounds_ptr + (row * HEADS + head) * (PARTS * BOUND_WORDS), mask, PARTS
         )
         bound_1st = _clip(best_1 - window)
         bound_lse = _clip(lse - window + LOG_128)
-        region = tl.load(words + REGION_END) - tl.load(words + REGION_BEGIN)
+        tl.store(best_ptr + row * HEAD_ROWS + head, bound_1st + window)
         norm_of_layer = tl.max(tl.where(mask, norm, TINY), axis=0)
         bound_of_layer = tl.max(tl.where(mask, bound_1st, -CLIP), axis=0)
         lse_of_layer = tl.sum(tl.where(mask, bound_lse, 0.0), axis=0) / HEADS
         is_other = mask[None, :] & (head[:, None] >= 0)
         shares_kv = (head // GROUP)[:, None] == (head // GROUP)[None, :]
-        in_group = tl.where(is_other & shares_kv, bound_1st[None, :], -CLIP)
+        in_group = tl.max(tl.where(is_other & shares_kv, bound_1st[None, :], -CLIP), axis=1)
         is_higher = is_other & (bound_lse[None, :] > bound_lse[:, None])
         rank = tl.sum(is_higher.to(tl.float32), axis=1) / HEADS
 
-        known = tl.load(words + IS_KNOWN) != 0
+        is_known = tl.load(words + IS_KNOWN) != 0
+        region = tl.load(words + REGION_END) - tl.load(words + REGION_BEGIN)
         seen = seen_ptr + (slot * HEADS + head) * 2
         told = told_ptr + (slot * HEADS + head) * 2
         window_before = tl.load(seen, mask=mask, other=0.0)
@@ -540,74 +534,70 @@ def first_hidden(
         share_before = tl.load(told + 1, mask=mask, other=0.0)
         prior = priors_ptr + head * PRIOR_WORDS
         estimate = estimates_ptr + (slot * HEADS + head) * ESTIMATE_WORDS
-        value_scale = tl.load(estimate + 10, mask=mask, other=0.0)
+        to = features_ptr + (row * HEAD_ROWS + head) * FEATURE_COLUMNS
         zero = window * 0.0
 
-        x = tl.zeros([HEAD_ROWS, FEATURE_COLUMNS], dtype=tl.float32)
         # structure
-        x = _put(x, 0, zero + layer_depth)
-        x = _put(x, 1, zero + tl.log2(region.to(tl.float32)))
-        for index in tl.static_range(3):
-            x = _put(x, 2 + index, tl.load(prior + index, mask=mask, other=0.0))
+        _put(to, 0, zero + layer_depth, standards_ptr)
+        _put(to, 1, zero + tl.log2(region.to(tl.float32)), standards_ptr)
+        for index in tl.range(3):
+            _put(to, 2 + index, tl.load(prior + index, mask=mask, other=0.0), standards_ptr)
         # kv_distribution
-        for index in tl.static_range(5):
-            x = _put(x, 5 + index, tl.load(estimate + 8 + index, mask=mask, other=0.0))
+        for index in tl.range(5):
+            value = tl.load(estimate + 8 + index, mask=mask, other=0.0)
+            _put(to, 5 + index, value, standards_ptr)
         # qk_interaction
-        x = _put(x, 10, tl.log(query_norm * (HEAD_DIM**-0.5)))
-        x = _put(x, 11, window)
-        x = _put(x, 12, bound_1st)
-        x = _put(x, 13, best_2 - window)
-        x = _put(x, 14, best_4 - window)
-        x = _put(x, 15, bound_lse)
-        x = _put(x, 16, mean - window)
-        x = _put(x, 17, deviation)
+        query_norm = tl.load(sight_ptr + 5, mask=mask, other=1.0)
+        _put(to, 10, tl.log(query_norm * (HEAD_DIM**-0.5)), standards_ptr)
+        _put(to, 11, window, standards_ptr)
+        _put(to, 12, bound_1st, standards_ptr)
+        _put(to, 13, best_2 - window, standards_ptr)
+        _put(to, 14, best_4 - window, standards_ptr)
+        _put(to, 15, bound_lse, standards_ptr)
+        _put(to, 16, mean - window, standards_ptr)
+        _put(to, 17, deviation, standards_ptr)
         # output_contribution
-        x = _put(x, 18, tl.log(norm / norm_of_layer))
-        x = _put(x, 19, tl.log(norm) - value_scale)
-        x = _put(x, 20, sink - window)
-        x = _put(x, 21, recent - window)
-        x = _put(x, 22, peak - window)
+        _put(to, 18, tl.log(norm / norm_of_layer), standards_ptr)
+        value_scale = tl.load(estimate + 10, mask=mask, other=0.0)
+        _put(to, 19, tl.log(norm) - value_scale, standards_ptr)
+        for index in tl.range(3):
+            # Of the sink and of the last block, and the peak.
+            value = tl.load(sight_ptr + 1 + index, mask=mask, other=0.0)
+            _put(to, 20 + index, value - window, standards_ptr)
         # query_dynamics
-        x = _put(x, 23, cosine)
-        x = _put(x, 24, change)
-        x = _put(x, 25, tl.where(known, window - window_before, 0.0))
-        x = _put(x, 26, tl.where(known, bound_1st + window - bound_before, 0.0))
-        x = _put(x, 27, tl.where(known, read_before - window_before, -CLIP))
-        x = _put(x, 28, tl.where(known, tl.log2(share_before + 1.0 / 1024), -10.0))
+        for index in tl.range(2):
+            value = tl.load(sight_ptr + 6 + index, mask=mask, other=0.0)
+            _put(to, 23 + index, value, standards_ptr)
+        _put(to, 25, tl.where(is_known, window - window_before, 0.0), standards_ptr)
+        _put(to, 26, tl.where(is_known, bound_1st + window - bound_before, 0.0), standards_ptr)
+        _put(to, 27, tl.where(is_known, read_before - window_before, -CLIP), standards_ptr)
+        share = tl.where(is_known, tl.log2(share_before + 1.0 / 1024), -10.0)
+        _put(to, 28, share, standards_ptr)
         # prefill_estimate
-        x = _put(x, 29, tl.load(estimate, mask=mask, other=0.0))
-        x = _put(x, 30, tl.load(estimate + 2, mask=mask, other=0.0))
-        x = _put(x, 31, tl.load(estimate + 1, mask=mask, other=0.0))
-        x = _put(x, 32, tl.load(estimate + 3, mask=mask, other=0.0))
-        x = _put(x, 33, tl.load(estimate + 4, mask=mask, other=0.0))
-        x = _put(x, 34, tl.load(estimate + 5, mask=mask, other=0.0))
-        x = _put(x, 35, bound_lse - tl.load(estimate + 6, mask=mask, other=0.0))
-        x = _put(x, 36, bound_1st - tl.load(estimate + 7, mask=mask, other=0.0))
+        for index in tl.range(4):
+            # Squared errors: mean and worst at no budget, then at the small one.
+            value = tl.load(estimate + index // 2 + index % 2 * 2, mask=mask, other=0.0)
+            _put(to, 29 + index, value, standards_ptr)
+        for index in tl.range(2):
+            value = tl.load(estimate + 4 + index, mask=mask, other=0.0)
+            _put(to, 33 + index, value, standards_ptr)
+        excess = bound_lse - tl.load(estimate + 6, mask=mask, other=0.0)
+        _put(to, 35, excess, standards_ptr)
+        excess = bound_1st - tl.load(estimate + 7, mask=mask, other=0.0)
+        _put(to, 36, excess, standards_ptr)
         # cross_head
-        x = _put(x, 37, tl.max(in_group, axis=1))
-        x = _put(x, 38, zero + bound_of_layer)
-        x = _put(x, 39, zero + lse_of_layer)
-        x = _put(x, 40, rank)
-
-        feature = tl.arange(0, FEATURE_COLUMNS)
-        x = (x - tl.load(standards_ptr + feature)[None, :]) * tl.load(
-            standards_ptr + FEATURE_COLUMNS + feature
-        )[None, :]
-        x = tl.minimum(tl.maximum(x, -CLIP_DEVIATIONS), CLIP_DEVIATIONS)
-        column = tile * TILE + tl.arange(0, TILE)
-        weights = tl.load(weights_ptr + feature[:, None] * HIDDEN + column[None, :])
-        hidden = tl.dot(x, weights, input_precision=_PRECISION)
-        hidden = tl.maximum(hidden + tl.load(bias_ptr + column)[None, :], 0.0)
-        to = hidden_ptr + (row * HEAD_ROWS + head)[:, None] * HIDDEN + column[None, :]
-        tl.store(to, hidden)
-        if tile == 0:
-            tl.store(best_ptr + row * HEAD_ROWS + head, bound_1st + window)
+        _put(to, 37, in_group, standards_ptr)
+        _put(to, 38, zero + bound_of_layer, standards_ptr)
+        _put(to, 39, zero + lse_of_layer, standards_ptr)
+        _put(to, 40, rank, standards_ptr)
 
 
 @triton.jit
-def second_hidden(
+def predict(
     rows_ptr,
-    hidden_ptr,
+    features_ptr,
+    first_weights_ptr,
+    first_bias_ptr,
     weights_ptr,
     bias_ptr,
     output_weights_ptr,
@@ -615,12 +605,12 @@ def second_hidden(
     HEAD_ROWS: tl.constexpr,
     HIDDEN: tl.constexpr,
 ):
-    """One program: TILE columns of the second layer for one row's heads, and what the third makes
-    of them.
+    """One program: TILE columns of the network's second layer for 16 heads of one row, and what the
+    third makes of them. Each program makes all of the first layer, a tile at a time.
 
     Args:
-        rows_ptr: see `scan`.
-        hidden_ptr: [rows][HEAD_ROWS][HIDDEN].
+        rows_ptr: see `scan`; features_ptr: see `see_heads`.
+        first_weights_ptr: [FEATURE_COLUMNS][HIDDEN], inputs first; first_bias_ptr: [HIDDEN].
         weights_ptr: [HIDDEN][HIDDEN], inputs first; bias_ptr: [HIDDEN].
         output_weights_ptr: [HIDDEN][OUTPUT_COLUMNS].
         shares_ptr: [rows][tiles][HEAD_ROWS][OUTPUT_COLUMNS]; takes shares of the profile.
@@ -628,18 +618,20 @@ def second_hidden(
     row = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
     if tl.load(rows_ptr + row * ROW_WORDS + MODE) != 0:
-        head = tl.arange(0, HEAD_ROWS)
+        head = tl.program_id(2) * HEAD_TILE + tl.arange(0, HEAD_TILE)
+        feature = tl.arange(0, FEATURE_COLUMNS)
         inner = tl.arange(0, TILE)
         column = tile * TILE + tl.arange(0, TILE)
-        from_ptr = hidden_ptr + (row * HEAD_ROWS + head)[:, None] * HIDDEN + inner[None, :]
+        at = features_ptr + (row * HEAD_ROWS + head)[:, None] * FEATURE_COLUMNS
+        features = tl.load(at + feature[None, :])
+        first_ptr = first_weights_ptr + feature[:, None] * HIDDEN + inner[None, :]
         weight_ptr = weights_ptr + inner[:, None] * HIDDEN + column[None, :]
-        hidden = tl.zeros([HEAD_ROWS, TILE], dtype=tl.float32)
-        for first in tl.range(0, HIDDEN, TILE):
-            hidden += tl.dot(
-                tl.load(from_ptr + first),
-                tl.load(weight_ptr + first * HIDDEN),
-                input_precision=_PRECISION,
-            )
+        hidden = tl.zeros([HEAD_TILE, TILE], dtype=tl.float32)
+        for start in tl.range(0, HIDDEN, TILE):
+            first = tl.dot(features, tl.load(first_ptr + start), input_precision=_PRECISION)
+            first = tl.maximum(first + tl.load(first_bias_ptr + start + inner)[None, :], 0.0)
+            weights = tl.load(weight_ptr + start * HIDDEN)
+            hidden += tl.dot(first, weights, input_precision=_PRECISION)
         hidden = tl.maximum(hidden + tl.load(bias_ptr + column)[None, :], 0.0)
         output = tl.arange(0, OUTPUT_COLUMNS)
         output_weights = tl.load(
@@ -657,33 +649,39 @@ def _share(budget):
 
 
 @triton.jit
-def _by_price(squares, inside, price, scan, spread, largest_cost):
+def _by_price(squares, inside, price, scan_cost, spread, largest_cost):
     """Budgets [group] of one level and what they cost, by the least sum of errors and price."""
-    budget = tl.arange(0, OUTPUT_COLUMNS)
-    value = squares + (price * spread * _share(budget))[None, :]
+    budget = tl.arange(0, OUTPUT_COLUMNS)[None, :]
+    value = squares + price * spread * _share(budget)
     # Under a cap on the largest budget, heads choose independently.
-    is_allowed = (budget[None, :] <= budget[:, None]) & (budget <= EVERYTHING)[None, :]
-    capped = tl.where(is_allowed[None, :, :], value[:, None, :], INFINITY)
-    least, chosen = tl.min(capped, axis=2, return_indices=True)
-    chosen = tl.where(inside[:, None], chosen, 0)
-    largest = tl.max(chosen, axis=0)
-    total = tl.sum(tl.where(inside[:, None], least, 0.0), axis=0)
-    total += price * largest_cost * _share(largest) + tl.where(largest > 0, price * scan, 0.0)
-    total = tl.where(budget <= EVERYTHING, total, INFINITY)
-    cost, cap = tl.min(total, axis=0, return_indices=True)
-    return cost, tl.sum(tl.where(budget[None, :] == cap, chosen, 0), axis=1)
+    least = tl.sum(tl.where(budget == 0, value, 0.0), axis=1)
+    capped = least.to(tl.int32) * 0
+    cost = tl.sum(tl.where(inside, least, 0.0), axis=0)
+    chosen = capped
+    for cap in tl.range(1, EVERYTHING + 1):
+        with_cap = tl.sum(tl.where(budget == cap, value, 0.0), axis=1)
+        is_less = (with_cap < least) & inside
+        least = tl.where(is_less, with_cap, least)
+        capped = tl.where(is_less, cap, capped)
+        largest = tl.max(capped, axis=0)
+        total = tl.sum(tl.where(inside, least, 0.0), axis=0)
+        total += price * largest_cost * _share(largest)
+        total += tl.where(largest > 0, price * scan_cost, 0.0)
+        chosen = tl.where(total < cost, capped, chosen)
+        cost = tl.minimum(total, cost)
+    return cost, chosen
 
 
 @triton.jit
-def _by_threshold(logs, inside, limit, scan, spread):
+def _by_threshold(logs, inside, limit, scan_cost, spread):
     """Budgets [group] of one level and what they cost, the least within a limit of the error."""
-    budget = tl.arange(0, OUTPUT_COLUMNS)
-    is_within = (logs <= limit) & (budget < EVERYTHING)[None, :]
-    needed = tl.min(tl.where(is_within, budget[None, :], EVERYTHING), axis=1)
+    budget = tl.arange(0, OUTPUT_COLUMNS)[None, :]
+    is_within = (logs <= limit) & (budget < EVERYTHING)
+    needed = tl.min(tl.where(is_within, budget, EVERYTHING), axis=1)
     needed = tl.where(inside, needed, 0)
     share = _share(needed)
     largest = tl.max(share, axis=0)
-    return scan + (largest + spread * (tl.sum(share, axis=0) - largest)), needed
+    return scan_cost + (largest + spread * (tl.sum(share, axis=0) - largest)), needed
 
 
 @triton.jit
@@ -709,8 +707,8 @@ def choose(
     """One program: the plan of one GQA group of one row, to the host, then its flag.
 
     Args:
-        rows_ptr, slots_ptr, sights_ptr: see `see_window`; best_ptr, seen_ptr: see `first_hidden`.
-        shares_ptr: [rows][TILES][HEAD_ROWS][OUTPUT_COLUMNS], of `second_hidden`.
+        rows_ptr, slots_ptr, sights_ptr: see `see_window`; best_ptr, seen_ptr: see `see_heads`.
+        shares_ptr: [rows][TILES][HEAD_ROWS][OUTPUT_COLUMNS], of `predict`.
         bias_ptr: [OUTPUT_COLUMNS]: what is added to their sum.
         head_weights_ptr: [heads] float32, of the layer: what a head's squared error counts.
         costs_ptr: [4][3] float32: scan, spread, 1 - spread of each block size.
@@ -739,7 +737,7 @@ def choose(
         growth = EVERYTHING + (budget >= 3).to(tl.int32) + (budget >= 5).to(tl.int32)
         curve = tl.load(bias_ptr + budget)[None, :] + tl.zeros([GROUP_ROWS, 1], dtype=tl.float32)
         grown = tl.load(bias_ptr + growth)[None, :] + tl.zeros([GROUP_ROWS, 1], dtype=tl.float32)
-        for tile in tl.static_range(TILES):
+        for tile in tl.range(TILES):
             of_head = ((row * TILES + tile) * HEAD_ROWS + head)[:, None] * OUTPUT_COLUMNS
             curve += tl.load(shares_ptr + of_head + budget[None, :], mask=is_error, other=0.0)
             grown += tl.load(shares_ptr + of_head + growth[None, :], mask=does_grow, other=0.0)
@@ -749,21 +747,22 @@ def choose(
         level = tl.full([], COARSE_LEVEL, tl.int32)
         best_cost = tl.full([], INFINITY, tl.float32)
         chosen = tl.zeros([GROUP_ROWS], dtype=tl.int32)
-        for step in tl.static_range(4):
+        for finer in tl.range(0, COARSE_LEVEL + 1):
             # Of equals the coarsest wins, whose digests are scanned already.
-            cost_ptr = costs_ptr + (COARSE_LEVEL - step) * 3
-            scan, spread = tl.load(cost_ptr), tl.load(cost_ptr + 1)
-            logs = curve + (COARSE_LEVEL - step) * grown
+            candidate = COARSE_LEVEL - finer
+            cost_ptr = costs_ptr + candidate * 3
+            scan_cost, spread = tl.load(cost_ptr), tl.load(cost_ptr + 1)
+            logs = curve + candidate.to(tl.float32) * grown
             if mode == BY_PRICE:
                 squares = tl.where(is_error, tl.exp(logs) * weight[:, None], 0.0)
                 cost, needed = _by_price(
-                    squares, inside, number, scan, spread, tl.load(cost_ptr + 2)
+                    squares, inside, number, scan_cost, spread, tl.load(cost_ptr + 2)
                 )
             else:
-                cost, needed = _by_threshold(logs, inside, number, scan, spread)
+                cost, needed = _by_threshold(logs, inside, number, scan_cost, spread)
             is_better = cost < best_cost
             best_cost = tl.where(is_better, cost, best_cost)
-            level = tl.where(is_better, COARSE_LEVEL - step, level)
+            level = tl.where(is_better, candidate, level)
             chosen = tl.where(is_better, needed, chosen)
 
         shift = level + 4

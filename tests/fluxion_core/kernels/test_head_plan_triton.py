@@ -141,7 +141,6 @@ class Machine:
             self.attention.launch(
                 queries, window_key, self.windows.value(layer), *on_device, states
             )
-            self.plan.scan(layer, words, queries, self.weights, self.scratch)
             self.plan.launch(
                 layer, words, *on_device, queries, window_key, states, self.weights, self.memory,
                 self.scratch, self.levels[layer], self.budgets[layer], self.planned[layer],
