@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -166,9 +168,9 @@ class StepWork:
         """[layers or 1, batch, kv_heads] int32; rows whose plans are made later are not read."""
         self.budgets = plan.budgets[None]
         """[layers or 1, batch, heads] int32."""
-        self.sources = torch.full((len(rows),), PlanSource.GIVEN, dtype=torch.int32)
+        self.sources: npt.NDArray[np.int32] = np.full(len(rows), PlanSource.GIVEN, np.int32)
         """[batch] PlanSource."""
-        self._is_planned_later = [False] * len(rows)
+        self._is_planned_later = np.zeros(len(rows), np.bool_)
         self._are_exact = [
             isinstance(policy, ExactPolicy) or not region
             for policy, region in zip(policies, self.regions, strict=True)
@@ -189,14 +191,12 @@ class StepWork:
             ):
                 self._predict(row, policy, state)
 
-    def needs_nothing(self) -> Tensor:
+    def needs_nothing(self) -> npt.NDArray[np.bool_]:
         """[layers or 1] bool: layers of which no row reads anything of its region."""
-        reads = self.levels != READ_NOTHING
-        for row, region in enumerate(self.regions):
-            reads[:, row] |= self._is_planned_later[row]
-            if not region:
-                reads[:, row] = False
-        return ~reads.flatten(1).any(1)
+        reads = (self.levels != READ_NOTHING).any(2)
+        has_region = np.array([bool(region) for region in self.regions])
+        result: npt.NDArray[np.bool_] = ~((reads | self._is_planned_later) & has_region).any(1)
+        return result
 
     def finish(self) -> list[StepReads]:
         """Count the new tokens; returns what was read for each sequence."""
@@ -224,9 +224,9 @@ class StepWork:
 
     def _set_plan(self, row: int, levels: Tensor, budgets: Tensor) -> None:
         if len(self.levels) < len(levels):
-            self.levels = self.levels.repeat(len(levels), 1, 1)
-            self.budgets = self.budgets.repeat(len(levels), 1, 1)
-        self.levels[:, row], self.budgets[:, row] = levels, budgets
+            self.levels = np.repeat(self.levels, len(levels), axis=0)
+            self.budgets = np.repeat(self.budgets, len(levels), axis=0)
+        self.levels[:, row], self.budgets[:, row] = levels.numpy(), budgets.numpy()
 
     def _reads(self, row: int) -> StepReads:
         scanned, attended, scanned_for_plans = self.tasks.read_bytes(row)
@@ -270,8 +270,8 @@ class ChunkWork:
         self.tasks = _native.LayerAttention(
             native_layout(geometry), views.data_ptr(), count, num_heads
         )
-        self.levels = torch.full((1, count, geometry.num_kv_heads), READ_NOTHING, dtype=torch.int32)
-        self.budgets = torch.zeros(1, count, num_heads, dtype=torch.int32)
+        self.levels = np.full((1, count, geometry.num_kv_heads), READ_NOTHING, np.int32)
+        self.budgets = np.zeros((1, count, num_heads), np.int32)
 
     def finish(self) -> None:
         """Count the tokens."""

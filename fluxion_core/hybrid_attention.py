@@ -121,14 +121,14 @@ class HybridAttention:
         step.append.append(layer, _rows(key), _rows(value))
         rows = _rows(query)
         plan = min(layer, step.levels.shape[0] - 1)
-        # Pointers into tensors that live until `wait` returns.
+        # Pointers into arrays that live until `wait` returns.
         step.tasks.submit(
             self.pool.native,
             layer,
             rows.data_ptr(),
             rows.stride(0),
-            step.levels[plan].data_ptr(),
-            step.budgets[plan].data_ptr(),
+            step.levels[plan].ctypes.data,
+            step.budgets[plan].ctypes.data,
             self._output.data_ptr(),
             self._lse.data_ptr(),
             WAKE_BYTES,

@@ -111,6 +111,8 @@ class DevicePlanner:
         Returns:
             By row, where the host tells what was read; None if there is nothing to plan.
         """
+        if not any(states):
+            return None
         words = np.zeros((len(rows), ROW_WORDS.value), dtype=np.int64)
         told: list[Told | None] = [None] * len(rows)
         for index, (row, state, region) in enumerate(zip(rows, states, regions, strict=True)):
@@ -130,8 +132,9 @@ class DevicePlanner:
             told[index] = Told(self._told[0, row.slot].data_ptr(), self._told.stride(0))
         if not any(told):
             return None
-        self._input[: len(rows)] = torch.from_numpy(words)
-        self._input[len(rows) :] = 0
+        to = self._input.numpy()
+        to[: len(rows)] = words
+        to[len(rows) :] = 0
         return told
 
     def new_layers(self, size: int) -> LayerPlans:

@@ -17,6 +17,7 @@ import logging
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -229,8 +230,7 @@ class DeviceStep:
         size = min(size for size, _ in self._graphs if size >= len(rows))
         graph = self._graphs[size, told is not None]
         self._write_inputs(rows)
-        nothing = work.needs_nothing()
-        self.board.skip.copy_(nothing.expand(self.board.skip.shape[0]))
+        self.board.skip.numpy()[:] = work.needs_nothing()
         self._steps += 1
         self._events[0].record(self._stream)
         graph.launch()
@@ -244,10 +244,10 @@ class DeviceStep:
                 len(rows),
                 self._steps,
                 *work.append.addresses,
-                work.levels.data_ptr(),
-                work.budgets.data_ptr(),
+                work.levels.ctypes.data,
+                work.budgets.ctypes.data,
                 len(work.levels),
-                work.sources.data_ptr(),
+                work.sources.ctypes.data,
                 WAKE_BYTES,
             )
             self._stream.synchronize()
@@ -327,13 +327,15 @@ class DeviceStep:
         moved["device_to_host", "logits"] += size * board.logits[0].nbytes
 
     def _write_inputs(self, rows: Sequence[StepRow]) -> None:
-        padding = [0] * (self.board.input_rows.shape[1] - len(rows))
-        ids, slots = [row.token_id for row in rows], [row.slot for row in rows]
-        positions = [row.sequence.num_tokens for row in rows]
-        lengths = [position + 1 for position in positions]
-        # One copy each: an element at a time costs microseconds.
-        self.board.input_words.copy_(torch.tensor([ids + padding, positions + padding]))
-        self.board.input_rows.copy_(torch.tensor([slots + padding, lengths + padding]))
+        words, ints = self.board.input_words.numpy(), self.board.input_rows.numpy()
+        count = len(rows)
+        positions = np.array([row.sequence.num_tokens for row in rows])
+        words[0, :count] = [row.token_id for row in rows]
+        words[1, :count] = positions
+        ints[0, :count] = [row.slot for row in rows]
+        ints[1, :count] = positions + 1
+        words[:, count:] = 0
+        ints[:, count:] = 0
 
     def _capture(self, geometry: KvGeometry, size: int, *, plans: bool) -> StepGraph:
         board, device = self.board, self._device

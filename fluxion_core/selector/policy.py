@@ -15,8 +15,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+import numpy as np
+import numpy.typing as npt
 
 from fluxion_core.errors import ConfigError
 from fluxion_core.geometry import BLOCK_SIZES, ceil_div
@@ -162,9 +162,9 @@ class StepPlan:
         num_heads: int,
     ) -> None:
         batch = len(policies)
-        self.levels: Tensor = torch.full((batch, num_kv_heads), READ_ALL, dtype=torch.int32)
+        self.levels: npt.NDArray[np.int32] = np.full((batch, num_kv_heads), READ_ALL, np.int32)
         """[batch, kv_heads] int32: index into BLOCK_SIZES, READ_ALL or READ_NOTHING."""
-        self.budgets: Tensor = torch.zeros(batch, num_heads, dtype=torch.int32)
+        self.budgets: npt.NDArray[np.int32] = np.zeros((batch, num_heads), np.int32)
         """[batch, heads] int32: blocks of that level."""
         for row, (policy, region) in enumerate(zip(policies, regions, strict=True)):
             if isinstance(policy, FixedPolicy):

@@ -173,10 +173,10 @@ class _Machine:
             batch,
             number,
             *work.append.addresses,
-            work.levels.data_ptr(),
-            work.budgets.data_ptr(),
+            work.levels.ctypes.data,
+            work.budgets.ctypes.data,
             len(work.levels),
-            work.sources.data_ptr(),
+            work.sources.ctypes.data,
             wake_bytes,
         )
         graph.join()
@@ -454,9 +454,9 @@ def test_a_gpu_that_publishes_nothing_is_named_stuck() -> None:
             batch,
             7,
             *work.append.addresses,
-            work.levels.data_ptr(),
-            work.budgets.data_ptr(),
+            work.levels.ctypes.data,
+            work.budgets.ctypes.data,
             1,
-            work.sources.data_ptr(),
+            work.sources.ctypes.data,
             WAKE_BYTES,
         )
