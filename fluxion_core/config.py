@@ -205,7 +205,8 @@ class ModelSettings(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of weights and activations; auto is float32 on a CPU, bfloat16 on a GPU."""
     threads: int = Field(default=0, ge=0)
-    """Threads of the dense part on a CPU; 0 for one per core."""
+    """Threads of torch, which computes a prefill node's prompts on a CPU; 0 for one per core. A
+    decode node's own work has engine.attention_threads."""
 
 
 class LogSettings(Section):

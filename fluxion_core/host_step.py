@@ -1,7 +1,8 @@
-"""A decode step without a GPU: torch computes the dense part, the CPU pool attends.
+"""A decode step without a GPU: the CPU pool computes the dense part and attends.
 
 The same calls as `gpu.device_step.DeviceStep`, so that whoever runs steps need not care; and, here
-only, chunks of prompts.
+only, chunks of prompts. A sequence's tokens are the same bits whatever else is in its steps, and
+whatever chunks its prompt comes in.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from fluxion_core.decode_step import StepReads, StepRow
 from fluxion_core.geometry import WindowSpec
 from fluxion_core.hybrid_attention import HybridAttention
 from fluxion_core.kvstore.store import SequenceKv
-from fluxion_core.models.decoder import Decoder
+from fluxion_core.models.host_decoder import HostDecoder
 from fluxion_core.prompt_chunk import PromptEnd, compute_chunk
 from fluxion_core.scheduler.pool_spans import PoolSpans
 
@@ -24,14 +25,14 @@ class HostStep:
     """Runs steps. One thread only.
 
     Args:
-        decoder: the model, on the CPU.
+        decoder: the model.
         attention: over the store that holds the sequences.
     """
 
     usage = None
     """Of a GPU: there is none."""
 
-    def __init__(self, decoder: Decoder, attention: HybridAttention) -> None:
+    def __init__(self, decoder: HostDecoder, attention: HybridAttention) -> None:
         self._decoder = decoder
         self._attention = attention
         self.span_source = PoolSpans(attention.pool)

@@ -17,7 +17,7 @@ from torch import Tensor
 from fluxion_core.geometry import WindowSpec
 from fluxion_core.hybrid_attention import HybridAttention
 from fluxion_core.kvstore.store import SequenceKv
-from fluxion_core.models.decoder import Decoder
+from fluxion_core.models.host_decoder import HostDecoder
 from fluxion_core.predictor.prompt_estimate import PromptEstimator, padded_tokens
 from fluxion_core.predictor.prompt_profile import PROFILED_QUERIES, PromptProfile
 
@@ -48,7 +48,7 @@ def next_chunk_tokens(num_left: int, most: int, *, wants_profile: bool) -> int:
 
 
 def compute_chunk(
-    decoder: Decoder,
+    decoder: HostDecoder,
     attention: HybridAttention,
     sequence: SequenceKv,
     token_ids: Sequence[int],
@@ -58,7 +58,7 @@ def compute_chunk(
     """Compute and store the next tokens of a prompt; commits the sequence after its last one.
 
     Args:
-        decoder: the model, on the CPU.
+        decoder: the model.
         attention: over the store that holds the sequence.
         sequence: whose prompt has begun (`SequenceKv.begin_prompt`).
         token_ids: the prompt's next tokens.

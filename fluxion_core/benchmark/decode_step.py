@@ -34,6 +34,7 @@ from fluxion_core.kvstore.digest_index import gather_kv
 from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.models.attention_port import AttentionPort
 from fluxion_core.models.decoder import Decoder
+from fluxion_core.models.host_decoder import HostDecoder
 from fluxion_core.scheduler.scheduler import CpuPool, usable_cpus
 from fluxion_core.selector.planner import PlanNanoseconds, Planner, PlannerState
 from fluxion_core.selector.planner_weights import PlannerWeights
@@ -85,7 +86,7 @@ def run_decode_step_bench(
 
     Args:
         console: where the table goes.
-        decoder: the model, float32 on the CPU.
+        decoder: the model, float32 on the CPU; its weights are taken (HostDecoder).
         token_ids: the prompt.
         steps: tokens that count, after two that do not.
         policies: by name.
@@ -163,7 +164,6 @@ class _Bench:
         weights: PlannerWeights | None,
     ) -> None:
         config = decoder.config
-        self.decoder = decoder
         self.num_prompt_tokens = len(token_ids)
         self.geometry = KvGeometry(
             config.num_layers, config.num_kv_heads, config.head_dim, digest_bits=digest_bits
@@ -202,6 +202,7 @@ class _Bench:
             pool=self.pool,
             planner=self.planner,
         )
+        self.decoder = HostDecoder(decoder, self.pool)
         self.read_rate = self._measure_read()
 
     def step(self, row: int, policy: Policy, token_id: int) -> _Turn:

@@ -182,6 +182,44 @@ class LayerAttention:
     def read_bytes(self, sequence: int, /) -> tuple[int, int, int]: ...
     def runs(self, sequence: int, kv_head: int, /) -> list[tuple[int, int, int, int]]: ...
 
+class DenseLayers:
+    def __init__(
+        self,
+        hidden: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        norm_epsilon: float,
+        frequencies: int,
+        norms: Sequence[Sequence[int]],
+        products: Sequence[Sequence[Sequence[int]]],
+        final_norm: int,
+        head: Sequence[int],
+        /,
+    ) -> None: ...
+    @property
+    def hidden_width(self) -> int: ...
+    @property
+    def qkv_width(self) -> int: ...
+    @property
+    def logits_width(self) -> int: ...
+    def begin(
+        self,
+        pool: TaskPool,
+        rows: int,
+        embeddings: int,
+        positions: int,
+        qkv: int,
+        wake_bytes: int,
+        /,
+    ) -> None: ...
+    def advance(
+        self, pool: TaskPool, layer: int, attended: int, to: int, wake_bytes: int, /
+    ) -> None: ...
+    def logits(
+        self, pool: TaskPool, rows: int, hidden: int, to: int, wake_bytes: int, /
+    ) -> None: ...
+
 class GpuLane:
     def __init__(
         self,

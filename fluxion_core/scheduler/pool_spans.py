@@ -12,7 +12,11 @@ from fluxion_core.scheduler.scheduler import CpuPool, task_spans
 from fluxion_core.spans import Span
 from fluxion_core.trace import TakenSpans
 
-PHASES = ("score", "select", "attend", "look", "see", "predict", "predict", "choose")
+PHASES = (
+    *("score", "select", "attend"),
+    *("look", "see", "predict", "predict", "choose"),
+    *("output", "gate_up", "down", "qkv", "logits"),
+)
 """Names of a task's phases, by number; see TaskSpan."""
 
 _AT_ONCE = 64

@@ -32,11 +32,14 @@ class TaskSpan(NamedTuple):
     worker: int
     """Of the pool's workers; the number after the last one is the thread that waits."""
     task: int
-    """Of attention: sequence * kv_heads + KV head; of a layer's plans: which of their sequences."""
+    """Of attention: sequence * kv_heads + KV head; of a layer's plans: which of their sequences; of
+    the dense part: 0."""
     phase: int
     """Attention: 0 score, 1 select, 2 attend. Plans: 3 look, 4 see, 5 and 6 the network's hidden
-    layers, 7 its last one and the selection."""
+    layers, 7 its last one and the selection. Dense part: the products, 8 output projection, 9 gate
+    and up, 10 down, 11 the next layer's q, k and v, 12 logits."""
     chunk: int
+    """Of the dense part: the first of those that the thread ran one after the other."""
     start_ns: int
     """On the system's monotonic clock."""
     end_ns: int

@@ -14,6 +14,7 @@ from fluxion_core.geometry import WindowSpec
 from fluxion_core.host_step import HostStep
 from fluxion_core.hybrid_attention import HybridAttention
 from fluxion_core.kvstore.store import HostKvStore
+from fluxion_core.models.host_decoder import HostDecoder
 from fluxion_core.scheduler.scheduler import CpuPool
 from fluxion_core.telemetry import event
 from fluxion_core.trace import TraceRecorder
@@ -236,7 +237,7 @@ def make_step(
             pool=pool,
             planner=planning.planner,
         )
-        return HostStep(decoder, attention)
+        return HostStep(HostDecoder(decoder, pool), attention)
     from fluxion_core.gpu.device_step import DeviceStep
 
     return DeviceStep(

@@ -54,7 +54,8 @@ class EngineSettings(Section):
     a prefill node; 0 for never. Left out: 256 where the model is on the CPU, else 0. Not on a GPU
     yet."""
     attention_threads: int | None = Field(default=None, gt=0)
-    """Threads that attend over host KV; one per usable CPU if not given."""
+    """Threads that attend over host KV and, where the model is on the CPU, compute the dense part;
+    one per usable CPU if not given, but one fewer from 4 CPUs on."""
 
 
 class PrefillSettings(Section):

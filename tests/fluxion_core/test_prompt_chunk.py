@@ -15,6 +15,7 @@ from fluxion_core.hybrid_attention import HybridAttention
 from fluxion_core.kvstore.digest_index import gather_digests, gather_kv
 from fluxion_core.kvstore.store import HostKvStore, SequenceKv
 from fluxion_core.models.decoder import Decoder
+from fluxion_core.models.host_decoder import HostDecoder
 from fluxion_core.predictor.prompt_estimate import PromptEstimator, padded_tokens
 from fluxion_core.predictor.prompt_profile import PromptProfile
 from fluxion_core.prompt_chunk import PromptEnd, compute_chunk, next_chunk_tokens
@@ -50,13 +51,18 @@ def decoder() -> Iterator[Decoder]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="module")
+def host_decoder() -> HostDecoder:
+    return HostDecoder(random_decoder("cpu"), CpuPool(1))
+
+
 def attention_over(store: HostKvStore, threads: int = 1) -> HybridAttention:
     return HybridAttention(store, WINDOW, num_heads=CONFIG.num_heads, pool=CpuPool(threads))
 
 
 @torch.inference_mode()
 def in_chunks(
-    decoder: Decoder, sequence: SequenceKv, prompt: list[int], most: int, **options
+    decoder: HostDecoder, sequence: SequenceKv, prompt: list[int], most: int, **options
 ) -> PromptEnd:
     """The end of a prompt that is computed from where the store ends."""
     attention = attention_over(sequence.store)
@@ -80,10 +86,12 @@ def at_once(decoder: Decoder, prompt: list[int]) -> tuple[Tensor, WholePrompt]:
 
 
 @pytest.mark.parametrize(("most", "digest_bits"), [(50, 8), (50, 16), (400, 16)])
-def test_chunks_are_the_prompt_at_once(decoder: Decoder, most: int, digest_bits: int):
+def test_chunks_are_the_prompt_at_once(
+    decoder: Decoder, host_decoder: HostDecoder, most: int, digest_bits: int
+):
     store = store_for(digest_bits)
     sequence = store.reserve(PROMPT, 8)
-    end = in_chunks(decoder, sequence, PROMPT, most)
+    end = in_chunks(host_decoder, sequence, PROMPT, most)
     logits, port = at_once(decoder, PROMPT)
     torch.testing.assert_close(end.logits, logits, atol=0.02, rtol=0.02)
     assert int(end.logits.argmax()) == int(logits.argmax())
@@ -95,9 +103,23 @@ def test_chunks_are_the_prompt_at_once(decoder: Decoder, most: int, digest_bits:
                 torch.testing.assert_close(found.float(), expected[:, head], atol=0.03, rtol=0.03)
 
 
-def test_a_row_of_a_chunk_is_a_decode_step_to_the_last_bit(decoder: Decoder):
-    # The dense part of a step differs by its number of rows, so what is compared is attention.
-    del decoder
+def test_chunks_of_any_size_are_the_same_bits(host_decoder: HostDecoder):
+    found = []
+    for most in (1, 8, 64, 50):
+        sequence = store_for(16).reserve(PROMPT[:200], 0)
+        end = in_chunks(host_decoder, sequence, PROMPT[:200], most)
+        stored = [
+            part
+            for layer in range(CONFIG.num_layers)
+            for head in range(CONFIG.num_kv_heads)
+            for part in gather_kv(sequence, layer, head)
+        ]
+        found.append([end.logits, *stored])
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_a_row_of_a_chunk_attends_as_a_decode_step_to_the_last_bit():
     generator = torch.Generator().manual_seed(3)
     kv_heads, head_dim = CONFIG.num_kv_heads, CONFIG.head_dim
     count, start = 40, 300
@@ -149,28 +171,30 @@ def test_a_row_of_a_chunk_is_a_decode_step_to_the_last_bit(decoder: Decoder):
         assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
 
 
-def test_a_turn_goes_on_from_the_turn_before(decoder: Decoder):
+def test_a_turn_goes_on_from_the_turn_before(decoder: Decoder, host_decoder: HostDecoder):
     store = store_for(16)
     first = store.reserve(PROMPT[:350], 8)
-    in_chunks(decoder, first, PROMPT[:350], 64)
+    in_chunks(host_decoder, first, PROMPT[:350], 64)
     first.keep([])
     first.release()
     second = store.reserve(PROMPT, 8)
     assert (second.shared_tokens, second.exact_tokens) == (350, 350)
-    end = in_chunks(decoder, second, PROMPT, 64)
+    end = in_chunks(host_decoder, second, PROMPT, 64)
     assert int(end.logits.argmax()) == int(at_once(decoder, PROMPT)[0].argmax())
 
 
 @pytest.mark.parametrize("new_tokens", [40, 16, 5])
-def test_a_profile_from_the_store_is_prefills(decoder: Decoder, new_tokens: int):
+def test_a_profile_from_the_store_is_prefills(
+    decoder: Decoder, host_decoder: HostDecoder, new_tokens: int
+):
     store = store_for(16)
     before = store.reserve(PROMPT[:-new_tokens], 0)
-    in_chunks(decoder, before, PROMPT[:-new_tokens], 64)
+    in_chunks(host_decoder, before, PROMPT[:-new_tokens], 64)
     before.keep([])
     before.release()
     sequence = store.reserve(PROMPT, 0)
     assert sequence.shared_tokens == len(PROMPT) - new_tokens
-    end = in_chunks(decoder, sequence, PROMPT, 16, profile_window=WINDOW)
+    end = in_chunks(host_decoder, sequence, PROMPT, 16, profile_window=WINDOW)
     assert len(end.profiles) == CONFIG.num_layers
     _, port = at_once(decoder, PROMPT)
     room = padded_tokens(len(PROMPT)) - len(PROMPT)
@@ -184,7 +208,7 @@ def test_a_profile_from_the_store_is_prefills(decoder: Decoder, new_tokens: int)
             )
 
 
-def test_no_chunk_goes_beyond_the_room(decoder: Decoder):
+def test_no_chunk_goes_beyond_the_room():
     store = store_for(16)
     sequence = store.reserve(PROMPT[:100], 0)
     sequence.begin_prompt()

@@ -81,11 +81,13 @@ async def test_spans_lie_where_they_belong(recorded):
     work = [event for lane, events in lanes.items() if lane[:3] == "cpu" for event in events]
     for event in work:
         assert sum(lies_in(event, forward) for forward in forwards) == 1
-    # By hand: 2 layers of 2 KV heads, each attended to in every step.
+    # By hand: 2 layers of 2 KV heads, each attended to in every step. The dense part has a task
+    # before the first layer's attention, one after each, and the logits, which count as the last's.
     for forward in forwards:
         claims = [e for e in work if e["name"] == "claim" and lies_in(e, forward)]
         assert sorted((e["args"]["layer"], e["args"]["task"]) for e in claims) == [
-            *((0, 0), (0, 1), (1, 0), (1, 1)),
+            *((0, 0), (0, 0), (0, 0), (0, 1)),
+            *((1, 0), (1, 0), (1, 0), (1, 1)),
         ]
     for events in lanes.values():
         for earlier, later in pairwise(event for event in events if event["ph"] == "X"):

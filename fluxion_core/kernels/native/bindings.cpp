@@ -22,6 +22,7 @@ namespace nb = nanobind;
 
 namespace fluxion {
 void bind_attention(nb::module_& m);  // attention_bindings.cpp
+void bind_dense(nb::module_& m);      // dense_bindings.cpp
 void bind_gpu(nb::module_& m);        // gpu_bindings.cpp
 }
 
@@ -231,5 +232,6 @@ NB_MODULE(_native, m) {
                          spans.size() * sizeof(fluxion::Span));
       });
   fluxion::bind_attention(m);
+  fluxion::bind_dense(m);
   fluxion::bind_gpu(m);
 }

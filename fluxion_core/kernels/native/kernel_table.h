@@ -86,7 +86,8 @@ struct KernelTable {
   // Read memory and do nothing with it, the next piece prefetched: the limit of all the others.
   // Returns a sum, so that no reading can be left out.
   uint64_t (*read_pieces)(const char* const* pieces, int64_t num_pieces, int64_t piece_bytes);
-  // One layer of a network: output = input . weights + bias, and with `relu` negatives become 0.
+  // One layer of a network: output = input . weights + bias, and with `relu` negatives become 0. Every
+  // element is the same bits whatever other rows and panels there are.
   //   input    rows of `depth` values, input_stride apart
   //   panels   [num_panels][depth][kPanelColumns]; bias likewise [num_panels][kPanelColumns]
   //   output   rows of num_panels * kPanelColumns values, output_stride apart
@@ -96,6 +97,17 @@ struct KernelTable {
   // Of scores[0 .. count) times `scale`; count is at least 1.
   void (*bound_statistics)(const float* scores, int32_t count, float scale,
                            BoundStatistics* found);
+  // dense_rows with weights in bf16; everything else is fp32.
+  void (*dense_rows_bf16)(const float* input, int64_t input_stride, int32_t rows, int32_t depth,
+                          const uint16_t* panels, const float* bias, int32_t num_panels, bool relu,
+                          float* output, int64_t output_stride);
+  // One row between two products, widths padded with zeros to a multiple of kPanelColumns:
+  // x += delta, where there is one; normed = x / sqrt(mean(x^2) + epsilon) * weight.
+  void (*add_norm_row)(float* x, const float* delta, const float* weight, float epsilon,
+                       int32_t width, int32_t padded_width, float* normed);
+  // gated = silu(gate) * up, `num_panels` of each, taking turns in gate_up; rows so far apart.
+  void (*gate_rows)(const float* gate_up, int64_t gate_up_stride, int32_t rows, int32_t num_panels,
+                    float* gated, int64_t gated_stride);
 };
 
 extern const KernelTable kScalarKernels;

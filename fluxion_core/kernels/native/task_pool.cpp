@@ -258,6 +258,7 @@ int32_t TaskPool::claim_given_back() {
 bool TaskPool::run_chunks(int worker, int32_t index, int32_t most) {
   Task& task = tasks_[index];
   int32_t done = 0;
+  bool has_span = false;
   while (done < most && task.is_open.load(std::memory_order_acquire)) {
     uint64_t cursor = task.cursor.load(std::memory_order_acquire);
     const int32_t phase = int32_t(cursor >> 32), chunk = int32_t(uint32_t(cursor));
@@ -270,8 +271,13 @@ bool TaskPool::run_chunks(int worker, int32_t index, int32_t most) {
     const int64_t start = tracing ? now_ns() : 0;
     work_->run(index, phase, chunk);
     if (tracing) {
-      traces_[size_t(worker)].push_back(
-          {worker, index, phase, chunk, start, now_ns(), work_->layer()});
+      std::vector<Span>& trace = traces_[size_t(worker)];
+      if (has_span && work_->joins_spans() && trace.back().phase == phase) {
+        trace.back().end_ns = now_ns();
+      } else {
+        trace.push_back({worker, index, phase, chunk, start, now_ns(), work_->layer()});
+        has_span = true;
+      }
     }
     ++done;
     if (task.finished.fetch_add(1, std::memory_order_acq_rel) + 1 == num_chunks) {

@@ -26,6 +26,8 @@ class Work {
   virtual int32_t num_phases() const = 0;
   // Of the model that these tasks belong to, for traces.
   virtual int64_t layer() const = 0;
+  // Whether chunks of a phase that a thread runs one after the other are one span, the first's.
+  virtual bool joins_spans() const { return false; }
   // Get a phase of a task ready; returns its number of chunks, which may be 0.
   virtual int32_t open(int32_t task, int32_t phase) = 0;
   virtual void run(int32_t task, int32_t phase, int32_t chunk) = 0;

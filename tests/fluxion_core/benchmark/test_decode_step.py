@@ -37,7 +37,7 @@ CONFIG = ModelConfig(
 )
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def decoder() -> Decoder:
     decoder = Decoder(CONFIG, torch.device("cpu"), torch.float32)
     generator = torch.Generator().manual_seed(5)
@@ -93,10 +93,10 @@ def test_the_bench_decodes_the_tokens_of_plain_attention(decoder, token_ids, mon
 
     monkeypatch.setattr(decode_step._Bench, "step", recorded)
     policies = ("exact", "fixed(16, 100 %)", "fixed(64, 5 %)")
+    expected = plain_tokens(decoder, token_ids, 9)
     report = run_decode_step_bench(
         Console(file=io.StringIO()), decoder, token_ids, steps=6, policies=policies
     )
-    expected = plain_tokens(decoder, token_ids, 9)
     assert seen["exact"] == expected
     assert seen["fixed(16, 100 %)"] == expected
     assert seen["fixed(64, 5 %)"] != expected

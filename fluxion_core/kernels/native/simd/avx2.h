@@ -12,6 +12,10 @@ struct F32 {
 };
 
 inline F32 load(const float* from) { return {_mm256_loadu_ps(from)}; }
+inline F32 load(const uint16_t* from) {  // bf16
+  const __m128i words = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(words), 16))};
+}
 inline void store(float* to, F32 a) { _mm256_storeu_ps(to, a.v); }
 inline F32 broadcast(float value) { return {_mm256_set1_ps(value)}; }
 inline F32 zero() { return {_mm256_setzero_ps()}; }
@@ -19,6 +23,7 @@ inline F32 fma(F32 a, F32 b, F32 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 inline F32 mul(F32 a, F32 b) { return {_mm256_mul_ps(a.v, b.v)}; }
 inline F32 add(F32 a, F32 b) { return {_mm256_add_ps(a.v, b.v)}; }
 inline F32 sub(F32 a, F32 b) { return {_mm256_sub_ps(a.v, b.v)}; }
+inline F32 div(F32 a, F32 b) { return {_mm256_div_ps(a.v, b.v)}; }
 inline F32 max(F32 a, F32 b) { return {_mm256_max_ps(a.v, b.v)}; }
 
 inline float sum(F32 a) {

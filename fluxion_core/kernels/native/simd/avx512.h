@@ -12,6 +12,10 @@ struct F32 {
 };
 
 inline F32 load(const float* from) { return {_mm512_loadu_ps(from)}; }
+inline F32 load(const uint16_t* from) {  // bf16
+  const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16))};
+}
 inline void store(float* to, F32 a) { _mm512_storeu_ps(to, a.v); }
 inline F32 broadcast(float value) { return {_mm512_set1_ps(value)}; }
 inline F32 zero() { return {_mm512_setzero_ps()}; }
@@ -19,6 +23,7 @@ inline F32 fma(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline F32 mul(F32 a, F32 b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline F32 add(F32 a, F32 b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline F32 sub(F32 a, F32 b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline F32 div(F32 a, F32 b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline F32 max(F32 a, F32 b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline float sum(F32 a) { return _mm512_reduce_add_ps(a.v); }
 inline float highest(F32 a) { return _mm512_reduce_max_ps(a.v); }

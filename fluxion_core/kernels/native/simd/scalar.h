@@ -17,6 +17,14 @@ inline F32 load(const float* from) {
   memcpy(a.v, from, sizeof a.v);
   return a;
 }
+inline F32 load(const uint16_t* from) {  // bf16
+  F32 a;
+  for (int i = 0; i < F32::kLanes; ++i) {
+    const uint32_t bits = uint32_t(from[i]) << 16;
+    memcpy(a.v + i, &bits, sizeof bits);
+  }
+  return a;
+}
 inline void store(float* to, F32 a) { memcpy(to, a.v, sizeof a.v); }
 inline F32 broadcast(float value) {
   F32 a;
@@ -38,6 +46,10 @@ inline F32 add(F32 a, F32 b) {
 }
 inline F32 sub(F32 a, F32 b) {
   for (int i = 0; i < F32::kLanes; ++i) a.v[i] -= b.v[i];
+  return a;
+}
+inline F32 div(F32 a, F32 b) {
+  for (int i = 0; i < F32::kLanes; ++i) a.v[i] /= b.v[i];
   return a;
 }
 inline F32 max(F32 a, F32 b) {

@@ -6,6 +6,7 @@
 #include "ops/block_topk.inl"
 #include "ops/bound_statistics.inl"
 #include "ops/dense_rows.inl"
+#include "ops/layer_rows.inl"
 #include "ops/read_limit.inl"
 #include "ops/span_digest.inl"
 #include "ops/span_score.inl"
@@ -14,4 +15,4 @@
 const fluxion::KernelTable fluxion::kScalarKernels = {
     "scalar",     digest_blocks, digest_span, copy_past_cache, score_tiles,
     score_spans, choose_top,    attend_runs, read_pieces,
-    dense_rows,  bound_statistics};
+    dense_rows,  bound_statistics, dense_rows_bf16, add_norm_row, gate_rows};

@@ -1,0 +1,52 @@
+"""A step without a GPU: what a sequence gets does not depend on what else is in the batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fluxion_core.decode_step import StepRow
+from fluxion_core.host_step import HostStep
+from fluxion_core.hybrid_attention import HybridAttention
+from fluxion_core.models.host_decoder import HostDecoder
+from fluxion_core.scheduler.scheduler import CpuPool
+from fluxion_core.selector.policy import ExactPolicy, FixedPolicy
+from tests.fluxion_core.gpu.small_step import (
+    CONFIG,
+    WINDOW,
+    random_decoder,
+    random_sequence,
+    store_for,
+)
+
+SEQUENCES = 17
+
+
+def logits_in_batches_of(size: int, threads: int) -> Tensor:
+    """[steps, sequences, vocab_size] of two steps of the same sequences."""
+    pool = CpuPool(threads)
+    store = store_for(16)
+    attention = HybridAttention(store, WINDOW, num_heads=CONFIG.num_heads, pool=pool)
+    step = HostStep(HostDecoder(random_decoder("cpu"), pool), attention)
+    generator = torch.Generator().manual_seed(4)
+    sequences = [
+        random_sequence(store, 20 + 45 * number, 2, generator, first=1000 + number)
+        for number in range(SEQUENCES)
+    ]
+    policies = [ExactPolicy(), FixedPolicy(16, 0.2)]
+    steps = []
+    for token in (7, 300):
+        rows = [
+            StepRow(sequence, 0, token + number, policies[number % 2])
+            for number, sequence in enumerate(sequences)
+        ]
+        batches = [rows[first : first + size] for first in range(0, SEQUENCES, size)]
+        steps.append(torch.cat([step.run(batch)[0] for batch in batches]))
+    return torch.stack(steps)
+
+
+def test_logits_are_the_same_bits_alone_and_in_any_batch():
+    alone = logits_in_batches_of(1, threads=1)
+    assert len({tuple(row[:8].tolist()) for row in alone.flatten(0, 1)}) == 2 * SEQUENCES
+    for size in (2, 3, 8, 9, 17):
+        assert torch.equal(logits_in_batches_of(size, threads=2), alone)
