@@ -84,7 +84,9 @@ bool GpuLane::take_one() {
   int64_t least = 0, most = std::numeric_limits<int64_t>::max();
   if (!alone_) {
     least = kLeastBytes;
-    most = int64_t((cpu_left_ns() - gpu_left_ns()) * gpu_rate_ * planned_per_link_byte_);
+    // What the lane takes, the CPUs need not do.
+    const double of_lane = gpu_rate_ * planned_per_link_byte_;
+    most = int64_t((cpu_left_ns() - gpu_left_ns()) / (1.0 / of_lane + 1.0 / cpu_rate_));
     if (most < least) return false;
   }
   const int32_t task = pool_->claim(least, most);
