@@ -2,9 +2,8 @@
 
 A digest is a sixteenth of its KV or less, and scanning all of them is a quarter of what `fixed(16,
 5 %)` reads: a task of the lane then has so much less to read over the link. Plans need those of
-128-token blocks alone, a fifteenth of all, which are copied once more: side by side, since all of
-them are read in every layer, and from pieces of 2 KiB that lie megabytes apart that took twice as
-long.
+128-token blocks alone, a fifteenth of all, which have copies of their own: there is room for them
+where there is none for all.
 
 The host's digests stay the ones that count: a slab's are copied when its sequence joins, and again
 whenever the retrieval region has grown into it. What lies in the region is older than the newest

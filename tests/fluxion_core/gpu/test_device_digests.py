@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from fluxion_core.geometry import KvGeometry, WindowSpec
-from fluxion_core.gpu.device_digests import DeviceDigests
+from fluxion_core.gpu.device_digests import CoarseDigests, DeviceDigests
+from tests.fluxion_core.gpu.small_step import random_sequence, store_for
 
 GEOMETRY = KvGeometry(num_layers=1, num_kv_heads=1, head_dim=8, slab_tokens=128)
 WINDOW = WindowSpec(sink_tokens=32, recent_tokens=128)
@@ -79,3 +80,28 @@ def test_a_slot_s_next_sequence_is_copied_from_its_start() -> None:
     store.reach([2, 3], 160)
     digests.join(0, _sequence([2, 3]), 160)
     assert torch.equal(copies[[2, 3]], store.digests[[2, 3]])
+
+
+def test_coarse_copies_are_the_stores_128_token_digests() -> None:
+    store = store_for(16)
+    geometry = store.geometry
+    sequence = random_sequence(store, 1300, 8, torch.Generator().manual_seed(1))
+    coarse = CoarseDigests(store, torch.device("cpu"))
+    coarse.place.copies.fill_(255)
+    layers, kv_heads, level_bytes = 3, 2, geometry.level_bytes(3)
+
+    def expect(whole: int) -> None:
+        for ordinal, slab in enumerate(sequence.slabs):
+            got = coarse.place.copies[:, slab]
+            digests = store.slab_digests(slab).view(torch.uint8)
+            digests = digests.view(layers, kv_heads, geometry.head_digest_bytes)
+            expected = digests[..., geometry.level_offset(3) :][..., :level_bytes]
+            assert torch.equal(got, expected) == (ordinal < whole)
+
+    coarse.join(1, sequence, 544)
+    expect(2)
+    assert coarse.take_copied_bytes() == 2 * layers * kv_heads * level_bytes
+    coarse.follow(1, sequence, 1040)
+    expect(3)
+    # The second slab's again, since the region ended in it.
+    assert coarse.take_copied_bytes() == 2 * layers * kv_heads * level_bytes
