@@ -20,7 +20,12 @@ from fluxion_core.geometry import KvGeometry, WindowSpec
 from fluxion_core.gpu.device_digests import CoarseDigests
 from fluxion_core.gpu.pinned import pinned
 from fluxion_core.kernels.dense_attention.triton import WindowStates
-from fluxion_core.kernels.head_plan.launch import HeadPlan, PlanScratch, PlanWeights
+from fluxion_core.kernels.head_plan.launch import (
+    HeadPlan,
+    PlanScratch,
+    PlanWeights,
+    SlotMemory,
+)
 from fluxion_core.kernels.head_plan.triton import (
     BY_PRICE,
     BY_THRESHOLD,
@@ -139,7 +144,7 @@ class DevicePlanner:
 
     def new_layers(self, size: int) -> LayerPlans:
         """Launches of a graph for `size` rows."""
-        return LayerPlans(self, size)
+        return LayerPlans(self._plan, self._weights, self._memory, self._input, self._told, size)
 
     def take_copied_bytes(self) -> int:
         """Digests that went over the link since the last call."""
@@ -163,20 +168,37 @@ class DevicePlanner:
 
 
 class LayerPlans:
-    """What a graph launches, over rows and scratch of its own."""
+    """What a graph launches for the plans of its rows; scratch of its own.
 
-    def __init__(self, planner: DevicePlanner, size: int) -> None:
-        device = planner._memory.query.device
-        self._planner, self._size = planner, size
-        self._rows = torch.zeros(size, ROW_WORDS.value, dtype=torch.int64, device=device)
-        self._scratch: PlanScratch = planner._plan.make_scratch(size, device)
+    Args:
+        plan: the shape.
+        weights: of the model.
+        memory: of the sequences in all slots.
+        input_rows: [capacity, 8] int64, pinned: what to plan, of which the first `size` are read.
+        told: pinned; what the host says of the last step.
+        size: rows.
+    """
+
+    def __init__(
+        self,
+        plan: HeadPlan,
+        weights: PlanWeights,
+        memory: SlotMemory,
+        input_rows: Tensor,
+        told: Tensor,
+        size: int,
+    ) -> None:
+        device = memory.query.device
+        self._plan, self._weights, self._memory = plan, weights, memory
+        self._input, self._told = input_rows[:size], told
+        self._rows = torch.zeros_like(self._input, device=device)
+        self._scratch: PlanScratch = plan.make_scratch(size, device)
 
     def begin(self) -> None:
         """Once a step, before its layers."""
-        planner = self._planner
-        self._rows.copy_(planner._input[: self._size], non_blocking=True)
-        planner._memory.told.copy_(planner._told, non_blocking=True)
-        planner._plan.list_slabs(self._rows, self._scratch)
+        self._rows.copy_(self._input, non_blocking=True)
+        self._memory.told.copy_(self._told, non_blocking=True)
+        self._plan.list_slabs(self._rows, self._scratch)
 
     def launch(
         self,
@@ -192,8 +214,7 @@ class LayerPlans:
         step: Tensor,
     ) -> None:
         """A layer's plans; see HeadPlan.launch."""
-        planner = self._planner
-        planner._plan.launch(
+        self._plan.launch(
             layer,
             self._rows,
             slots,
@@ -201,8 +222,8 @@ class LayerPlans:
             query,
             window_key,
             states,
-            planner._weights,
-            planner._memory,
+            self._weights,
+            self._memory,
             self._scratch,
             levels,
             budgets,
