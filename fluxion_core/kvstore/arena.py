@@ -30,7 +30,10 @@ class Arena:
         self.size_bytes = -(-size_bytes // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
         try:
             # One huge page more, so that an aligned start lies inside.
-            self._memory = mmap.mmap(-1, self.size_bytes + HUGE_PAGE_BYTES)
+            # Private: Linux has another setting for shared memory, by which it is on small pages.
+            self._memory = mmap.mmap(
+                -1, self.size_bytes + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+            )
         except (OSError, ValueError) as error:
             raise CapacityError(
                 "host memory",

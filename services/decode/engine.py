@@ -47,7 +47,7 @@ CHUNK_TOKENS = 64
 """Of a prompt that is computed here, at a time, while nobody waits for tokens."""
 
 CHUNK_TOKENS_BESIDE_STREAMS = 8
-"""The same while others wait for their next token, which a chunk delays by about two steps."""
+"""The same while others wait for their next token, which a chunk delays by two or three steps."""
 
 FULL_CHUNK_CONTEXT = 8192
 """A row reads all that is stored: where that is more than this, chunks have fewer of them."""
