@@ -35,8 +35,8 @@ class StepRecord:
     """[layers, 3]: published, began to wait, was answered."""
     skip: npt.NDArray[np.int32]
     """[layers]: not 0 where the GPU did not wait."""
-    tasks: Sequence[LaneSpan]
-    """Of the GPU lane, any order."""
+    tasks: npt.NDArray[np.int64]
+    """[tasks, 6] of the GPU lane, any order; columns as in LaneSpan."""
     digests_on_device: bool
     """Whether tasks scan copies of digests there: then only KV comes over PCIe."""
     published_bytes: int
@@ -107,7 +107,7 @@ def device_spans(record: StepRecord, host_minus_gpu_ns: int) -> list[Span]:
             moved = record.answered_bytes
             spans.append(span(to_device, "states", answered, answered, layer=layer, bytes=moved))
         begin = answered
-    tasks = sorted(record.tasks, key=lambda task: task.begin_ns)
+    tasks = sorted(map(LaneSpan._make, record.tasks.tolist()), key=lambda task: task.begin_ns)
     free_from: list[int] = []
     for task in tasks:
         slot = next((i for i, end in enumerate(free_from) if end <= task.begin_ns), len(free_from))

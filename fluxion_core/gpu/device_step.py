@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -38,7 +39,7 @@ from fluxion_core.gpu.device_spans import DeviceSpans, StepRecord
 from fluxion_core.gpu.lane import GpuLane
 from fluxion_core.gpu.pinned import RegisteredStore
 from fluxion_core.gpu.step_graph import StepGraph
-from fluxion_core.gpu.step_times import StepTimes, step_times
+from fluxion_core.gpu.step_times import NO_SPANS, LaneWork, StepTimes, step_times
 from fluxion_core.kernels.dense_attention.triton import WindowAttention
 from fluxion_core.kernels.handover.launch import Handover
 from fluxion_core.kvstore.store import HostKvStore, SequenceKv
@@ -250,20 +251,24 @@ class DeviceStep:
                 work.sources.ctypes.data,
                 WAKE_BYTES,
             )
+            # The host's part is over; the device still has the last layer's rest, and logits.
+            reads = work.finish()
+            lane = LaneWork(self._lane_spans())
+            self._count(reads, lane, size, plans=told is not None)
             self._stream.synchronize()
         except RuntimeError as error:
             # torch's errors of the device are RuntimeErrors too.
             raise DeviceError(f"decode step {self._steps}: {error}") from None
         if code := int(self.board.error[0]):
             raise DeviceError(f"decode step {self._steps}: no answer for layer {code - 1} in time")
-        reads = work.finish()
         self._times = step_times(
             self._events[0].elapsed_time(self._events[1]) / 1e3,
             self.board.stamps,
             self.board.skip,
-            self._lane.spans() if self._lane is not None else [],
+            lane,
         )
-        self._count(reads, size, plans=told is not None)
+        self.usage.busy_seconds += self._times.busy
+        self.usage.idle_seconds["host_attention"] += self._times.waited_idle
         return self.board.logits[: len(rows)], reads
 
     def times(self) -> StepTimes:
@@ -282,7 +287,7 @@ class DeviceStep:
         return StepRecord(
             stamps=board.stamps.numpy().copy(),
             skip=board.skip.numpy().copy(),
-            tasks=self._lane.spans() if self._lane is not None else [],
+            tasks=self._lane_spans(),
             digests_on_device=self.digests_on_device,
             published_bytes=self._num_rows * board.rows[0, 0].nbytes,
             answered_bytes=self._num_rows * self._num_heads * (head_dim + 1) * 4,
@@ -300,29 +305,32 @@ class DeviceStep:
             return
         self._registered.close()
 
-    def _count(self, reads: Sequence[StepReads], size: int, *, plans: bool) -> None:
-        """Add the last step to `usage`. Flags and stamps, some bytes a layer, are left out."""
-        times, usage, board = self.times(), self.usage, self.board
-        usage.busy_seconds += times.busy
-        usage.idle_seconds["host_attention"] += times.waited_idle
+    def _lane_spans(self) -> npt.NDArray[np.int64]:
+        return self._lane.spans() if self._lane is not None else NO_SPANS
+
+    def _count(self, reads: Sequence[StepReads], lane: LaneWork, size: int, *, plans: bool) -> None:
+        """Add a step's tasks and bytes to `usage`. Flags and stamps, some bytes a layer, are left
+        out."""
+        usage, board = self.usage, self.board
+        tasks = len(lane.spans)
         groups = sum(sum(read.groups_of_size) + read.groups_everything for read in reads)
-        usage.tasks_by_device["gpu"] += times.lane_tasks
-        usage.tasks_by_device["cpu"] += groups - times.lane_tasks
+        usage.tasks_by_device["gpu"] += tasks
+        usage.tasks_by_device["cpu"] += groups - tasks
         batch, layers = len(reads), len(board.skip)
         answered = layers - int(board.skip.count_nonzero())
         state_bytes = self._num_heads * (self._store.geometry.head_dim + 1) * 4
         group_bytes = state_bytes // self._store.geometry.num_kv_heads
         moved = usage.pcie_bytes
         moved["host_to_device", "digests"] += (
-            times.lane_digest_bytes if self._digests is None else self._digests.take_copied_bytes()
+            lane.digest_bytes if self._digests is None else self._digests.take_copied_bytes()
         )
         if self._device_planner is not None:
             moved["host_to_device", "digests"] += self._device_planner.take_copied_bytes()
             if plans:
                 moved["host_to_device", "attention_states"] += self._device_planner.told_bytes
-        moved["host_to_device", "selected_kv"] += times.lane_kv_bytes
+        moved["host_to_device", "selected_kv"] += lane.kv_bytes
         moved["host_to_device", "attention_states"] += answered * batch * state_bytes
-        moved["device_to_host", "attention_states"] += times.lane_tasks * group_bytes
+        moved["device_to_host", "attention_states"] += tasks * group_bytes
         moved["device_to_host", "queries"] += layers * batch * board.rows[0, 0].nbytes
         moved["device_to_host", "logits"] += size * board.logits[0].nbytes
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from fluxion_core.geometry import KvGeometry
@@ -88,6 +90,6 @@ class GpuLane:
             digests is not None,
         )
 
-    def spans(self) -> list[LaneSpan]:
-        """What it did in the last step."""
-        return [LaneSpan(*span) for span in self.native.spans()]
+    def spans(self) -> npt.NDArray[np.int64]:
+        """[tasks, 6] What it did in the last step; columns as in LaneSpan."""
+        return np.frombuffer(self.native.spans(), np.int64).reshape(-1, len(LaneSpan._fields))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,6 +20,9 @@ class LaneSpan(NamedTuple):
     kv_bytes: int
     begin_ns: int
     end_ns: int
+
+
+NO_SPANS = np.empty((0, len(LaneSpan._fields)), np.int64)
 
 
 @dataclass(frozen=True)
@@ -46,48 +48,56 @@ class StepTimes:
         return self.total - self.waited_idle
 
 
-def step_times(
-    total_seconds: float, stamps: Tensor, skip: Tensor, spans: Sequence[LaneSpan]
-) -> StepTimes:
+class LaneWork:
+    """The lane's part of a step, summed up as soon as the lane is done: the dense part is not yet.
+
+    Args:
+        spans: [tasks, 6], any order; columns as in LaneSpan.
+    """
+
+    def __init__(self, spans: npt.NDArray[np.int64]) -> None:
+        self.spans = spans
+        """As given."""
+        _, _, digest_bytes, kv_bytes, begins, ends = spans.T
+        self.digest_bytes, self.kv_bytes = int(digest_bytes.sum()), int(kv_bytes.sum())
+        """Read by the tasks."""
+        if not len(spans):
+            return
+        order = np.argsort(begins)
+        begins, reached = begins[order], np.maximum.accumulate(ends[order])
+        # An interval that begins after all before it have ended begins a new piece of the union.
+        first = np.flatnonzero(np.concatenate(([True], begins[1:] > reached[:-1])))
+        self._starts = begins[first]
+        self._stops = reached[np.concatenate((first[1:], [len(begins)])) - 1]
+        self._before = np.concatenate(([0], np.cumsum(self._stops - self._starts)))
+
+    def covered(self, waits: npt.NDArray[np.int64]) -> int:
+        """Nanoseconds of the waits [waits, 2] in which a task ran."""
+        if not len(self.spans):
+            return 0
+        piece = np.searchsorted(self._starts, waits, side="right")
+        last = np.maximum(piece - 1, 0)
+        inside = np.minimum(waits, self._stops[last]) - self._starts[last]
+        covered_until = np.where(piece > 0, self._before[last] + inside, 0)
+        return int((covered_until[:, 1] - covered_until[:, 0]).sum())
+
+
+def step_times(total_seconds: float, stamps: Tensor, skip: Tensor, lane: LaneWork) -> StepTimes:
     """Sum a step up.
 
     Args:
         total_seconds: of the step's graph.
         stamps: [layers, 3] int64, ns: published, began to wait, was answered.
         skip: [layers] int32: not 0 where the GPU did not wait.
-        spans: of the lane, any order.
+        lane: what it did.
     """
     waits = stamps.numpy()[skip.numpy() == 0, 1:]
     waited = int((waits[:, 1] - waits[:, 0]).sum())
-    of_lane = np.array(spans, dtype=np.int64).reshape(-1, len(LaneSpan._fields))
-    _, _, digest_bytes, kv_bytes, begins, ends = of_lane.T
-    covered = _covered(waits, begins, ends)
     return StepTimes(
         total_seconds,
         waited / 1e9,
-        (waited - covered) / 1e9,
-        len(of_lane),
-        int(digest_bytes.sum()),
-        int(kv_bytes.sum()),
+        (waited - lane.covered(waits)) / 1e9,
+        len(lane.spans),
+        lane.digest_bytes,
+        lane.kv_bytes,
     )
-
-
-_Ints = npt.NDArray[np.int64]
-
-
-def _covered(waits: _Ints, begins: _Ints, ends: _Ints) -> int:
-    """Of the waits [waits, 2], what the union of the intervals covers."""
-    if not len(begins):
-        return 0
-    order = np.argsort(begins)
-    begins, reached = begins[order], np.maximum.accumulate(ends[order])
-    # An interval that begins after all before it have ended begins a new piece of the union.
-    first = np.flatnonzero(np.concatenate(([True], begins[1:] > reached[:-1])))
-    starts = begins[first]
-    stops = reached[np.concatenate((first[1:], [len(begins)])) - 1]
-    before = np.concatenate(([0], np.cumsum(stops - starts)))
-    piece = np.searchsorted(starts, waits, side="right")
-    last = np.maximum(piece - 1, 0)
-    inside = np.minimum(waits, stops[last]) - starts[last]
-    covered_until = np.where(piece > 0, before[last] + inside, 0)
-    return int((covered_until[:, 1] - covered_until[:, 0]).sum())

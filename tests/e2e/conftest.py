@@ -51,8 +51,10 @@ class Node:
         """Start the process; `wait_ready` waits for it."""
         program = [sys.executable, "-m", f"services.{self.kind}", "--listen", self.address]
         command = [*self.prefix, *program]
-        paths = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'protos'}"}
-        environment = os.environ | paths | self.environment
+        # Before the paths of the tests themselves, which may run where nothing is installed.
+        paths = [str(ROOT), str(ROOT / "protos"), os.environ.get("PYTHONPATH", "")]
+        path = {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+        environment = os.environ | path | self.environment
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
                 command + self.flags, cwd=ROOT, env=environment, stdout=log, stderr=log

@@ -39,13 +39,9 @@ void bind_lane(nb::module_& m) {
                                 has_digests);
            })
       .def("spans", [](const GpuLane& lane) {
-        std::vector<std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>> spans;
-        for (const GpuLane::Span& span : lane.spans()) {
-          const LaneStatistics& s = span.statistics;
-          spans.emplace_back(span.layer, span.task, s.digest_bytes, s.kv_bytes, s.begin_ns,
-                             s.end_ns);
-        }
-        return spans;
+        const std::vector<GpuLane::Span>& spans = lane.spans();
+        return nb::bytes(reinterpret_cast<const char*>(spans.data()),
+                         spans.size() * sizeof(GpuLane::Span));
       });
 }
 

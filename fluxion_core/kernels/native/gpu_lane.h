@@ -42,6 +42,7 @@ class GpuLane final : public Consumer {
     int64_t layer, task;
     LaneStatistics statistics;
   };
+  static_assert(sizeof(Span) == 6 * sizeof(int64_t));  // Python reads them as rows of numbers
 
   // Rates in bytes per nanosecond, of planned bytes; they follow what is measured from then on.
   // has_digests: tasks' digests are scanned in the device's memory.

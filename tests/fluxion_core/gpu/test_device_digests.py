@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,11 +11,14 @@ import torch
 
 from fluxion_core.geometry import KvGeometry, WindowSpec
 from fluxion_core.gpu.device_digests import CoarseDigests, DeviceDigests
+from fluxion_core.gpu.pinned import RegisteredStore
+from fluxion_core.kvstore.store import HostKvStore
 from tests.fluxion_core.gpu.small_step import random_sequence, store_for
 
 GEOMETRY = KvGeometry(num_layers=1, num_kv_heads=1, head_dim=8, slab_tokens=128)
 WINDOW = WindowSpec(sink_tokens=32, recent_tokens=128)
 SLABS = 9
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class _Store:
@@ -82,17 +86,27 @@ def test_a_slot_s_next_sequence_is_copied_from_its_start() -> None:
     assert torch.equal(copies[[2, 3]], store.digests[[2, 3]])
 
 
-def test_coarse_copies_are_the_stores_128_token_digests() -> None:
+@pytest.fixture
+def store_on_device() -> Iterator[HostKvStore]:
+    """Memory that kernels may read: on a GPU it has to be registered."""
     store = store_for(16)
+    registered = RegisteredStore(store) if DEVICE.type == "cuda" else None
+    yield store
+    if registered is not None:
+        registered.close()
+
+
+def test_coarse_copies_are_the_stores_128_token_digests(store_on_device: HostKvStore) -> None:
+    store = store_on_device
     geometry = store.geometry
     sequence = random_sequence(store, 1300, 8, torch.Generator().manual_seed(1))
-    coarse = CoarseDigests(store, torch.device("cpu"))
+    coarse = CoarseDigests(store, DEVICE)
     coarse.place.copies.fill_(255)
     layers, kv_heads, level_bytes = 3, 2, geometry.level_bytes(3)
 
     def expect(whole: int) -> None:
         for ordinal, slab in enumerate(sequence.slabs):
-            got = coarse.place.copies[:, slab]
+            got = coarse.place.copies[:, slab].cpu()
             digests = store.slab_digests(slab).view(torch.uint8)
             digests = digests.view(layers, kv_heads, geometry.head_digest_bytes)
             expected = digests[..., geometry.level_offset(3) :][..., :level_bytes]

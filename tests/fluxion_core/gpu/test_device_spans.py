@@ -16,11 +16,13 @@ RECORD = StepRecord(
     # Layer 0 waits for the host, layer 1 does not, layer 2 does.
     stamps=np.array([[100, 150, 400], [450, 500, 500], [600, 650, 900]]),
     skip=np.array([0, 1, 0], dtype=np.int32),
-    tasks=[
-        LaneSpan(2, 1, 10, 20, 700, 800),
-        LaneSpan(0, 3, 1000, 2000, 120, 300),
-        LaneSpan(0, 1, 4, 5, 200, 350),
-    ],
+    tasks=np.array(
+        [
+            LaneSpan(2, 1, 10, 20, 700, 800),
+            LaneSpan(0, 3, 1000, 2000, 120, 300),
+            LaneSpan(0, 1, 4, 5, 200, 350),
+        ]
+    ),
     digests_on_device=False,
     published_bytes=64,
     answered_bytes=32,
