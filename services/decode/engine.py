@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -43,14 +43,23 @@ from services.decode.read_totals import ReadTotals
 _log = logging.getLogger(__name__)
 
 
-CHUNK_TOKENS = 64
-"""Of a prompt that is computed here, at a time, while nobody waits for tokens."""
+class ChunkSize(NamedTuple):
+    """How much of a prompt that is computed here is computed at a time."""
 
-CHUNK_TOKENS_BESIDE_STREAMS = 8
-"""The same while others wait for their next token, which a chunk delays by two or three steps."""
+    tokens: int
+    full_context: int
+    """A row reads all that is stored: where that is more than this, chunks have fewer of them."""
 
-FULL_CHUNK_CONTEXT = 8192
-"""A row reads all that is stored: where that is more than this, chunks have fewer of them."""
+    def at(self, num_stored: int) -> int:
+        """Tokens of a chunk behind so many."""
+        return max(1, min(self.tokens, self.tokens * self.full_context // (num_stored + 1)))
+
+
+CHUNK_ALONE = ChunkSize(32, 8192)
+"""While nobody waits for tokens."""
+
+CHUNK_BESIDE_STREAMS = ChunkSize(16, 4096)
+"""While others wait for their next token, which a chunk delays by one or two steps."""
 
 
 @dataclass(frozen=True)
@@ -339,9 +348,10 @@ class DecodeEngine:
         assert self._prompts is not None
         prompt, profiled = sequence.prompt_token_ids, sequence.profiled
         first = sequence.kv.num_tokens
-        most = CHUNK_TOKENS_BESIDE_STREAMS if has_streams else CHUNK_TOKENS
-        most = min(most, max(1, most * FULL_CHUNK_CONTEXT // (first + 1)))
-        count = next_chunk_tokens(len(prompt) - first, most, wants_profile=profiled is not None)
+        size = CHUNK_BESIDE_STREAMS if has_streams else CHUNK_ALONE
+        count = next_chunk_tokens(
+            len(prompt) - first, size.at(first), wants_profile=profiled is not None
+        )
         end = self._prompts.compute_chunk(
             sequence.kv,
             prompt[first : first + count],

@@ -13,8 +13,8 @@ from fluxion_core.geometry import WindowSpec
 from fluxion_core.prompt_chunk import PromptEnd
 from fluxion_core.selector.policy import ExactPolicy, ThresholdPolicy
 from services.decode.engine import (
-    CHUNK_TOKENS,
-    CHUNK_TOKENS_BESIDE_STREAMS,
+    CHUNK_ALONE,
+    CHUNK_BESIDE_STREAMS,
     DecodeEngine,
     DecodeSequence,
     Profiled,
@@ -66,9 +66,9 @@ def run(step: FakeStep, prompts: FakePrompts, sequences, ends: queue.Queue) -> l
 def test_what_is_not_stored_is_computed_in_chunks_and_then_decoded():
     step, ends = FakeStep(), queue.Queue()
     prompts = FakePrompts(step)
-    sequence = prompt_of(30 + CHUNK_TOKENS + 5, 2, ends, stored=30)
+    sequence = prompt_of(30 + CHUNK_ALONE.tokens + 5, 2, ends, stored=30)
     assert run(step, prompts, [sequence], ends) == [None]
-    assert prompts.ran == [(CHUNK_TOKENS, 0, None), (5, 0, None)]
+    assert prompts.ran == [(CHUNK_ALONE.tokens, 0, None), (5, 0, None)]
     assert sequence.generated_token_ids == [1, 1, 1]
     assert (len(step.ran), sequence.steps) == (2, 2)
     assert sequence.queue_seconds > 0
@@ -79,21 +79,21 @@ def test_streams_make_a_step_between_two_chunks_which_are_small_then():
     step, ends = FakeStep(), queue.Queue()
     prompts = FakePrompts(step)
     stream = sequence_of(ExactPolicy(), None, 12, ends)
-    later, last = (prompt_of(3 * CHUNK_TOKENS_BESIDE_STREAMS, 1, ends) for _ in range(2))
+    later, last = (prompt_of(3 * CHUNK_BESIDE_STREAMS.tokens, 1, ends) for _ in range(2))
     assert run(step, prompts, [stream, later, last], ends) == [None] * 3
     # By hand: a chunk, a step, a chunk…; one prompt after the other; who is ready joins at once.
-    assert prompts.ran == [(CHUNK_TOKENS_BESIDE_STREAMS, steps, None) for steps in range(6)]
+    assert prompts.ran == [(CHUNK_BESIDE_STREAMS.tokens, steps, None) for steps in range(6)]
     assert [len(rows) for rows in step.ran[:7]] == [1, 1, 2, 1, 1, 2, 1]
 
 
 def test_the_more_is_stored_the_smaller_the_chunks():
     step, ends = FakeStep(), queue.Queue()
     prompts = FakePrompts(step)
-    # By hand: 64 rows are meant for 8,192 tokens; over 32,768 it is 15, over a million one.
+    # By hand: 32 rows are meant for 8,192 tokens; over 32,768 it is 7, over a million one.
     stored = (32_768, 1_000_000)
     sequences = [prompt_of(length + 17, 0, ends, stored=length) for length in stored]
     assert run(step, prompts, sequences, ends) == [None, None]
-    assert [tokens for tokens, _, _ in prompts.ran] == [15, 2, *[1] * 17]
+    assert [tokens for tokens, _, _ in prompts.ran] == [7, 7, 3, *[1] * 17]
 
 
 def test_a_prompts_last_chunk_gives_the_planner_its_profile():
@@ -101,14 +101,14 @@ def test_a_prompts_last_chunk_gives_the_planner_its_profile():
     prompts, window = FakePrompts(step), WindowSpec()
     planner = SimpleNamespace(new_state=lambda profiles: ("state", *profiles))
     sequence = prompt_of(
-        CHUNK_TOKENS + 5,
+        CHUNK_ALONE.tokens + 5,
         1,
         ends,
         policy=ThresholdPolicy(0.1),
         profiled=Profiled(planner, window),
     )
     assert run(step, prompts, [sequence], ends) == [None]
-    assert prompts.ran == [(CHUNK_TOKENS + 5 - 16, 0, window), (16, 0, window)]
+    assert prompts.ran == [(CHUNK_ALONE.tokens + 5 - 16, 0, window), (16, 0, window)]
     assert sequence.planner_state == ("state", "profile")
     assert step.ran[0][0].state == ("state", "profile")
 
