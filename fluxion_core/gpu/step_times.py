@@ -23,6 +23,7 @@ class LaneSpan(NamedTuple):
 
 
 NO_SPANS = np.empty((0, len(LaneSpan._fields)), np.int64)
+"""Of a step without the lane, as rows of numbers."""
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,9 @@
 // What Python sees of the GPU lane and the step driver. Addresses are plain integers.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/array.h>
-#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <array>
-#include <tuple>
 #include <vector>
 
 #include "gpu_lane.h"
