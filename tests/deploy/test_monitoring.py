@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from services.decode.metrics import DECODE_DEFINITIONS
 from services.gpu_metrics import ENGINE_GPU_DEFINITIONS, NVML_DEFINITIONS
 from services.metrics import NODE_DEFINITIONS
 from services.prefill.metrics import PREFILL_DEFINITIONS
+from tests.tools import require_program
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 DEFINITIONS = (
@@ -106,7 +106,6 @@ def test_every_documented_metric_group_is_on_a_dashboard(expressions):
     }
 
 
-@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -116,6 +115,7 @@ def test_every_documented_metric_group_is_on_a_dashboard(expressions):
     ],
 )
 def test_promtool_accepts_configuration_and_rules(arguments):
+    require_program("promtool", package="prometheus")
     result = subprocess.run(
         ["promtool", *arguments], cwd=DEPLOY, capture_output=True, text=True, check=False
     )

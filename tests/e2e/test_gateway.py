@@ -17,8 +17,6 @@ from fluxion_proto.v1 import generate_pb2, generate_pb2_grpc
 from services.cli.gateway import plan_gateway
 from tests.e2e.conftest import READY_SECONDS, Cluster
 
-pytest.importorskip("smg", reason="the gateway comes with the extra `gateway`")
-
 pytestmark = pytest.mark.model
 
 CHAT = [{"role": "user", "content": "What is the capital of France?"}]

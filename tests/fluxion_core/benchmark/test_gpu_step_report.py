@@ -57,7 +57,6 @@ def test_ratios_are_those_of_the_figures():
 
 
 def test_the_picture_is_drawn(tmp_path: Path):
-    pytest.importorskip("matplotlib")
     draw(_report(), tmp_path / "run.png")
     assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-pytest.importorskip("triton")
-
 from fluxion_core.kernels.dense_step.triton import add_norm, gate, rotate
 from fluxion_core.models import decoder as plain
 from fluxion_core.models.config import RopeConfig

@@ -11,8 +11,6 @@ from fluxion_core.kvstore.digest_index import gather_kv
 from fluxion_core.kvstore.store import HostKvStore, SequenceKv
 from fluxion_core.kvstore.window import DeviceWindows
 
-pytest.importorskip("triton")
-
 GEOMETRY = KvGeometry(num_layers=2, num_kv_heads=3, head_dim=64, slab_tokens=128)
 WINDOW = WindowSpec(sink_tokens=32, recent_tokens=128)
 

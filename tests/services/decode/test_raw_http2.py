@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import shutil
 import struct
 from pathlib import Path
 
@@ -15,13 +14,15 @@ import grpc
 import pytest
 
 from fluxion_proto.v1 import generate_pb2, generate_pb2_grpc
-
-pytestmark = pytest.mark.skipif(
-    shutil.which("h2load") is None, reason="h2load comes with Debian's nghttp2-client"
-)
+from tests.tools import require_program
 
 CONNECTIONS, STREAMS_EACH = 10, 16
 SERVICE = "/fluxion.v1.Generation"
+
+
+@pytest.fixture(autouse=True)
+def _h2load() -> None:
+    require_program("h2load", package="nghttp2-client")
 
 
 def frame(message: bytes, length: int | None = None) -> bytes:

@@ -19,17 +19,13 @@ import pytest
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from hypothesis import given
 from hypothesis import strategies as st
+from smg_grpc_proto.generated import common_pb2, vllm_engine_pb2, vllm_engine_pb2_grpc
 
 from fluxion_core.errors import InvalidRequestError
 from fluxion_core.generation.tokenizer import Tokenizer
 from fluxion_core.wire import codec
 from fluxion_proto.v1 import generate_pb2, generate_pb2_grpc
 from services.decode.__main__ import import_vllm_api
-
-pytest.importorskip("smg_grpc_proto", reason="the messages come with the extra `gateway`")
-
-from smg_grpc_proto.generated import common_pb2, vllm_engine_pb2, vllm_engine_pb2_grpc
-
 from services.decode.vllm_api import VllmEngineService
 from services.decode.vllm_request import as_generate_request
 
