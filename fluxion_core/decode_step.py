@@ -309,6 +309,17 @@ def checked_states(
     return needed
 
 
+def check_row(row: StepRow, planner: Planner | None) -> None:
+    """Raise what would keep a row from taking part in a step, whatever others there are.
+
+    Raises:
+        FluxionError: the sequence has not been committed, or its reservation is used up; or see
+            `checked_states`.
+    """
+    row.sequence.make_room(1)
+    checked_states(planner, [row.policy], [row.state])
+
+
 def check_step_shapes(
     geometry: KvGeometry, window: WindowSpec, num_heads: int, planner: Planner | None
 ) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fluxion_core.decode_step import StepReads, StepRow
+from fluxion_core.decode_step import StepReads, StepRow, check_row
 from fluxion_core.geometry import WindowSpec
 from fluxion_core.hybrid_attention import HybridAttention
 from fluxion_core.kvstore.store import SequenceKv
@@ -45,6 +45,10 @@ class HostStep:
 
     def leave(self, slot: int) -> None:
         """Nothing to do."""
+
+    def check(self, row: StepRow) -> None:
+        """See `decode_step.check_row`."""
+        check_row(row, self._attention.planner)
 
     @torch.inference_mode()
     def run(self, rows: Sequence[StepRow]) -> tuple[Tensor, list[StepReads]]:

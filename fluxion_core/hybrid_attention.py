@@ -68,7 +68,8 @@ class HybridAttention:
         self._num_heads = num_heads
         self.pool = pool
         """Threads that do the work."""
-        self._planner = planner
+        self.planner = planner
+        """For policies that need head profiles; None where they are refused."""
         self._step: StepWork | ChunkWork | None = None
         self._output = self._lse = torch.empty(0)
         self.plan_nanoseconds = PlanNanoseconds()
@@ -95,7 +96,7 @@ class HybridAttention:
         self._step = StepWork(
             sequences,
             policies,
-            checked_states(self._planner, policies, states),
+            checked_states(self.planner, policies, states),
             self._window,
             self._num_heads,
         )

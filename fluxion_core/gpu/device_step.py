@@ -26,6 +26,7 @@ from fluxion_core.decode_step import (
     StepReads,
     StepRow,
     StepWork,
+    check_row,
     check_step_shapes,
     checked_states,
 )
@@ -185,6 +186,10 @@ class DeviceStep:
         self.windows.leave(slot)
         if self._device_planner is not None:
             self._device_planner.leave(slot)
+
+    def check(self, row: StepRow) -> None:
+        """See `decode_step.check_row`."""
+        check_row(row, self._planner)
 
     def run(self, rows: Sequence[StepRow]) -> tuple[Tensor, list[StepReads]]:
         """One token of every sequence.

@@ -490,16 +490,24 @@ class SequenceKv:
             self.slab_table[len(self._slabs)] = self._store.slab_address(slab)
             self._slabs.append(slab)
 
-    def grow_for_next_tokens(self, count: int) -> list[tuple[int, int]]:
-        """Make room for more tokens; returns of each its slab's address and its place there.
+    def make_room(self, count: int) -> None:
+        """Take the slabs that so many more tokens need, if it has not been done.
 
         Raises:
             FluxionError: the reservation is used up, or nothing was committed.
         """
         if not self._may_append:
             raise FluxionError("a sequence must be committed before tokens are appended")
+        self._grow_to(self.num_tokens + count)
+
+    def grow_for_next_tokens(self, count: int) -> list[tuple[int, int]]:
+        """Make room for more tokens; returns of each its slab's address and its place there.
+
+        Raises:
+            FluxionError: see `make_room`.
+        """
         first, size = self.num_tokens, self._store.geometry.slab_tokens
-        self._grow_to(first + count)
+        self.make_room(count)
         self._tail = None
         return [
             (int(self.slab_table[token // size]), token % size)

@@ -6,9 +6,11 @@ steps of the others, which gives the first token), then one new token a step, ea
 `on_token`, until that says stop, `cancel` is called, or the engine fails. Then `on_end` is called
 once, and from then on the engine does not touch the sequence's memory: the submitter may free it.
 
-A step that fails ends its sequences, a chunk that fails its own, and the engine goes on. A device
-that fails (DeviceError) ends everything: the engine takes no sequence any more and says so to
-`on_failure`, once.
+What goes wrong with one sequence ends that one: it finds no slot or has no room for a token, a
+chunk of its prompt fails, no token can be drawn from its logits, its token or its end cannot be
+delivered. The others of the same step go on with the same bits. A step that fails as a whole ends
+its sequences, and the engine goes on. A device that fails (DeviceError) ends everything: the engine
+takes no sequence any more and says so to `on_failure`, once.
 
 `on_token`, `on_end` and `on_failure` run on the engine's thread and must not block. The engine
 knows tokens, not text, requests, gRPC or devices.
@@ -19,7 +21,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
@@ -96,6 +99,8 @@ class DecodeSequence:
     slot: int | None = None
     """In the step's window, while it takes part in steps."""
     is_cancelled: bool = False
+    has_ended: bool = False
+    """`on_end` was called."""
     reads: ReadTotals = field(default_factory=ReadTotals)
     """What its steps have read."""
     decode_seconds: float = 0.0
@@ -145,6 +150,9 @@ class DecodeStep(Protocol):
 
     def leave(self, slot: int) -> None:
         """Give the slot back."""
+
+    def check(self, row: StepRow) -> None:
+        """Raise what would keep this row from taking part in a step, whatever others there are."""
 
     def run(self, rows: Sequence[StepRow]) -> tuple[Tensor, list[StepReads]]:
         """One token of every row: [rows, vocab_size] float32 logits on the CPU, and its reads."""
@@ -248,35 +256,12 @@ class DecodeEngine:
         running: list[DecodeSequence] = []
         self._clock.start()
         while self._wait_for_work(running):
-            running = self._advance_prompt(self._without_cancelled(running))
-            batch = [sequence for sequence in running if sequence.generated_token_ids]
-            if not batch:
-                continue
-            started = time.perf_counter()
-            self._current = CurrentStep(
-                self._statistics.steps + 1, started, tuple(s.request_id for s in batch)
-            )
-            try:
-                with self._trace.step(len(batch)):
-                    finished = self._run_step(batch)
-            except Exception as error:
-                _log.exception(event("decode step failed", sequences=len(batch)))
-                if isinstance(error, DeviceError):
-                    self._fail(error)
-                for sequence in batch:
-                    self._end(sequence, error)
-                running = [sequence for sequence in running if sequence not in batch]
-                continue
-            finally:
-                self._current = None
-            seconds = time.perf_counter() - started
-            self._statistics.busy_seconds += seconds
-            for sequence in batch:
-                sequence.decode_seconds += seconds
-            for sequence in finished:
-                self._end(sequence, None)
-            running = [sequence for sequence in running if sequence not in finished]
-            self._clock.account("host_step")
+            for sequence in running:
+                if sequence.is_cancelled:
+                    self._end(sequence, None)
+            self._advance_prompt(_not_ended(running))
+            self._advance_streams(_not_ended(running))
+            running = _not_ended(running)
         reason = self._failure or FluxionError("the decode engine has stopped")
         for sequence in running + self._joining:
             self._end(sequence, reason)
@@ -297,51 +282,55 @@ class DecodeEngine:
         return True
 
     def _fail(self, error: DeviceError) -> None:
+        if self._failure is not None:
+            return
         with self._changed:
             self._failure = error
         self._on_failure(error)
 
     def _end(self, sequence: DecodeSequence, error: BaseException | None) -> None:
+        sequence.has_ended = True
         if sequence.slot is not None:
             self._step.leave(sequence.slot)
             sequence.slot = None
-        sequence.on_end(error)
+        try:
+            sequence.on_end(error)
+        except Exception:
+            _log.exception(event("end of a sequence not taken", request_id=sequence.request_id))
 
-    def _without_cancelled(self, running: list[DecodeSequence]) -> list[DecodeSequence]:
-        kept = []
-        for sequence in running:
-            if sequence.is_cancelled:
-                self._end(sequence, None)
-            else:
-                kept.append(sequence)
-        return kept
+    @contextmanager
+    def _alone(self, sequence: DecodeSequence, what: str) -> Iterator[None]:
+        """What goes wrong in here ends this sequence only; a device that fails is everybody's."""
+        try:
+            yield
+        except Exception as error:
+            _log.exception(event(f"{what} failed", request_id=sequence.request_id))
+            if isinstance(error, DeviceError):
+                self._fail(error)
+            self._end(sequence, error)
 
-    def _advance_prompt(self, running: list[DecodeSequence]) -> list[DecodeSequence]:
-        """A chunk of the oldest prompt that is not whole; returns those that go on."""
+    def _advance_prompt(self, running: list[DecodeSequence]) -> None:
+        """A chunk of the oldest prompt that is not whole."""
         sequence = next((one for one in running if not one.generated_token_ids), None)
         if sequence is None:
-            return running
+            return
         started = time.perf_counter()
         if not sequence.prefill_seconds:
             sequence.queue_seconds = started - sequence.submitted
         has_streams = any(one.generated_token_ids for one in running)
         self._current = CurrentStep(self._statistics.steps + 1, started, (sequence.request_id,))
-        try:
-            with self._trace.span(ENGINE_LANE, "prompt chunk"):
-                goes_on = self._compute_chunk(sequence, has_streams=has_streams)
-        except Exception as error:
-            _log.exception(event("chunk of a prompt failed", request_id=sequence.request_id))
-            self._end(sequence, error)
-            return [one for one in running if one is not sequence]
-        finally:
-            self._current = None
+        goes_on = True
+        with (
+            self._alone(sequence, "chunk of a prompt"),
+            self._trace.span(ENGINE_LANE, "prompt chunk"),
+        ):
+            goes_on = self._compute_chunk(sequence, has_streams=has_streams)
+        self._current = None
         seconds = time.perf_counter() - started
         self._statistics.busy_seconds += seconds
         sequence.prefill_seconds += seconds
-        if goes_on:
-            return running
-        self._end(sequence, None)
-        return [one for one in running if one is not sequence]
+        if not goes_on:
+            self._end(sequence, None)
 
     def _compute_chunk(self, sequence: DecodeSequence, *, has_streams: bool) -> bool:
         """The next tokens of a prompt, and after its last the first new one; whether to go on."""
@@ -365,37 +354,81 @@ class DecodeEngine:
         sequence.generated_token_ids.append(token)
         return sequence.on_token(token)
 
+    def _advance_streams(self, running: list[DecodeSequence]) -> None:
+        """A step of every sequence that has its first token and can take part."""
+        rows: dict[DecodeSequence, StepRow] = {}
+        for sequence in running:
+            if sequence.generated_token_ids:
+                with self._alone(sequence, "joining a step"):
+                    rows[sequence] = self._row(sequence)
+        if not rows or self._failure is not None:
+            return
+        started = time.perf_counter()
+        self._current = CurrentStep(
+            self._statistics.steps + 1, started, tuple(s.request_id for s in rows)
+        )
+        try:
+            with self._trace.step(len(rows)):
+                finished = self._run_step(rows)
+        except Exception as error:
+            _log.exception(event("decode step failed", sequences=len(rows)))
+            if isinstance(error, DeviceError):
+                self._fail(error)
+            for sequence in _not_ended(rows):
+                self._end(sequence, error)
+            return
+        finally:
+            self._current = None
+        seconds = time.perf_counter() - started
+        self._statistics.busy_seconds += seconds
+        for sequence in rows:
+            sequence.decode_seconds += seconds
+        for sequence in finished:
+            self._end(sequence, None)
+        self._clock.account("host_step")
+
     @torch.inference_mode()
-    def _run_step(self, batch: list[DecodeSequence]) -> list[DecodeSequence]:
-        """One token for every sequence of the batch; returns those that are finished."""
+    def _run_step(self, rows: dict[DecodeSequence, StepRow]) -> list[DecodeSequence]:
+        """One token for every sequence of the step; returns those that are finished."""
         with self._trace.span(ENGINE_LANE, "forward"):
-            logits, reads = self._step.run([self._row(sequence) for sequence in batch])
+            logits, reads = self._step.run(list(rows.values()))
         finished = []
-        for row, sequence in enumerate(batch):
-            token = sample(
-                logits[row],
-                sequence.sampling,
-                sequence.prompt_token_ids,
-                sequence.generated_token_ids,
-                position=len(sequence.generated_token_ids),
-            )
-            sequence.generated_token_ids.append(token)
-            sequence.reads.add(reads[row])
+        for row, sequence in enumerate(rows):
             self._statistics.reads.add(reads[row])
-            sequence.steps += 1
-            if not sequence.on_token(token):
-                finished.append(sequence)
+            with self._alone(sequence, "a token"):
+                if not self._take_token(sequence, logits[row], reads[row]):
+                    finished.append(sequence)
         self._statistics.steps += 1
-        self._statistics.tokens += len(batch)
         return finished
+
+    def _take_token(self, sequence: DecodeSequence, logits: Tensor, reads: StepReads) -> bool:
+        """Draw a sequence's next token and deliver it; whether to go on."""
+        token = sample(
+            logits,
+            sequence.sampling,
+            sequence.prompt_token_ids,
+            sequence.generated_token_ids,
+            position=len(sequence.generated_token_ids),
+        )
+        sequence.generated_token_ids.append(token)
+        sequence.reads.add(reads)
+        sequence.steps += 1
+        self._statistics.tokens += 1
+        return sequence.on_token(token)
 
     def _row(self, sequence: DecodeSequence) -> StepRow:
         if sequence.slot is None:
             sequence.slot = self._step.join(sequence.kv)
-        return StepRow(
+        row = StepRow(
             sequence.kv,
             sequence.slot,
             sequence.generated_token_ids[-1],
             sequence.policy,
             sequence.planner_state,
         )
+        self._step.check(row)
+        return row
+
+
+def _not_ended(sequences: Iterable[DecodeSequence]) -> list[DecodeSequence]:
+    return [sequence for sequence in sequences if not sequence.has_ended]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
 from fluxion_core.decode_step import StepRow
+from fluxion_core.errors import FluxionError
 from fluxion_core.host_step import HostStep
 from fluxion_core.hybrid_attention import HybridAttention
 from fluxion_core.models.host_decoder import HostDecoder
 from fluxion_core.scheduler.scheduler import CpuPool
-from fluxion_core.selector.policy import ExactPolicy, FixedPolicy
+from fluxion_core.selector.policy import ExactPolicy, FixedPolicy, ThresholdPolicy
 from tests.fluxion_core.gpu.small_step import (
     CONFIG,
     WINDOW,
@@ -50,3 +52,18 @@ def test_logits_are_the_same_bits_alone_and_in_any_batch():
     assert len({tuple(row[:8].tolist()) for row in alone.flatten(0, 1)}) == 2 * SEQUENCES
     for size in (2, 3, 8, 9, 17):
         assert torch.equal(logits_in_batches_of(size, threads=2), alone)
+
+
+def test_a_row_that_cannot_take_part_is_told_before_the_step():
+    pool, store = CpuPool(1), store_for(16)
+    attention = HybridAttention(store, WINDOW, num_heads=CONFIG.num_heads, pool=pool)
+    step = HostStep(HostDecoder(random_decoder("cpu"), pool), attention)
+    size = store.geometry.slab_tokens
+    generator = torch.Generator().manual_seed(5)
+    full = random_sequence(store, size, 0, generator, first=1)
+    roomy = random_sequence(store, size - 1, 1, generator, first=2)
+    step.check(StepRow(roomy, 0, 1, ExactPolicy()))
+    with pytest.raises(FluxionError, match="reservation"):
+        step.check(StepRow(full, 0, 1, ExactPolicy()))
+    with pytest.raises(FluxionError, match="needs a planner"):
+        step.check(StepRow(roomy, 0, 1, ThresholdPolicy(0.1)))

@@ -11,7 +11,7 @@ import torch
 
 from fluxion_core.decode_step import StepReads, StepRow
 from fluxion_core.device_usage import DeviceUsage
-from fluxion_core.errors import DeviceError
+from fluxion_core.errors import CapacityError, DeviceError, FluxionError, ModelError
 from fluxion_core.generation.sampling import SamplingParams
 from fluxion_core.selector.policy import ExactPolicy, ThresholdPolicy
 from services.decode.engine import DecodeEngine, DecodeSequence
@@ -31,7 +31,10 @@ NO_REGION = StepReads(scanned_bytes=0, attended_bytes=0)
 
 
 class FakeStep:
-    """Always makes token 1. Every step of a sequence with a policy that chooses reads READS."""
+    """Always makes token 1. Every step of a sequence with a policy that chooses reads READS.
+
+    A sequence whose KV has a `fault` cannot `join`, has no `room`, or gets NaN `logits`.
+    """
 
     def __init__(self, usage: DeviceUsage | None = None, failure: Exception | None = None) -> None:
         self.usage = usage
@@ -40,13 +43,18 @@ class FakeStep:
         self.slots: set[int] = set()
 
     def join(self, sequence):
-        del sequence
+        if fault_of(sequence) == "join":
+            raise CapacityError("windows", needed=1, free=0, unit="slots", remedy="wait")
         slot = len(self.slots)
         self.slots.add(slot)
         return slot
 
     def leave(self, slot):
         self.slots.remove(slot)
+
+    def check(self, row):
+        if fault_of(row.sequence) == "room":
+            raise FluxionError("the reservation is used up")
 
     def run(self, rows):
         self.ran.append(list(rows))
@@ -55,8 +63,15 @@ class FakeStep:
         if self.usage is not None:
             self.usage.busy_seconds += 1e-6
             self.usage.idle_seconds["host_attention"] += 1e-6
-        logits = torch.tensor([[0.0, 1.0]]).expand(len(rows), 2)
+        logits = torch.tensor([[0.0, 1.0]]).repeat(len(rows), 1)
+        for index, row in enumerate(rows):
+            if fault_of(row.sequence) == "logits":
+                logits[index] = torch.nan
         return logits, [READS if row.state is not None else NO_REGION for row in rows]
+
+
+def fault_of(kv) -> str | None:
+    return getattr(kv, "fault", None)
 
 
 def sequence_of(policy, state, num_tokens: int, ends: queue.Queue) -> DecodeSequence:
@@ -173,3 +188,69 @@ def test_a_failed_device_ends_everything_and_is_told_once() -> None:
     finally:
         engine.stop()
     assert (len(step.ran), told.empty(), step.slots) == (1, True, set())
+
+
+def raises(error: Exception):
+    def raising(_):
+        raise error
+
+    return raising
+
+
+@pytest.mark.parametrize(
+    ("fault", "expected"),
+    [
+        ("join", CapacityError),
+        ("room", FluxionError),
+        ("logits", ModelError),
+        ("delivery", ConnectionError),
+    ],
+)
+def test_what_is_wrong_with_one_sequence_ends_that_one_only(fault, expected) -> None:
+    step, ends, theirs = FakeStep(), queue.Queue(), queue.Queue()
+    engine = DecodeEngine(step)
+    before, faulty, after = (sequence_of(ExactPolicy(), None, 4, ends) for _ in range(3))
+    faulty.kv.fault, faulty.on_end = fault, theirs.put
+    if fault == "delivery":
+        faulty.on_token = raises(ConnectionError("gone"))
+    for sequence in (before, faulty, after):
+        engine.submit(sequence)
+    engine.start()
+    assert type(theirs.get(timeout=60)) is expected
+    assert [ends.get(timeout=60) for _ in range(2)] == [None, None]
+    engine.stop()
+    assert (before.generated_token_ids, after.generated_token_ids) == ([1] * 5, [1] * 5)
+    in_first_step = 3 if fault in ("logits", "delivery") else 2
+    assert [len(rows) for rows in step.ran] == [in_first_step, 2, 2, 2]
+    # Of the sequence that could not be sampled there is no token; of the other one that was made.
+    assert engine.statistics().tokens == 8 + (fault == "delivery")
+    assert step.slots == set()
+    assert theirs.empty()
+
+
+def test_an_end_that_cannot_be_delivered_is_nobody_elses() -> None:
+    step, ends = FakeStep(), queue.Queue()
+    engine = DecodeEngine(step)
+    deaf, other = (sequence_of(ExactPolicy(), None, count, ends) for count in (1, 3))
+    deaf.on_end = raises(RuntimeError("the loop is closed"))
+    engine.submit(deaf)
+    engine.submit(other)
+    engine.start()
+    assert ends.get(timeout=60) is None
+    engine.stop()
+    assert other.generated_token_ids == [1] * 4
+    assert (deaf.has_ended, step.slots) == (True, set())
+
+
+def test_a_device_that_fails_while_one_joins_has_failed_for_all() -> None:
+    error = DeviceError("lost")
+    step, ends, told = FakeStep(), queue.Queue(), queue.Queue()
+    step.check = raises(error)
+    engine = DecodeEngine(step, on_failure=told.put)
+    for _ in range(2):
+        engine.submit(sequence_of(ExactPolicy(), None, 2, ends))
+    engine.start()
+    assert [ends.get(timeout=60) for _ in range(2)] == [error, error]
+    assert told.get(timeout=60) is error
+    engine.stop()
+    assert (step.ran, told.empty()) == ([], True)

@@ -42,6 +42,9 @@ class StuckStep:
     def leave(self, slot):
         pass
 
+    def check(self, row):
+        pass
+
     def run(self, rows):
         del rows
         self.began.set()
