@@ -4,64 +4,40 @@ A setting comes, in falling precedence, from a flag (`--store.host-kv-bytes 8GiB
 variable (`FLUXION_STORE__HOST_KV_BYTES=8GiB`), a TOML file (`--config FILE`, or `FLUXION_CONFIG`)
 or its default. Nothing else in the project reads `argv`, the environment or settings files.
 Each node's own root model lives with the node: services/{prefill,decode}/config.py.
+
+How sources are read: setting_sources.py. What single settings may be: setting_types.py.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import sys
-from collections.abc import Sequence
-from ipaddress import ip_address
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypeVar
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)
-from pydantic_settings import (
-    BaseSettings,
-    CliSettingsSource,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-    TomlConfigSettingsSource,
-)
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from fluxion_core.addresses import is_loopback
 from fluxion_core.errors import ConfigError
-
-_BYTE_UNITS = {
-    "B": 1,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "KIB": 1 << 10,
-    "MIB": 1 << 20,
-    "GIB": 1 << 30,
-    "TIB": 1 << 40,
-}
-
-
-def parse_bytes(value: object) -> object:
-    """Turn "8GiB", "512 MB" or a plain number into bytes; leave the rest to pydantic."""
-    if not isinstance(value, str):
-        return value
-    text = value.strip()
-    digits = text.rstrip("BbKkMmGgTtIi ")
-    unit = text[len(digits) :].strip().upper() or "B"
-    if unit not in _BYTE_UNITS:
-        raise ValueError(f"{value!r} has an unknown unit; use one of {', '.join(_BYTE_UNITS)}")
-    try:
-        return int(float(digits) * _BYTE_UNITS[unit])
-    except ValueError:
-        raise ValueError(f"{value!r} is not a size; write for example 8GiB") from None
-
-
-ByteCount = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0)]
-"""A size in bytes, written as a number or with a unit: 512MiB, 8GiB."""
+from fluxion_core.setting_errors import problems_of
+from fluxion_core.setting_sources import (
+    CONFIG_VARIABLE,
+    nested,
+    read_environment,
+    read_file,
+    read_flags,
+)
+from fluxion_core.setting_types import (
+    Count,
+    FilePath,
+    ListenAddress,
+    MessageBytes,
+    Names,
+    OptionalListenAddress,
+    Seconds,
+)
 
 
 class Section(BaseModel):
@@ -73,11 +49,11 @@ class Section(BaseModel):
 class ServerTlsSettings(Section):
     """TLS of the gRPC listener; off without a certificate. Changed files are read again."""
 
-    certificate: Path | None = None
+    certificate: FilePath | None = None
     """PEM chain, the node's own certificate first; with key turns TLS on."""
-    key: Path | None = None
+    key: FilePath | None = None
     """PEM key of the certificate, without a passphrase; others must not be able to read it."""
-    client_authority: Path | None = None
+    client_authority: FilePath | None = None
     """PEM authority: who has no certificate signed by it cannot connect (mutual TLS)."""
 
     @model_validator(mode="after")
@@ -92,10 +68,10 @@ class ServerTlsSettings(Section):
 class AuthSettings(Section):
     """Who may call. Without any of it everybody may; health checks are always answered."""
 
-    token_file: Path | None = None
+    token_file: FilePath | None = None
     """File of lines NAME TOKEN: each call must send one of the tokens as `authorization: Bearer
     TOKEN`. Names appear in logs, tokens never. Read again when it changes."""
-    certificate_names: tuple[str, ...] = ()
+    certificate_names: Names = ()
     """With mutual TLS: names in the certificates of those who may call; empty for all whom the
     authority signed."""
 
@@ -104,32 +80,32 @@ class ClientLimitSettings(Section):
     """What one client may ask for at a time; 0 for no limit. A client is a token's name, else the
     name in a certificate, else an address."""
 
-    requests_in_flight: int = Field(default=0, ge=0)
+    requests_in_flight: Count = 0
     """Calls that are not over yet."""
-    requests_per_minute: int = Field(default=0, ge=0)
+    requests_per_minute: Count = 0
     """Calls begun in any 60 seconds."""
-    waiting_tokens: int = Field(default=0, ge=0)
+    waiting_tokens: Count = 0
     """Prompt tokens of requests that have not got their first token yet."""
 
 
 class ServerSettings(Section):
     """Where a node listens, who may call, and its limits."""
 
-    listen: str = "127.0.0.1:0"
+    listen: ListenAddress = "127.0.0.1:0"
     """host:port for gRPC; port 0 takes a free one."""
-    health_listen: str = ""
+    health_listen: OptionalListenAddress = ""
     """host:port that answers health checks only, always without TLS; empty for none."""
-    metrics_listen: str = ""
+    metrics_listen: OptionalListenAddress = ""
     """host:port of the Prometheus endpoint, plain HTTP for everybody; empty for none."""
-    max_request_bytes: ByteCount = 16 << 20
+    max_request_bytes: MessageBytes = 16 << 20
     """Largest request message. A million token ids take about 3 MiB; text takes more."""
-    max_metadata_bytes: ByteCount = Field(default=16 << 10, ge=1024)
+    max_metadata_bytes: MessageBytes = Field(default=16 << 10, ge=1024)
     """Largest metadata of a call."""
-    max_streams_per_connection: int = Field(default=512, gt=0)
+    max_streams_per_connection: Count = Field(default=512, gt=0)
     """Calls at a time on one connection; further ones wait on the client's side."""
-    max_connections: int = Field(default=4096, gt=0)
+    max_connections: Count = Field(default=4096, gt=0)
     """Connections at a time; further ones are closed at once."""
-    grace_seconds: float = Field(default=30.0, ge=0)
+    grace_seconds: Seconds = 30.0
     """After SIGTERM, running requests have this long to finish."""
     tls: ServerTlsSettings = ServerTlsSettings()
     """Encryption, and certificates of peers."""
@@ -153,11 +129,11 @@ class ServerSettings(Section):
 class ClientTlsSettings(Section):
     """TLS towards a node; off without an authority."""
 
-    authority: Path | None = None
+    authority: FilePath | None = None
     """PEM authority of the node's certificate; turns TLS on."""
-    certificate: Path | None = None
+    certificate: FilePath | None = None
     """PEM chain shown to the node (mutual TLS)."""
-    key: Path | None = None
+    key: FilePath | None = None
     """PEM key of the certificate; others must not be able to read it."""
 
     @model_validator(mode="after")
@@ -172,24 +148,19 @@ class ClientTlsSettings(Section):
 class ClientSettings(Section):
     """How a node, or the command, calls another."""
 
-    connect_seconds: float = Field(default=5.0, gt=0)
+    connect_seconds: Seconds = Field(default=5.0, gt=0)
     """Time to reach a node before it counts as unavailable."""
     tls: ClientTlsSettings = ClientTlsSettings()
     """Encryption, and the caller's certificate."""
-    token_file: Path | None = None
+    token_file: FilePath | None = None
     """File of one token, sent as `authorization: Bearer TOKEN`; only over TLS, or to this machine.
     Read again when it changes."""
 
 
-def is_loopback(address: str) -> bool:
-    """Whether host:port can only be reached from this machine."""
-    host = address.rpartition(":")[0].strip("[]")
-    if host == "localhost":
-        return True
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return False
+def _device(name: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", name, re.ASCII):
+        raise ValueError(f"{name!r} is no device; use auto, cpu, cuda or cuda:N, as cuda:0")
+    return name
 
 
 class ModelSettings(Section):
@@ -197,14 +168,14 @@ class ModelSettings(Section):
 
     model: str = "smollm2-135m"
     """Name that `fluxion pull` knows, or a path: a GGUF file or a safetensors directory."""
-    models_dir: Path | None = None
+    models_dir: FilePath | None = None
     """Where pulled models are; none for the user's data directory."""
-    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    device: Annotated[str, AfterValidator(_device)] = "auto"
     """Where the dense part runs: cpu, cuda or cuda:N; auto is the first CUDA device, if there is
     one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of weights and activations; auto is float32 on a CPU, bfloat16 on a GPU."""
-    threads: int = Field(default=0, ge=0)
+    threads: Count = Field(default=0, le=4096)
     """Threads of torch, which computes a prefill node's prompts on a CPU; 0 for one per core. A
     decode node's own work has engine.attention_threads."""
 
@@ -216,22 +187,8 @@ class LogSettings(Section):
     """Lowest level printed."""
 
 
-class NodeSettings(BaseSettings):
+class NodeSettings(Section):
     """Root of a node's settings; subclasses add sections. Read it with `load_settings`."""
-
-    model_config = SettingsConfigDict(
-        env_prefix="FLUXION_",
-        env_nested_delimiter="__",
-        frozen=True,
-        extra="forbid",
-        use_attribute_docstrings=True,
-        cli_kebab_case=True,
-        cli_avoid_json=True,
-        cli_implicit_flags=True,
-        cli_hide_none_type=True,
-        cli_exit_on_error=False,
-        nested_model_default_partial_update=True,
-    )
 
     server: ServerSettings = ServerSettings()
     """Listening address and limits."""
@@ -256,7 +213,11 @@ _SHORTHANDS = {
 
 
 def load_settings(
-    settings_type: type[SettingsT], arguments: Sequence[str], *, program: str
+    settings_type: type[SettingsT],
+    arguments: Sequence[str],
+    *,
+    program: str,
+    environment: Mapping[str, str] | None = None,
 ) -> SettingsT:
     """Read flags, environment and a TOML file into one checked object.
 
@@ -264,55 +225,41 @@ def load_settings(
         settings_type: a subclass of NodeSettings.
         arguments: command line without the program's name.
         program: name for `--help`.
+        environment: variables; this process' own if not given.
 
     Raises:
         ConfigError: a value is missing, malformed or out of range, a name is unknown, or the
-            file cannot be read; the text names every setting that is wrong.
+            file cannot be read; the text names every setting whose value is wrong.
         SystemExit: `--help` was asked for.
     """
-    config_file, flags = _split_config_flag(arguments)
-
-    class Loaded(settings_type):  # type: ignore[misc, valid-type]
-        @classmethod
-        def settings_customise_sources(
-            cls,
-            settings_cls: type[BaseSettings],
-            init_settings: PydanticBaseSettingsSource,
-            env_settings: PydanticBaseSettingsSource,
-            dotenv_settings: PydanticBaseSettingsSource,
-            file_secret_settings: PydanticBaseSettingsSource,
-        ) -> tuple[PydanticBaseSettingsSource, ...]:
-            del dotenv_settings, file_secret_settings
-            flag_source: CliSettingsSource[object] = CliSettingsSource(
-                settings_cls, cli_prog_name=program, cli_parse_args=flags
-            )
-            sources: list[PydanticBaseSettingsSource] = [init_settings, flag_source, env_settings]
-            if config_file is not None:
-                sources.append(TomlConfigSettingsSource(settings_cls, toml_file=config_file))
-            return tuple(sources)
-
-    Loaded.__name__, Loaded.__doc__ = settings_type.__name__, settings_type.__doc__
+    environment = os.environ if environment is None else environment
+    config_file, flags = _split_config_flag(arguments, environment)
     try:
-        return Loaded()
-    except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(map(str, item['loc'])) or 'settings'}: {item['msg']}"
-            for item in error.errors()
+        given = {} if config_file is None else read_file(settings_type, config_file)
+        given |= read_environment(settings_type, environment)
+        given |= read_flags(settings_type, flags, program)
+    except ConfigError as error:
+        raise ConfigError(f"{error} (see `{program} --help`)") from None
+    try:
+        return settings_type.model_validate(
+            nested({name: one.value for name, one in given.items()})
         )
+    except ValidationError as error:
+        problems = "; ".join(problems_of(error, given))
         raise ConfigError(f"{problems} (see `{program} --help`)") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"settings cannot be read: {error}") from None
 
 
-def _split_config_flag(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
+def _split_config_flag(
+    arguments: Sequence[str], environment: Mapping[str, str]
+) -> tuple[Path | None, list[str]]:
     """Take `--config FILE` out of the flags, and expand the shorthands in the rest."""
-    config = os.environ.get("FLUXION_CONFIG")
+    config, where = environment.get(CONFIG_VARIABLE) or None, CONFIG_VARIABLE
     flags: list[str] = []
     pending = iter(arguments)
     for argument in pending:
         name, equals, value = argument.partition("=")
         if name == "--config":
-            config = value if equals else next(pending, None)
+            config, where = (value if equals else next(pending, None)), "--config"
             if not config:
                 raise ConfigError("--config needs a file name")
         else:
@@ -321,7 +268,7 @@ def _split_config_flag(arguments: Sequence[str]) -> tuple[Path | None, list[str]
         return None, flags
     path = Path(config)
     if not path.is_file():
-        raise ConfigError(f"--config {config}: no such file")
+        raise ConfigError(f"{where} {config}: no such file")
     return path, flags
 
 

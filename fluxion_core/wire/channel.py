@@ -7,7 +7,8 @@ from pathlib import Path
 
 import grpc
 
-from fluxion_core.config import ClientSettings, is_loopback
+from fluxion_core.addresses import is_loopback
+from fluxion_core.config import ClientSettings
 from fluxion_core.errors import ConfigError
 from fluxion_core.wire.credential_files import WatchedFiles
 from fluxion_core.wire.frame_limits import MAX_FRAME_PAYLOAD_BYTES, PREFIX_BYTES
@@ -20,6 +21,8 @@ KEEPALIVE_MS = 20_000
 KEEPALIVE_TIMEOUT_MS = 10_000
 
 _OPTIONS: tuple[tuple[str, int | str], ...] = (
+    # Nodes, and the command, reach each other directly, whatever http_proxy says.
+    ("grpc.enable_http_proxy", 0),
     # The largest message on any of our methods is a KV frame.
     ("grpc.max_receive_message_length", MAX_FRAME_PAYLOAD_BYTES + PREFIX_BYTES),
     ("grpc.keepalive_time_ms", KEEPALIVE_MS),

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from fluxion_core.config import ServerSettings, is_loopback
+from fluxion_core.addresses import Address, is_loopback
+from fluxion_core.config import ServerSettings
 from fluxion_core.errors import ConfigError
 from fluxion_core.telemetry import event
 from fluxion_core.wire.call_guard import HEALTH_SERVICE, CallGuard
@@ -172,7 +174,6 @@ def _listen(
     Raises:
         ConfigError: it cannot be bound.
     """
-    host, _, _ = address.rpartition(":")
     try:
         if credentials is None:
             port = server.add_insecure_port(address)
@@ -180,4 +181,4 @@ def _listen(
             port = server.add_secure_port(address, credentials)
     except (RuntimeError, OSError) as error:
         raise ConfigError(f"{setting} {address}: {error}") from None
-    return f"{host}:{port}"
+    return str(replace(Address.parse(address, may_choose_port=True), port=port))

@@ -6,6 +6,7 @@ import random
 import socket
 from collections.abc import Collection
 
+from fluxion_core.addresses import Address, address_of
 from fluxion_core.errors import ConfigError
 
 DEFAULT_DECODE_ADDRESS = "127.0.0.1:7420"
@@ -16,13 +17,11 @@ DEFAULT_GATEWAY_ADDRESS = "127.0.0.1:7480"
 _PORTS_NOT_HANDED_OUT = range(20_000, 32_000)
 """Below what Linux (32768) and IANA (49152) hand to outgoing connections and to port 0."""
 
-_DIAL_HOSTS = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}
-
 
 def choose_listen_address(
     wanted: str | None, *, preferred: str, flag: str, promised: Collection[int] = ()
-) -> str:
-    """Settle on a HOST:PORT that can be bound now.
+) -> Address:
+    """Settle on an address that can be bound now.
 
     Another process may still take the port before the node does; the node then says so.
 
@@ -35,34 +34,16 @@ def choose_listen_address(
     Raises:
         ConfigError: the wish is malformed, in use, or not an address of this machine.
     """
-    host, port = split_address(preferred if wanted is None else wanted, flag=flag)
-    free_port = _bindable_port(host, port, promised)
+    asked = address_of(preferred if wanted is None else wanted, flag, may_choose_port=True)
+    free_port = _bindable_port(asked.host, asked.port, promised)
     if free_port is None and wanted is None:
-        free_port = _bindable_port(host, 0, promised)
+        free_port = _bindable_port(asked.host, 0, promised)
     if free_port is None:
         raise ConfigError(
-            f"{flag} {wanted or preferred}: this address is in use or not of this machine; "
+            f"{flag} {asked}: this address is in use or not of this machine; "
             f"give another, or port 0 for a free one"
         )
-    return f"{host}:{free_port}"
-
-
-def dial_address(listen: str) -> str:
-    """The address at which a node that listens on `listen` is reached from this machine."""
-    host, _, port = listen.rpartition(":")
-    return f"{_DIAL_HOSTS.get(host, host)}:{port}"
-
-
-def split_address(address: str, *, flag: str) -> tuple[str, int]:
-    """Take HOST:PORT apart; the host of an IPv6 address keeps its brackets.
-
-    Raises:
-        ConfigError: there is no host, no port, or the port is not in 0..65535.
-    """
-    host, _, port_text = address.rpartition(":")
-    if not host or not port_text.isascii() or not port_text.isdigit() or int(port_text) > 65535:
-        raise ConfigError(f"{flag} {address!r} is not HOST:PORT; write for example 127.0.0.1:0")
-    return host, int(port_text)
+    return Address(asked.host, free_port)
 
 
 def _bindable_port(host: str, port: int, promised: Collection[int]) -> int | None:
@@ -79,12 +60,12 @@ def _bindable_port(host: str, port: int, promised: Collection[int]) -> int | Non
 
 
 def _is_bindable(host: str, port: int) -> bool:
-    family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         # As gRPC does: a port whose last connections are still in TIME_WAIT counts as free.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((host.strip("[]"), port))
+            probe.bind((host, port))
         except OSError:
             return False
     return True

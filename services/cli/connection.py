@@ -12,10 +12,10 @@ from pathlib import Path
 
 import grpc
 
+from fluxion_core.addresses import Address, address_of
 from fluxion_core.config import ClientSettings, ClientTlsSettings
 from fluxion_core.errors import AuthenticationError, ConfigError, PeerUnavailableError
 from fluxion_core.wire.channel import check_client, open_channel
-from services.cli.addresses import split_address
 
 
 def client_settings(
@@ -60,12 +60,12 @@ async def connect(
         AuthenticationError: the certificate of one side does not satisfy the other.
         ConfigError: the address is malformed, or a file named in `client` cannot be used.
     """
-    host, port = split_address(address, flag=flag)
+    peer = address_of(address, flag)
     check_client(client, [address], "client")
     async with open_channel(address, client) as channel:
         try:
             async with asyncio.timeout(client.connect_seconds):
-                await _try_connection(host.strip("[]"), port, client.tls)
+                await _try_connection(peer, client.tls)
                 await channel.channel_ready()
         except TimeoutError:
             raise PeerUnavailableError(
@@ -84,7 +84,7 @@ async def connect(
         yield channel
 
 
-async def _try_connection(host: str, port: int, tls: ClientTlsSettings) -> None:
+async def _try_connection(peer: Address, tls: ClientTlsSettings) -> None:
     """Connect as the channel will, and hang up.
 
     Raises:
@@ -97,15 +97,15 @@ async def _try_connection(host: str, port: int, tls: ClientTlsSettings) -> None:
         context.set_alpn_protocols(["h2"])
         if tls.certificate is not None:
             context.load_cert_chain(tls.certificate, tls.key)
-    reader, writer = await asyncio.open_connection(host, port, ssl=context)
+    reader, writer = await asyncio.open_connection(peer.host, peer.port, ssl=context)
     try:
         # A node that takes a connection speaks first; with TLS 1.3 it looks at the client's
         # certificate, or the want of one, when the client thinks that it is connected.
         if context is not None and not await _first_byte(reader):
             raise AuthenticationError(
-                f"{host}:{port} wants a certificate; give --tls-cert and --tls-key"
+                f"{peer} wants a certificate; give --tls-cert and --tls-key"
                 if tls.certificate is None
-                else f"{host}:{port} does not accept the certificate of {tls.certificate}: it is "
+                else f"{peer} does not accept the certificate of {tls.certificate}: it is "
                 f"of an authority that the node does not know, or has expired"
             )
     finally:

@@ -22,8 +22,6 @@ from fluxion_core.errors import ConfigError, PeerUnavailableError
 from services.cli.addresses import (
     DEFAULT_GATEWAY_ADDRESS,
     choose_listen_address,
-    dial_address,
-    split_address,
 )
 
 INSTALL = "pip install 'smg>=1.13' 'smg-grpc-proto>=0.4.28'"
@@ -84,21 +82,19 @@ def plan_gateway(
     address = choose_listen_address(
         listen, preferred=DEFAULT_GATEWAY_ADDRESS, flag="--gateway-listen", promised=promised
     )
-    host, port = split_address(address, flag="--gateway-listen")
     metrics = choose_listen_address(
-        "127.0.0.1:0", preferred="", flag="", promised=(*promised, port)
+        "127.0.0.1:0", preferred="", flag="", promised=(*promised, address.port)
     )
-    metrics_host, metrics_port = split_address(metrics, flag="")
     command = (
         *(program, "launch", "--worker-urls", f"grpc://{decode_address}"),
-        *("--host", host.strip("[]"), "--port", str(port)),
-        *("--prometheus-host", metrics_host, "--prometheus-port", str(metrics_port)),
+        *("--host", address.host, "--port", str(address.port)),
+        *("--prometheus-host", metrics.host, "--prometheus-port", str(metrics.port)),
         *("--shutdown-grace-period-secs", str(_GRACE_SECONDS)),
         # There is no second node to turn to.
         "--disable-circuit-breaker",
         *("--log-level", "warn"),
     )
-    return GatewayPlan(command, dial_address(address))
+    return GatewayPlan(command, str(address.dialled_from_here()))
 
 
 def _is_ready(address: str) -> bool:

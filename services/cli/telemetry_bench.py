@@ -92,7 +92,7 @@ async def bench_telemetry(options: TelemetryBenchOptions, console: Console) -> d
         FluxionError: the model cannot be used, a node failed, or the request did.
     """
     request = _request(options)
-    metrics = choose_listen_address("127.0.0.1:0", preferred="127.0.0.1:0", flag="--metrics")
+    metrics = str(choose_listen_address("127.0.0.1:0", preferred="127.0.0.1:0", flag="--metrics"))
     prefill, decode = plan_nodes(
         UpOptions(options.model, options.models_dir, decode_listen="127.0.0.1:0")
     )

@@ -15,13 +15,12 @@ from pathlib import Path
 
 from rich.console import Console
 
+from fluxion_core.addresses import Address
 from fluxion_core.config import ClientSettings
 from fluxion_core.errors import PeerUnavailableError
 from services.cli.addresses import (
     DEFAULT_DECODE_ADDRESS,
     choose_listen_address,
-    dial_address,
-    split_address,
 )
 from services.cli.gateway import GatewayPlan, plan_gateway
 from services.cli.health import DECODE_SERVICE, PREFILL_SERVICE, wait_until_ready
@@ -88,7 +87,7 @@ async def run_up(options: UpOptions) -> None:
     plans = plan_nodes(options)
     gateway = None
     if options.gateway:
-        ports = [split_address(plan.address, flag="")[1] for plan in plans]
+        ports = [Address.parse(plan.address).port for plan in plans]
         gateway = plan_gateway(options.gateway_listen, plans[-1].address, promised=ports)
     await run_nodes(
         plans, Console(stderr=True), ready_seconds=options.ready_seconds, gateway=gateway
@@ -138,9 +137,9 @@ def plan_nodes(options: UpOptions) -> tuple[NodePlan, NodePlan]:
         options.decode_listen,
         preferred=DEFAULT_DECODE_ADDRESS,
         flag="--decode-listen",
-        promised=(split_address(prefill_listen, flag="--prefill-listen")[1],),
+        promised=(prefill_listen.port,),
     )
-    prefill_address = dial_address(prefill_listen)
+    prefill_address = str(prefill_listen.dialled_from_here())
     device = () if options.device is None else ("--device", options.device)
     lanes = () if options.lanes is None else ("--lanes", options.lanes)
     prefill = _node_command("prefill", model_path, prefill_listen, options.prefill_config)
@@ -151,7 +150,7 @@ def plan_nodes(options: UpOptions) -> tuple[NodePlan, NodePlan]:
         NodePlan(
             "decode",
             (*decode, "--prefill-addresses", prefill_address),
-            dial_address(decode_listen),
+            str(decode_listen.dialled_from_here()),
             DECODE_SERVICE,
         ),
     )
@@ -189,13 +188,15 @@ def ended_early(node: NodeProcess, when: str) -> PeerUnavailableError:
     return PeerUnavailableError(f"the {node.name} node ended with {how} {when}{said}")
 
 
-def _node_command(node: str, model_path: Path, listen: str, config: Path | None) -> tuple[str, ...]:
+def _node_command(
+    node: str, model_path: Path, listen: Address, config: Path | None
+) -> tuple[str, ...]:
     config_flags = () if config is None else ("--config", str(config))
     return (
         # -P: a directory called `services` where the command is run must not be imported.
         *(sys.executable, "-P", "-m", f"services.{node}"),
         *config_flags,
-        *("--listen", listen, "--model", str(model_path)),
+        *("--listen", str(listen), "--model", str(model_path)),
     )
 
 

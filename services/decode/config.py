@@ -6,7 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from fluxion_core.config import ByteCount, ClientSettings, NodeSettings, Section
+from fluxion_core.config import ClientSettings, NodeSettings, Section
+from fluxion_core.setting_types import ByteCount, Count, PeerAddresses, Seconds
 
 DEFAULT_LOCAL_PREFILL_TOKENS = 256
 """Where the model is on the CPU; see EngineSettings.local_prefill_tokens."""
@@ -17,26 +18,26 @@ class StoreSettings(Section):
 
     host_kv_bytes: ByteCount = 4 << 30
     """Host memory for KV and digests; one arena, reserved as address space at start."""
-    slab_tokens: int = Field(default=512, ge=128)
+    slab_tokens: Count = Field(default=512, ge=128)
     """Tokens of a slab, a power of two: the unit of allocation and of prefix sharing."""
-    digest_bits: int = 16
+    digest_bits: Count = 16
     """16: exact digests. 8: about half to scan and to hold; blocks are chosen a little worse."""
     populate: bool = False
     """Touch every page at start, so that no request pays for it."""
-    sink_tokens: int = Field(default=64, gt=0)
+    sink_tokens: Count = Field(default=64, gt=0)
     """First tokens of every sequence that are always attended to."""
-    recent_tokens: int = Field(default=256, ge=128)
+    recent_tokens: Count = Field(default=256, ge=128)
     """Last tokens of every sequence that are always attended to."""
 
 
 class EngineSettings(Section):
     """The step loop."""
 
-    max_running_sequences: int = Field(default=16, gt=0)
+    max_running_sequences: Count = Field(default=16, gt=0)
     """Sequences decoded together."""
-    max_waiting_requests: int = Field(default=256, ge=0)
+    max_waiting_requests: Count = 256
     """Requests that may wait for room; the next one is refused."""
-    default_max_new_tokens: int = Field(default=256, gt=0)
+    default_max_new_tokens: Count = Field(default=256, gt=0)
     """For requests that do not say."""
     default_policy: str = "exact"
     """What is read for requests that name neither quality nor policy: EXACT, ACCURATE, BALANCED or
@@ -47,13 +48,13 @@ class EngineSettings(Section):
     lanes: Literal["auto", "cpu", "gpu", "both"] = "auto"
     """Who attends to host KV: the CPU pool, the GPU lane, or both from one queue. auto is both
     where the model is on a GPU, else cpu."""
-    stuck_step_seconds: float = Field(default=120.0, gt=0)
+    stuck_step_seconds: Seconds = Field(default=120.0, gt=0)
     """A decode step that takes longer is stuck: it is named in the log, and the node ends."""
-    local_prefill_tokens: int | None = Field(default=None, ge=0)
+    local_prefill_tokens: Count | None = None
     """A prompt of which at most so many tokens are not stored yet is computed on this node, without
     a prefill node; 0 for never. Left out: 256 where the model is on the CPU, else 0. Not on a GPU
     yet."""
-    attention_threads: int | None = Field(default=None, gt=0)
+    attention_threads: Count | None = Field(default=None, gt=0, le=4096)
     """Threads that attend over host KV and, where the model is on the CPU, compute the dense part;
     one per usable CPU if not given, but one fewer from 4 CPUs on."""
 
@@ -61,11 +62,11 @@ class EngineSettings(Section):
 class PrefillSettings(Section):
     """The prefill nodes that this node pulls KV from."""
 
-    addresses: tuple[str, ...] = ()
+    addresses: PeerAddresses = ()
     """host:port of each prefill node."""
     client: ClientSettings = ClientSettings()
     """How they are called."""
-    stall_seconds: float = Field(default=10.0, gt=0)
+    stall_seconds: Seconds = Field(default=10.0, gt=0)
     """A prefill node that sends no KV and does not even say how busy it is for so long has stopped
     or cannot be reached: its hand-off is tried elsewhere."""
 

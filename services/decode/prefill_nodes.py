@@ -8,26 +8,27 @@ failed, and that the next attempt goes to another, is then ours to say.
 Where there are several, each is asked for its load before a prompt is handed to one: an answer
 takes a millisecond, a prompt seconds.
 
-Not here: what is asked of them (kv_ingest.py). On the event loop only.
+Not here: what names stand for (node_names.py); what is asked of nodes (kv_ingest.py). On the event
+loop only.
 """
 
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import math
-import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 import grpc
 
+from fluxion_core.addresses import Address
 from fluxion_core.config import ClientSettings
 from fluxion_core.telemetry import event
 from fluxion_core.wire.channel import open_channel
 from fluxion_core.wire.tls import watched_channel_credentials
 from fluxion_proto.v1 import handoff_pb2, handoff_pb2_grpc
+from services.decode.node_names import NodeNames
 
 _log = logging.getLogger(__name__)
 
@@ -44,7 +45,8 @@ class PrefillNodes:
     """
 
     def __init__(self, addresses: Sequence[str], client: ClientSettings) -> None:
-        self._addresses = tuple(addresses)
+        self._addresses = [Address.parse(address) for address in addresses]
+        self._names = NodeNames(client.connect_seconds)
         self._client = client
         self._credentials = watched_channel_credentials(client.tls, "prefill.client.tls")
         self._channels: dict[str, grpc.aio.Channel] = {}
@@ -63,14 +65,16 @@ class PrefillNodes:
     async def in_turn(self) -> list[str]:
         """host:port of every node there is now, beginning with another one each time.
 
-        A name that does not resolve gives no node, and a line in the log. Idle channels are opened
-        anew once the files of this node's credentials have changed, or nothing came over them.
+        A name that never resolved gives no node, and a line in the log; one that does no more
+        gives those that it gave last. Idle channels are opened anew once the files of this node's
+        credentials have changed, or nothing came over them.
         """
-        found: dict[str, str] = {}
+        found: dict[str, str | None] = {}
         for address in self._addresses:
-            host, _, port = address.rpartition(":")
-            for node in await _resolve(host, port):
-                found.setdefault(node, host)
+            # An address is its own name, to which a certificate is compared.
+            name = None if address.is_literal else address.host
+            for node in await self._names.nodes_of(address, self._is_connected):
+                found.setdefault(node, name)
         credentials = self._credentials.current()
         left = []
         for node in list(self._channels):
@@ -79,9 +83,9 @@ class PrefillNodes:
             # Running hand-offs end by themselves, over what they began with.
             if not is_current and not self._calls.get(node):
                 left.append(self._channels.pop(node))
-        for node, host in found.items():
+        for node, name in found.items():
             if node not in self._channels:
-                self._open(node, server_name=host)
+                self._open(node, server_name=name)
         for channel in left:
             await channel.close()
         nodes = list(found)
@@ -163,33 +167,11 @@ class PrefillNodes:
         self._opened_with[node] = credentials
         self._silent.discard(node)
 
+    def _is_connected(self, node: str) -> bool:
+        channel = self._channels.get(node)
+        return channel is not None and channel.get_state() is grpc.ChannelConnectivity.READY
+
     async def close(self) -> None:
         """Close all channels; streams that still run are cancelled."""
         for channel in self._channels.values():
             await channel.close()
-
-
-async def _resolve(host: str, port: str) -> list[str]:
-    """HOST:PORT of every address of a name, sorted; an address stands for itself.
-
-    IPv4 addresses if there are any, else IPv6 ones: a node that has both is one node.
-    """
-    try:
-        ipaddress.ip_address(host.strip("[]"))
-    except ValueError:
-        pass
-    else:
-        return [f"{host}:{port}"]
-    loop = asyncio.get_running_loop()
-    try:
-        answers = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except OSError as error:
-        _log.warning(event("prefill node not found", host=host, error=str(error)))
-        return []
-    hosts = {family: set[str]() for family in (socket.AF_INET, socket.AF_INET6)}
-    for family, _, _, _, where in answers:
-        if family in hosts:
-            hosts[family].add(str(where[0]))
-    if found := hosts[socket.AF_INET]:
-        return [f"{one}:{port}" for one in sorted(found)]
-    return [f"[{one}]:{port}" for one in sorted(hosts[socket.AF_INET6])]

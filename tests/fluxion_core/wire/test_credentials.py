@@ -200,7 +200,7 @@ def test_a_token_goes_over_tls_or_stays_on_this_machine(tmp_path: Path, authorit
             ["--prefill.client.tls.key", "a", "--prefill.client.tls.certificate", "b"],
             "needs an authority",
         ),
-        (["--server.client-limits.requests-in-flight", "-1"], "greater than or equal to 0"),
+        (["--server.client-limits.requests-in-flight", "-1"], "must be at least 0"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(flags: list[str], words: str):

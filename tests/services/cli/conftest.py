@@ -42,7 +42,7 @@ def plan_fake_node() -> Callable[..., NodePlan]:
     """Makes the plan of a child process that runs the fake node."""
 
     def plan(name: str, service: str, *flags: str) -> NodePlan:
-        address = choose_listen_address("127.0.0.1:0", preferred="127.0.0.1:0", flag="--listen")
+        address = str(choose_listen_address("127.0.0.1:0", preferred="", flag="--listen"))
         command = (sys.executable, str(_FAKE_NODE_PATH), "--listen", address)
         return NodePlan(name, (*command, "--service", service, *flags), address, service)
 

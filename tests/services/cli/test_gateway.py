@@ -42,7 +42,7 @@ http.server.HTTPServer((host, int(port)), Handler).serve_forever()
 
 
 def free_address() -> str:
-    return choose_listen_address("127.0.0.1:0", preferred="", flag="")
+    return str(choose_listen_address("127.0.0.1:0", preferred="", flag=""))
 
 
 class EndWhenAnnounced(io.StringIO):

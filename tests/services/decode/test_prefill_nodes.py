@@ -19,10 +19,11 @@ class Names:
 
     def __init__(self) -> None:
         self.records: dict[str, list[str]] = {}
+        self.failure = socket.EAI_NONAME
 
     async def getaddrinfo(self, host, port, **_):
         if not self.records.get(host):
-            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+            raise socket.gaierror(self.failure, "no answer with an address")
         return [
             (
                 socket.AF_INET6 if ":" in address else socket.AF_INET,
@@ -157,6 +158,46 @@ async def test_a_name_that_does_not_resolve_gives_no_node(names, open_nodes, cap
     assert await nodes.in_turn() == ["10.0.0.1:7070"]
     assert "prefill node not found host=nowhere" in caplog.text
     assert await open_nodes("nowhere:7070").in_turn() == []
+
+
+async def test_a_failed_look_up_leaves_the_nodes_that_the_name_gave_last(names, open_nodes, caplog):
+    names.records["prefill"] = ["10.0.0.1", "10.0.0.2"]
+    nodes = open_nodes("prefill:7070")
+    both = set(await nodes.in_turn())
+    (node, _) = both
+    async with nodes.channel(node) as channel:
+        pass
+    del names.records["prefill"]
+    names.failure = socket.EAI_AGAIN
+    assert set(await nodes.in_turn()) == both
+    assert "prefill node not found host=prefill" in caplog.text
+    assert "last_known=10.0.0.1:7070,10.0.0.2:7070" in caplog.text
+    async with nodes.channel(node) as same:
+        assert same is channel
+    names.records["prefill"] = ["10.0.0.3"]
+    assert await nodes.in_turn() == ["10.0.0.3:7070"]
+
+
+async def test_of_a_name_that_is_no_more_the_connected_nodes_stay(names, open_nodes, start_node):
+    port = int((await start_node(Node(0))).rpartition(":")[2])
+    names.records["prefill"] = ["127.0.0.1", "127.0.0.2"]
+    nodes = open_nodes(f"prefill:{port}")
+    connected = f"127.0.0.1:{port}"
+    assert len(await nodes.in_turn()) == 2
+    assert await nodes.answers(connected, seconds=60)
+    del names.records["prefill"]
+    assert await nodes.in_turn() == [connected]
+
+
+async def test_a_resolver_that_does_not_answer_has_failed(monkeypatch, caplog):
+    async def forever(*_, **__):
+        await asyncio.get_running_loop().create_future()
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", forever, raising=False)
+    nodes = PrefillNodes(["prefill:7070"], ClientSettings(connect_seconds=0.01))
+    assert await nodes.in_turn() == []
+    assert 'error="no answer within 0.01 s"' in caplog.text
+    await nodes.close()
 
 
 async def test_a_renewed_certificate_is_shown_without_a_restart(tmp_path):
