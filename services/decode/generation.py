@@ -2,7 +2,8 @@
 
 Checked (request.py), admitted (admission.py), what is not stored of its prompt's KV pulled into
 the store (kv_ingest.py) or, if it is little, computed here, decoded (engine.py) while tokens stream
-out, and then everything given back, whichever way it ended; what was stored stays findable.
+out, and then everything given back, whichever way it ended; what was stored stays findable. A
+client that does not read keeps none of it: its tokens wait, and memory and place go to others.
 
 Not here: the services' messages (service.py, vllm_api.py).
 """
@@ -13,7 +14,6 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -109,12 +109,31 @@ class Generation:
     ) -> AsyncGenerator[Output, None]:
         """One request's outputs: Started, a Delta a token, Finished.
 
-        Close it (`aclosing`) when no more is wanted: its memory is given back then.
+        Close it (`aclosing`) when no more is wanted: its memory is given back then, or before, once
+        the engine has ended it. Outputs that are not taken wait, at most as many as it may generate
+        tokens.
 
         Args:
             read_message: what the client asks for; what it raises is the request's end.
             context: of the call.
         """
+        untaken: asyncio.Queue[Output | None] = asyncio.Queue()
+        answering = asyncio.create_task(self._answer(read_message, context, untaken.put_nowait))
+        answering.add_done_callback(lambda _: untaken.put_nowait(None))
+        try:
+            while (output := await untaken.get()) is not None:
+                yield output
+            answering.result()
+        finally:
+            await _end(answering)
+
+    async def _answer(
+        self,
+        read_message: Callable[[], generate_pb2.GenerateRequest],
+        context: grpc.aio.ServicerContext,
+        give: Callable[[Output], None],
+    ) -> None:
+        """Run a request from its message to the return of what it held."""
         arrived = time.perf_counter()
         client = self._callers.client_of(context)
         request: GenerationRequest | None = None
@@ -153,7 +172,7 @@ class Generation:
                         is_local=is_local,
                         seconds=admitted_after,
                     )
-                    yield Started(request, cached_tokens)
+                    give(Started(request, cached_tokens))
                     prefilled: Prefilled | None = None
                     if is_local:
                         kv.begin_prompt()
@@ -166,11 +185,14 @@ class Generation:
                             deadline_seconds=context.time_remaining(),
                             profile_window=self._planning.profile_window(request.policy),
                         )
-                    decoding = self._decode(request, admitted, prefilled, arrived, admitted_after)
-                    async with aclosing(decoding):
-                        async for output in decoding:
-                            has_waited()
-                            yield output
+
+                    def give_waited(output: Output) -> None:
+                        has_waited()
+                        give(output)
+
+                    await self._decode(
+                        request, admitted, prefilled, arrived, admitted_after, give_waited
+                    )
         except BaseException as error:
             failure = error
             raise
@@ -207,8 +229,9 @@ class Generation:
         prefilled: Prefilled | None,
         arrived: float,
         admitted_after: float,
-    ) -> AsyncGenerator[Output, None]:
-        """Stream a sequence that is committed, or whose prompt has begun (`prefilled` is None).
+        give: Callable[[Output], None],
+    ) -> None:
+        """Decode a sequence that is committed, or whose prompt has begun (`prefilled` is None).
 
         The engine has let go of it when this ends, however.
         """
@@ -257,26 +280,28 @@ class Generation:
                 else:
                     self._counters.inter_token_seconds.observe(now - last_token_at)
                 last_token_at = now
-                yield item
+                give(item)
         finally:
             if is_running:
                 error = await self._reclaim(sequence, stream)
             if error is None:
                 admitted.sequence.keep(sequence.generated_token_ids)
         assert stream.finish_reason is not None
-        yield Finished(
-            stream.finish_reason,
-            stream.matched_stop,
-            generate_pb2.Usage(
-                prompt_tokens=len(request.prompt_token_ids),
-                generated_tokens=num_tokens,
-                decode_seconds=sequence.decode_seconds,
-                time_to_first_token_seconds=first_token_after,
-                kv_bytes_read_per_token=sequence.reads.total_bytes / max(1, sequence.steps),
-                kv_bytes_in_host_memory=admitted.sequence.held_bytes,
-                kv_reads=self._kv_reads(sequence),
-                **_prompt_usage(sequence, prefilled, admitted_after),
-            ),
+        give(
+            Finished(
+                stream.finish_reason,
+                stream.matched_stop,
+                generate_pb2.Usage(
+                    prompt_tokens=len(request.prompt_token_ids),
+                    generated_tokens=num_tokens,
+                    decode_seconds=sequence.decode_seconds,
+                    time_to_first_token_seconds=first_token_after,
+                    kv_bytes_read_per_token=sequence.reads.total_bytes / max(1, sequence.steps),
+                    kv_bytes_in_host_memory=admitted.sequence.held_bytes,
+                    kv_reads=self._kv_reads(sequence),
+                    **_prompt_usage(sequence, prefilled, admitted_after),
+                ),
+            )
         )
 
     def _kv_reads(self, sequence: DecodeSequence) -> generate_pb2.KvReads:
@@ -316,6 +341,20 @@ class Generation:
                 # Cancelled again while cleaning up: the memory is still the engine's.
                 continue
         return waiting.result().error
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    """Cancel a request, unless it is over, and wait until it has given everything back."""
+    task.cancel()
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError:
+            # Cancelled again while cleaning up: what the request holds is still the engine's.
+            continue
+    if not task.cancelled():
+        # Who wants no more outputs does not want the failure either.
+        task.exception()
 
 
 def _prompt_usage(

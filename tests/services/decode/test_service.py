@@ -21,7 +21,7 @@ from fluxion_core.predictor.prompt_profile import packed_bytes
 from fluxion_core.selector.planner_weights import TRAINING_FREE_LEVELS
 from fluxion_core.wire import codec
 from fluxion_core.wire.channel import open_channel
-from fluxion_proto.v1 import generate_pb2, handoff_pb2
+from fluxion_proto.v1 import generate_pb2, generate_pb2_grpc, handoff_pb2
 from services.prefill.service import HandoffService
 
 Levels = generate_pb2.QualityLevel
@@ -565,6 +565,57 @@ async def test_a_deadline_ends_a_request(start_prefill, start_decode, open_stub)
             failure = await failure_of(stub, request, timeout=0.05)
             assert failure.code() is grpc.StatusCode.DEADLINE_EXCEEDED
             await assert_goes_on(stub)
+
+
+async def test_a_hand_off_ends_with_the_requests_deadline_on_every_node(
+    start_prefill, start_decode, open_stub
+):
+    class Remembers(Tampered):
+        async def prefill(self, message, context):
+            seconds_left.append(context.time_remaining())
+            if len(seconds_left) == 1:
+                await context.abort(grpc.StatusCode.DATA_LOSS, "try another one")
+            async for frame in super().prefill(message, context):
+                yield frame
+
+    seconds_left: list[float | None] = []
+    async with (
+        start_prefill() as prefill,
+        serving(Remembers(prefill.address, lambda frames: frames)) as (_, one),
+        serving(Remembers(prefill.address, lambda frames: frames)) as (_, other),
+        start_decode(one, other) as node,
+        open_stub(node.address) as stub,
+    ):
+        async for _ in stub.Generate(request_of(ignore_eos=True), timeout=60):
+            pass
+        assert len(seconds_left) == 2
+        # The wire rounds it up by a little.
+        assert all(0 < seconds < 61 for seconds in seconds_left)
+        async for _ in stub.Generate(request_of("no deadline", ignore_eos=True)):
+            pass
+        # Of no deadline the server makes one in some hundred years.
+        assert seconds_left[2] is None or seconds_left[2] > 1e8
+
+
+async def test_who_does_not_read_keeps_neither_memory_nor_place(
+    start_prefill, start_decode, open_stub
+):
+    no_window = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 8192)]
+    async with (
+        start_prefill() as prefill,
+        start_decode(prefill.address, max_running_sequences=1) as node,
+        grpc.aio.insecure_channel(node.address, options=no_window) as channel,
+        open_stub(node.address) as stub,
+    ):
+        # More than connections and buffers hold: an id of 128 characters comes with every token.
+        request = request_of(max_new_tokens=900, request_id="i" * 128, ignore_eos=True)
+        unread = aiter(generate_pb2_grpc.GenerationStub(channel).Generate(request))
+        first = await anext(unread)
+        await assert_goes_on(stub)
+        # What was made is still there for who comes back.
+        rest = [response async for response in unread]
+        assert len(first.token_ids) + sum(len(one.token_ids) for one in rest) == 900
+        assert rest[-1].usage.generated_tokens == 900
 
 
 async def test_a_step_that_fails_is_an_internal_error_with_a_request_id_only(
