@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import cast
 
@@ -16,12 +17,13 @@ def read_json(path: Path) -> dict[str, object]:
     """A JSON object from a file.
 
     Raises:
-        ModelFileError: missing, no JSON, no object, or larger than such files are.
+        ModelFileError: missing, no JSON, no object, an entry that comes twice, or larger than such
+            files are.
     """
     try:
         if (size := path.stat().st_size) > MAX_JSON_BYTES:
             raise ModelFileError(f"{path} has {size} B; such a file has {MAX_JSON_BYTES} at most")
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object)
     except (OSError, ValueError, RecursionError) as error:
         raise ModelFileError(f"{path}: {error}") from None
     if not isinstance(value, dict):
@@ -46,3 +48,11 @@ def token_ids(value: object, path: Path) -> tuple[int, ...]:
     if not all(type(item) is int and 0 <= item < 1 << 32 for item in values):
         raise ModelFileError(f"{path}: token ids are {value!r:.60}; must be integers")
     return tuple(cast(list[int], values))
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{twice!r:.60} comes twice")
+    return entries

@@ -1,15 +1,24 @@
-"""Chat templates: messages to a prompt, by the template that the model brings."""
+"""Chat templates: messages to a prompt, by the template that the model brings.
+
+Templates are written for transformers, so they find here what they find there: its extensions, its
+`tojson`, its functions, and the special tokens by name.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jinja2
-from jinja2.ext import loopcontrols
+from jinja2 import nodes
+from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 
 from fluxion_core.errors import InvalidRequestError, ModelFileError
 
@@ -32,23 +41,30 @@ class ChatTemplate:
 
     Args:
         source: the template.
-        special_tokens: texts that templates refer to, such as bos_token and eos_token.
+        special_tokens: texts that templates refer to by name: bos_token, eos_token, pad_token, and
+            whatever else the model's files name.
 
     Raises:
         ModelFileError: the template does not compile.
     """
 
-    def __init__(self, source: str, special_tokens: dict[str, str]) -> None:
+    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
         )
-        environment.globals["raise_exception"] = _refuse
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        environment.filters["tojson"] = _to_json
+        environment.globals |= {
+            "raise_exception": _refuse,
+            "strftime_now": lambda form: datetime.now().strftime(form),
+            "dict": _PlainDict(),
+            "namespace": _PlainNamespace,
+        }
         self.source = source
         self.special_tokens = special_tokens
         try:
             self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
+        # Jinja writes Python, which may refuse in its own words, as a `break` outside of a loop.
+        except (jinja2.TemplateError, SyntaxError, *_PROGRAM_ERRORS) as error:
             raise ModelFileError(f"chat template does not compile: {error}") from None
 
     def render(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = True) -> str:
@@ -61,12 +77,12 @@ class ChatTemplate:
             raise InvalidRequestError("chat has no messages; send at least one")
         try:
             return self._template.render(
+                dict(self.special_tokens),
                 # Templates ask whether these are none.
                 tools=None,
                 documents=None,
                 messages=[{"role": m.role, "content": m.content} for m in messages],
                 add_generation_prompt=add_generation_prompt,
-                **self.special_tokens,
             )
         # A template is a program: on messages that its author did not think of, it fails like one.
         except (jinja2.TemplateError, *_PROGRAM_ERRORS) as error:
@@ -75,3 +91,60 @@ class ChatTemplate:
 
 def _refuse(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
+
+
+class _GenerationBlock(Extension):
+    """`{% generation %}` marks what a model said, for training; in a prompt it is just its body."""
+
+    tags = {"generation"}  # noqa: RUF012 - the name and the type are Jinja's
+
+    def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=line)
+
+
+class _PlainDict:
+    """What `dict` is to a template: a function, not the class with all its attributes."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, keys: Iterable[object], value: object = None) -> dict[object, object]:
+        return dict.fromkeys(keys, value)
+
+
+class _PlainNamespace(Namespace):
+    """Jinja's namespace without names that begin with an underscore, which reach into Python."""
+
+    # No method of its own can be called: looking one up finds what the template put there.
+    def __init__(*args: Any, **kwargs: Any) -> None:
+        for name in dict(*args[1:], **kwargs):
+            _refuse_underscore(name)
+        Namespace.__init__(*args, **kwargs)
+
+    def __setitem__(self, name: str, value: object) -> None:
+        _refuse_underscore(name)
+        super().__setitem__(name, value)
+
+
+def _refuse_underscore(name: object) -> None:
+    if str(name).startswith("_"):
+        raise SecurityError(f"a namespace cannot hold {name!r}: it begins with an underscore")
+
+
+def _to_json(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Jinja's own filter is for HTML: it escapes <, > and &, and sorts."""
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )

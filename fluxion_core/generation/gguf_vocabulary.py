@@ -6,13 +6,16 @@ the models' own tokenizer.json.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import cast
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from fluxion_core.errors import ModelFileError, UnsupportedModelError
-from fluxion_core.gguf_index import CONTROL_TOKEN, USER_DEFINED_TOKEN, GgufFile
+from fluxion_core.generation.chat_template_files import choose_template
+from fluxion_core.generation.vocabulary import Vocabulary
+from fluxion_core.gguf_index import CONTROL_TOKEN, USER_DEFINED_TOKEN, GgufFile, open_gguf
 
 _SPLIT_GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _SPLIT_LLAMA3 = (
@@ -25,7 +28,38 @@ _SPLIT_QWEN2 = (
 )
 
 
-def read_backend(file: GgufFile) -> tokenizers.Tokenizer:
+def read_gguf(path: Path) -> Vocabulary:
+    """The vocabulary of a GGUF file.
+
+    Raises:
+        ModelFileError: it is missing, malformed or contradicts itself.
+        UnsupportedModelError: a kind of vocabulary that is not implemented.
+    """
+    file = open_gguf(path)
+    backend = _read_backend(file)
+    tokens = file.strings("tokenizer.ggml.tokens")
+    bos = file.optional_integer("tokenizer.ggml.bos_token_id")
+    eos = file.optional_integer("tokenizer.ggml.eos_token_id")
+    for token_id in (bos, eos):
+        if token_id is not None and not 0 <= token_id < len(tokens):
+            raise ModelFileError(f"{path}: special token {token_id} of {len(tokens)} tokens")
+    special = {
+        "bos_token": tokens[bos] if bos is not None else "",
+        "eos_token": tokens[eos] if eos is not None else "",
+    }
+    template = file.optional_text("tokenizer.chat_template")
+    add_bos = file.optional("tokenizer.ggml.add_bos_token")
+    if add_bos is None:
+        # Files of Llama 3 do not say it.
+        add_bos = file.optional("tokenizer.ggml.pre") == "llama-bpe"
+    templates = {} if template is None else {"default": template}
+    chosen, without = choose_template(templates, special)
+    prefix = (bos,) if add_bos and bos is not None else ()
+    ends = frozenset(file.end_token_ids())
+    return Vocabulary(backend, chosen, without, bos, ends, prefix, ())
+
+
+def _read_backend(file: GgufFile) -> tokenizers.Tokenizer:
     """A byte-level BPE tokenizer.
 
     Raises:

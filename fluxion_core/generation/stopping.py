@@ -7,7 +7,8 @@ was cut makes no difference: of several stop strings, the one that is complete f
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 FinishReason = Literal["stop", "length"]
@@ -20,7 +21,9 @@ class StopSettings:
     max_new_tokens: int
     """Including a stop token."""
     stop_strings: tuple[str, ...] = ()
-    """None of them empty."""
+    """None of them empty, and none with a special token in it."""
+    stop_tokens: Mapping[int, str] = field(default_factory=dict)
+    """Special tokens that were given as stop strings, by id: they are no part of the text."""
     stop_token_ids: frozenset[int] = frozenset()
     """Beside the model's own."""
     eos_token_ids: frozenset[int] = frozenset()
@@ -31,9 +34,8 @@ class StopSettings:
     @property
     def ending_token_ids(self) -> frozenset[int]:
         """Tokens that end this generation."""
-        if self.ignore_eos:
-            return self.stop_token_ids
-        return self.stop_token_ids | self.eos_token_ids
+        asked_for = self.stop_token_ids.union(self.stop_tokens)
+        return asked_for if self.ignore_eos else asked_for | self.eos_token_ids
 
 
 class StopChecker:
@@ -68,6 +70,8 @@ class StopChecker:
             self.finish_reason = "stop"
             if token_id in self._settings.stop_token_ids:
                 self.matched_stop = token_id
+            else:
+                self.matched_stop = self._settings.stop_tokens.get(token_id)
             return self.flush()
         shown = self._take_text(text)
         if self.finish_reason is None and self._num_tokens >= self._settings.max_new_tokens:

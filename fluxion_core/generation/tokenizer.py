@@ -5,18 +5,18 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import cast
 
 import tokenizers
 from tokenizers import decoders, processors
 
-from fluxion_core.errors import InvalidRequestError, ModelFileError, ModelNotFoundError
+from fluxion_core.errors import InvalidRequestError, ModelFileError
 from fluxion_core.generation.chat import ChatMessage, ChatTemplate
-from fluxion_core.generation.gguf_vocabulary import read_backend
-from fluxion_core.gguf_index import open_gguf
-from fluxion_core.json_files import read_json_if_there, token_ids
+from fluxion_core.generation.chat_template_files import NO_TEMPLATE
+from fluxion_core.generation.gguf_vocabulary import read_gguf
+from fluxion_core.generation.tokenizer_directory import read_directory
 
 
 class Tokenizer:
@@ -28,12 +28,18 @@ class Tokenizer:
         chat_template: ChatTemplate | None,
         *,
         bos_token_id: int | None,
-        eos_token_ids: Sequence[int],
-        add_bos: bool,
+        eos_token_ids: Collection[int],
+        add_bos: bool = False,
+        prefix_ids: Sequence[int] = (),
+        suffix_ids: Sequence[int] = (),
+        without_template: str = NO_TEMPLATE,
     ) -> None:
         self._backend = backend
         self.chat_template = chat_template
-        self._bos = [bos_token_id] if add_bos and bos_token_id is not None else []
+        self._without_template = without_template
+        bos = [bos_token_id] if add_bos and bos_token_id is not None else []
+        self._prefix = [*bos, *prefix_ids]
+        self._suffix = list(suffix_ids)
         self.bos_token_id = bos_token_id
         self.eos_token_ids = frozenset(eos_token_ids)
         vocabulary = sorted(backend.get_vocab(with_added_tokens=True).items())
@@ -42,7 +48,7 @@ class Tokenizer:
         self.is_byte_level = isinstance(backend.decoder, decoders.ByteLevel)
         """Whether every token stands for bytes of UTF-8, see `token_bytes`."""
         added = backend.get_added_tokens_decoder()
-        self._special_ids = frozenset(index for index, token in added.items() if token.special)
+        self._special_texts = {i: token.content for i, token in added.items() if token.special}
         self.fingerprint = hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
         """SHA-256 of all tokens with their ids, hex."""
 
@@ -55,7 +61,25 @@ class Tokenizer:
             ModelFileError: it is malformed.
             UnsupportedModelError: a kind of vocabulary that is not implemented.
         """
-        return _from_directory(model_path) if model_path.is_dir() else _from_gguf(model_path)
+        found = read_directory(model_path) if model_path.is_dir() else read_gguf(model_path)
+        return cls(
+            found.backend,
+            found.chat_template,
+            bos_token_id=found.bos_token_id,
+            eos_token_ids=found.eos_token_ids,
+            prefix_ids=found.prefix_ids,
+            suffix_ids=found.suffix_ids,
+            without_template=found.without_template,
+        )
+
+    @property
+    def splits_special_tokens(self) -> bool:
+        """Whether a special token written out in a text is cut like any other text."""
+        return self._backend.encode_special_tokens
+
+    def special_tokens_in(self, text: str) -> list[tuple[str, int]]:
+        """Special tokens written out in a text, with their ids; `decode` would leave them out."""
+        return [(token, index) for index, token in self._special_texts.items() if token in text]
 
     @property
     def has_chat_template(self) -> bool:
@@ -65,7 +89,8 @@ class Tokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; special tokens written out in it are recognised.
 
-        With `add_special_tokens`, the beginning-of-text token comes first where the model has one.
+        With `add_special_tokens`, what the model wants before and after a text is there too: as a
+        rule the beginning-of-text token, or nothing.
 
         Raises:
             InvalidRequestError: the vocabulary has no token for a part of the text, and no other.
@@ -76,7 +101,9 @@ class Tokenizer:
         except Exception as error:
             # The library raises bare Exception, as for an unknown-token that is not there.
             raise InvalidRequestError(f"the model's tokenizer refuses the text: {error}") from None
-        return self._bos + encoding.ids if add_special_tokens else encoding.ids
+        if not add_special_tokens:
+            return encoding.ids
+        return [*self._prefix, *encoding.ids, *self._suffix]
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids; bytes that are no character become U+FFFD."""
@@ -84,7 +111,7 @@ class Tokenizer:
 
     def is_special(self, token_id: int) -> bool:
         """Whether `decode` leaves the token out unless told otherwise."""
-        return token_id in self._special_ids
+        return token_id in self._special_texts
 
     def token_bytes(self, token_id: int) -> bytes:
         """Bytes of a byte-level vocabulary's token; none for an unknown id."""
@@ -106,17 +133,22 @@ class Tokenizer:
             InvalidRequestError: the model has no template, or it refuses the messages.
         """
         if self.chat_template is None:
-            raise InvalidRequestError("this model has no chat template; send text or token_ids")
+            raise InvalidRequestError(self._without_template)
         return self.chat_template.render(messages, add_generation_prompt=add_generation_prompt)
 
     def to_json(self) -> str:
         """Contents of a tokenizer.json of the `tokenizers` library, which encodes as we do."""
         backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
-        bos = [backend.id_to_token(token_id) for token_id in self._bos]
+        prefix, suffix = (
+            [cast(str, backend.id_to_token(token_id)) for token_id in ids]
+            for ids in (self._prefix, self._suffix)
+        )
         backend.post_processor = processors.TemplateProcessing(
-            single=[*bos, "$A"],
-            pair=[*bos, "$A", "$B"],
-            special_tokens=list(zip(bos, self._bos, strict=True)),
+            single=[*prefix, "$A", *suffix],
+            pair=[*prefix, "$A", "$B", *suffix],
+            special_tokens=list(
+                zip([*prefix, *suffix], [*self._prefix, *self._suffix], strict=True)
+            ),
         )
         return backend.to_str()
 
@@ -134,9 +166,14 @@ class IncrementalDetokenizer:
 
     All pieces together are what `Tokenizer.decode` makes of all tokens. A token may hold a part of
     a character; text comes out once what follows can no longer change it.
+
+    Args:
+        tokenizer: whose tokens they are.
+        skip_special_tokens: leave their text out. Whoever looks for stop strings in what is left
+            must look for special tokens by their ids.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = False) -> None:
         self._stream: _ByteStream | _DecodedWindow
         if tokenizer.is_byte_level:
             self._stream = _ByteStream(tokenizer, skip_special_tokens)
@@ -209,76 +246,6 @@ class _DecodedWindow:
         return self._tokenizer.decode(token_ids, skip_special_tokens=self._skip_special_tokens)
 
 
-def _from_directory(directory: Path) -> Tokenizer:
-    path = directory / "tokenizer.json"
-    if not path.is_file():
-        raise ModelNotFoundError(f"{directory} holds no tokenizer.json; fetch the model again")
-    try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:
-        # The library raises bare Exception for whatever is wrong with the file.
-        raise ModelFileError(f"{path}: {error}") from None
-    config = read_json_if_there(directory / "tokenizer_config.json")
-    special = {name: _token_text(config.get(name)) for name in ("bos_token", "eos_token")}
-    template = _template_source(directory, config)
-    eos: set[int] = set()
-    for name in ("config.json", "generation_config.json"):
-        entries = read_json_if_there(directory / name)
-        eos.update(token_ids(entries.get("eos_token_id"), directory / name))
-    bos_id = backend.token_to_id(special["bos_token"]) if special["bos_token"] else None
-    # What the file's own post-processor puts before a text says whether the model wants it.
-    starts = backend.encode("", add_special_tokens=True).ids
-    return Tokenizer(
-        backend,
-        ChatTemplate(template, special) if template is not None else None,
-        bos_token_id=bos_id,
-        eos_token_ids=sorted(eos),
-        add_bos=bos_id is not None and starts[:1] == [bos_id],
-    )
-
-
-def _from_gguf(path: Path) -> Tokenizer:
-    file = open_gguf(path)
-    backend = read_backend(file)
-    tokens = file.strings("tokenizer.ggml.tokens")
-    bos = file.optional_integer("tokenizer.ggml.bos_token_id")
-    eos = file.optional_integer("tokenizer.ggml.eos_token_id")
-    for token_id in (bos, eos):
-        if token_id is not None and not 0 <= token_id < len(tokens):
-            raise ModelFileError(f"{path}: special token {token_id} of {len(tokens)} tokens")
-    special = {
-        "bos_token": tokens[bos] if bos is not None else "",
-        "eos_token": tokens[eos] if eos is not None else "",
-    }
-    template = file.optional_text("tokenizer.chat_template")
-    add_bos = file.optional("tokenizer.ggml.add_bos_token")
-    if add_bos is None:
-        # Files of Llama 3 do not say it.
-        add_bos = file.optional("tokenizer.ggml.pre") == "llama-bpe"
-    return Tokenizer(
-        backend,
-        ChatTemplate(template, special) if template is not None else None,
-        bos_token_id=bos,
-        eos_token_ids=file.end_token_ids(),
-        add_bos=bool(add_bos),
-    )
-
-
-def _template_source(directory: Path, config: dict[str, object]) -> str | None:
-    path = directory / "chat_template.jinja"
-    if path.is_file():
-        try:
-            return path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ModelFileError(f"{path}: {error}") from None
-    template = config.get("chat_template")
-    # Several templates by name: tool use, retrieval, and the one for conversations.
-    if isinstance(template, list):
-        named = {entry.get("name"): entry for entry in template if isinstance(entry, dict)}
-        template = named.get("default", {}).get("template")
-    return template if isinstance(template, str) else None
-
-
 def _byte_of_character() -> dict[str, int]:
     """GPT-2's characters for bytes: printable Latin-1 for itself, the others from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -288,9 +255,3 @@ def _byte_of_character() -> dict[str, int]:
 
 
 _BYTE_OF_CHARACTER = _byte_of_character()
-
-
-def _token_text(value: object) -> str:
-    if isinstance(value, dict):
-        value = value.get("content")
-    return value if isinstance(value, str) else ""

@@ -20,6 +20,7 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:
     config: dict[str, object] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
+        "split_special_tokens": tokenizer.splits_special_tokens,
     }
     if (template := tokenizer.chat_template) is not None:
         config |= {name: text for name, text in template.special_tokens.items() if text}

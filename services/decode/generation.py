@@ -237,7 +237,7 @@ class Generation:
         """
         stream = TokenStream(
             request,
-            IncrementalDetokenizer(self._model.tokenizer),
+            IncrementalDetokenizer(self._model.tokenizer, skip_special_tokens=True),
             asyncio.get_running_loop(),
         )
         planner = self._planning.planner

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -195,10 +195,31 @@ def _stop_settings(
         raise InvalidRequestError(
             f"{len(message.stop_token_ids)} stop_token_ids; at most {MAX_STOP_TOKEN_IDS}"
         )
+    stop_tokens = _stop_tokens(message.stop_strings, tokenizer)
     return StopSettings(
         max_new_tokens=max_new_tokens,
-        stop_strings=tuple(message.stop_strings),
+        stop_strings=tuple(s for s in message.stop_strings if s not in stop_tokens.values()),
+        stop_tokens=stop_tokens,
         stop_token_ids=frozenset(message.stop_token_ids),
         eos_token_ids=frozenset(config.eos_token_ids) | tokenizer.eos_token_ids,
         ignore_eos=message.ignore_eos,
     )
+
+
+def _stop_tokens(stop_strings: Iterable[str], tokenizer: Tokenizer) -> dict[int, str]:
+    """Those of the stop strings that are special tokens: no text ever holds them.
+
+    Raises:
+        InvalidRequestError: a stop string has a special token in it beside other text.
+    """
+    found: dict[int, str] = {}
+    for stop in stop_strings:
+        for text, token_id in tokenizer.special_tokens_in(stop):
+            if text != stop and stop not in found.values():
+                raise InvalidRequestError(
+                    f"stop string {stop!r} holds the special token {text!r}, which is left out of "
+                    f"the text, so that it would never end anything; give {text!r} alone, or "
+                    f"{token_id} among stop_token_ids"
+                )
+            found[token_id] = stop
+    return found

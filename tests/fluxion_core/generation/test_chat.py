@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from fluxion_core.errors import InvalidRequestError, ModelFileError
 from fluxion_core.generation.chat import ChatMessage, ChatTemplate
@@ -71,7 +72,63 @@ def test_a_template_that_fails_refuses_the_request(source):
         render(source)
 
 
-@pytest.mark.parametrize("source", ["{% for", "{{ x | no_such_filter }}", "{% generation %}"])
+@pytest.mark.parametrize(
+    "source", ["{% for", "{{ x | no_such_filter }}", "{% generation %}", "{% break %}"]
+)
 def test_a_template_that_does_not_compile_is_the_models_fault(source):
     with pytest.raises(ModelFileError, match="does not compile"):
         ChatTemplate(source, {})
+
+
+SPECIAL = {"bos_token": "<b>", "eos_token": "<e>", "pad_token": "<p>", "turn_token": "<t>"}
+TURNS = [ChatMessage("tool", "it's <b> & ü 🙂\n"), ChatMessage("assistant", "{{ x }}")]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ messages[0].content | tojson }}",
+        "{{ messages | tojson }}",
+        "{{ messages[0] | tojson(indent=2, sort_keys=True) }}",
+        "{{ messages[0].content | tojson(ensure_ascii=True) }}",
+        "{{ messages[0] | tojson(separators=(',', ':')) }}",
+        "{% for m in messages %}\n  {%- generation -%}\n {{ loop.index }}{{ m.content }}\n"
+        "{%- endgeneration -%}\n{% endfor %}\n",
+        "{% set x = 1 %}{% generation %}{% set x = 2 %}{{ x }}{% endgeneration %}{{ x }}",
+        "{% set ns = namespace(n=1) %}{% for m in messages %}{% generation %}"
+        "{% set ns.n = ns.n + 1 %}{% endgeneration %}{% endfor %}{{ ns.n }}",
+        "{% macro f(x) %}{% generation %}[{{ x }}]{% endgeneration %}{% endmacro %}{{ f(1) }}",
+        "{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}{{ m }}{% endfor %}",
+        "{{ dict(a=1) | tojson }}{{ dict.fromkeys(['a'], 1) | tojson }}{{ dict is mapping }}",
+        "{{ namespace(self=1).self }}{{ namespace({'a': 1}).a }}",
+        "{{ pad_token }}{{ turn_token }}{{ unk_token }}{{ unk_token is defined }}",
+        "{{ tools is none }}{{ documents is none }}{{ tools is defined }}{{ nothing is defined }}",
+        "{{ lipsum is defined }}{{ cycler is defined }}{{ joiner is defined }}",
+        "  {% if true %}\n a\n  {% endif %}\n\n\nend\n\n",
+        "{{ strftime_now('%Y') | length }}",
+        "{{ messages | map(attribute='role') | join(',') | upper | trim }}",
+    ],
+)
+@pytest.mark.parametrize("prompt", [True, False])
+def test_a_template_finds_what_it_finds_in_transformers(source, prompt):
+    turns = [{"role": turn.role, "content": turn.content} for turn in TURNS]
+    ((expected,), _) = render_jinja_template(
+        [turns], chat_template=source, add_generation_prompt=prompt, **SPECIAL
+    )
+    ours = ChatTemplate(source, SPECIAL).render(TURNS, add_generation_prompt=prompt)
+    assert ours == expected
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% set ns = namespace() %}{% set ns._x = 1 %}",
+        "{{ namespace(_x=1) }}",
+        "{{ namespace().__class__.__mro__ }}",
+        "{{ namespace().__init__.__globals__ }}",
+        "{{ dict.__class__.__base__ }}",
+    ],
+)
+def test_what_reaches_into_python_is_refused_here_too(source):
+    with pytest.raises(InvalidRequestError, match="refuses"):
+        render(source)

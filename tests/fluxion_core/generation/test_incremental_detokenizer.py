@@ -56,3 +56,10 @@ def test_spaces_between_sentencepiece_words_survive(fallback_tokenizer):
     token_ids = fallback_tokenizer.encode("a b é a", add_special_tokens=False)
     pieces = all_pieces(fallback_tokenizer, token_ids, skip=True)
     assert pieces == ["a", " b", " ", "", "é", " a", ""]
+
+
+def test_special_tokens_are_in_the_text_unless_told_otherwise(byte_tokenizer):
+    # A stop string that is one is found then.
+    token_ids = byte_tokenizer.encode("a<|im_end|>b", add_special_tokens=False)
+    detokenizer = IncrementalDetokenizer(byte_tokenizer)
+    assert [detokenizer.push(token_id) for token_id in token_ids] == ["a", "<|im_end|>", "b"]

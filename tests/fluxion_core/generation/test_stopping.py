@@ -181,3 +181,18 @@ def test_text_is_held_back_only_while_it_may_begin_a_stop_string(
         held = text[len(shown) :]
         assert text == shown + held
         assert not held or any(stop.startswith(held) for stop in stops)
+
+
+@pytest.mark.parametrize("ignore_eos", [True, False])
+def test_a_special_token_given_as_a_stop_string_ends_and_is_named_as_that(ignore_eos):
+    settings = StopSettings(
+        max_new_tokens=9,
+        stop_tokens={STOP: "<|turn|>"},
+        eos_token_ids=frozenset([EOS]),
+        ignore_eos=ignore_eos,
+    )
+    checker = StopChecker(settings)
+    assert checker.push(OTHER, "answer") == "answer"
+    assert checker.is_ending_token(STOP)
+    assert checker.push(STOP, "") == ""
+    assert (checker.finish_reason, checker.matched_stop) == ("stop", "<|turn|>")

@@ -56,3 +56,17 @@ def test_a_tokenizer_without_a_template_has_no_template_file(byte_tokenizer: Tok
 
 def test_the_same_tokenizer_makes_the_same_archive(tokenizer: Tokenizer):
     assert tokenizer_archive(tokenizer) == tokenizer_archive(tokenizer)
+
+
+def test_a_suffix_and_split_special_tokens_are_read_back(byte_backend, tmp_path: Path):
+    bare = tokenizers.Tokenizer.from_str(byte_backend.to_str())
+    bare.encode_special_tokens = True
+    tokenizer = Tokenizer(
+        bare, None, bos_token_id=0, eos_token_ids=[1], prefix_ids=[0, 2], suffix_ids=[1]
+    )
+    for name, text in tokenizer_files(tokenizer).items():
+        (tmp_path / name).write_text(text)
+    again = Tokenizer.load(tmp_path)
+    assert again.encode(TEXT) == tokenizer.encode(TEXT)
+    assert again.encode(TEXT)[:2] == [0, 2]
+    assert len(again.encode("<|im_end|>", add_special_tokens=False)) > 1

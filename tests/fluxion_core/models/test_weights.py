@@ -266,7 +266,9 @@ def test_a_wrong_config_is_refused_before_memory_is_taken(llama_dir, changes, se
         load(llama_dir)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"a": NaN', "\x00"])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", '{"a": NaN', "\x00", '{"a": 1, "b": 2, "a": 3}', '[{"x": 1, "x": 1}]']
+)
 def test_a_config_that_is_no_object_is_refused(llama_dir, text):
     (llama_dir / "config.json").write_text(text)
     with pytest.raises(ModelFileError, match=r"config\.json"):
