@@ -28,7 +28,7 @@ from fluxion_core.errors import (
 from fluxion_core.telemetry import event
 from fluxion_core.wire.callers import Callers
 from fluxion_core.wire.client_limits import ClientLimits
-from fluxion_core.wire.status import status_of
+from fluxion_core.wire.status import sent_metadata, status_of
 
 _log = logging.getLogger(__name__)
 
@@ -175,16 +175,21 @@ async def _abort(
     if isinstance(error, FluxionError):
         status = status_of(error)
         if status is not grpc.StatusCode.INTERNAL:
-            await context.abort(status, str(error), _retry_metadata(error))
+            await context.abort(status, str(error), _trailing_metadata(error))
     request_id = _request_id(request)
     _log.error(event("call failed", method=method, request_id=request_id), exc_info=error)
-    await context.abort(grpc.StatusCode.INTERNAL, f"internal error; request id {request_id}")
+    await context.abort(
+        grpc.StatusCode.INTERNAL,
+        f"internal error; request id {request_id}",
+        _trailing_metadata(error),
+    )
     raise AssertionError("abort returned")
 
 
-def _retry_metadata(error: FluxionError) -> tuple[tuple[str, str], ...]:
+def _trailing_metadata(error: Exception) -> tuple[tuple[str, str], ...]:
+    sent = sent_metadata(error)
     seconds = error.retry_after_seconds if isinstance(error, CapacityError) else None
-    return () if seconds is None else ((PUSHBACK_KEY, str(round(seconds * 1000))),)
+    return (sent,) if seconds is None else (sent, (PUSHBACK_KEY, str(round(seconds * 1000))))
 
 
 def _request_id(request: object) -> str:

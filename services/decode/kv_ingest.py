@@ -231,8 +231,11 @@ class KvIngest:
                     if kind is FrameKind.CHUNK and first_chunk is None:
                         first_chunk = time.perf_counter()
         except grpc.aio.AioRpcError as error:
-            failure = _of_node(error_from_rpc(error), address)
-            if error.code() is grpc.StatusCode.UNAVAILABLE and not has_heard:
+            failure = error_from_rpc(error)
+            # What a node says, it says over a connection that is well.
+            is_broken = type(failure) is PeerUnavailableError
+            failure = _of_node(failure, address)
+            if is_broken and not has_heard:
                 raise _UnheardError(str(failure)) from None
             raise failure from None
         except PeerUnavailableError as error:

@@ -135,6 +135,9 @@ def test_a_token_belongs_to_one_name():
         "Bearer ",
         TOKEN,
         f"Basic {TOKEN}",
+        # As long as the right scheme, so that the token begins where one is looked for.
+        f"Digest {TOKEN}",
+        f"Bearer:{TOKEN}",
         f"Bearer {TOKEN} ",
         f"Bearer {TOKEN[:-1]}",
     ):

@@ -15,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from fluxion_core.errors import FluxionError
+from fluxion_core.wire.status import sent_metadata
 from fluxion_proto.v1 import generate_pb2, generate_pb2_grpc
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -67,6 +69,7 @@ class FakeGeneration(generate_pb2_grpc.GenerationServicer):
         for token_id, delta in enumerate(self.deltas):
             yield generate_pb2.GenerateResponse(text=delta, token_ids=[token_id])
         if self.failure is not None:
+            context.set_trailing_metadata([sent_metadata(FluxionError())])
             context.abort(*self.failure)
         if self.sends_last_message:
             yield generate_pb2.GenerateResponse(

@@ -16,11 +16,13 @@ import grpc
 import pytest
 
 from fluxion_core.config import ClientSettings
+from fluxion_core.errors import DrainingError
 from fluxion_core.kvstream.handoff import Frame, FrameKind
 from fluxion_core.predictor.prompt_profile import packed_bytes
 from fluxion_core.selector.planner_weights import TRAINING_FREE_LEVELS
 from fluxion_core.wire import codec
 from fluxion_core.wire.channel import open_channel
+from fluxion_core.wire.status import sent_metadata
 from fluxion_proto.v1 import generate_pb2, generate_pb2_grpc, handoff_pb2
 from services.prefill.service import HandoffService
 
@@ -279,6 +281,28 @@ async def test_a_connection_that_breaks_before_anything_came_is_made_again(
         assert len(await tokens_of(stub, request_of(ignore_eos=True))) == 8
         assert len(proxy.requests) == 2
         await assert_nothing_is_held(stub)
+
+
+async def test_a_node_that_answers_that_it_takes_no_work_is_not_asked_twice(
+    start_prefill, start_decode, open_stub
+):
+    class Draining(Tampered):
+        async def prefill(self, message, context):
+            self.requests.append(handoff_pb2.HandoffRequest.FromString(message))
+            sent = (sent_metadata(DrainingError()),)
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "this node is draining", sent)
+            yield b""
+
+    async with (
+        start_prefill() as prefill,
+        serving(Draining(prefill.address, lambda frames: frames)) as (proxy, address),
+        start_decode(address) as node,
+        open_stub(node.address) as stub,
+    ):
+        failure = await failure_of(stub, request_of())
+        assert failure.code() is grpc.StatusCode.UNAVAILABLE
+        assert "this node is draining" in failure.details()
+        assert len(proxy.requests) == 1
 
 
 GROUPS = 2 * 2
