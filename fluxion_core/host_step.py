@@ -7,6 +7,7 @@ whatever chunks its prompt comes in.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import torch
@@ -17,7 +18,9 @@ from fluxion_core.geometry import WindowSpec
 from fluxion_core.hybrid_attention import HybridAttention
 from fluxion_core.kvstore.store import SequenceKv
 from fluxion_core.models.host_decoder import HostDecoder
+from fluxion_core.predictor.prompt_profile import PromptProfile
 from fluxion_core.prompt_chunk import PromptEnd, compute_chunk
+from fluxion_core.prompt_profiling import ProfilePace, PromptProfiling
 from fluxion_core.scheduler.pool_spans import PoolSpans
 
 
@@ -35,6 +38,7 @@ class HostStep:
     def __init__(self, decoder: HostDecoder, attention: HybridAttention) -> None:
         self._decoder = decoder
         self._attention = attention
+        self._pace = ProfilePace(decoder.config.num_layers)
         self.span_source = PoolSpans(attention.pool)
         """For traces of steps."""
 
@@ -60,6 +64,7 @@ class HostStep:
         Raises:
             FluxionError: see HybridAttention.begin_step.
         """
+        started = time.perf_counter()
         token_ids = torch.tensor([row.token_id for row in rows])
         positions = torch.tensor([row.sequence.num_tokens for row in rows])
         self._attention.begin_step(
@@ -69,16 +74,34 @@ class HostStep:
         )
         hidden = self._decoder(token_ids, positions, self._attention)
         reads = self._attention.end_step()
-        return self._decoder.logits(hidden), reads
+        logits = self._decoder.logits(hidden)
+        self._pace.step_took(time.perf_counter() - started)
+        return logits, reads
 
     @torch.inference_mode()
     def compute_chunk(
         self, sequence: SequenceKv, token_ids: Sequence[int], profile_window: WindowSpec | None
     ) -> PromptEnd | None:
         """The next tokens of a prompt; see `prompt_chunk.compute_chunk`."""
-        return compute_chunk(
+        started = time.perf_counter()
+        end = compute_chunk(
             self._decoder, self._attention, sequence, token_ids, profile_window=profile_window
         )
+        self._pace.chunk_took(time.perf_counter() - started)
+        return end
+
+    @torch.inference_mode()
+    def advance_profile(self, profiling: PromptProfiling) -> list[PromptProfile] | None:
+        """Go on with a prompt's profile for about as long as one layer of a step takes.
+
+        Returns:
+            The profile of each layer, if it is done.
+
+        Raises:
+            FluxionError: it holds values that are not finite.
+        """
+        self._pace.advance(profiling)
+        return profiling.profiles if profiling.is_done else None
 
     def close(self) -> None:
         """Nothing to do: memory goes with the process."""

@@ -18,8 +18,8 @@ from fluxion_core.geometry import WindowSpec
 from fluxion_core.hybrid_attention import HybridAttention
 from fluxion_core.kvstore.store import SequenceKv
 from fluxion_core.models.host_decoder import HostDecoder
-from fluxion_core.predictor.prompt_estimate import PromptEstimator, padded_tokens
-from fluxion_core.predictor.prompt_profile import PROFILED_QUERIES, PromptProfile
+from fluxion_core.predictor.prompt_profile import PROFILED_QUERIES
+from fluxion_core.prompt_profiling import PromptProfiling
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class PromptEnd:
 
     logits: Tensor
     """[vocab_size] float32, after the last token."""
-    profiles: list[PromptProfile]
-    """Of each layer, if they were asked for."""
+    profiling: PromptProfiling | None
+    """The prompt's profile, in the making, if it was asked for."""
 
 
 def next_chunk_tokens(num_left: int, most: int, *, wants_profile: bool) -> int:
@@ -62,51 +62,38 @@ def compute_chunk(
         attention: over the store that holds the sequence.
         sequence: whose prompt has begun (`SequenceKv.begin_prompt`).
         token_ids: the prompt's next tokens.
-        profile_window: the default window, if a profile of the prompt is wanted. It is made from
-            the queries of the last chunk, of up to 16 tokens.
+        profile_window: the default window, if a profile of the prompt is wanted. It is made, later,
+            from the queries of the last chunk, of up to 16 tokens.
 
     Returns:
         What follows from the prompt's last token; None before that.
     """
     first, count = sequence.num_tokens, len(token_ids)
     is_last = first + count == sequence.num_prompt_tokens
-    port: HybridAttention | _ProfilingAttention = attention
+    port: HybridAttention | _QueryKeeper = attention
     if is_last and profile_window is not None:
-        port = _ProfilingAttention(attention, sequence, profile_window)
+        port = _QueryKeeper(attention)
     attention.begin_chunk(sequence, count)
     hidden = decoder(torch.tensor(token_ids), torch.arange(first, first + count), port)
     attention.end_chunk()
     if not is_last:
         return None
     sequence.commit()
-    profiles = port.profiles if isinstance(port, _ProfilingAttention) else []
-    return PromptEnd(decoder.logits(hidden[-1:])[0], profiles)
+    profiling = None
+    if isinstance(port, _QueryKeeper) and profile_window is not None:
+        profiling = PromptProfiling(sequence, profile_window, port.queries, attention.pool)
+    return PromptEnd(decoder.logits(hidden[-1:])[0], profiling)
 
 
-class _ProfilingAttention:
-    """Attention of a prompt's last chunk that looks at what its last queries would have needed."""
+class _QueryKeeper:
+    """Attention of a prompt's last chunk that keeps its last queries."""
 
-    def __init__(
-        self, attention: HybridAttention, sequence: SequenceKv, window: WindowSpec
-    ) -> None:
+    def __init__(self, attention: HybridAttention) -> None:
         self._attention = attention
-        self._sequence = sequence
-        self._estimator = PromptEstimator(sequence.num_prompt_tokens, window)
-        self.profiles: list[PromptProfile] = []
+        self.queries: list[Tensor] = []
+        """Of each layer, [rows, heads, head_dim] float32."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See AttentionPort."""
-        attended = self._attention.attend(layer, query, key, value)
-        keys, values = self._stored(layer)
-        last = query[-PROFILED_QUERIES:].float()
-        self.profiles.append(self._estimator.estimate(last, keys, values))
-        return attended
-
-    def _stored(self, layer: int) -> tuple[Tensor, Tensor]:
-        """The prompt's K and V: each [kv_heads, padded tokens, head_dim] float32, then zeros."""
-        sequence = self._sequence
-        slabs = [sequence.store.slab_kv(slab)[layer] for slab in sequence.slabs]
-        blocks = torch.cat(slabs, dim=1)[:, : padded_tokens(sequence.num_prompt_tokens) // 16]
-        both = blocks.float().transpose(1, 2).flatten(2, 3)
-        both[:, :, sequence.num_prompt_tokens :] = 0
-        return both[:, 0], both[:, 1]
+        self.queries.append(query[-PROFILED_QUERIES:].to(torch.float32, copy=True))
+        return self._attention.attend(layer, query, key, value)

@@ -182,6 +182,25 @@ class LayerAttention:
     def read_bytes(self, sequence: int, /) -> tuple[int, int, int]: ...
     def runs(self, sequence: int, kv_head: int, /) -> list[tuple[int, int, int, int]]: ...
 
+class PromptNeeds:
+    def __init__(
+        self,
+        layout: SlabLayout,
+        slabs: int,
+        num_tokens: int,
+        rows: int,
+        heads: int,
+        regions: int,
+        counts: int,
+        radii: Sequence[float],
+        /,
+    ) -> None: ...
+    @property
+    def num_tiles(self) -> int: ...
+    def begin_layer(self, layer: int, query: int, /) -> None: ...
+    def advance(self, pool: TaskPool, work: int, wake_bytes: int, /) -> int: ...
+    def finish_layer(self, results: Sequence[int], /) -> None: ...
+
 class DenseLayers:
     def __init__(
         self,

@@ -93,7 +93,7 @@ class PromptEstimator:
                 for head in range(kv_heads)
             ]
             parts.append([torch.cat(column, 1) for column in zip(*looks, strict=True)])
-        needs = _needs(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        needs = needs_of_errors(*(torch.cat(column) for column in zip(*parts, strict=True)))
         kv = kv_distribution(key[:, : self._num_tokens], value[:, : self._num_tokens])
         profile = needs.summarize(1, kv[None])
         return PromptProfile(*(getattr(profile, field.name)[0] for field in fields(PromptProfile)))
@@ -114,10 +114,22 @@ class _Buffers:
         return held[:size].view(shape)
 
 
-def _needs(
+def blocks_of_budgets(totals: Tensor) -> Tensor:
+    """Blocks that each budget above 0 is: [..., budgets] int64, of so many blocks [...]."""
+    shares = torch.tensor(BUDGETS[1:], device=totals.device)
+    return torch.ceil(shares * totals[..., None] * (1 - 1e-6)).long()
+
+
+def needs_of_errors(
     errors: Tensor, norms: Tensor, region_mass: Tensor, bound_lse: Tensor, bound_1st: Tensor
 ) -> QueryNeeds:
-    """From what `_look` gives, of all rows and heads."""
+    """What one layer's queries would have needed, from what they would have lost and seen.
+
+    Args:
+        errors: [rows, heads, levels, len(BUDGETS)]: |o_sparse - o_full|.
+        norms: [rows, heads]: |o_full|.
+        region_mass, bound_lse, bound_1st: [rows, heads], of QueryNeeds.
+    """
     largest = norms.amax(1).clamp(min=1e-20)[:, None, None, None]
     logs = 2 * torch.log((errors / largest).clamp(min=ERROR_FLOOR))
     return QueryNeeds(
@@ -161,7 +173,6 @@ class _Regions:
             for level in range(len(BLOCK_SIZES))
         ]
         begins = [sum(level.shape[1] for level in levels[:number]) for number in range(len(levels))]
-        shares = torch.tensor(BUDGETS[1:], device=device)
         totals = torch.stack([level.sum(-1) for level in levels], 1)
         numbers = torch.arange(positions.start, tokens, device=device)
         last = torch.tensor(list(positions), device=device)[:, None]
@@ -179,7 +190,7 @@ class _Regions:
                 max(region.start for region in regions) // BLOCK_TOKENS,
                 min(region.stop for region in regions) // BLOCK_TOKENS,
             ),
-            counts=torch.ceil(shares * totals[..., None] * (1 - 1e-6)).long(),
+            counts=blocks_of_budgets(totals),
         )
 
 

@@ -16,6 +16,7 @@ PHASES = (
     *("score", "select", "attend"),
     *("look", "see", "predict", "predict", "choose"),
     *("output", "gate_up", "down", "qkv", "logits"),
+    "profile",
 )
 """Names of a task's phases, by number; see TaskSpan."""
 

@@ -2,9 +2,10 @@
 
 Life of a sequence: `submit` (its prompt's KV is whole in the store, its first token is
 known; or the prompt has begun, and what is not stored of it is computed here, a chunk between two
-steps of the others, which gives the first token), then one new token a step, each given to
-`on_token`, until that says stop, `cancel` is called, or the engine fails. Then `on_end` is called
-once, and from then on the engine does not touch the sequence's memory: the submitter may free it.
+steps of the others, which gives the first token, and then its profile, if its policy needs one, a
+slice between two steps), then one new token a step, each given to `on_token`, until that says stop,
+`cancel` is called, or the engine fails. Then `on_end` is called once, and from then on the engine
+does not touch the sequence's memory: the submitter may free it.
 
 What goes wrong with one sequence ends that one: it finds no slot or has no room for a token, a
 chunk of its prompt fails, no token can be drawn from its logits, its token or its end cannot be
@@ -36,7 +37,9 @@ from fluxion_core.errors import DeviceError, FluxionError
 from fluxion_core.generation.sampling import SamplingParams, sample
 from fluxion_core.geometry import WindowSpec
 from fluxion_core.kvstore.store import SequenceKv
+from fluxion_core.predictor.prompt_profile import PromptProfile
 from fluxion_core.prompt_chunk import PromptEnd, next_chunk_tokens
+from fluxion_core.prompt_profiling import PromptProfiling
 from fluxion_core.selector.planner import Planner, PlannerState
 from fluxion_core.selector.policy import Policy
 from fluxion_core.telemetry import event
@@ -96,6 +99,8 @@ class DecodeSequence:
     """Called once, with what went wrong, if anything did."""
     profiled: Profiled | None = None
     """If the prompt is computed here, for policies that need head profiles."""
+    profiling: PromptProfiling | None = None
+    """The profile that it waits for, between its first token and its first step."""
     slot: int | None = None
     """In the step's window, while it takes part in steps."""
     is_cancelled: bool = False
@@ -110,7 +115,17 @@ class DecodeSequence:
     queue_seconds: float = 0.0
     """From `submit` to the first chunk of its prompt, if that is computed here."""
     prefill_seconds: float = 0.0
-    """Time in chunks of its prompt."""
+    """Time in chunks of its prompt, and in slices of its profile."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether its prompt is: its first token is known."""
+        return bool(self.generated_token_ids)
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether it takes part in steps."""
+        return self.is_whole and self.profiling is None
 
 
 @dataclass
@@ -166,6 +181,10 @@ class PromptComputer(Protocol):
         self, sequence: SequenceKv, token_ids: Sequence[int], profile_window: WindowSpec | None
     ) -> PromptEnd | None:
         """Compute and store the next tokens of a prompt; its end, after the last."""
+        ...
+
+    def advance_profile(self, profiling: PromptProfiling) -> list[PromptProfile] | None:
+        """Go on with a profile, for as long as one layer of a step takes; it, once it is done."""
         ...
 
 
@@ -259,7 +278,7 @@ class DecodeEngine:
             for sequence in running:
                 if sequence.is_cancelled:
                     self._end(sequence, None)
-            self._advance_prompt(_not_ended(running))
+            self._advance_prompts(_not_ended(running))
             self._advance_streams(_not_ended(running))
             running = _not_ended(running)
         reason = self._failure or FluxionError("the decode engine has stopped")
@@ -309,28 +328,49 @@ class DecodeEngine:
                 self._fail(error)
             self._end(sequence, error)
 
-    def _advance_prompt(self, running: list[DecodeSequence]) -> None:
-        """A chunk of the oldest prompt that is not whole."""
-        sequence = next((one for one in running if not one.generated_token_ids), None)
-        if sequence is None:
-            return
+    def _advance_prompts(self, running: list[DecodeSequence]) -> None:
+        """A chunk of the oldest prompt that is not whole, and a slice of the oldest profile.
+
+        Where nobody waits for tokens, what is older is done first.
+        """
+        waiting = [one for one in running if not one.is_decoding]
+        has_streams = len(waiting) < len(running)
+        if not has_streams:
+            waiting = waiting[:1]
+        profiled = next((one for one in waiting if one.is_whole), None)
+        prompt = next((one for one in waiting if not one.is_whole), None)
+        if profiled is not None:
+            with self._preparing(profiled, "slice of a prompt's profile"):
+                self._advance_profile(profiled)
+        if prompt is not None:
+            if not prompt.prefill_seconds:
+                prompt.queue_seconds = time.perf_counter() - prompt.submitted
+            goes_on = True
+            with self._preparing(prompt, "chunk of a prompt"):
+                goes_on = self._compute_chunk(prompt, has_streams=has_streams)
+            if not goes_on:
+                self._end(prompt, None)
+
+    @contextmanager
+    def _preparing(self, sequence: DecodeSequence, what: str) -> Iterator[None]:
+        """Work for one sequence that is not decoding yet: its time counts, its failure ends it."""
         started = time.perf_counter()
-        if not sequence.prefill_seconds:
-            sequence.queue_seconds = started - sequence.submitted
-        has_streams = any(one.generated_token_ids for one in running)
         self._current = CurrentStep(self._statistics.steps + 1, started, (sequence.request_id,))
-        goes_on = True
-        with (
-            self._alone(sequence, "chunk of a prompt"),
-            self._trace.span(ENGINE_LANE, "prompt chunk"),
-        ):
-            goes_on = self._compute_chunk(sequence, has_streams=has_streams)
+        with self._alone(sequence, what), self._trace.span(ENGINE_LANE, what):
+            yield
         self._current = None
         seconds = time.perf_counter() - started
         self._statistics.busy_seconds += seconds
         sequence.prefill_seconds += seconds
-        if not goes_on:
-            self._end(sequence, None)
+
+    def _advance_profile(self, sequence: DecodeSequence) -> None:
+        assert self._prompts is not None
+        assert sequence.profiling is not None
+        assert sequence.profiled is not None
+        profiles = self._prompts.advance_profile(sequence.profiling)
+        if profiles is not None:
+            sequence.planner_state = sequence.profiled.planner.new_state(profiles)
+            sequence.profiling = None
 
     def _compute_chunk(self, sequence: DecodeSequence, *, has_streams: bool) -> bool:
         """The next tokens of a prompt, and after its last the first new one; whether to go on."""
@@ -348,17 +388,16 @@ class DecodeEngine:
         )
         if end is None:
             return True
-        if profiled is not None:
-            sequence.planner_state = profiled.planner.new_state(end.profiles)
+        sequence.profiling = end.profiling
         token = sample(end.logits, sequence.sampling, prompt, [], position=0)
         sequence.generated_token_ids.append(token)
         return sequence.on_token(token)
 
     def _advance_streams(self, running: list[DecodeSequence]) -> None:
-        """A step of every sequence that has its first token and can take part."""
+        """A step of every sequence that has all it needs and can take part."""
         rows: dict[DecodeSequence, StepRow] = {}
         for sequence in running:
-            if sequence.generated_token_ids:
+            if sequence.is_decoding:
                 with self._alone(sequence, "joining a step"):
                     rows[sequence] = self._row(sequence)
         if not rows or self._failure is not None:

@@ -195,10 +195,14 @@ def test_a_profile_from_the_store_is_prefills(
     sequence = store.reserve(PROMPT, 0)
     assert sequence.shared_tokens == len(PROMPT) - new_tokens
     end = in_chunks(host_decoder, sequence, PROMPT, 16, profile_window=WINDOW)
-    assert len(end.profiles) == CONFIG.num_layers
+    assert end.profiling is not None
+    while not end.profiling.is_done:
+        end.profiling.advance(1000)
+    profiles = end.profiling.profiles
+    assert len(profiles) == CONFIG.num_layers
     _, port = at_once(decoder, PROMPT)
     room = padded_tokens(len(PROMPT)) - len(PROMPT)
-    for found, (query, *kv) in zip(end.profiles, port.layers, strict=True):
+    for found, (query, *kv) in zip(profiles, port.layers, strict=True):
         key, value = (torch.nn.functional.pad(x.transpose(0, 1), (0, 0, 0, room)) for x in kv)
         last = query[-min(16, new_tokens) :]
         expected = PromptEstimator(len(PROMPT), WINDOW).estimate(last, key, value)

@@ -24,6 +24,7 @@ namespace fluxion {
 void bind_attention(nb::module_& m);  // attention_bindings.cpp
 void bind_dense(nb::module_& m);      // dense_bindings.cpp
 void bind_gpu(nb::module_& m);        // gpu_bindings.cpp
+void bind_needs(nb::module_& m);      // needs_bindings.cpp
 }
 
 namespace {
@@ -234,4 +235,5 @@ NB_MODULE(_native, m) {
   fluxion::bind_attention(m);
   fluxion::bind_dense(m);
   fluxion::bind_gpu(m);
+  fluxion::bind_needs(m);
 }

@@ -44,6 +44,29 @@ struct PartialState {
   float* weight_sums;
 };
 
+constexpr int kTileRows = 16;  // queries of one KV head that go through a prompt's blocks together
+constexpr uint8_t kWindowSlot = 0, kNoSlot = 255;
+
+// Rows of one KV head, and what they have drawn so far from a prompt's blocks, by slot.
+//   query        [rows][head_dim], unscaled
+//   seen         [rows] the first tokens of the prompt that a row sees
+//   slots        [level][rows][slots_stride[level]] of each block of the level, where its 16-token
+//                blocks' sums go; level 0 says which of these are the window's, which go nowhere else
+//   highest      [rows] highest score, in base 2; -inf before the first block
+//   masses       [rows][num_slots] sums of weights, relative to the highest
+//   sums         [rows][num_slots][sums_stride] weighted values, in any order of channels
+struct NeedsTile {
+  const float* query;
+  int32_t rows, head_dim, num_slots;
+  const int32_t* seen;
+  const uint8_t* slots[kLevels];
+  int64_t slots_stride[kLevels];
+  float* highest;
+  float* masses;
+  float* sums;
+  int64_t sums_stride;  // a multiple of 32, head_dim or more
+};
+
 // Of the upper bounds of one head's blocks, scaled.
 struct BoundStatistics {
   float best[4];  // highest first; -inf where there are fewer
@@ -108,6 +131,13 @@ struct KernelTable {
   // gated = silu(gate) * up, `num_panels` of each, taking turns in gate_up; rows so far apart.
   void (*gate_rows)(const float* gate_up, int64_t gate_up_stride, int32_t rows, int32_t num_panels,
                     float* gated, int64_t gated_stride);
+  // Go on through a prompt's blocks: the next of them, the first of which has this number.
+  void (*need_blocks)(const NeedsTile& tile, const uint16_t* const* blocks, int32_t first_block,
+                      int32_t num_blocks);
+  // Add rows of bf16, [count][head_dim], and the squares of them all.
+  //   sums  [head_dim rounded up to 32] in any order of channels
+  void (*add_moments)(const uint16_t* rows, int32_t count, int32_t head_dim, double* sums,
+                      double* squares);
 };
 
 extern const KernelTable kScalarKernels;

@@ -23,10 +23,16 @@ from tests.services.decode.test_engine import FakeStep, sequence_of
 
 
 class FakePrompts:
-    """Stores what it is given; the token after a prompt is 1. Prompts of 13s are not computed."""
+    """Stores what it is given; the token after a prompt is 1. Prompts of 13s are not computed.
 
-    def __init__(self, step: FakeStep) -> None:
+    A profile takes so many slices; one of a prompt of 7s fails in its last.
+    """
+
+    def __init__(self, step: FakeStep, num_slices: int = 1) -> None:
         self.step = step
+        self.num_slices = num_slices
+        self.slices: list[int] = []
+        """Steps before each slice of a profile."""
         self.ran: list[tuple[int, int, WindowSpec | None]] = []
         """Tokens of each chunk, steps before it, and the window of the profile."""
 
@@ -37,7 +43,17 @@ class FakePrompts:
         sequence.num_tokens += len(token_ids)
         if sequence.num_tokens < sequence.num_prompt_tokens:
             return None
-        return PromptEnd(torch.tensor([0.0, 1.0]), ["profile"] if profile_window else [])
+        profiling = SimpleNamespace(left=self.num_slices, is_bad=token_ids[0] == 7)
+        return PromptEnd(torch.tensor([0.0, 1.0]), profiling if profile_window else None)
+
+    def advance_profile(self, profiling):
+        self.slices.append(len(self.step.ran))
+        profiling.left -= 1
+        if profiling.left:
+            return None
+        if profiling.is_bad:
+            raise FluxionError("not finite")
+        return ["profile"]
 
 
 def prompt_of(
@@ -111,6 +127,72 @@ def test_a_prompts_last_chunk_gives_the_planner_its_profile():
     assert prompts.ran == [(CHUNK_ALONE.tokens + 5 - 16, 0, window), (16, 0, window)]
     assert sequence.planner_state == ("state", "profile")
     assert step.ran[0][0].state == ("state", "profile")
+
+
+PLANNER = SimpleNamespace(new_state=lambda profiles: ("state", *profiles))
+PROFILED = {"policy": ThresholdPolicy(0.1), "profiled": Profiled(PLANNER, WindowSpec())}
+
+
+def test_streams_make_a_step_between_two_slices_of_a_profile():
+    step, ends = FakeStep(), queue.Queue()
+    prompts = FakePrompts(step, num_slices=5)
+    stream = sequence_of(ExactPolicy(), None, 12, ends)
+    given = []
+    later = prompt_of(5, 2, ends, **PROFILED)
+    take = later.on_token
+    later.on_token = lambda token: given.append(len(step.ran)) or take(token)
+    assert run(step, prompts, [stream, later], ends) == [None, None]
+    # By hand: the chunk, a step, and then a slice before each step. Its first token does not wait
+    # for the profile; it joins the step after the last slice.
+    assert prompts.slices == [1, 2, 3, 4, 5]
+    assert given == [0, 6, 7]
+    assert [len(rows) for rows in step.ran[:8]] == [1, 1, 1, 1, 1, 2, 2, 1]
+    assert step.ran[5][1].state == ("state", "profile")
+
+
+def test_a_profile_does_not_keep_the_next_prompt_from_its_chunks():
+    step, ends = FakeStep(), queue.Queue()
+    prompts = FakePrompts(step, num_slices=6)
+    stream = sequence_of(ExactPolicy(), None, 12, ends)
+    first, second = prompt_of(5, 1, ends, **PROFILED), prompt_of(5, 1, ends)
+    assert run(step, prompts, [stream, first, second], ends) == [None] * 3
+    assert [steps for _, steps, _ in prompts.ran] == [0, 1]
+    assert prompts.slices == [1, 2, 3, 4, 5, 6]
+
+
+def test_where_nobody_waits_for_tokens_the_older_profile_is_done_first():
+    step, ends = FakeStep(), queue.Queue()
+    prompts = FakePrompts(step, num_slices=6)
+    sequences = [prompt_of(5, 1, ends, **PROFILED), prompt_of(5, 1, ends)]
+    assert run(step, prompts, sequences, ends) == [None, None]
+    assert prompts.slices == [0] * 6
+    # The second one's chunk came when the first one had made its step.
+    assert [steps for _, steps, _ in prompts.ran] == [0, 1]
+    assert len(step.ran[0]) == 1
+
+
+def test_a_sequence_that_is_given_up_is_profiled_no_further():
+    step, ends = FakeStep(), queue.Queue()
+    prompts = FakePrompts(step, num_slices=1000)
+    sequence = prompt_of(5, 2, ends, **PROFILED)
+    advance = prompts.advance_profile
+
+    def give_up(profiling):
+        sequence.is_cancelled = True
+        return advance(profiling)
+
+    prompts.advance_profile = give_up
+    assert run(step, prompts, [sequence], ends) == [None]
+    assert (len(prompts.slices), step.ran) == (1, [])
+
+
+def test_a_profile_that_fails_ends_its_own_sequence_only():
+    step, ends = FakeStep(), queue.Queue()
+    prompts = FakePrompts(step, num_slices=3)
+    broken, sound = prompt_of(5, 2, ends, token=7, **PROFILED), prompt_of(5, 2, ends, **PROFILED)
+    outcomes = run(step, prompts, [broken, sound], ends)
+    assert [type(outcome) for outcome in outcomes] == [FluxionError, type(None)]
+    assert sound.generated_token_ids == [1, 1, 1]
 
 
 def test_a_first_token_may_be_the_last():

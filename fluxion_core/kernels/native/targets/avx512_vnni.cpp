@@ -11,8 +11,10 @@
 #include "ops/span_digest.inl"
 #include "ops/span_score.inl"
 #include "ops/sparse_attention.inl"
+#include "ops/prompt_needs.inl"
 
 const fluxion::KernelTable fluxion::kAvx512VnniKernels = {
     "avx512_vnni",     digest_blocks, digest_span, copy_past_cache, score_tiles,
     score_spans, choose_top,    attend_runs, read_pieces,
-    dense_rows,  bound_statistics, dense_rows_bf16, add_norm_row, gate_rows};
+    dense_rows,  bound_statistics, dense_rows_bf16, add_norm_row, gate_rows,
+    need_blocks, add_moments};
