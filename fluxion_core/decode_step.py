@@ -199,7 +199,10 @@ class StepWork:
         return result
 
     def finish(self) -> list[StepReads]:
-        """Count the new tokens; returns what was read for each sequence."""
+        """Count the new tokens; returns what was read for each sequence.
+
+        One whose new K or V is not finite has `damage` now, and its token does not count.
+        """
         self.append.advance(self._are_exact)
         return [self._reads(row) for row in range(len(self.regions))]
 
@@ -261,6 +264,7 @@ class ChunkWork:
 
     def __init__(self, sequence: SequenceKv, count: int, num_heads: int) -> None:
         geometry = sequence.store.geometry
+        self._sequence = sequence
         self.append = StepAppend(geometry, [sequence], [count])
         first = sequence.num_tokens
         table = sequence.slab_table.data_ptr()
@@ -274,8 +278,14 @@ class ChunkWork:
         self.budgets = np.zeros((1, count, num_heads), np.int32)
 
     def finish(self) -> None:
-        """Count the tokens."""
+        """Count the tokens.
+
+        Raises:
+            NonFiniteKvError: K or V of one of them is not finite; none counts.
+        """
         self.append.advance([True])
+        if self._sequence.damage is not None:
+            raise self._sequence.damage
 
 
 def checked_states(

@@ -11,6 +11,7 @@
     │   ├── FrameFormatError        bad magic, version, kind or length
     │   ├── FrameChecksumError      CRC32C differs
     │   ├── FrameOrderError         a gap, a repeat or an overlap
+    │   ├── NonFiniteKvError        K or V holds NaN or an infinity
     │   └── StreamTruncatedError    the stream ended before its trailer
     ├── PeerUnavailableError        the other node is gone or refuses
     ├── DrainingError               this node is going away
@@ -126,6 +127,17 @@ class FrameOrderError(HandoffError):
         super().__init__(
             f"layer {layer}: expected the frame at token {expected_token}, "
             f"got one at token {found_token} ({kind})"
+        )
+
+
+class NonFiniteKvError(HandoffError):
+    """K or V of a token is NaN or infinite, as it came or as a step has made it."""
+
+    def __init__(self, *, layer: int, token: int) -> None:
+        self.layer, self.token = layer, token
+        super().__init__(
+            f"K or V of token {token} in layer {layer} is NaN or infinite; weights or memory of "
+            f"the node that computed it may be damaged"
         )
 
 

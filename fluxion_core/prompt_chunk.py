@@ -67,6 +67,9 @@ def compute_chunk(
 
     Returns:
         What follows from the prompt's last token; None before that.
+
+    Raises:
+        NonFiniteKvError: K or V of one of them came out as NaN or infinite.
     """
     first, count = sequence.num_tokens, len(token_ids)
     is_last = first + count == sequence.num_prompt_tokens

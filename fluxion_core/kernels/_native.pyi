@@ -26,7 +26,7 @@ def ingest_blocks(
     payload: int,
     payload_head_bytes: int,
     /,
-) -> None: ...
+) -> bool: ...
 def append_tokens(
     layout: SlabLayout,
     slabs: int,
@@ -37,6 +37,7 @@ def append_tokens(
     key_stride: int,
     value: int,
     value_stride: int,
+    first_not_finite: int,
     /,
 ) -> None: ...
 def score_blocks(
@@ -272,6 +273,7 @@ class StepDriver:
         step: int,
         slabs: int,
         tokens: int,
+        first_not_finite: int,
         levels: int,
         budgets: int,
         plan_layers: int,

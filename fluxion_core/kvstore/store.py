@@ -40,9 +40,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fluxion_core.errors import CapacityError, FluxionError, FrameFormatError, StreamTruncatedError
+from fluxion_core.errors import (
+    CapacityError,
+    FluxionError,
+    FrameFormatError,
+    NonFiniteKvError,
+    StreamTruncatedError,
+)
 from fluxion_core.geometry import BLOCK_TOKENS, KvGeometry, ceil_div
 from fluxion_core.kernels.block_digest import cpu as block_digest
+from fluxion_core.kernels.block_digest import reference
 from fluxion_core.kvstore.arena import Arena
 from fluxion_core.kvstore.prefix_index import (
     Prefix,
@@ -301,6 +308,9 @@ class HostKvStore:
 class SequenceKv:
     """One sequence's hold on the store. Made by `HostKvStore.reserve`; ended by `release`."""
 
+    damage: NonFiniteKvError | None = None
+    """What was found in the KV of an appended token; nothing of it may be kept or attended to."""
+
     def __init__(
         self,
         store: HostKvStore,
@@ -369,6 +379,7 @@ class SequenceKv:
 
         Raises:
             FrameFormatError: not the layer's next tokens, beyond the prompt, or of a wrong size.
+            NonFiniteKvError: K or V of one of them is NaN or infinite.
         """
         geometry = self._store.geometry
         num_blocks = ceil_div(num_tokens, BLOCK_TOKENS)
@@ -386,9 +397,10 @@ class SequenceKv:
         self._grow_to(end)
         self._tail = None
         address = np.frombuffer(payload, dtype=np.uint8).ctypes.data
+        is_finite = True
         for ordinal, inside, count in geometry.split_by_slab(first_token, num_tokens):
             done = ordinal * geometry.slab_tokens + inside - first_token
-            block_digest.ingest_blocks(
+            is_finite &= block_digest.ingest_blocks(
                 geometry,
                 int(self.slab_table[ordinal]),
                 layer,
@@ -397,6 +409,9 @@ class SequenceKv:
                 address + done // BLOCK_TOKENS * geometry.block_bytes,
                 num_blocks * geometry.block_bytes,
             )
+        if not is_finite:
+            token = first_token + _first_not_finite(geometry, payload, num_tokens)
+            raise NonFiniteKvError(layer=layer, token=token)
         self._next_token[layer] = end
 
     def begin_prompt(self) -> None:
@@ -413,7 +428,9 @@ class SequenceKv:
 
         Raises:
             StreamTruncatedError: a layer is not whole.
+            NonFiniteKvError: see `damage`.
         """
+        self._refuse_damage()
         whole = [self.num_tokens] if self._may_append else self._next_token
         for layer, next_token in enumerate(whole):
             if next_token != self.num_prompt_tokens:
@@ -436,7 +453,11 @@ class SequenceKv:
         Args:
             generated_token_ids: that followed the prompt; those whose KV is not stored (the last
                 one, as a rule) may be among them.
+
+        Raises:
+            NonFiniteKvError: see `damage`.
         """
+        self._refuse_damage()
         stored = np.concatenate([self._prompt, token_array(generated_token_ids)])[: self.num_tokens]
         assert len(stored) == self.num_tokens, "a stored token has no name"
         if self.num_tokens > self.exact_tokens and not self._approximation:
@@ -449,6 +470,10 @@ class SequenceKv:
         if len(rest):
             name = self._store.prefixes.tail_name(self._keys, rest, self._tag(len(stored)))
             self._tail = self._slabs[len(self._keys)], name
+
+    def _refuse_damage(self) -> None:
+        if self.damage is not None:
+            raise self.damage
 
     def _publish_full(self, tokens: TokenArray) -> None:
         """Publish slabs that these tokens, all stored, fill and that are not published yet."""
@@ -556,17 +581,47 @@ class StepAppend:
         ]
         self._slabs = torch.tensor([slab for slab, _ in places], dtype=torch.int64)
         self._tokens = torch.tensor([token for _, token in places], dtype=torch.int64)
+        self._first_not_finite = torch.full((len(places),), geometry.num_layers, dtype=torch.int32)
 
     @property
-    def addresses(self) -> tuple[int, int]:
-        """Of the slabs that take the tokens, and of the places there; both int64."""
-        return self._slabs.data_ptr(), self._tokens.data_ptr()
+    def addresses(self) -> tuple[int, int, int]:
+        """Of the slabs that take the tokens and of the places there, both int64; and, int32, of the
+        first layer in which each token's K or V is not finite, the number of layers if in none."""
+        return (
+            self._slabs.data_ptr(),
+            self._tokens.data_ptr(),
+            self._first_not_finite.data_ptr(),
+        )
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Write one layer. key, value: see `block_digest.append_tokens`."""
-        block_digest.append_tokens(self._geometry, self._slabs, self._tokens, layer, key, value)
+        block_digest.append_tokens(
+            self._geometry, self._slabs, self._tokens, layer, key, value, self._first_not_finite
+        )
 
     def advance(self, are_exact: Sequence[bool]) -> None:
-        """Count the tokens, after the last layer. are_exact: see SequenceKv.advance."""
+        """Count the tokens, after the last layer. are_exact: see SequenceKv.advance.
+
+        Those of a sequence of which one is not finite do not count: it has `damage` then.
+        """
+        first = 0
+        layers = self._first_not_finite.tolist()
         for sequence, count, is_exact in zip(self._sequences, self._counts, are_exact, strict=True):
-            sequence.advance(count, is_exact=is_exact)
+            for place, layer in enumerate(layers[first : first + count]):
+                if layer < self._geometry.num_layers:
+                    token = sequence.num_tokens + place
+                    sequence.damage = NonFiniteKvError(layer=layer, token=token)
+                    break
+            else:
+                sequence.advance(count, is_exact=is_exact)
+            first += count
+
+
+def _first_not_finite(geometry: KvGeometry, payload: bytes | memoryview, num_tokens: int) -> int:
+    """Of a payload of which one token is not finite: how many tokens are before it."""
+    bits = torch.from_numpy(np.frombuffer(payload, dtype=np.int16).copy())
+    shape = (geometry.num_kv_heads, -1, 2, BLOCK_TOKENS, geometry.head_dim)
+    kv = bits.view(torch.bfloat16).view(shape).transpose(1, 2).flatten(2, 3)
+    token = reference.first_not_finite(kv[:, :, :num_tokens])
+    assert token is not None, "the native check and torch disagree"
+    return token

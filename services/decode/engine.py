@@ -442,6 +442,8 @@ class DecodeEngine:
 
     def _take_token(self, sequence: DecodeSequence, logits: Tensor, reads: StepReads) -> bool:
         """Draw a sequence's next token and deliver it; whether to go on."""
+        if sequence.kv.damage is not None:
+            raise sequence.kv.damage
         token = sample(
             logits,
             sequence.sampling,

@@ -67,3 +67,28 @@ def test_a_row_that_cannot_take_part_is_told_before_the_step():
         step.check(StepRow(full, 0, 1, ExactPolicy()))
     with pytest.raises(FluxionError, match="needs a planner"):
         step.check(StepRow(roomy, 0, 1, ThresholdPolicy(0.1)))
+
+
+def test_a_token_whose_kv_is_not_finite_is_its_sequences_alone():
+    logits = []
+    for is_damaged in (False, True):
+        pool, store = CpuPool(2), store_for(16)
+        decoder = random_decoder("cpu")
+        if is_damaged:
+            with torch.no_grad():
+                decoder.embedding[500] = torch.inf
+        attention = HybridAttention(store, WINDOW, num_heads=CONFIG.num_heads, pool=pool)
+        step = HostStep(HostDecoder(decoder, pool), attention)
+        generator = torch.Generator().manual_seed(4)
+        sequences = [random_sequence(store, 400, 2, generator, first=n) for n in range(3)]
+        rows = [
+            StepRow(sequence, 0, token, FixedPolicy(16, 0.2))
+            for sequence, token in zip(sequences, (7, 500, 8), strict=True)
+        ]
+        found, _ = step.run(rows)
+        # The embedding is the head too: that token's own logit says so.
+        logits.append(found[[0, 2], :500].clone())
+    assert torch.equal(*logits)
+    assert [sequence.num_tokens for sequence in sequences] == [401, 400, 401]
+    assert sequences[1].damage is not None
+    assert (sequences[1].damage.layer, sequences[1].damage.token) == (0, 400)

@@ -114,6 +114,38 @@ def test_every_step_reads_and_gives_what_the_torch_planner_says(
     assert len(seen_levels) >= 3
 
 
+@pytest.mark.parametrize("digest_bits", [16, 8])
+@pytest.mark.parametrize("where", ["query", "key", "value"])
+def test_rows_that_are_not_numbers_leave_the_others_as_they_are(where: str, digest_bits: int):
+    planner = make_planner(
+        LAYERS, HEADS, KV_HEADS, DIM, network=random_network(3), digest_bits=digest_bits
+    )
+    bad = {
+        "query": slice(0, HEADS),
+        "key": slice(HEADS, -KV_HEADS),
+        "value": slice(-KV_HEADS, None),
+    }
+    policies: list[Policy] = [
+        *(MarginalPolicy(20.0), ThresholdPolicy(0.6), FixedPolicy(16, 0.1), ExactPolicy())
+    ] * 2
+    results = []
+    for is_damaged in (False, True):
+        store = make_store(digest_bits)
+        pool = CpuPool(2)
+        attention = HybridAttention(store, WINDOW, num_heads=HEADS, pool=pool, planner=planner)
+        sequences = [fill(store, planner, 1301, seed) for seed in range(8)]
+        generator = torch.Generator().manual_seed(5)
+        for _ in range(3):
+            rows = [token(generator) for _ in sequences]
+            for row in rows[:4] if is_damaged else ():
+                row[0, bad[where]] = torch.nan
+            outputs, _, _ = run_step(attention, sequences, policies, rows)
+        has_bad_kv = is_damaged and where != "query"
+        assert [s.kv.damage is not None for s in sequences] == [has_bad_kv] * 4 + [False] * 4
+        results.append(outputs[4:])
+    assert torch.equal(*results)
+
+
 def test_a_sequences_result_does_not_depend_on_its_company_or_on_the_threads():
     planner = make_planner(LAYERS, HEADS, KV_HEADS, DIM, network=random_network(3))
     free = (LENGTHS[5], LENGTHS[6], LENGTHS[7], LENGTHS[4], LENGTHS[0])

@@ -19,7 +19,7 @@ def ingest_blocks(
     num_tokens: int,
     payload_address: int,
     payload_head_bytes: int,
-) -> None:
+) -> bool:
     """Copy blocks of one layer into a slab and digest every complete one at all block sizes.
 
     A ragged last block is filled up with zeros and not digested. Blocks of a
@@ -33,6 +33,9 @@ def ingest_blocks(
         num_tokens: tokens to take, at most to the slab's end.
         payload_address: `[kv_head][block][K 16 x D | V 16 x D]` bf16, at the first block to take.
         payload_head_bytes: from one head of the payload to the next.
+
+    Returns:
+        Whether K and V of all tokens taken are finite. They are in the slab in any case.
 
     Raises:
         ShapeError: the run does not lie on blocks inside the slab.
@@ -49,7 +52,7 @@ def ingest_blocks(
             f"tokens {first_token_in_slab} to {first_token_in_slab + num_tokens} of layer {layer} "
             f"are no blocks of a slab of {geometry.slab_tokens} tokens"
         )
-    _native.ingest_blocks(
+    return _native.ingest_blocks(
         native_layout(geometry),
         slab_address,
         layer,
@@ -67,6 +70,7 @@ def append_tokens(
     layer: int,
     key: Tensor,
     value: Tensor,
+    first_not_finite: Tensor,
 ) -> None:
     """Write one token's K and V of one layer for every sequence of a batch, in bfloat16.
 
@@ -79,6 +83,8 @@ def append_tokens(
         layer: 0 to num_layers - 1.
         key: [batch, kv_heads, head_dim] float32 on the CPU; rows may lie apart.
         value: like key.
+        first_not_finite: [batch] int32; lowered to `layer` where K or V is NaN or an infinity, as
+            it is stored.
 
     Raises:
         ShapeError: shapes, dtypes or strides differ from the above.
@@ -89,6 +95,8 @@ def append_tokens(
             raise ShapeError(f"expected {shape} float32, got {tuple(tensor.shape)} {tensor.dtype}")
         if tensor.stride()[1:] != (geometry.head_dim, 1) or tensor.device.type != "cpu":
             raise ShapeError("each token's keys and values must be contiguous and on the CPU")
+    if first_not_finite.shape != shape[:1] or first_not_finite.dtype != torch.int32:
+        raise ShapeError(f"first_not_finite is {tuple(first_not_finite.shape)}; one int32 a row")
     if not 0 <= layer < geometry.num_layers:
         raise ShapeError(f"layer {layer} of {geometry.num_layers}")
     _native.append_tokens(
@@ -101,4 +109,5 @@ def append_tokens(
         key.stride(0),
         value.data_ptr(),
         value.stride(0),
+        first_not_finite.data_ptr(),
     )

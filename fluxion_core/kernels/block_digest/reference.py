@@ -24,6 +24,16 @@ def digest(keys: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     return low, high
 
 
+def first_not_finite(kv: Tensor) -> int | None:
+    """The first token whose K or V is NaN or an infinity; None if all are finite.
+
+    Args:
+        kv: [kv_heads, 2, tokens, head_dim].
+    """
+    is_bad = ~kv.isfinite().all(-1).all(1).all(0)
+    return int(is_bad.nonzero()[0]) if is_bad.any() else None
+
+
 def unpack_tiles(records: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
     """Digests from tiles of 16 bits.
 

@@ -56,39 +56,56 @@ void digest_payload(const SlabLayout& layout, uintptr_t slab, int64_t layer, int
   }
 }
 
-void ingest_blocks(const SlabLayout& layout, uintptr_t slab, int64_t layer, int64_t first_token,
+// Rows of K, then V, of one block; those behind `rows` become zeros. Returns whether the others are
+// finite.
+bool copy_ragged_block(const char* from, int64_t rows, int64_t dim, char* to) {
+  std::memset(to, 0, size_t(2 * kBlockTokens * dim * 2));
+  bool is_finite = true;
+  for (int64_t side = 0; side < 2; ++side) {
+    const int64_t first = side * kBlockTokens * dim;
+    for (int64_t i = first; i < first + rows * dim; ++i) {
+      const uint16_t bits = reinterpret_cast<const uint16_t*>(from)[i];
+      reinterpret_cast<uint16_t*>(to)[i] = bits;
+      is_finite &= fluxion::is_finite_bf16(bits);
+    }
+  }
+  return is_finite;
+}
+
+// Returns whether all K and V are finite.
+bool ingest_blocks(const SlabLayout& layout, uintptr_t slab, int64_t layer, int64_t first_token,
                    int64_t num_tokens, uintptr_t payload, int64_t payload_head_bytes) {
   nb::gil_scoped_release unlocked;
   const int64_t first_block = first_token / kBlockTokens;
   const int64_t complete = num_tokens / kBlockTokens;
-  const int64_t copied = (num_tokens + kBlockTokens - 1) / kBlockTokens;
+  const int64_t rest = num_tokens % kBlockTokens;
+  bool is_finite = true;
   for (int64_t head = 0; head < layout.kv_heads; ++head) {
     const char* from = reinterpret_cast<const char*>(payload) + head * payload_head_bytes;
     // Digests are made from the payload, which that pulls into the cache for the copy.
     digest_payload(layout, slab, layer, head, first_block, complete, from);
-    kernels().copy_past_cache(layout.blocks(slab, layer, head) + first_block * layout.block_bytes,
-                              from, copied * layout.block_bytes);
+    char* to = layout.blocks(slab, layer, head) + first_block * layout.block_bytes;
+    is_finite &= kernels().copy_past_cache(to, from, complete * layout.block_bytes);
     digest_begun_span(layout, slab, layer, head, first_block, first_block + complete);
-    if (copied > complete) {
+    if (rest) {
       // What lies behind the last token is zeros, whatever the sender put there.
-      uint16_t* last = reinterpret_cast<uint16_t*>(layout.blocks(slab, layer, head) +
-                                                   (first_block + complete) * layout.block_bytes);
-      const int64_t rows = num_tokens % kBlockTokens, dim = layout.head_dim;
-      std::fill(last + rows * dim, last + kBlockTokens * dim, uint16_t(0));
-      std::fill(last + (kBlockTokens + rows) * dim, last + 2 * kBlockTokens * dim, uint16_t(0));
+      is_finite &= copy_ragged_block(from + complete * layout.block_bytes, rest, layout.head_dim,
+                                     to + complete * layout.block_bytes);
     }
   }
+  return is_finite;
 }
 
 // key, value: [batch] rows of [kv_heads][head_dim] floats, so many elements apart.
 void append_tokens(const SlabLayout& layout, uintptr_t slabs, uintptr_t tokens_in_slab,
                    int64_t batch, int64_t layer, uintptr_t key, int64_t key_stride,
-                   uintptr_t value, int64_t value_stride) {
+                   uintptr_t value, int64_t value_stride, uintptr_t first_not_finite) {
   nb::gil_scoped_release unlocked;
   fluxion::append_rows(layout, reinterpret_cast<const int64_t*>(slabs),
                        reinterpret_cast<const int64_t*>(tokens_in_slab), batch, layer,
                        reinterpret_cast<const float*>(key), key_stride,
-                       reinterpret_cast<const float*>(value), value_stride);
+                       reinterpret_cast<const float*>(value), value_stride,
+                       reinterpret_cast<int32_t*>(first_not_finite));
 }
 
 // Scores of blocks [first_block, first_block + num_blocks) of one level of one head of a sequence.

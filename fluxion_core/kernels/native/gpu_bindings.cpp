@@ -60,16 +60,17 @@ void bind_driver(nb::module_& m) {
       .def(
           "run",
           [](StepDriver& self, TaskPool& pool, LayerAttention& attention, GpuLane* lane, bool alone,
-             int64_t batch, int32_t step, uintptr_t slabs, uintptr_t tokens, uintptr_t levels,
-             uintptr_t budgets, int64_t plan_layers, uintptr_t sources, int64_t wake_bytes) {
+             int64_t batch, int32_t step, uintptr_t slabs, uintptr_t tokens,
+             uintptr_t first_not_finite, uintptr_t levels, uintptr_t budgets, int64_t plan_layers, uintptr_t sources, int64_t wake_bytes) {
             nb::gil_scoped_release unlocked;
             self.run(pool, attention, lane, alone, batch, step, at<const int64_t>(slabs),
-                     at<const int64_t>(tokens), at<const int32_t>(levels),
+                     at<const int64_t>(tokens), at<int32_t>(first_not_finite),
+                     at<const int32_t>(levels),
                      at<const int32_t>(budgets), plan_layers, at<const int32_t>(sources),
                      wake_bytes);
           },
           nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
-          nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg());
+          nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg());
 }
 
 }  // namespace

@@ -80,9 +80,9 @@ struct KernelTable {
   // Digest 16 complete blocks at all four levels in bytes: ops/span_digest.inl has the layout.
   void (*digest_span)(const uint16_t* keys, int64_t block_elements, int32_t head_dim,
                       uint8_t* const* levels);
-  // Copy to memory that will not be read soon, without first reading it into the cache.
-  // `to` is aligned to 64 bytes, `bytes` is a multiple of 64.
-  void (*copy_past_cache)(void* to, const void* from, int64_t bytes);
+  // Copy bf16 values to memory that will not be read soon, without first reading it into the cache.
+  // Returns whether all of them are finite. `to` is aligned to 64 bytes, `bytes` is a multiple of 64.
+  bool (*copy_past_cache)(void* to, const void* from, int64_t bytes);
   // Score every block of some tiles: with radius 1 a bound of its best q.k, with less a guess of it.
   //   query    [group][head_dim], unscaled
   //   radius   what half the extent of a block's keys counts, 0 to 1

@@ -1,5 +1,6 @@
 #include "kv_append.h"
 
+#include <algorithm>
 #include <cstring>
 
 namespace fluxion {
@@ -26,9 +27,10 @@ void digest_begun_span(const SlabLayout& layout, uintptr_t slab, int64_t layer, 
 
 void append_rows(const SlabLayout& layout, const int64_t* slabs, const int64_t* tokens,
                  int64_t batch, int64_t layer, const float* key, int64_t key_stride,
-                 const float* value, int64_t value_stride) {
+                 const float* value, int64_t value_stride, int32_t* first_not_finite) {
   const int64_t dim = layout.head_dim;
   for (int64_t i = 0; i < batch; ++i) {
+    bool is_finite = true;
     const int64_t block = tokens[i] / kBlockTokens, row = tokens[i] % kBlockTokens;
     for (int64_t head = 0; head < layout.kv_heads; ++head) {
       uint16_t* to = reinterpret_cast<uint16_t*>(
@@ -38,8 +40,10 @@ void append_rows(const SlabLayout& layout, const int64_t* slabs, const int64_t* 
       const float* k = key + i * key_stride + head * dim;
       const float* v = value + i * value_stride + head * dim;
       for (int64_t channel = 0; channel < dim; ++channel) {
-        to[row * dim + channel] = to_bf16(k[channel]);
-        to[(kBlockTokens + row) * dim + channel] = to_bf16(v[channel]);
+        const uint16_t stored_k = to_bf16(k[channel]), stored_v = to_bf16(v[channel]);
+        to[row * dim + channel] = stored_k;
+        to[(kBlockTokens + row) * dim + channel] = stored_v;
+        is_finite &= is_finite_bf16(stored_k) & is_finite_bf16(stored_v);
       }
       if (row < kBlockTokens - 1) continue;
       const uintptr_t slab = uintptr_t(slabs[i]);
@@ -49,6 +53,7 @@ void append_rows(const SlabLayout& layout, const int64_t* slabs, const int64_t* 
         digest_begun_span(layout, slab, layer, head, block, block + 1);
       }
     }
+    if (!is_finite) first_not_finite[i] = std::min(first_not_finite[i], int32_t(layer));
   }
 }
 

@@ -15,8 +15,9 @@ void digest_begun_span(const SlabLayout& layout, uintptr_t slab, int64_t layer, 
 // One token of one layer for every sequence of a batch, rounded to bf16.
 //   slabs, tokens  [batch] the slab that takes it, and its position there
 //   key, value     [batch] rows of [kv_heads][head_dim], so many elements apart
+//   first_not_finite  [batch] lowered to `layer` where a stored value is NaN or an infinity
 void append_rows(const SlabLayout& layout, const int64_t* slabs, const int64_t* tokens,
                  int64_t batch, int64_t layer, const float* key, int64_t key_stride,
-                 const float* value, int64_t value_stride);
+                 const float* value, int64_t value_stride, int32_t* first_not_finite);
 
 }  // namespace fluxion

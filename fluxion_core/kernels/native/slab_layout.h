@@ -9,6 +9,9 @@
 
 namespace fluxion {
 
+// Whether the exponent is not all ones.
+inline bool is_finite_bf16(uint16_t bits) { return (bits & 0x7f80) != 0x7f80; }
+
 struct SlabLayout {
   int64_t layers, kv_heads, head_dim, slab_blocks;
   int64_t block_bytes, head_kv_bytes, layer_kv_bytes, kv_bytes;

@@ -20,7 +20,7 @@ StepDriver::StepDriver(const SlabLayout& layout, const StepBoard& board, int64_t
 
 void StepDriver::run(TaskPool& pool, LayerAttention& attention, GpuLane* lane, bool alone,
                      int64_t batch, int32_t step, const int64_t* slabs, const int64_t* tokens,
-                     const int32_t* levels, const int32_t* budgets, int64_t plan_layers,
+                     int32_t* first_not_finite, const int32_t* levels, const int32_t* budgets, int64_t plan_layers,
                      const int32_t* sources, int64_t wake_bytes) {
   if (lane != nullptr) lane->begin_step();
   const bool takes_plans = std::any_of(sources, sources + batch, [](int32_t s) { return s != kGiven; });
@@ -36,7 +36,7 @@ void StepDriver::run(TaskPool& pool, LayerAttention& attention, GpuLane* lane, b
     // Regions end before the new tokens: these are appended while others are at work, unless a plan
     // looks at the window first, or is still being made.
     const bool appends_first = attention.makes_plans() || takes_plans;
-    if (appends_first) append(layer, batch, slabs, tokens);
+    if (appends_first) append(layer, batch, slabs, tokens, first_not_finite);
     if (takes_plans) {
       take_plans(layer, batch, step, layer_levels, layer_budgets, sources);
       layer_levels = levels_.data();
@@ -47,7 +47,7 @@ void StepDriver::run(TaskPool& pool, LayerAttention& attention, GpuLane* lane, b
                      board_.output, board_.lse, wake_bytes, alone, lane);
     const bool lane_takes_part = lane != nullptr && lane->has_begun();
     if (lane_takes_part) lane->poll();
-    if (!appends_first) append(layer, batch, slabs, tokens);
+    if (!appends_first) append(layer, batch, slabs, tokens, first_not_finite);
     pool.wait(lane_takes_part ? lane : nullptr);
     if (lane_takes_part) lane->end();
     std::atomic_thread_fence(std::memory_order_release);
@@ -58,7 +58,7 @@ void StepDriver::run(TaskPool& pool, LayerAttention& attention, GpuLane* lane, b
   for (int64_t layer = 0; layer < board_.layers; ++layer) {
     if (!board_.skip[layer]) continue;
     await(layer, batch, step);
-    append(layer, batch, slabs, tokens);
+    append(layer, batch, slabs, tokens, first_not_finite);
   }
 }
 
@@ -102,11 +102,12 @@ void StepDriver::take_plans(int64_t layer, int64_t batch, int32_t step, const in
   }
 }
 
-void StepDriver::append(int64_t layer, int64_t batch, const int64_t* slabs,
-                        const int64_t* tokens) const {
+void StepDriver::append(int64_t layer, int64_t batch, const int64_t* slabs, const int64_t* tokens,
+                        int32_t* first_not_finite) const {
   const float* key = rows(layer) + heads_ * layout_.head_dim;
   const float* value = key + layout_.kv_heads * layout_.head_dim;
-  append_rows(layout_, slabs, tokens, batch, layer, key, row_stride(), value, row_stride());
+  append_rows(layout_, slabs, tokens, batch, layer, key, row_stride(), value, row_stride(),
+              first_not_finite);
 }
 
 }  // namespace fluxion

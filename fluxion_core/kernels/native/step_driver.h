@@ -44,13 +44,14 @@ class StepDriver {
 
   // One step, whose graph has been launched.
   //   slabs, tokens    [batch] where each sequence's new token goes
+  //   first_not_finite  [batch] lowered to the first layer in which its K or V is not finite
   //   levels, budgets  [plan_layers][batch]…, see LayerAttention::submit; plan_layers may be 1
   //   sources          [batch] PlanSource
   //   lane             null: the CPUs alone. alone: the lane alone.
   // Throws std::runtime_error if the GPU does not publish in time.
   void run(TaskPool& pool, LayerAttention& attention, GpuLane* lane, bool alone, int64_t batch,
-           int32_t step, const int64_t* slabs, const int64_t* tokens, const int32_t* levels,
-           const int32_t* budgets, int64_t plan_layers, const int32_t* sources, int64_t wake_bytes);
+           int32_t step, const int64_t* slabs, const int64_t* tokens, int32_t* first_not_finite,
+           const int32_t* levels, const int32_t* budgets, int64_t plan_layers, const int32_t* sources, int64_t wake_bytes);
 
  private:
   // What a step waits with: until when is known once it has waited for long.
@@ -58,7 +59,8 @@ class StepDriver {
   void await(int64_t layer, int64_t batch, int32_t step) const;
   void take_plans(int64_t layer, int64_t batch, int32_t step, const int32_t* levels,
                   const int32_t* budgets, const int32_t* sources);
-  void append(int64_t layer, int64_t batch, const int64_t* slabs, const int64_t* tokens) const;
+  void append(int64_t layer, int64_t batch, const int64_t* slabs, const int64_t* tokens,
+              int32_t* first_not_finite) const;
   int64_t row_stride() const { return (heads_ + 2 * layout_.kv_heads) * layout_.head_dim; }
   const float* rows(int64_t layer) const {
     return board_.rows + layer * board_.capacity * row_stride();

@@ -314,6 +314,23 @@ def test_what_was_published_is_appended_in_skipped_layers_too() -> None:
                 assert torch.equal(values[sequence.num_tokens - 1], sent[1, head])
 
 
+@pytest.mark.parametrize("skipped", [0, 1])
+def test_what_was_published_and_is_not_finite_is_its_rows_own(skipped: int) -> None:
+    _, sequences = _filled_store()
+    machine = _Machine(sequences, answers=lambda: 0)
+    machine.skip[1] = skipped
+    machine.sent[1, 1, -1] = torch.nan
+    lengths = [sequence.num_tokens for sequence in sequences]
+    machine.step(ExactPolicy(), True, False).finish()
+    damages = [sequence.damage for sequence in sequences]
+    assert [damage is not None for damage in damages] == [row == 1 for row in range(len(sequences))]
+    assert (damages[1].layer, damages[1].token) == (1, lengths[1])
+    counted = [
+        sequence.num_tokens - length for sequence, length in zip(sequences, lengths, strict=True)
+    ]
+    assert counted == [int(row != 1) for row in range(len(sequences))]
+
+
 def _random_plans() -> tuple[Tensor, Tensor]:
     """Everything, some blocks, or nothing; layers and groups differ."""
     generator = torch.Generator().manual_seed(4)

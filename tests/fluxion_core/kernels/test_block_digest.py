@@ -10,6 +10,24 @@ from fluxion_core.geometry import BLOCK_SIZES, KvGeometry
 from fluxion_core.kernels.block_digest import cpu, reference
 from fluxion_core.kvstore.store import HostKvStore
 
+NOT_FINITE = (0x7F80, 0xFF80, 0x7F81, 0xFFFF)
+"""In bf16: both infinities, a signalling NaN, a quiet one."""
+
+FINITE = (0x7F7F, 0xFF7F, 0x0001, 0x8000)
+"""The largest of both signs, the smallest, the negative zero."""
+
+
+def append(geometry, slabs, token: int, key, value, layer: int = 0) -> list[int]:
+    """The next token of each sequence; returns the first layer in which it is not finite."""
+    found = torch.full((len(slabs),), geometry.num_layers, dtype=torch.int32)
+    tokens = torch.full((len(slabs),), token)
+    cpu.append_tokens(geometry, slabs, tokens, layer, key, value, found)
+    return found.tolist()
+
+
+def as_bf16(bits: int) -> torch.Tensor:
+    return torch.tensor([bits - (bits >> 15 << 16)], dtype=torch.int16).view(torch.bfloat16)[0]
+
 
 @pytest.mark.parametrize("slab_tokens", [128, 256, 512, 1024])
 @pytest.mark.parametrize("head_dim", [16, 48, 128])
@@ -65,9 +83,7 @@ def test_byte_digests_are_made_when_appending_ends_a_span():
     kv = torch.randn(256, 2, 2, 16, generator=generator)
     slab = torch.tensor([store.slab_address(0)])
     for token in range(256):
-        cpu.append_tokens(
-            geometry, slab, torch.tensor([token]), 0, kv[None, token, 0], kv[None, token, 1]
-        )
+        append(geometry, slab, token, kv[None, token, 0], kv[None, token, 1])
     for head in range(2):
         low, high = reference.unpack_spans(store.slab_digest(0, 0)[0, head], 16)
         exact_low, exact_high = reference.digest(kv[:, 0, head].bfloat16().float(), 16)
@@ -99,7 +115,7 @@ def test_appending_rounds_as_torch_does_and_clears_the_block():
     key, value = torch.randn(2, 1, 2, 64, generator=generator) * 1000
     key[0, 0, :4] = torch.tensor([0.0, -0.0, float("inf"), 1.00390625])
     slab = torch.tensor([store.slab_address(0)])
-    cpu.append_tokens(geometry, slab, torch.tensor([16]), 0, key, value)
+    append(geometry, slab, 16, key, value)
     block = store.slab_kv(0)[0, :, 1]
     assert torch.equal(block[:, 0, 0], key[0].bfloat16())
     assert torch.equal(block[:, 1, 0], value[0].bfloat16())
@@ -113,10 +129,74 @@ def test_arguments_that_do_not_fit_are_refused():
     with pytest.raises(ShapeError):
         cpu.ingest_blocks(geometry, 0, 1, 0, 16, 0, 0)
     one = torch.zeros(1, dtype=torch.int64)
-    fits = torch.zeros(1, 2, 64)
+    fits, found = torch.zeros(1, 2, 64), torch.ones(1, dtype=torch.int32)
     with pytest.raises(ShapeError):
-        cpu.append_tokens(geometry, one, one, 0, fits, fits.bfloat16())
+        cpu.append_tokens(geometry, one, one, 0, fits, fits.bfloat16(), found)
     with pytest.raises(ShapeError):
-        cpu.append_tokens(geometry, one, one, 1, fits, fits)
+        cpu.append_tokens(geometry, one, one, 1, fits, fits, found)
     with pytest.raises(ShapeError):
-        cpu.append_tokens(geometry, one, one, 0, fits, torch.zeros(1, 64, 2).transpose(1, 2))
+        cpu.append_tokens(geometry, one, one, 0, fits, torch.zeros(1, 64, 2).transpose(1, 2), found)
+    with pytest.raises(ShapeError):
+        cpu.append_tokens(geometry, one, one, 0, fits, fits, found.long())
+
+
+@pytest.mark.parametrize("digest_bits", [8, 16])
+@pytest.mark.parametrize(("num_tokens", "head_dim"), [(64, 16), (300, 80), (9, 128)])
+def test_ingest_tells_what_is_not_finite(
+    each_isa: str, head_dim: int, num_tokens: int, digest_bits: int
+):
+    geometry = KvGeometry(1, 2, head_dim, 512, digest_bits=digest_bits)
+    store = HostKvStore(geometry, geometry.slab_bytes + 4096, model_key=b"toy")
+    generator = torch.Generator().manual_seed(8)
+    blocks = -(-num_tokens // 16)
+    kv = torch.randn(2, blocks, 2, 16, head_dim, generator=generator).bfloat16()
+
+    def is_finite() -> bool:
+        return cpu.ingest_blocks(
+            *(geometry, store.slab_address(0), 0, 0, num_tokens),
+            *(kv.data_ptr(), blocks * geometry.block_bytes),
+        )
+
+    def in_token_order() -> torch.Tensor:
+        return kv.transpose(1, 2).flatten(2, 3)[:, :, :num_tokens]
+
+    kv[0, 0, :, 0, :4] = torch.stack([as_bf16(bits) for bits in FINITE])
+    if num_tokens % 16:
+        # Behind the last token a sender may put anything: it is not stored.
+        kv[:, -1, :, num_tokens % 16 :] = torch.nan
+    assert is_finite()
+    assert reference.first_not_finite(in_token_order()) is None
+    last = num_tokens - 1
+    places = [(0, 0, 0, 0), (1, last, 1, head_dim - 1), (0, last, 0, 3), (1, num_tokens // 2, 1, 9)]
+    for (head, token, side, channel), bits in zip(places, NOT_FINITE, strict=True):
+        place = head, token // 16, side, token % 16, channel
+        before = kv[place].clone()
+        kv[place] = as_bf16(bits)
+        assert not is_finite()
+        assert reference.first_not_finite(in_token_order()) == token
+        kv[place] = before
+        assert is_finite()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 3.4e38])
+def test_appending_tells_which_row_is_not_finite_as_it_is_stored(value: float):
+    geometry = KvGeometry(3, 2, 16, 128)
+    store = HostKvStore(geometry, 3 * (geometry.slab_bytes + 4096), model_key=b"toy")
+    slabs = torch.tensor([store.slab_address(slab) for slab in range(3)])
+    sound = torch.full((3, 2, 16), 3.38e38)
+    assert append(geometry, slabs, 7, sound, sound, layer=1) == [3, 3, 3]
+    for side in range(2):
+        kv = torch.stack([sound, sound])
+        # In float32 the last value is finite, in bf16 it is not.
+        kv[side, 1, 1, 15] = value
+        assert append(geometry, slabs, 7, *kv, layer=1) == [3, 1, 3]
+
+
+def test_the_lowest_layer_is_told_in_whatever_order_layers_come():
+    geometry = KvGeometry(3, 1, 16, 128)
+    store = HostKvStore(geometry, geometry.slab_bytes + 4096, model_key=b"toy")
+    slab, bad = torch.tensor([store.slab_address(0)]), torch.full((1, 1, 16), torch.nan)
+    found = torch.full((1,), 3, dtype=torch.int32)
+    for layer, lowest in ((2, 2), (0, 0), (1, 0)):
+        cpu.append_tokens(geometry, slab, torch.tensor([0]), layer, bad, bad, found)
+        assert found.tolist() == [lowest]

@@ -12,6 +12,7 @@ from fluxion_core.errors import (
     CapacityError,
     FluxionError,
     FrameFormatError,
+    NonFiniteKvError,
     StreamTruncatedError,
 )
 from fluxion_core.geometry import BLOCK_SIZES, BLOCK_TOKENS, KvGeometry, ceil_div
@@ -260,6 +261,55 @@ def test_a_restarted_hand_off_writes_again():
     ingest(sequence, kv_of(tokens))
     sequence.commit()
     check_content(sequence, kv_of(tokens))
+
+
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("token", [0, 130, 199])
+def test_streamed_kv_that_is_not_finite_is_refused_and_its_place_is_told(token: int, side: int):
+    store = make_store(4)
+    tokens = list(range(200))
+    sequence, kv = store.reserve(tokens, 0), kv_of(tokens)
+    kv[1, 1, side, token, 31] = float("nan")
+    with pytest.raises(NonFiniteKvError, match=f"token {token} in layer 1 is NaN"):
+        ingest(sequence, kv, step=192)
+    sequence.restart()
+    ingest(sequence, kv_of(tokens), step=192)
+    sequence.commit()
+    check_content(sequence, kv_of(tokens))
+
+
+def test_an_appended_token_that_is_not_finite_counts_for_its_sequence_alone():
+    store = make_store(8)
+    sequences = [stored(store, [number] * 40, new_tokens=9) for number in range(3)]
+    step = StepAppend(GEOMETRY, sequences, [1, 2, 1])
+    for layer in range(GEOMETRY.num_layers):
+        key, value = torch.ones(2, 4, GEOMETRY.num_kv_heads, GEOMETRY.head_dim)
+        if layer == 1:
+            value[2, 0, 5] = float("inf")
+        step.append(layer, key, value)
+    step.advance([True] * 3)
+    assert [sequence.num_tokens for sequence in sequences] == [41, 40, 41]
+    damage = sequences[1].damage
+    assert damage is not None
+    assert (damage.layer, damage.token) == (1, 41)
+    assert sequences[0].damage is sequences[2].damage is None
+    with pytest.raises(NonFiniteKvError):
+        sequences[1].keep([])
+
+
+def test_a_prompt_computed_here_with_kv_that_is_not_finite_is_never_whole():
+    store = make_store(4)
+    sequence = store.reserve([1] * 128, 0)
+    sequence.begin_prompt()
+    step = StepAppend(GEOMETRY, [sequence], [128])
+    for layer in range(GEOMETRY.num_layers):
+        kv = torch.full((128, GEOMETRY.num_kv_heads, GEOMETRY.head_dim), float("nan"))
+        step.append(layer, kv, kv)
+    step.advance([True])
+    with pytest.raises(NonFiniteKvError):
+        sequence.commit()
+    sequence.release()
+    assert store.statistics().cached_bytes == 0
 
 
 def test_appending_beyond_the_reservation_is_refused():

@@ -78,7 +78,7 @@ def sequence_of(policy, state, num_tokens: int, ends: queue.Queue) -> DecodeSequ
     left = iter(range(num_tokens - 1, -1, -1))
     return DecodeSequence(
         request_id="r",
-        kv=SimpleNamespace(num_tokens=9),
+        kv=SimpleNamespace(num_tokens=9, damage=None),
         policy=policy,
         planner_state=state,
         prompt_token_ids=[0],

@@ -62,7 +62,7 @@ def prompt_of(
     sequence = sequence_of(ExactPolicy(), None, num_tokens + 1, ends)
     sequence.prompt_token_ids = [token] * length
     sequence.generated_token_ids = []
-    sequence.kv = SimpleNamespace(num_tokens=stored, num_prompt_tokens=length)
+    sequence.kv = SimpleNamespace(num_tokens=stored, num_prompt_tokens=length, damage=None)
     for name, value in options.items():
         setattr(sequence, name, value)
     return sequence

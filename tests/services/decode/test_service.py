@@ -459,6 +459,14 @@ def with_profile(frames: list[bytes], profile: bytes) -> list[bytes]:
     return [*frames[:-1], codec.encode_frame(codec.trailer_frame(trailer))]
 
 
+def with_value(frame: bytes, side: int, value: bytes) -> bytes:
+    """A CHUNK of the toy model whose first token has this bfloat16 in K (0) or V (1)."""
+    payload = bytearray(codec.decode_frame(frame).payload)
+    first = side * 16 * 16 * 2
+    payload[first : first + 2] = value
+    return recoded(frame, payload=bytes(payload))
+
+
 PROFILE_BYTES = packed_bytes(num_layers=2, num_heads=4, num_kv_heads=2)
 NAN = b"\x00\x00\xc0\x7f"
 
@@ -488,6 +496,8 @@ DAMAGE: dict[str, tuple[Callable[[list[bytes]], list[bytes]], str]] = {
         "TRAILER",
     ),
     "a profile nobody asked for": (lambda f: with_profile(f, bytes(PROFILE_BYTES)), "asked for"),
+    "NaN in a key": (lambda f: [f[0], with_value(f[1], 0, b"\xc0\x7f"), *f[2:]], "NaN or inf"),
+    "infinite value": (lambda f: [*f[:2], with_value(f[2], 1, b"\x80\xff"), *f[3:]], "NaN or inf"),
     "oversized frame": (lambda f: [f[0], f[1][:32] + bytes(5 << 20), *f[2:]], "oversized"),
 }
 
@@ -514,6 +524,26 @@ async def test_damaged_hand_offs_are_data_loss_and_nothing_is_decoded(
         async with start_decode(prefill.address) as fresh, open_stub(fresh.address) as other:
             assert healed == await tokens_of(other, request)
         await assert_goes_on(stub)
+
+
+async def test_kv_that_is_not_finite_is_asked_of_another_prefill_node(
+    start_prefill, start_decode, open_stub
+):
+    change, _ = DAMAGE["NaN in a key"]
+    requests = [request_of(letter * 200, ignore_eos=True) for letter in "yz"]
+    async with (
+        start_prefill() as prefill,
+        tampered(prefill.address, change) as (bad, bad_address),
+        tampered(prefill.address, lambda frames: frames) as (good, good_address),
+        start_decode(bad_address, good_address) as node,
+        open_stub(node.address) as stub,
+        start_decode(prefill.address) as fresh,
+        open_stub(fresh.address) as other,
+    ):
+        for request in requests:
+            assert await tokens_of(stub, request) == await tokens_of(other, request)
+        # Each of the two was first once.
+        assert (len(bad.requests), len(good.requests)) == (1, 2)
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ class StuckStep:
 def sequence(request_id: str, on_end=lambda _: None) -> DecodeSequence:
     return DecodeSequence(
         request_id=request_id,
-        kv=SimpleNamespace(num_tokens=9),  # type: ignore[arg-type]
+        kv=SimpleNamespace(num_tokens=9, damage=None),  # type: ignore[arg-type]
         policy=ExactPolicy(),
         planner_state=None,
         prompt_token_ids=[0],

@@ -327,15 +327,22 @@ inline void prefetch(const void* address) {
   _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T0);
 }
 
-inline void copy_past_cache(void* to, const void* from, int64_t bytes) {
+inline bool copy_past_cache(void* to, const void* from, int64_t bytes) {
+  const __m256i magnitude = _mm256_set1_epi16(0x7fff);
+  __m256i largest = _mm256_setzero_si256();
   __m256i* sink = static_cast<__m256i*>(to);
   const __m256i* source = static_cast<const __m256i*>(from);
   for (int64_t i = 0; i < bytes / 32; i += 2) {
     const __m256i a = _mm256_loadu_si256(source + i), b = _mm256_loadu_si256(source + i + 1);
     _mm256_stream_si256(sink + i, a);
     _mm256_stream_si256(sink + i + 1, b);
+    largest = _mm256_max_epi16(largest, _mm256_and_si256(a, magnitude));
+    largest = _mm256_max_epi16(largest, _mm256_and_si256(b, magnitude));
   }
   _mm_sfence();
+  // Without their signs, exponents of all ones are last.
+  const __m256i is_not_finite = _mm256_cmpgt_epi16(largest, _mm256_set1_epi16(0x7f7f));
+  return _mm256_testz_si256(is_not_finite, is_not_finite);
 }
 
 }  // namespace

@@ -271,11 +271,19 @@ inline void prefetch(const void* address) {
   _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T0);
 }
 
-inline void copy_past_cache(void* to, const void* from, int64_t bytes) {
+inline bool copy_past_cache(void* to, const void* from, int64_t bytes) {
+  const __m512i magnitude = _mm512_set1_epi16(0x7fff);
+  __m512i largest = _mm512_setzero_si512();
   __m512i* sink = static_cast<__m512i*>(to);
   const __m512i* source = static_cast<const __m512i*>(from);
-  for (int64_t i = 0; i < bytes / 64; ++i) _mm512_stream_si512(sink + i, _mm512_loadu_si512(source + i));
+  for (int64_t i = 0; i < bytes / 64; ++i) {
+    const __m512i a = _mm512_loadu_si512(source + i);
+    _mm512_stream_si512(sink + i, a);
+    largest = _mm512_max_epi16(largest, _mm512_and_si512(a, magnitude));
+  }
   _mm_sfence();
+  // Without their signs, exponents of all ones are last.
+  return _mm512_cmpgt_epi16_mask(largest, _mm512_set1_epi16(0x7f7f)) == 0;
 }
 
 }  // namespace

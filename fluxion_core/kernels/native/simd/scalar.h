@@ -255,8 +255,15 @@ inline void pack_weights(const float* products, float scale, float radius, uint3
 
 inline void prefetch(const void* address) { __builtin_prefetch(address); }
 
-inline void copy_past_cache(void* to, const void* from, int64_t bytes) {
+inline bool copy_past_cache(void* to, const void* from, int64_t bytes) {
   memcpy(to, from, size_t(bytes));
+  const uint16_t* copied = static_cast<const uint16_t*>(from);
+  uint16_t largest = 0;  // without its sign; exponents of all ones are last
+  for (int64_t i = 0; i < bytes / 2; ++i) {
+    const uint16_t magnitude = copied[i] & 0x7fff;
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  return largest < 0x7f80;
 }
 
 }  // namespace
