@@ -59,7 +59,7 @@ def _dashboards() -> Iterator[Expression]:
     for path in sorted((HERE / "grafana" / "dashboards").glob("*.json")):
         for panel in json.loads(path.read_text())["panels"]:
             for target in panel["targets"]:
-                yield Expression(f"{path.name}: {panel['title']}", target["expr"])
+                yield Expression(f"{path.name}: {panel['title']}", _for_all(target["expr"]))
 
 
 def _consoles() -> Iterator[Expression]:
@@ -68,7 +68,7 @@ def _consoles() -> Iterator[Expression]:
         assert embedded is not None, path
         for panel in json.loads(embedded[1]):
             for line in panel["lines"]:
-                yield Expression(f"{path.name}: {panel['title']}", line["expression"])
+                yield Expression(f"{path.name}: {panel['title']}", _for_all(line["expression"]))
 
 
 def _rules() -> Iterator[Expression]:
@@ -83,6 +83,11 @@ def _rules() -> Iterator[Expression]:
 def _rule_list() -> list[dict[str, str]]:
     groups = yaml.safe_load((HERE / "rules" / "fluxion.yml").read_text())["groups"]
     return [rule for group in groups for rule in group["rules"]]
+
+
+def _for_all(expression: str) -> str:
+    """What a page asks: all nodes, rates over a minute."""
+    return expression.replace("$node", ".+").replace("$__rate_interval", "1m")
 
 
 def _words(promql: str) -> set[str]:

@@ -27,6 +27,10 @@ RULES = HERE.parent / "rules" / "fluxion.yml"
 PROMETHEUS_RULE = HERE.parent / "kubernetes" / "base" / "prometheus-rule.yaml"
 PANEL_WIDTH, PANEL_HEIGHT = 12, 8
 """In Grafana's grid, 24 wide."""
+_PROMETHEUS = models.DataSourceRef(type_val="prometheus", uid="prometheus")
+_ONLY_IN_LEGEND = models.DynamicConfigValue(
+    id_val="custom.hideFrom", value={"viz": True, "legend": False, "tooltip": False}
+)
 
 
 def grafana_panel(panel: Panel, place: int) -> timeseries.Panel:
@@ -39,16 +43,18 @@ def grafana_panel(panel: Panel, place: int) -> timeseries.Panel:
         timeseries.Panel()
         .title(panel.title)
         .description(panel.meaning)
+        .no_value(panel.absent)
         .unit(panel.unit)
         .min(0)
-        .datasource(models.DataSourceRef(type_val="prometheus", uid="prometheus"))
+        .datasource(_PROMETHEUS)
         .grid_pos(
             models.GridPos(
                 h=PANEL_HEIGHT, w=PANEL_WIDTH, x=column * PANEL_WIDTH, y=row * PANEL_HEIGHT
             )
         )
-        .fill_opacity(20 if panel.is_stacked else 0)
+        .fill_opacity(60 if panel.is_stacked else 0)
         .stacking(common.StackingConfig().mode(stacking))
+        .legend(common.VizLegendOptions().show_legend(True).calcs(["lastNotNull"]))
     )
     for ordinal, line in enumerate(panel.lines):
         legend = line.legend.replace("{", "{{").replace("}", "}}")
@@ -58,6 +64,8 @@ def grafana_panel(panel: Panel, place: int) -> timeseries.Panel:
             .legend_format(legend)
             .ref_id(chr(ord("A") + ordinal))
         )
+        if not line.is_drawn:
+            built = built.override_by_name(legend, [_ONLY_IN_LEGEND])
     return built
 
 
@@ -70,6 +78,17 @@ def grafana_json(page: Dashboard) -> str:
         .refresh("10s")
         .time("now-15m", "now")
         .readonly()
+        .with_variable(
+            dashboard.QueryVariable("node")
+            .label("Node")
+            .datasource(_PROMETHEUS)
+            .query("label_values(fluxion_node_ready, instance)")
+            .refresh(models.VariableRefresh.ON_TIME_RANGE_CHANGED)
+            .multi(True)
+            .include_all(True)
+            .all_value(".+")
+            .current(models.VariableOption(selected=True, text="All", value="$__all"))
+        )
     )
     for place, panel in enumerate(page.panels):
         built = built.with_panel(grafana_panel(panel, place))
@@ -93,8 +112,12 @@ def console_html(name: str, page: Dashboard) -> str:
                 "title": panel.title,
                 "unit": panel.unit,
                 "meaning": panel.meaning,
+                "absent": panel.absent,
                 "stacked": panel.is_stacked,
-                "lines": [{"expression": x.expression, "legend": x.legend} for x in panel.lines],
+                "lines": [
+                    {"expression": one.expression, "legend": one.legend, "drawn": one.is_drawn}
+                    for one in panel.lines
+                ],
             }
             for panel in page.panels
         ],
@@ -104,6 +127,7 @@ def console_html(name: str, page: Dashboard) -> str:
     return (
         template.replace("@TITLE@", html.escape(page.title))
         .replace("@LINKS@", links)
+        .replace("@SCRIPT@", (HERE / "console.js").read_text())
         .replace("@PANELS@", panels)
     )
 

@@ -1,16 +1,16 @@
 """What the three dashboards show, once, for Grafana and for the console pages.
 
 A panel is a title, a unit and lines; a line is a PromQL expression and its legend, in which
-{label} stands for a label's value. All rates are over a minute: twelve scrapes.
+{label} stands for a label's value. Two words in an expression are filled in where it is asked:
+$node, a regular expression of the nodes chosen, and $__rate_interval, over how long a rate is: a
+minute, or a step of the graph if that is longer.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
-Unit = Literal["reqps", "s", "Bps", "bytes", "percentunit", "short"]
-"""Grafana's names: requests/s, seconds, bytes/s, bytes, 0 to 1, and plain numbers."""
+NODES = '{instance=~"$node"}'
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,8 @@ class Line:
 
     expression: str
     legend: str
+    is_drawn: bool = True
+    """If not, it is a figure in the legend: a limit that would squash what is drawn."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +28,12 @@ class Panel:
     """One graph."""
 
     title: str
-    unit: Unit
+    unit: str
+    """Grafana's name: s, bytes, Bps, percentunit (0 to 1), or "suffix: " and what is counted."""
     lines: tuple[Line, ...]
     meaning: str
+    absent: str
+    """Why there is nothing to show, where there is nothing: one sentence."""
     is_stacked: bool = False
 
 
@@ -41,9 +46,14 @@ class Dashboard:
     panels: tuple[Panel, ...]
 
 
-def rate(selector: str, *, by: str = "") -> str:
-    """Summed growth per second of a counter."""
-    return f"sum{f' by ({by}) ' if by else ''}(rate({selector}[1m]))"
+def gauge(metric: str, *, by: str = "", over: str = "sum") -> str:
+    """Sum, or another aggregation, of a gauge."""
+    return f"{over}{f' by ({by}) ' if by else ''}({metric}{NODES})"
+
+
+def rate(counter: str, *, by: str = "", over: str = "sum") -> str:
+    """Summed growth per second of a counter, or another aggregation of it."""
+    return f"{over}{f' by ({by}) ' if by else ''}(rate({counter}{NODES}[$__rate_interval]))"
 
 
 def quantiles(histogram: str, *shares: float, of: str = "") -> tuple[Line, ...]:
@@ -62,72 +72,91 @@ def per(numerator: str, denominator: str) -> str:
     return f"{rate(numerator)} / {rate(denominator)}"
 
 
+NO_DECODE_NODE = "No decode node was scraped in this range."
+NO_PREFILL_NODE = "No prefill node was scraped in this range."
+NO_GPU = "Only a node with a GPU has these figures, and none was scraped in this range."
+NO_NVML = "The card's own figures need a GPU whose driver answers NVML; no node has them here."
+NO_STEP = "No decode step was made in this range."
+NO_PROMPT = "No prompt came from a prefill node in this range."
+
 OVERVIEW = Dashboard(
     "fluxion-overview",
     "Fluxion: overview",
     (
         Panel(
             "Requests",
-            "reqps",
+            "suffix: requests/s",
             (Line(rate("fluxion_requests_total", by="outcome, status"), "{outcome} {status}"),),
             "Generate requests that ended.",
+            "No request has ended yet.",
         ),
         Panel(
             "Time to first token",
             "s",
             quantiles("fluxion_time_to_first_token_seconds", 0.5, 0.95),
             "Queue, prefill and hand-off together.",
+            "No request had its first token in this range.",
         ),
         Panel(
             "Time from token to token",
             "s",
             quantiles("fluxion_inter_token_seconds", 0.5, 0.95, 0.99),
             "As tokens leave for the client.",
+            "No stream sent a second token in this range.",
         ),
         Panel(
             "Tokens",
-            "short",
+            "suffix: tokens/s",
             (
-                Line(rate("fluxion_generated_tokens_total"), "generated/s"),
-                Line(rate("fluxion_prompt_tokens_total", by="source"), "prompt, {source}/s"),
+                Line(rate("fluxion_generated_tokens_total"), "generated"),
+                Line(rate("fluxion_prompt_tokens_total", by="source"), "prompt, {source}"),
             ),
             "Prompt tokens count when a request is admitted.",
+            NO_DECODE_NODE,
         ),
         Panel(
             "Requests now",
-            "short",
+            "suffix: requests",
             (
-                Line("sum(fluxion_requests_running)", "running"),
-                Line("sum(fluxion_requests_waiting)", "waiting"),
-                Line("sum(fluxion_prefill_prompts_running)", "prompts computed"),
-                Line("sum(fluxion_prefill_prompts_waiting)", "prompts waiting"),
+                Line(gauge("fluxion_requests_running"), "running"),
+                Line(gauge("fluxion_requests_waiting"), "waiting"),
+                Line(gauge("fluxion_prefill_prompts_running"), "their prompts computed"),
+                Line(gauge("fluxion_prefill_prompts_waiting"), "their prompts waiting"),
             ),
             "Running requests hold memory: their prompt may still be computed.",
+            "No node was scraped in this range.",
         ),
         Panel(
             "Waiting",
             "s",
             (
-                Line("max(fluxion_queue_oldest_wait_seconds)", "first of the queue"),
+                Line(gauge("fluxion_queue_oldest_wait_seconds", over="max"), "first of the queue"),
                 *quantiles("fluxion_queue_seconds", 0.95, of="requests"),
                 *quantiles("fluxion_prefill_queue_seconds", 0.95, of="prompts"),
             ),
             "The first of the queue now; then what admitted requests and prompts have waited.",
+            "Nobody waited on the nodes chosen in this range.",
+        ),
+        Panel(
+            "Prompts computed",
+            "suffix: tokens/s",
+            (Line(rate("fluxion_prefill_tokens_total", by="instance"), "{instance}"),),
+            "By each prefill node.",
+            NO_PREFILL_NODE,
+        ),
+        Panel(
+            "Prompts still to compute",
+            "suffix: tokens",
+            (Line(gauge("fluxion_prefill_pending_tokens", by="instance"), "{instance}"),),
+            "Tokens of prompts that run or wait on each prefill node.",
+            NO_PREFILL_NODE,
         ),
         Panel(
             "Nodes that are ready",
-            "short",
-            (Line("sum by (kind) (fluxion_node_ready)", "{kind}"),),
+            "suffix: nodes",
+            (Line(gauge("fluxion_node_ready", by="kind"), "{kind}"),),
             "Model loaded, not draining.",
-        ),
-        Panel(
-            "Prefill",
-            "short",
-            (
-                Line(rate("fluxion_prefill_tokens_total", by="instance"), "{instance} tokens/s"),
-                Line("sum(fluxion_prefill_pending_tokens)", "tokens pending"),
-            ),
-            "What each prefill node computes.",
+            "No node was scraped in this range.",
         ),
     ),
 )
@@ -140,39 +169,44 @@ OVERLAP = Dashboard(
             "GPU time",
             "percentunit",
             (
-                Line(rate("fluxion_gpu_busy_seconds_total", by="instance"), "busy {instance}"),
+                Line(rate("fluxion_gpu_busy_seconds_total", over="avg"), "busy"),
                 Line(
-                    rate("fluxion_gpu_idle_seconds_total", by="instance, cause"),
-                    "idle {cause} {instance}",
+                    rate("fluxion_gpu_idle_seconds_total", by="cause", over="avg"), "idle {cause}"
                 ),
             ),
-            "The engine's own measure; they add up to 1. host_attention: it waits for the CPU.",
+            "The engine's own measure, mean of the nodes chosen; adds up to 100 %. host_attention: "
+            "it waits for the CPU.",
+            NO_GPU,
             is_stacked=True,
         ),
         Panel(
             "GPU as its driver sees it",
             "percentunit",
             (
-                Line("fluxion_nvml_activity_ratio", "{unit} {instance}"),
-                Line("fluxion_nvml_utilization_ratio", "any kernel {instance}"),
+                Line(f"fluxion_nvml_activity_ratio{NODES}", "{unit} {instance}"),
+                Line(f"fluxion_nvml_utilization_ratio{NODES}", "any kernel {instance}"),
             ),
             "A kernel that waits for host memory counts as active here.",
+            NO_NVML,
         ),
         Panel(
             "Tasks by device",
-            "short",
-            (Line(rate("fluxion_tasks_total", by="device"), "{device}/s"),),
+            "suffix: tasks/s",
+            (Line(rate("fluxion_tasks_total", by="device"), "{device}"),),
             "Attention tasks over retrieval regions.",
+            NO_DECODE_NODE,
             is_stacked=True,
         ),
         Panel(
             "Engine thread",
             "percentunit",
             (
-                Line(rate("fluxion_engine_busy_seconds_total", by="instance"), "busy {instance}"),
-                Line(rate("fluxion_engine_idle_seconds_total", by="instance"), "idle {instance}"),
+                Line(rate("fluxion_engine_busy_seconds_total", over="avg"), "busy"),
+                Line(rate("fluxion_engine_idle_seconds_total", over="avg"), "idle"),
             ),
-            "Idle: there was no sequence to decode.",
+            "Mean of the decode nodes chosen. Idle: there was no sequence to decode.",
+            NO_DECODE_NODE,
+            is_stacked=True,
         ),
         Panel(
             "Bytes read for a token",
@@ -187,6 +221,7 @@ OVERLAP = Dashboard(
                 ),
             ),
             "Digests, K and V of retrieval regions; beside them what policy exact would read.",
+            NO_STEP,
         ),
         Panel(
             "Shares",
@@ -196,25 +231,34 @@ OVERLAP = Dashboard(
                     per("fluxion_streaming_heads_total", "fluxion_planned_heads_total"),
                     "streaming heads",
                 ),
-                Line("fluxion:read_of_exact:ratio_rate1m", "bytes read of exact {instance}"),
+                Line(
+                    f"fluxion:read_of_exact:ratio_rate1m{NODES}", "bytes read of exact {instance}"
+                ),
             ),
             "Streaming heads read nothing of the region.",
+            "No step over more than the default window was made in this range.",
         ),
         Panel(
             "What groups read",
-            "short",
-            (Line(rate("fluxion_groups_total", by="reads"), "{reads}/s"),),
+            "suffix: groups/s",
+            (Line(rate("fluxion_groups_total", by="reads"), "{reads}"),),
             "GQA groups over all layers and steps: nothing, everything, or blocks of N tokens.",
+            NO_DECODE_NODE,
             is_stacked=True,
         ),
         Panel(
+            "Sequences decoded together",
+            "suffix: sequences",
+            (Line(per("fluxion_decode_tokens_total", "fluxion_decode_steps_total"), "mean"),),
+            "Of the steps made.",
+            NO_STEP,
+        ),
+        Panel(
             "Steps",
-            "short",
-            (
-                Line(per("fluxion_decode_tokens_total", "fluxion_decode_steps_total"), "sequences"),
-                Line(rate("fluxion_decode_steps_total"), "steps/s"),
-            ),
-            "Sequences decoded together, and how often.",
+            "suffix: steps/s",
+            (Line(rate("fluxion_decode_steps_total", by="instance"), "{instance}"),),
+            "Each makes one token of every sequence that is decoded.",
+            NO_DECODE_NODE,
         ),
     ),
 )
@@ -233,6 +277,7 @@ TRAFFIC = Dashboard(
                 ),
             ),
             "Counted by the engine.",
+            NO_GPU,
             is_stacked=True,
         ),
         Panel(
@@ -241,15 +286,21 @@ TRAFFIC = Dashboard(
             (
                 Line(rate("fluxion_pcie_bytes_total", by="direction"), "engine {direction}"),
                 Line(rate("fluxion_nvml_pcie_bytes_total", by="direction"), "card {direction}"),
-                Line("sum(fluxion_nvml_pcie_link_bytes_per_second)", "link, each direction"),
+                Line(
+                    gauge("fluxion_nvml_pcie_link_bytes_per_second"),
+                    "link, each direction",
+                    is_drawn=False,
+                ),
             ),
             "The card counts packet headers and other processes too.",
+            NO_GPU,
         ),
         Panel(
             "Share of the PCIe link",
             "percentunit",
-            (Line("fluxion:pcie_link:ratio_rate1m", "{direction} {instance}"),),
-            "As the card counts; about 0.9 is all that payload reaches.",
+            (Line(f"fluxion:pcie_link:ratio_rate1m{NODES}", "{direction} {instance}"),),
+            "As the card counts; about 90 % is all that payload reaches.",
+            NO_NVML,
         ),
         Panel(
             "Host KV read",
@@ -259,6 +310,7 @@ TRAFFIC = Dashboard(
                 Line(rate("fluxion_attended_bytes_total"), "K and V"),
             ),
             "By decode steps, whichever device read it; windows not counted.",
+            NO_DECODE_NODE,
             is_stacked=True,
         ),
         Panel(
@@ -269,27 +321,32 @@ TRAFFIC = Dashboard(
                 Line(rate("fluxion_prefill_kv_bytes_total"), "made by prefill"),
             ),
             "KV that was committed, by the prefill node it came from.",
+            NO_PROMPT,
         ),
         Panel(
             "Hand-off time",
             "s",
             quantiles("fluxion_handoff_seconds", 0.5, 0.95),
             "From the first KV frame to the commit.",
+            NO_PROMPT,
         ),
         Panel(
             "Hand-off failures",
-            "short",
-            (Line(rate("fluxion_handoff_failures_total", by="reason"), "{reason}/s"),),
+            "suffix: attempts/s",
+            (Line(rate("fluxion_handoff_failures_total", by="reason"), "{reason}"),),
             "Attempts; another prefill node may have done it after.",
+            "No hand-off has failed.",
         ),
         Panel(
             "Host KV store",
             "bytes",
             (
-                Line("sum by (state) (fluxion_store_bytes)", "{state}"),
-                Line("sum(fluxion_store_shared_bytes)", "of it shared"),
+                Line(gauge("fluxion_store_bytes", by="state"), "{state}"),
+                Line(gauge("fluxion_store_shared_bytes"), "shared, of it", is_drawn=False),
             ),
             "The states add up to the capacity.",
+            NO_DECODE_NODE,
+            is_stacked=True,
         ),
     ),
 )

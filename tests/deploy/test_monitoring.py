@@ -7,7 +7,9 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import promql_parser
 import pytest
@@ -25,15 +27,26 @@ DEFINITIONS = (
 )
 
 
-@pytest.fixture(scope="module")
-def expressions():
-    """The module deploy/expressions.py."""
-    spec = importlib.util.spec_from_file_location("expressions", DEPLOY / "expressions.py")
+def load(path: Path) -> Iterator[ModuleType]:
+    """A module of deploy/, for as long as it is wanted."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules["expressions"] = module
+    sys.modules[path.stem] = module
     spec.loader.exec_module(module)
     yield module
-    del sys.modules["expressions"]
+    del sys.modules[path.stem]
+
+
+@pytest.fixture(scope="module")
+def expressions():
+    yield from load(DEPLOY / "expressions.py")
+
+
+@pytest.fixture(scope="module")
+def panels():
+    """Of all pages."""
+    for module in load(DEPLOY / "grafana" / "panels.py"):
+        yield [panel for page in module.DASHBOARDS.values() for panel in page.panels]
 
 
 def test_generated_files_are_fresh():
@@ -75,6 +88,53 @@ def test_every_label_that_is_asked_for_exists(expressions):
     for one in expressions.all_expressions():
         for grouping in re.findall(r"(?:by|on) \(([^)]*)\)", one.promql):
             assert {label.strip() for label in grouping.split(",")} <= labels, one
+
+
+def dimension(promql: str) -> str:
+    """What a line counts, from the definitions of the metrics that it reads."""
+    if "histogram_quantile" in promql:
+        return "seconds"
+    if recorded := re.search(r"\bfluxion:\w+:(ratio|count)", promql):
+        return recorded[1]
+    if " / " in promql:
+        above, below = (dimension(side) for side in promql.split(" / "))
+        return "ratio" if above == below else f"{above} for {below}"
+    (metric,) = (one for one in DEFINITIONS if re.search(rf"\b{one.name}\b", promql))
+    # Each request that a prefill node knows is one prompt.
+    unit = "requests" if metric.unit == "prompts" else metric.unit
+    return unit + ("/s" if promql.startswith(("sum", "avg")) and "rate(" in promql else "")
+
+
+GRAFANA_UNITS = {
+    "bytes": "bytes",
+    "bytes/s": "Bps",
+    "bytes/s for tokens/s": "bytes",
+    "tokens/s for steps/s": "suffix: sequences",
+    "seconds": "s",
+    "seconds/s": "percentunit",
+    "ratio": "percentunit",
+    "0 to 1": "percentunit",
+    "1": "suffix: nodes",
+}
+
+
+def test_every_line_of_a_panel_is_in_the_panels_unit(panels):
+    for panel in panels:
+        for line in panel.lines:
+            counted = dimension(line.expression)
+            assert panel.unit == GRAFANA_UNITS.get(counted, f"suffix: {counted}"), line
+
+
+def test_every_line_is_of_the_nodes_chosen(panels):
+    for panel in panels:
+        for line in panel.lines:
+            selectors = re.findall(r"\bfluxion[_:][\w:]+(\{[^}]*\})?", line.expression)
+            assert set(selectors) == {'{instance=~"$node"}'}, line
+
+
+def test_every_panel_says_in_one_sentence_why_it_is_empty(panels):
+    for panel in panels:
+        assert re.fullmatch(r"[A-Z][^.]+\.", panel.absent), panel
 
 
 def test_lines_of_a_panel_have_different_names():
