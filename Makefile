@@ -6,6 +6,12 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 NATIVE := $(shell find fluxion_core/kernels/native -type f 2>/dev/null)
 
+# What is silent for long, with a dot a second: $(call patiently,WHAT,COMMAND)
+define patiently
+@printf '%s' '$(1)' >&2; (while sleep 1 && kill -0 $$$$; do printf . >&2; done) & dots=$$!; \
+  $(2); status=$$?; kill $$dots; echo >&2; exit $$status
+endef
+
 .PHONY: demo test lint format bench asan fuzz faults protos dashboards compose-test native clean
 
 demo: $(VENV)/.installed  ## ask a question about a 7,000-token document, through two processes
@@ -58,14 +64,16 @@ protos: $(VENV)/.tested  ## stubs from the .proto files
 native: $(VENV)/.installed  ## rebuild the extension
 
 $(VENV)/bin/python:
-	$(PYTHON) -m venv $(VENV)
+	$(call patiently,Making $(VENV),$(PYTHON) -m venv $(VENV))
 
 $(VENV)/.installed: pyproject.toml constraints.txt $(NATIVE) | $(VENV)/bin/python
-	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --disable-pip-version-check -q -e .
+	$(call patiently,Installing and compiling into $(VENV),PIP_CONSTRAINT=constraints.txt \
+	  $(BIN)/python -m pip install --disable-pip-version-check -q -e .)
 	@touch $@
 
 $(VENV)/.tested: $(VENV)/.installed
-	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --disable-pip-version-check -q -e '.[test]'
+	$(call patiently,Installing what tests need into $(VENV),PIP_CONSTRAINT=constraints.txt \
+	  $(BIN)/python -m pip install --disable-pip-version-check -q -e '.[test]')
 	@touch $@
 
 clean:

@@ -48,6 +48,11 @@ class HandoffAssembler:
         self.payload_bytes = 0
         """Their payload."""
 
+    @property
+    def tokens_taken(self) -> int:
+        """Tokens whose KV the sink holds, from the prompt's first; a layer counts for its share."""
+        return sum(self._next_token) // len(self._next_token)
+
     def take_header(self, header: Header) -> None:
         """Check the announcement against what was asked for.
 

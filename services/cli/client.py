@@ -115,9 +115,12 @@ async def stream_generation(
     client: ClientSettings,
     on_text: Callable[[str], None],
     *,
+    on_progress: Callable[[generate_pb2.PromptProgress], None] | None = None,
     clock: Clock = time.perf_counter,
 ) -> Generation:
     """Run one request; hand each text delta to `on_text` as it arrives.
+
+    With `on_progress` the node is asked to say how far the prompt is, until there is text.
 
     Cancelling the calling task cancels the request on the node.
 
@@ -125,6 +128,7 @@ async def stream_generation(
         FluxionError: whatever the node refused or failed with, or that it cannot be reached.
     """
     request = build_request(options)
+    request.report_progress = on_progress is not None
     pieces: list[str] = []
     token_ids: list[int] = []
     arrivals: list[float] = []
@@ -134,6 +138,8 @@ async def stream_generation(
         started = clock()
         try:
             async for response in stub.Generate(request, timeout=options.deadline_seconds):
+                if on_progress is not None and response.HasField("progress"):
+                    on_progress(response.progress)
                 if response.token_ids:
                     arrivals.append(clock())
                     token_ids.extend(response.token_ids)

@@ -18,11 +18,13 @@ from rich.table import Table
 
 from fluxion_core.config import ClientSettings
 from fluxion_core.errors import FluxionError, ModelNotFoundError
+from fluxion_proto.v1 import generate_pb2
 from services.cli.client import Generation, GenerationOptions, stream_generation
 from services.cli.generate import handoff_cells, write_now
 from services.cli.logs import LogPrinter, render_log_line
 from services.cli.processes import NodeGroup, finished_before, stop_signals
 from services.cli.up import UpOptions, bring_up, plan_nodes
+from services.cli.waiting import Waiting, progress_text
 
 MODEL = "smollm2-135m"
 QUESTION = "What is the access code for the plate vault at Skerrow Observatory?"
@@ -76,6 +78,8 @@ async def run_demo(options: DemoOptions) -> int:
                 if not await finished_before(asking, stop_requested):
                     return 130
                 generation = asking.result()
+                with Waiting(console, "Ending both nodes"):
+                    await nodes.stop()
         except FluxionError:
             log.show_recent()
             raise
@@ -89,7 +93,7 @@ async def _ask(nodes: NodeGroup, options: DemoOptions, console: Console) -> Gene
     plans = plan_nodes(
         UpOptions(model=MODEL, models_dir=options.models_dir, decode_listen="127.0.0.1:0")
     )
-    with console.status("Starting a prefill node and a decode node …"):
+    with Waiting(console, "Starting a prefill node and a decode node, which load the model"):
         await bring_up(nodes, plans, ready_seconds=_READY_SECONDS)
     prefill, decode = plans
     console.print(
@@ -98,13 +102,16 @@ async def _ask(nodes: NodeGroup, options: DemoOptions, console: Console) -> Gene
     title = document.splitlines()[0].lstrip("# ")
     console.print(f"Document: {title}, {len(document.split()):,} words", highlight=False)
     console.print(f"Question: {QUESTION}", style="bold", highlight=False)
-    status = console.status("The prefill node reads the document, and its KV streams over …")
+    waiting = Waiting(console, "Asking the decode node")
 
     def on_text(text: str) -> None:
-        status.stop()
+        waiting.stop()
         write_now(text)
 
-    with status:
+    def on_progress(progress: generate_pb2.PromptProgress) -> None:
+        waiting.text = f"The document's KV: {progress_text(progress)}"
+
+    with waiting:
         generation = await stream_generation(
             GenerationOptions(
                 prompt=build_prompt(),
@@ -114,6 +121,7 @@ async def _ask(nodes: NodeGroup, options: DemoOptions, console: Console) -> Gene
             decode.address,
             ClientSettings(),
             on_text,
+            on_progress=on_progress,
         )
     write_now("\n\n")
     return generation
@@ -161,7 +169,9 @@ def _pull_if_absent(models_dir: Path | None, console: Console) -> None:
     try:
         locate_model(MODEL, directory)
     except ModelNotFoundError:
-        pull_model(MODEL, directory, console)
+        # On a terminal it shows itself how far it is.
+        with Waiting(console, f"Fetching {MODEL}", in_place=False):
+            pull_model(MODEL, directory, console)
 
 
 class _DemoLog:

@@ -13,6 +13,7 @@ from fluxion_core.config import ClientSettings
 from fluxion_core.errors import InvalidRequestError
 from fluxion_proto.v1 import generate_pb2
 from services.cli.client import Generation, GenerationOptions, stream_generation
+from services.cli.waiting import Waiting, progress_text
 
 
 def read_prompt(prompt: str | None, file: Path | None, stdin: TextIO) -> str:
@@ -51,14 +52,33 @@ async def run_generate(
 ) -> None:
     """Stream the answer to stdout; if `show_timings`, a table to stderr at the end.
 
+    Until there is text, a terminal at stderr shows how far the prompt is.
+
     Raises:
         FluxionError: see `stream_generation`.
     """
-    generation = await stream_generation(options, address, client, write_now)
+    console = Console(stderr=True)
+    waiting = Waiting(console, f"waiting for {address}", as_lines=False)
+
+    def on_text(text: str) -> None:
+        waiting.stop()
+        write_now(text)
+
+    def on_progress(progress: generate_pb2.PromptProgress) -> None:
+        waiting.text = progress_text(progress)
+
+    with waiting:
+        generation = await stream_generation(
+            options,
+            address,
+            client,
+            on_text,
+            on_progress=on_progress if console.is_terminal else None,
+        )
     if not generation.text.endswith("\n"):
         write_now("\n")
     if show_timings:
-        Console(stderr=True).print(timings_table(generation))
+        console.print(timings_table(generation))
 
 
 def write_now(text: str) -> None:

@@ -31,6 +31,7 @@ from services.decode.engine import DecodeEngine, DecodeSequence, Profiled
 from services.decode.kv_ingest import KvIngest, Prefilled
 from services.decode.metrics import RequestCounters
 from services.decode.planning import Planning
+from services.decode.progress import PromptProgress, next_or_report
 from services.decode.request import GenerationRequest, check_request, off_loop
 from services.decode.token_stream import Delta, Ended, TokenStream
 from services.metrics import outcome_of
@@ -58,7 +59,7 @@ class Finished:
     usage: generate_pb2.Usage
 
 
-Output = Started | Delta | Finished
+Output = Started | generate_pb2.PromptProgress | Delta | Finished
 
 
 class Generation:
@@ -106,8 +107,9 @@ class Generation:
         self,
         read_message: Callable[[], generate_pb2.GenerateRequest],
         context: grpc.aio.ServicerContext,
+        progress: PromptProgress | None = None,
     ) -> AsyncGenerator[Output, None]:
-        """One request's outputs: Started, a Delta a token, Finished.
+        """One request's outputs: Started, a Delta a token, Finished; reports of the prompt between.
 
         Close it (`aclosing`) when no more is wanted: its memory is given back then, or before, once
         the engine has ended it. Outputs that are not taken wait, at most as many as it may generate
@@ -116,12 +118,20 @@ class Generation:
         Args:
             read_message: what the client asks for; what it raises is the request's end.
             context: of the call.
+            progress: follows the prompt; if it is given, reports of it come before the first Delta.
         """
         untaken: asyncio.Queue[Output | None] = asyncio.Queue()
-        answering = asyncio.create_task(self._answer(read_message, context, untaken.put_nowait))
+        answering = asyncio.create_task(
+            self._answer(read_message, context, untaken.put_nowait, progress or PromptProgress())
+        )
         answering.add_done_callback(lambda _: untaken.put_nowait(None))
         try:
-            while (output := await untaken.get()) is not None:
+            while True:
+                output = await (next_or_report(untaken, progress) if progress else untaken.get())
+                if output is None:
+                    break
+                if isinstance(output, Delta):
+                    progress = None
                 yield output
             answering.result()
         finally:
@@ -132,6 +142,7 @@ class Generation:
         read_message: Callable[[], generate_pb2.GenerateRequest],
         context: grpc.aio.ServicerContext,
         give: Callable[[Output], None],
+        progress: PromptProgress,
     ) -> None:
         """Run a request from its message to the return of what it held."""
         arrived = time.perf_counter()
@@ -151,7 +162,7 @@ class Generation:
                     planning=self._planning,
                 ),
             )
-            prompt_tokens = len(request.prompt_token_ids)
+            progress.num_tokens = prompt_tokens = len(request.prompt_token_ids)
             admission = self._admission.admit(
                 request.prompt_token_ids,
                 request.stop.max_new_tokens,
@@ -176,6 +187,7 @@ class Generation:
                     prefilled: Prefilled | None = None
                     if is_local:
                         kv.begin_prompt()
+                        progress.follow(lambda: kv.num_tokens)
                     else:
                         prefilled = await self._ingest.fetch(
                             request.request_id,
@@ -184,6 +196,7 @@ class Generation:
                             kv,
                             deadline_seconds=context.time_remaining(),
                             profile_window=self._planning.profile_window(request.policy),
+                            progress=progress,
                         )
 
                     def give_waited(output: Output) -> None:

@@ -41,6 +41,7 @@ from fluxion_core.wire.status import RemoteCapacityError, RemoteError, error_fro
 from fluxion_proto.v1 import handoff_pb2
 from services.decode.metrics import RequestCounters
 from services.decode.prefill_nodes import PrefillNodes
+from services.decode.progress import PromptProgress
 from services.decode.silence import ended_when_silent
 
 _log = logging.getLogger(__name__)
@@ -116,6 +117,7 @@ class KvIngest:
         *,
         deadline_seconds: float | None,
         profile_window: WindowSpec | None = None,
+        progress: PromptProgress | None = None,
     ) -> Prefilled:
         """Have a prompt computed and stored; commits the sequence.
 
@@ -130,6 +132,7 @@ class KvIngest:
             sequence: the reservation that takes the KV; committed on return.
             deadline_seconds: time left, or None.
             profile_window: this node's default window, if a profile of the prompt is wanted.
+            progress: follows the hand-off.
 
         Raises:
             PeerUnavailableError: no prefill node is configured, or none could do it; the text
@@ -170,6 +173,7 @@ class KvIngest:
                         sequence,
                         left,
                         wants_profile=profile_window is not None,
+                        progress=progress,
                     )
             except _WORTH_ANOTHER_NODE as error:
                 if isinstance(error, _UnheardError) and address not in failures:
@@ -209,6 +213,7 @@ class KvIngest:
         deadline_seconds: float | None,
         *,
         wants_profile: bool,
+        progress: PromptProgress | None,
     ) -> Prefilled:
         sequence.restart()
         assembler = HandoffAssembler(
@@ -217,6 +222,8 @@ class KvIngest:
             num_tokens=sequence.num_prompt_tokens,
             kv_from_token=sequence.kv_from_token,
         )
+        if progress is not None:
+            progress.follow(lambda: assembler.tokens_taken)
         call = channel.unary_stream(_METHOD)(request, timeout=deadline_seconds)
         answers = partial(self._nodes.answers, address)
         first_chunk: float | None = None

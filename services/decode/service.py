@@ -17,6 +17,7 @@ from services.decode.admission import Admission
 from services.decode.engine import DecodeEngine
 from services.decode.generation import Finished, Generation, Started
 from services.decode.planning import Planning
+from services.decode.progress import PromptProgress
 from services.decode.request import off_loop, prompt_token_ids
 from services.decode.token_stream import Delta
 from services.node import NodeModel
@@ -63,12 +64,14 @@ class GenerationService(generate_pb2_grpc.GenerationServicer):
         self, message: generate_pb2.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[generate_pb2.GenerateResponse]:
         """Stream tokens as they are made; the last message has the reason and the usage."""
-        request_id = ""
-        async with aclosing(self._generation.run(lambda: message, context)) as outputs:
+        request_id, progress = "", PromptProgress() if message.report_progress else None
+        async with aclosing(self._generation.run(lambda: message, context, progress)) as outputs:
             async for output in outputs:
                 match output:
                     case Started():
                         request_id = output.request.request_id
+                    case generate_pb2.PromptProgress():
+                        yield generate_pb2.GenerateResponse(request_id=request_id, progress=output)
                     case Delta():
                         yield generate_pb2.GenerateResponse(
                             request_id=request_id, text=output.text, token_ids=[output.token_id]

@@ -29,6 +29,12 @@ class Priority(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     PRIORITY_LOW: _ClassVar[Priority]
     PRIORITY_NORMAL: _ClassVar[Priority]
     PRIORITY_HIGH: _ClassVar[Priority]
+
+class PromptState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    PROMPT_STATE_UNSPECIFIED: _ClassVar[PromptState]
+    PROMPT_STATE_QUEUED: _ClassVar[PromptState]
+    PROMPT_STATE_PREFILL: _ClassVar[PromptState]
 QUALITY_LEVEL_UNSPECIFIED: QualityLevel
 QUALITY_LEVEL_EXACT: QualityLevel
 QUALITY_LEVEL_ACCURATE: QualityLevel
@@ -43,6 +49,9 @@ PRIORITY_UNSPECIFIED: Priority
 PRIORITY_LOW: Priority
 PRIORITY_NORMAL: Priority
 PRIORITY_HIGH: Priority
+PROMPT_STATE_UNSPECIFIED: PromptState
+PROMPT_STATE_QUEUED: PromptState
+PROMPT_STATE_PREFILL: PromptState
 
 class TokenIds(_message.Message):
     __slots__ = ("ids",)
@@ -85,7 +94,7 @@ class Sampling(_message.Message):
     def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., seed: _Optional[int] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "text", "token_ids", "chat", "sampling", "max_new_tokens", "stop_strings", "stop_token_ids", "ignore_eos", "quality", "policy", "priority")
+    __slots__ = ("request_id", "text", "token_ids", "chat", "sampling", "max_new_tokens", "stop_strings", "stop_token_ids", "ignore_eos", "quality", "policy", "priority", "report_progress")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -98,6 +107,7 @@ class GenerateRequest(_message.Message):
     QUALITY_FIELD_NUMBER: _ClassVar[int]
     POLICY_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    REPORT_PROGRESS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     text: str
     token_ids: TokenIds
@@ -110,7 +120,18 @@ class GenerateRequest(_message.Message):
     quality: QualityLevel
     policy: str
     priority: Priority
-    def __init__(self, request_id: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., max_new_tokens: _Optional[int] = ..., stop_strings: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ..., quality: _Optional[_Union[QualityLevel, str]] = ..., policy: _Optional[str] = ..., priority: _Optional[_Union[Priority, str]] = ...) -> None: ...
+    report_progress: bool
+    def __init__(self, request_id: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., max_new_tokens: _Optional[int] = ..., stop_strings: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ..., quality: _Optional[_Union[QualityLevel, str]] = ..., policy: _Optional[str] = ..., priority: _Optional[_Union[Priority, str]] = ..., report_progress: _Optional[bool] = ...) -> None: ...
+
+class PromptProgress(_message.Message):
+    __slots__ = ("state", "prompt_tokens", "prompt_tokens_done")
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_DONE_FIELD_NUMBER: _ClassVar[int]
+    state: PromptState
+    prompt_tokens: int
+    prompt_tokens_done: int
+    def __init__(self, state: _Optional[_Union[PromptState, str]] = ..., prompt_tokens: _Optional[int] = ..., prompt_tokens_done: _Optional[int] = ...) -> None: ...
 
 class KvReads(_message.Message):
     __slots__ = ("policy", "scanned_bytes_per_token", "attended_bytes_per_token", "share_of_exact", "share_of_fixed_estimate", "streaming_share", "groups_by_block_size", "groups_nothing", "groups_everything")
@@ -165,18 +186,20 @@ class Usage(_message.Message):
     def __init__(self, prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., queue_seconds: _Optional[float] = ..., prefill_seconds: _Optional[float] = ..., handoff_seconds: _Optional[float] = ..., decode_seconds: _Optional[float] = ..., time_to_first_token_seconds: _Optional[float] = ..., handoff_bytes: _Optional[int] = ..., kv_bytes_read_per_token: _Optional[float] = ..., kv_bytes_in_host_memory: _Optional[int] = ..., kv_reads: _Optional[_Union[KvReads, _Mapping]] = ..., local_prompt_tokens: _Optional[int] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
-    __slots__ = ("request_id", "text", "token_ids", "finish_reason", "usage")
+    __slots__ = ("request_id", "text", "token_ids", "finish_reason", "usage", "progress")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
     USAGE_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     text: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     finish_reason: FinishReason
     usage: Usage
-    def __init__(self, request_id: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ...) -> None: ...
+    progress: PromptProgress
+    def __init__(self, request_id: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., progress: _Optional[_Union[PromptProgress, _Mapping]] = ...) -> None: ...
 
 class TokenizeRequest(_message.Message):
     __slots__ = ("text", "chat")

@@ -71,6 +71,17 @@ def test_a_whole_stream_reaches_the_sink_in_order(kv_from_token: int):
         assert sum(count for _, count in runs) == NUM_TOKENS - kv_from_token
 
 
+def test_a_layer_of_a_chunk_counts_for_its_share_of_the_tokens():
+    # By hand: of two layers, one with 32 tokens more is 16 tokens more.
+    assembler = HandoffAssembler(Recorder(), LAYOUT, num_tokens=NUM_TOKENS, kv_from_token=32)
+    assembler.take_header(Header(LAYOUT, NUM_TOKENS, 32))
+    taken = [assembler.tokens_taken]
+    for frame in (chunk(0, 32, 32), chunk(1, 32, 32), chunk(0, 64, 6), chunk(1, 64, 6)):
+        assembler.take_chunk(frame)
+        taken.append(assembler.tokens_taken)
+    assert taken == [32, 48, 64, 67, 70]
+
+
 @given(st.randoms(use_true_random=False))
 def test_layers_may_interleave_at_will(random):
     header, *chunks, trailer = whole_stream()

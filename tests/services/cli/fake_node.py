@@ -46,6 +46,11 @@ USAGE = generate_pb2.Usage(
 )
 
 
+PROGRESS = generate_pb2.PromptProgress(
+    state=generate_pb2.PROMPT_STATE_PREFILL, prompt_tokens=7000, prompt_tokens_done=3500
+)
+
+
 class FakeGeneration(generate_pb2_grpc.GenerationServicer):
     """Streams `deltas`, one token each, then the last message; or does what it is told."""
 
@@ -66,6 +71,8 @@ class FakeGeneration(generate_pb2_grpc.GenerationServicer):
         if self.never_answers:
             context.add_callback(self.was_cancelled.set)
             self.was_cancelled.wait()
+        if request.report_progress:
+            yield generate_pb2.GenerateResponse(progress=PROGRESS)
         for token_id, delta in enumerate(self.deltas):
             yield generate_pb2.GenerateResponse(text=delta, token_ids=[token_id])
         if self.failure is not None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from services.cli import demo
+from services.cli import demo, waiting
 from services.cli.health import DECODE_SERVICE, PREFILL_SERVICE
 from services.cli.main import app
 from services.cli.up import NodePlan
@@ -52,6 +52,7 @@ def demo_with_fake_nodes(monkeypatch: pytest.MonkeyPatch, plan_fake_node: Callab
 
         monkeypatch.setattr(demo, "_pull_if_absent", lambda *_: None)
         monkeypatch.setattr(demo, "plan_nodes", plan)
+        monkeypatch.setattr(waiting, "TICK_SECONDS", 0.001)
         return CliRunner().invoke(app, ["demo", "--logs"])
 
     return run
@@ -64,6 +65,8 @@ def test_an_answer_with_the_fact_is_status_0(demo_with_fake_nodes: Callable[[str
     figures = ("time to first token", "time per output token", "2 GB/s", "160.0 MB", "found")
     for figure in figures:
         assert figure in result.stdout
+    for phase in ("Starting a prefill node and a decode node", "Ending both nodes"):
+        assert f"\n{phase}" in f"\n{result.stderr}"
     assert "decode  │ drained" in result.stderr
     assert "prefill │ drained" in result.stderr
 

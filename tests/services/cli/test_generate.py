@@ -13,7 +13,9 @@ import grpc
 import pytest
 from typer.testing import CliRunner
 
+from fluxion_core.config import ClientSettings
 from fluxion_core.errors import InvalidRequestError
+from services.cli.client import GenerationOptions, stream_generation
 from services.cli.generate import read_prompt
 from services.cli.main import app
 
@@ -42,6 +44,27 @@ def test_no_timings_leaves_stderr_empty(decode_node: SimpleNamespace):
     result = generate(decode_node, "Why?", "--no-timings")
     assert result.stderr == ""
     assert result.stdout == "The answer.\n"
+
+
+async def test_who_asks_is_told_how_far_the_prompt_is(decode_node: SimpleNamespace):
+    texts: list[str] = []
+    reports: list[tuple[int, str]] = []
+    generation = await stream_generation(
+        GenerationOptions(prompt="Why?"),
+        decode_node.address,
+        ClientSettings(),
+        texts.append,
+        on_progress=lambda one: reports.append((one.prompt_tokens_done, "".join(texts))),
+    )
+    assert reports == [(3500, "")]
+    assert generation.text == "".join(texts) == "The answer."
+    assert generation.token_ids == (0, 1, 2)
+
+
+def test_without_a_terminal_the_node_is_not_asked_how_far_it_is(decode_node: SimpleNamespace):
+    generate(decode_node, "Why?")
+    (request,) = decode_node.generation.requests
+    assert not request.report_progress
 
 
 def test_a_flag_that_is_not_given_is_not_sent(decode_node: SimpleNamespace):
