@@ -14,18 +14,9 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from fluxion_core.errors import ModelFileError, UnsupportedModelError
 from fluxion_core.generation.chat_template_files import choose_template
+from fluxion_core.generation.text_pieces import SPLIT_GPT2, SPLIT_LLAMA3, SPLIT_QWEN2
 from fluxion_core.generation.vocabulary import Vocabulary
 from fluxion_core.gguf_index import CONTROL_TOKEN, USER_DEFINED_TOKEN, GgufFile, open_gguf
-
-_SPLIT_GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_SPLIT_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_SPLIT_QWEN2 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 
 def read_gguf(path: Path) -> Vocabulary:
@@ -112,11 +103,11 @@ def _pre_tokenizer(name: str, file: GgufFile) -> pre_tokenizers.PreTokenizer:
             ]
             return pre_tokenizers.Sequence(cuts)
         case "llama-bpe":
-            pattern = _SPLIT_LLAMA3
+            pattern = SPLIT_LLAMA3
         case "qwen2":
-            pattern = _SPLIT_QWEN2
+            pattern = SPLIT_QWEN2
         case "gpt-2" | "default":
-            pattern = _SPLIT_GPT2
+            pattern = SPLIT_GPT2
         case _:
             raise UnsupportedModelError(
                 f"{file.path}: pre-tokenizer {name!r}; supported: smollm, llama-bpe, qwen2, gpt-2"
