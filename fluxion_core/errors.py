@@ -18,6 +18,7 @@
     ├── DeadlineError               the deadline passed
     ├── RequestCancelledError       the caller went away
     ├── AuthenticationError         missing or wrong credentials
+    ├── ThreadLimitError            the system lets the process have no further thread
     ├── DeviceError                 the GPU failed; only a new process can use it again
     ├── ModelError                  a model cannot be used
     │   ├── ModelNotFoundError      no such file, directory or name
@@ -163,6 +164,21 @@ class RequestCancelledError(FluxionError):
 
 class AuthenticationError(FluxionError):
     """Credentials are missing or wrong."""
+
+
+class ThreadLimitError(FluxionError):
+    """The system lets this process have no further thread."""
+
+    def __init__(self, *, user_limit: int | None, group_limit: int | None) -> None:
+        self.user_limit, self.group_limit = user_limit, group_limit
+        limits = ", ".join(
+            f"{name} {'unlimited' if limit is None else limit}"
+            for name, limit in (("ulimit -u", user_limit), ("pids.max", group_limit))
+        )
+        super().__init__(
+            f"no further thread can be started ({limits}); raise the limit of the user or the "
+            f"container, or lower engine.attention_threads and model.threads"
+        )
 
 
 class DeviceError(FluxionError):

@@ -15,6 +15,7 @@ from fluxion_core.errors import FluxionError
 from fluxion_core.metrics import MetricDefinition
 from fluxion_core.nvml import NvmlReader, open_nvml
 from fluxion_core.telemetry import event
+from fluxion_core.threads import start_thread
 from services.metrics import WatchingCollector
 
 _log = logging.getLogger(__name__)
@@ -112,8 +113,7 @@ class NvmlCollector(WatchingCollector):
         self._failed = False
         self._look_seconds = look_seconds
         self._ending = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="nvml", daemon=True)
-        self._thread.start()
+        self._thread = start_thread("nvml", self._watch)
 
     def collect(self) -> Iterator[Metric]:
         """The card's figures; nothing, and one line in the log, while the driver refuses."""

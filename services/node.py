@@ -21,6 +21,8 @@ from fluxion_core.kvstream.handoff import KvLayout
 from fluxion_core.models.locate import default_models_dir, locate_model
 from fluxion_core.models.weights import LoadedModel, load_model
 from fluxion_core.telemetry import configure_logging, event
+from fluxion_core.threads import thread_limit
+from services.loading import EndedWhileLoadingError
 
 _log = logging.getLogger(__name__)
 
@@ -142,7 +144,17 @@ def run_node(
 
     try:
         uvloop.run(run())
+    except EndedWhileLoadingError:
+        _log.info(event("ended while loading"))
+        # Not through the interpreter's end, which would wait for the thread that still loads.
+        logging.shutdown()
+        os._exit(0)
     except FluxionError as error:
         _log.error(event("cannot run", error=str(error)))
+        return 1
+    except RuntimeError as error:
+        if (limit := thread_limit(error)) is None:
+            raise
+        _log.error(event("cannot run", error=str(limit)))
         return 1
     return 0

@@ -14,7 +14,7 @@ while the GPU goes on.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -73,10 +73,12 @@ class DeviceStep:
         planner: for policies that need head profiles.
         device_digests: whether there are copies of digests on the device, as far as they fit: of
             all for the lane, of 128-token blocks for predicted plans, which the CPUs make else.
+        goes_on: asked before each piece that is pinned.
 
     Raises:
         ShapeError: see `check_step_shapes`; or no kernel takes the model's heads.
         CapacityError: the store's memory cannot be pinned.
+        RequestCancelledError: `goes_on` said no; nothing is pinned then.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class DeviceStep:
         lanes: Lanes = "both",
         planner: Planner | None = None,
         device_digests: bool = True,
+        goes_on: Callable[[], bool] = lambda: True,
     ) -> None:
         config, geometry = decoder.config, store.geometry
         check_step_shapes(geometry, window, config.num_heads, planner)
@@ -99,7 +102,7 @@ class DeviceStep:
         self._device = decoder.embedding.device
         self._num_heads = config.num_heads
         self.lanes: Lanes = lanes
-        self._registered = RegisteredStore(store)
+        self._registered = RegisteredStore(store, goes_on)
         self.windows = DeviceWindows(geometry, window, max_rows, self._device)
         self.board = Board(geometry, config.num_heads, max_rows, config.vocab_size, self._device)
         self._driver = self.board.native_driver(geometry, config.num_heads, STUCK_NS)

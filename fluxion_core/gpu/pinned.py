@@ -8,11 +8,12 @@ sides.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from fluxion_core.errors import CapacityError, FluxionError
+from fluxion_core.errors import CapacityError, FluxionError, RequestCancelledError
 from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.telemetry import event
 
@@ -35,12 +36,14 @@ class RegisteredStore:
 
     Args:
         store: its sequences made from now on have tables of slabs in pinned memory.
+        goes_on: asked before each piece.
 
     Raises:
         CapacityError: the system does not let so much memory be pinned.
+        RequestCancelledError: `goes_on` said no. In both cases nothing is pinned then.
     """
 
-    def __init__(self, store: HostKvStore) -> None:
+    def __init__(self, store: HostKvStore, goes_on: Callable[[], bool] = lambda: True) -> None:
         self._store = store
         self._pieces: list[int] = []
         address, size = store.arena_address, store.arena_bytes
@@ -48,8 +51,10 @@ class RegisteredStore:
         whole = max(1, PIECE_BYTES // store.slab_stride_bytes) * store.slab_stride_bytes
         for start in range(0, size, whole):
             try:
+                if not goes_on():
+                    raise RequestCancelledError("the store is not wanted any more")
                 _register(address + start, min(whole, size - start), size)
-            except CapacityError:
+            except (CapacityError, RequestCancelledError):
                 self.close()
                 raise
             self._pieces.append(address + start)

@@ -26,6 +26,7 @@ from fluxion_core.errors import (
     PeerUnavailableError,
 )
 from fluxion_core.telemetry import event
+from fluxion_core.threads import thread_limit
 from fluxion_core.wire.callers import Callers
 from fluxion_core.wire.client_limits import ClientLimits
 from fluxion_core.wire.status import sent_metadata, status_of
@@ -172,6 +173,7 @@ async def _abort(
     """End the call with the error's status; never returns."""
     if isinstance(error, grpc.aio.AbortError):
         raise error
+    error = thread_limit(error) or error
     if isinstance(error, FluxionError):
         status = status_of(error)
         if status is not grpc.StatusCode.INTERNAL:

@@ -102,7 +102,15 @@ class NodeServer:
     async def set_ready(self, *, is_ready: bool) -> None:
         """Whether the service takes requests: model loaded, warmed up, not draining."""
         self._guard.is_open = is_ready
-        await self._set(self._service_name, is_serving=is_ready)
+        await self.set_serving(is_serving=is_ready)
+
+    def open(self) -> None:
+        """Take calls, whatever health says."""
+        self._guard.is_open = True
+
+    async def set_serving(self, *, is_serving: bool) -> None:
+        """What health says of the service; calls are taken or refused as before."""
+        await self._set(self._service_name, is_serving=is_serving)
 
     async def stop(self, grace_seconds: float) -> None:
         """Take no new calls; running ones have `grace_seconds`, then are cancelled."""

@@ -27,6 +27,7 @@ from fluxion_core.errors import (
     ModelError,
     PeerUnavailableError,
     RequestCancelledError,
+    ThreadLimitError,
     UnsupportedCallError,
 )
 
@@ -37,6 +38,7 @@ _STATUS_OF: tuple[tuple[type[FluxionError], grpc.StatusCode], ...] = (
     (InvalidRequestError, grpc.StatusCode.INVALID_ARGUMENT),
     (UnsupportedCallError, grpc.StatusCode.UNIMPLEMENTED),
     (CapacityError, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (ThreadLimitError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (LayoutMismatchError, grpc.StatusCode.FAILED_PRECONDITION),
     (ModelError, grpc.StatusCode.FAILED_PRECONDITION),
     (HandoffError, grpc.StatusCode.DATA_LOSS),

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
+from collections.abc import Callable
 from contextlib import AsyncExitStack
+from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from fluxion_core.errors import ConfigError
+from fluxion_core.errors import ConfigError, RequestCancelledError
 from fluxion_core.geometry import WindowSpec
 from fluxion_core.host_step import HostStep
 from fluxion_core.hybrid_attention import HybridAttention
@@ -29,11 +31,15 @@ from services.decode.kv_ingest import KvIngest
 from services.decode.metrics import DecodeCollector, RequestCounters
 from services.decode.planning import Planning, make_planning
 from services.decode.prefill_nodes import PrefillNodes
+from services.decode.prefill_watch import PrefillWatch
 from services.decode.service import GENERATION_SERVICE, GenerationService
 from services.decode.watchdog import StepWatchdog
 from services.gpu_metrics import nvml_collectors
-from services.metrics import MetricsEndpoint, NodeMetrics
+from services.loading import EndedWhileLoadingError, load
+from services.metrics import NodeMetrics
+from services.metrics_endpoint import MetricsEndpoint
 from services.node import DeviceFailure, NodeModel, load_node_model, run_node
+from services.readiness import Readiness
 
 if TYPE_CHECKING:
     from fluxion_core.gpu.device_step import DeviceStep
@@ -61,7 +67,7 @@ async def serve(settings: DecodeSettings, ending: asyncio.Event) -> None:
         closing.callback(_log.info, event("stopped"))
         closing.callback(endpoint.close)
         closing.push_async_callback(server.stop, 0)
-        model = await asyncio.to_thread(load_node_model, settings.model)
+        model = await load(partial(load_node_model, settings.model), ending)
         planning = make_planning(
             settings.engine.predictor_weights,
             settings.engine.default_policy,
@@ -69,9 +75,11 @@ async def serve(settings: DecodeSettings, ending: asyncio.Event) -> None:
             WindowSpec(settings.store.sink_tokens, settings.store.recent_tokens),
             digest_bits=settings.store.digest_bits,
         )
-        store = make_store(settings, model)
-        step = await asyncio.to_thread(make_step, settings, model, store, planning)
+        store = await load(partial(make_store, settings, model), ending)
+        step = await load_step(settings, model, store, planning, ending)
         closing.push_async_callback(asyncio.to_thread, step.close)
+        if ending.is_set():
+            raise EndedWhileLoadingError
         nodes = PrefillNodes(settings.prefill.addresses, settings.prefill.client)
         closing.push_async_callback(nodes.close)
         local_prefill_tokens = local_prefill_limit(settings, step)
@@ -123,25 +131,30 @@ async def serve(settings: DecodeSettings, ending: asyncio.Event) -> None:
         service = add_services(
             server, settings, vllm_api, generation, model, store, admission, engine, planning
         )
-        await server.set_ready(is_ready=True)
-        metrics.is_ready = True
-        _log.info(
-            event(
-                "ready",
-                address=address,
-                model=model.loaded.name,
-                device=device,
-                host_kv_bytes=store.statistics().capacity_bytes,
-                policy=str(planning.default_policy),
-                prefill=",".join(settings.prefill.addresses) or "none",
-            )
+        readiness = Readiness(
+            server,
+            metrics,
+            address=address,
+            model=model.loaded.name,
+            device=device,
+            host_kv_bytes=store.statistics().capacity_bytes,
+            policy=str(planning.default_policy),
+            prefill=",".join(settings.prefill.addresses) or "none",
         )
+        watch = PrefillWatch(
+            nodes,
+            computes_prompts=local_prefill_tokens > 0,
+            tell=readiness.tell,
+            counters=counters,
+        )
+        await readiness.loaded(watch.why_not_at_first)
+        watching = asyncio.ensure_future(watch.run())
+        closing.callback(watching.cancel)
         await ending.wait()
         _log.info(event("draining", grace_seconds=settings.server.grace_seconds))
         service.is_draining = True
-        metrics.is_ready = False
         admission.drain()
-        await server.set_ready(is_ready=False)
+        await readiness.drain()
         await server.stop(settings.server.grace_seconds)
         if failure.error is not None:
             raise failure.error
@@ -211,12 +224,40 @@ def local_prefill_limit(settings: DecodeSettings, step: HostStep | DeviceStep) -
     return 0
 
 
+async def load_step(
+    settings: DecodeSettings,
+    model: NodeModel,
+    store: HostKvStore,
+    planning: Planning,
+    ending: asyncio.Event,
+) -> HostStep | DeviceStep:
+    """`make_step` off the event loop.
+
+    Raises:
+        EndedWhileLoadingError: the node is to end.
+    """
+    make = partial(make_step, settings, model, store, planning, goes_on=lambda: not ending.is_set())
+    if model.loaded.decoder.embedding.device.type == "cpu":
+        return await load(make, ending)
+    # What is pinned must be unpinned before the process ends: not left alone half done.
+    try:
+        return await asyncio.to_thread(make)
+    except RequestCancelledError:
+        raise EndedWhileLoadingError from None
+
+
 def make_step(
-    settings: DecodeSettings, model: NodeModel, store: HostKvStore, planning: Planning
+    settings: DecodeSettings,
+    model: NodeModel,
+    store: HostKvStore,
+    planning: Planning,
+    *,
+    goes_on: Callable[[], bool],
 ) -> HostStep | DeviceStep:
     """What runs steps: with a GPU if the model is on one. Pins the store's memory then.
 
     Raises:
+        RequestCancelledError: `goes_on` said no before all was pinned; nothing is pinned then.
         ConfigError: lanes that the device does not have.
         ShapeError: the window is too short for the digests, or heads do not form groups.
         CapacityError: the store's memory cannot be pinned.
@@ -249,6 +290,7 @@ def make_step(
         max_context_tokens=model.loaded.config.context_tokens,
         lanes="both" if lanes == "auto" else lanes,
         planner=planning.planner,
+        goes_on=goes_on,
     )
 
 

@@ -43,6 +43,7 @@ from fluxion_core.prompt_profiling import PromptProfiling
 from fluxion_core.selector.planner import Planner, PlannerState
 from fluxion_core.selector.policy import Policy
 from fluxion_core.telemetry import event
+from fluxion_core.threads import start
 from fluxion_core.trace import ENGINE_LANE, TraceRecorder
 from services.decode.read_totals import ReadTotals
 
@@ -222,7 +223,7 @@ class DecodeEngine:
 
     def start(self) -> None:
         """Start the thread."""
-        self._thread.start()
+        start(self._thread)
 
     def stop(self) -> None:
         """End the thread; sequences still running end with an error. Idempotent."""

@@ -100,6 +100,12 @@ STORE_SHARED = MetricDefinition(
 STORE_SEQUENCES = MetricDefinition(
     "fluxion_store_sequences", "gauge", "sequences", "Sequences that hold part of the store."
 )
+PREFILL_ANSWERING = MetricDefinition(
+    "fluxion_prefill_nodes_answering",
+    "gauge",
+    "nodes",
+    "Prefill nodes that answered this node's last look and do not drain; 0 without any configured.",
+)
 HANDOFFS = MetricDefinition(
     "fluxion_handoffs_total",
     "counter",
@@ -183,6 +189,7 @@ DECODE_DEFINITIONS = (
     *(REQUESTS, REQUESTS_RUNNING, REQUESTS_WAITING, QUEUE_OLDEST, QUEUE_SECONDS),
     *(TIME_TO_FIRST_TOKEN, INTER_TOKEN, REQUEST_SECONDS, PROMPT_TOKENS, GENERATED_TOKENS),
     *(STORE_CAPACITY, STORE_BYTES, STORE_SHARED, STORE_SEQUENCES),
+    PREFILL_ANSWERING,
     *(HANDOFFS, HANDOFF_BYTES, HANDOFF_SECONDS, HANDOFF_FAILURES),
     *(STEPS, STEP_TOKENS, ENGINE_BUSY, ENGINE_IDLE),
     *(SCANNED, ATTENDED, REGION, STREAMING_HEADS, PLANNED_HEADS, GROUPS, TASKS),
@@ -208,6 +215,7 @@ class RequestCounters:
         default_factory=lambda: Counter({("computed",): 0, ("local",): 0, ("cached",): 0})
     )
     generated_tokens: int = 0
+    prefill_nodes_answering: int = 0
     handoffs: Counter[tuple[str, ...]] = field(default_factory=Counter)
     handoff_bytes: Counter[tuple[str, ...]] = field(default_factory=Counter)
     handoff_seconds: PlainHistogram = field(default_factory=lambda: PlainHistogram(SECONDS_BOUNDS))
@@ -292,6 +300,7 @@ class DecodeCollector(Collector):
             yield definition.render_histogram({(): histogram})
         yield PROMPT_TOKENS.render(dict(counters.prompt_tokens))
         yield GENERATED_TOKENS.render_value(counters.generated_tokens)
+        yield PREFILL_ANSWERING.render_value(counters.prefill_nodes_answering)
         yield HANDOFFS.render(dict(counters.handoffs))
         yield HANDOFF_BYTES.render(dict(counters.handoff_bytes))
         yield HANDOFF_FAILURES.render(dict(counters.handoff_failures))

@@ -26,6 +26,7 @@ from fluxion_core.addresses import Address
 from fluxion_core.config import ClientSettings
 from fluxion_core.telemetry import event
 from fluxion_core.wire.channel import open_channel
+from fluxion_core.wire.status import error_from_rpc
 from fluxion_core.wire.tls import watched_channel_credentials
 from fluxion_proto.v1 import handoff_pb2, handoff_pb2_grpc
 from services.decode.node_names import NodeNames
@@ -34,6 +35,17 @@ _log = logging.getLogger(__name__)
 
 LOAD_SECONDS = 0.5
 """For a node to say how busy it is."""
+
+_TAKES_NOTHING = frozenset(
+    {
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        grpc.StatusCode.CANCELLED,
+        grpc.StatusCode.UNAUTHENTICATED,
+        grpc.StatusCode.PERMISSION_DENIED,
+    }
+)
+"""What a node that cannot be given prompts answers; any other refusal is of this one question."""
 
 
 class PrefillNodes:
@@ -63,7 +75,13 @@ class PrefillNodes:
         return len(self._addresses)
 
     async def in_turn(self) -> list[str]:
-        """host:port of every node there is now, beginning with another one each time.
+        """host:port of every node there is now, beginning with another one each time."""
+        nodes = await self._found()
+        self._next = (self._next + 1) % max(1, len(nodes))
+        return nodes[self._next :] + nodes[: self._next]
+
+    async def _found(self) -> list[str]:
+        """host:port of every node there is now.
 
         A name that never resolved gives no node, and a line in the log; one that does no more
         gives those that it gave last. Idle channels are opened anew once the files of this node's
@@ -88,9 +106,7 @@ class PrefillNodes:
                 self._open(node, server_name=name)
         for channel in left:
             await channel.close()
-        nodes = list(found)
-        self._next = (self._next + 1) % max(1, len(nodes))
-        return nodes[self._next :] + nodes[: self._next]
+        return list(found)
 
     async def by_load(self) -> list[str]:
         """host:port of every node there is now but those that drain, least busy first.
@@ -123,6 +139,29 @@ class PrefillNodes:
             return None
         # What we have just sent it, it may not have counted yet.
         return max(float(answer.pending_tokens), float(self._tokens.get(node, 0)))
+
+    async def refusals(self, seconds: float) -> dict[str, str]:
+        """Why each node there is now takes no prompts; "" of one that does, however busy it is."""
+        nodes = await self._found()
+        return dict(
+            zip(
+                nodes,
+                await asyncio.gather(*(self._refusal(n, seconds) for n in nodes)),
+                strict=True,
+            )
+        )
+
+    async def _refusal(self, node: str, seconds: float) -> str:
+        async with self.channel(node) as channel:
+            stub = handoff_pb2_grpc.PrefillNodeStub(channel)
+            try:
+                answer = await stub.GetPrefillLoad(
+                    handoff_pb2.GetPrefillLoadRequest(), timeout=seconds
+                )
+            except grpc.aio.AioRpcError as error:
+                is_reason = error.code() in _TAKES_NOTHING
+                return str(error_from_rpc(error)) if is_reason else ""
+        return "it is draining" if answer.is_draining else ""
 
     async def answers(self, node: str, seconds: float) -> bool:
         """Whether anything comes back from a node within so many seconds, be it a refusal."""

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 
 from fluxion_core.telemetry import event
+from fluxion_core.threads import start_thread
 from services.decode.engine import DecodeEngine
 
 _log = logging.getLogger(__name__)
@@ -41,8 +42,7 @@ class StepWatchdog:
         self._limit = limit_seconds
         self._end = end
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="step-watchdog", daemon=True)
-        self._thread.start()
+        self._thread = start_thread("step-watchdog", self._watch)
 
     def close(self) -> None:
         """Look no more. Idempotent."""

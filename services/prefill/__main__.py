@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
+from functools import partial
 
 from fluxion_core.telemetry import event
 from fluxion_core.wire.server import NodeServer
 from fluxion_proto.v1 import handoff_pb2_grpc
 from services.gpu_metrics import nvml_collectors
-from services.metrics import MetricsEndpoint, NodeMetrics
+from services.loading import load
+from services.metrics import NodeMetrics
+from services.metrics_endpoint import MetricsEndpoint
 from services.node import DeviceFailure, NodeModel, load_node_model, run_node
 from services.prefill.config import CPU_CHUNK_TOKENS, GPU_CHUNK_TOKENS, PrefillNodeSettings
 from services.prefill.engine import PrefillEngine
@@ -21,6 +24,7 @@ from services.prefill.service import (
     HandoffService,
     PrefillNodeService,
 )
+from services.readiness import Readiness
 
 _log = logging.getLogger(__name__)
 
@@ -35,7 +39,7 @@ async def serve(settings: PrefillNodeSettings, ending: asyncio.Event) -> None:
     failure = DeviceFailure(ending)
     engine: PrefillEngine | None = None
     try:
-        model = await asyncio.to_thread(load_node_model, settings.model)
+        model = await load(partial(load_node_model, settings.model), ending)
         engine = PrefillEngine(
             model.loaded.decoder,
             model.geometry(),
@@ -45,7 +49,7 @@ async def serve(settings: PrefillNodeSettings, ending: asyncio.Event) -> None:
             running_kv_bytes=settings.engine.running_kv_bytes,
             on_failure=failure.tell,
         )
-        await asyncio.to_thread(engine.warm_up)
+        await load(engine.warm_up, ending)
         engine.start()
         counters = PromptCounters()
         device = model.loaded.decoder.embedding.device
@@ -67,14 +71,12 @@ async def serve(settings: PrefillNodeSettings, ending: asyncio.Event) -> None:
         node = PrefillNodeService(engine, model.layout)
         server.add_generic_rpc_handlers((handoff.generic_handler(),))
         handoff_pb2_grpc.add_PrefillNodeServicer_to_server(node, server)
-        await server.set_ready(is_ready=True)
-        metrics.is_ready = True
-        _log.info(event("ready", address=address, model=model.loaded.name))
+        readiness = Readiness(server, metrics, address=address, model=model.loaded.name)
+        await readiness.loaded()
         await ending.wait()
         _log.info(event("draining", grace_seconds=settings.server.grace_seconds))
         node.is_draining = True
-        metrics.is_ready = False
-        await server.set_ready(is_ready=False)
+        await readiness.drain()
         await server.stop(settings.server.grace_seconds)
         if failure.error is not None:
             raise failure.error

@@ -38,6 +38,7 @@ from fluxion_core.kvstream.handoff import Frame, Trailer, max_frame_payload_byte
 from fluxion_core.models.decoder import Decoder
 from fluxion_core.predictor import prompt_profile
 from fluxion_core.telemetry import event
+from fluxion_core.threads import start
 from services.prefill.kv_capture import KvCapture
 
 _log = logging.getLogger(__name__)
@@ -154,7 +155,7 @@ class PrefillEngine:
 
     def start(self) -> None:
         """Start the thread."""
-        self._thread.start()
+        start(self._thread)
 
     def stop(self) -> None:
         """End the thread; prompts not finished end with an error. Idempotent."""

@@ -13,11 +13,12 @@ from pathlib import Path
 import grpc
 import pytest
 import torch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from fluxion_core.config import ModelSettings, ServerSettings
-from fluxion_proto.v1 import generate_pb2_grpc
+from fluxion_proto.v1 import generate_pb2, generate_pb2_grpc
 from services.decode import __main__ as decode_node
 from services.decode.config import DecodeSettings, PrefillSettings, StoreSettings
 from services.decode.config import EngineSettings as DecodeEngineSettings
@@ -122,16 +123,33 @@ async def running_node(serve, settings) -> AsyncIterator[Running]:
 
 
 async def wait_ready(channel: grpc.aio.Channel, settings) -> None:
-    """Watch the node's health until it serves."""
-    from grpc_health.v1 import health_pb2, health_pb2_grpc
+    """Wait until a prefill node's health serves, or a decode node takes calls: without a prefill
+    node, as some tests have it, it is never ready."""
+    if isinstance(settings, PrefillNodeSettings):
+        await wait_serving(channel, "fluxion.v1.Handoff")
+        return
+    stub = generate_pb2_grpc.GenerationStub(channel)
+    while True:
+        try:
+            await stub.GetModelInfo(generate_pb2.GetModelInfoRequest())
+        except grpc.aio.AioRpcError as error:
+            if error.code() is not grpc.StatusCode.UNAVAILABLE:
+                # It takes calls, though not from everybody.
+                return
+            await asyncio.sleep(0.02)
+        else:
+            return
 
-    is_prefill = isinstance(settings, PrefillNodeSettings)
-    service = "fluxion.v1.Handoff" if is_prefill else "fluxion.v1.Generation"
+
+async def wait_serving(channel: grpc.aio.Channel, service: str, *, is_serving: bool = True) -> None:
+    """Watch a service's health until it is, or is not, serving."""
+    statuses = health_pb2.HealthCheckResponse
+    wanted = statuses.SERVING if is_serving else statuses.NOT_SERVING
     watch = health_pb2_grpc.HealthStub(channel).Watch(
         health_pb2.HealthCheckRequest(service=service)
     )
     async for answer in watch:
-        if answer.status == health_pb2.HealthCheckResponse.SERVING:
+        if answer.status == wanted:
             break
     watch.cancel()
 

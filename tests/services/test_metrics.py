@@ -24,7 +24,8 @@ from fluxion_proto.v1 import generate_pb2
 from services.decode.engine import EngineStatistics
 from services.decode.metrics import DECODE_DEFINITIONS, DecodeCollector, RequestCounters
 from services.gpu_metrics import ENGINE_GPU_DEFINITIONS, NVML_DEFINITIONS, NvmlCollector
-from services.metrics import NODE_DEFINITIONS, MetricsEndpoint, NodeMetrics, outcome_of
+from services.metrics import NODE_DEFINITIONS, NodeMetrics, outcome_of
+from services.metrics_endpoint import MetricsEndpoint
 from services.prefill.metrics import PREFILL_DEFINITIONS
 
 TABLE = Path(__file__).parents[2] / "deploy" / "METRICS.md"

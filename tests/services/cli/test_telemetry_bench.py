@@ -12,7 +12,8 @@ from fluxion_core.errors import FluxionError
 from fluxion_core.spans import Span
 from fluxion_core.trace import Trace
 from services.cli.telemetry_bench import Stream, Watcher
-from services.metrics import MetricsEndpoint, NodeMetrics
+from services.metrics import NodeMetrics
+from services.metrics_endpoint import MetricsEndpoint
 
 
 @pytest.fixture

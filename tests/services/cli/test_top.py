@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 
 from services.cli.main import app
 from services.cli.top import parse_samples, rows_of, run_top
-from services.metrics import MetricsEndpoint, NodeMetrics
+from services.metrics import NodeMetrics
+from services.metrics_endpoint import MetricsEndpoint
 
 NODE = """# TYPE fluxion_node_ready gauge
 fluxion_node_ready{kind="decode"} 1

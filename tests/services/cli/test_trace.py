@@ -14,7 +14,8 @@ from fluxion_core.spans import Span
 from fluxion_core.trace import Trace
 from fluxion_core.trace_events import lanes_of
 from services.cli.main import app
-from services.metrics import MetricsEndpoint, NodeMetrics
+from services.metrics import NodeMetrics
+from services.metrics_endpoint import MetricsEndpoint
 
 TRACE = Trace(
     taken=[],

@@ -1,0 +1,92 @@
+"""Loading gives way when the node is to end, and the node ends at once."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from fluxion_core.errors import ConfigError, ThreadLimitError
+from services.loading import EndedWhileLoadingError, load
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def blocked():
+    """Work that lasts until the test is over."""
+    release = threading.Event()
+    yield release.wait
+    release.set()
+
+
+async def test_what_was_loaded_comes_back_and_so_do_errors():
+    ending = asyncio.Event()
+    assert await load(lambda: 42, ending) == 42
+
+    def fail() -> None:
+        raise ConfigError("no such device")
+
+    with pytest.raises(ConfigError, match="no such device"):
+        await load(fail, ending)
+
+
+async def test_loading_is_left_when_the_node_is_to_end(blocked):
+    ending = asyncio.Event()
+    loading = asyncio.ensure_future(load(blocked, ending))
+    await asyncio.sleep(0)
+    ending.set()
+    with pytest.raises(EndedWhileLoadingError):
+        await loading
+
+
+async def test_nothing_is_begun_that_nobody_wants():
+    ending = asyncio.Event()
+    ending.set()
+    with pytest.raises(EndedWhileLoadingError):
+        await load(lambda: pytest.fail("begun"), ending)
+
+
+async def test_a_thread_that_cannot_start_is_an_error_with_a_remedy(monkeypatch):
+    def refuse(self) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(ThreadLimitError, match="raise the limit of the user or the container"):
+        await load(lambda: 42, asyncio.Event())
+
+
+NODE = """
+import sys, threading
+from services.loading import load
+from services.node import run_node
+from services.prefill.config import PrefillNodeSettings
+
+async def serve(settings, ending):
+    print("loading", flush=True)
+    await load(threading.Event().wait, ending)
+
+sys.exit(run_node("prefill", PrefillNodeSettings, [], serve))
+"""
+
+
+def test_a_node_that_loads_ends_at_once_when_asked():
+    with subprocess.Popen(
+        [sys.executable, "-c", NODE],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as node:
+        assert node.stdout is not None
+        assert node.stdout.readline() == "loading\n"
+        node.send_signal(signal.SIGTERM)
+        # Its thread would never end.
+        _, log = node.communicate(timeout=120)
+    assert node.returncode == 0
+    assert "ended while loading" in log
