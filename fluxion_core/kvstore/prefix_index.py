@@ -7,6 +7,9 @@ tokens, and goes to one sequence at a time.
 KV of tokens that did not attend to everything is an approximation, and so is all that follows it.
 Its pieces are named by the approximation too, so that only sequences of the same one find them.
 
+What was stored by a sequence that then failed is withdrawn, with all that is named after it: it was
+computed from that, and would be found again with the next sequence of the same tokens.
+
 Not here: who holds a slab (store.py), and locks: the store's is held by whoever calls what changes.
 """
 
@@ -65,6 +68,8 @@ class PrefixIndex:
         self._root = hashlib.blake2b(model_key, digest_size=16).digest()
         self._slab_tokens = slab_tokens
         self._published: dict[bytes, int] = {}
+        self._parent_of: dict[bytes, bytes] = {}
+        """Keys of full slabs that can be found, and the keys before them."""
         self._key_of: dict[int, bytes] = {}
         self._tails: dict[tuple[bytes, str], dict[bytes, int]] = {}
         self._tail_of: dict[int, TailName] = {}
@@ -130,11 +135,18 @@ class PrefixIndex:
             slabs.append(self._tails[tail.parent, tail.approximation][tail.tokens])
         return Prefix(slabs, keys, tail, num_tokens, exact_tokens)
 
-    def publish(self, slab: int, key: bytes) -> int:
-        """Make a full slab findable; returns the one that is found by its key from now on."""
+    def publish(self, slab: int, key: bytes, keys_before: Sequence[bytes]) -> int:
+        """Make a full slab findable; returns the one that is found by its key from now on.
+
+        Args:
+            slab: that is full.
+            key: of it.
+            keys_before: of the slabs before it.
+        """
         published = self._published.setdefault(key, slab)
         if published == slab:
             self._key_of[slab] = key
+            self._parent_of[key] = self._parent(keys_before)
         return published
 
     def keep_tail(self, slab: int, name: TailName) -> int:
@@ -148,13 +160,36 @@ class PrefixIndex:
     def forget(self, slab: int) -> None:
         """Find this slab no more."""
         if (key := self._key_of.pop(slab, None)) is not None:
-            del self._published[key]
+            del self._published[key], self._parent_of[key]
             return
         parent, approximation, tokens = self._tail_of.pop(slab)
         tails = self._tails[parent, approximation]
         del tails[tokens]
         if not tails:
             del self._tails[parent, approximation]
+
+    def withdraw(self, slabs: Sequence[int]) -> list[int]:
+        """Find no more these slabs, nor any that is named after one of them; returns all those.
+
+        Cost: one pass over all names.
+        """
+        given = set(slabs)
+        lost = {self._key_of[slab] for slab in given if slab in self._key_of}
+        after: dict[bytes, list[bytes]] = {}
+        for key, parent in self._parent_of.items():
+            after.setdefault(parent, []).append(key)
+        pending = list(lost)
+        while pending:
+            following = after.get(pending.pop(), [])
+            lost.update(following)
+            pending += following
+        found = [self._published[key] for key in lost]
+        found += [
+            slab for slab, name in self._tail_of.items() if name.parent in lost or slab in given
+        ]
+        for slab in found:
+            self.forget(slab)
+        return found
 
     def _parent(self, keys: Sequence[bytes]) -> bytes:
         return keys[-1] if keys else self._root

@@ -24,6 +24,10 @@ KV of tokens that were made without attending to everything is an approximation,
 follows it. Its slabs are named by the approximation too: only sequences of the same one find them.
 Exact KV is found by everybody.
 
+KV that is NaN or infinite is never published. A sequence that fails takes back (`withdraw`) what it
+has published and what it has found: whatever it shares may have been the cause. Who holds such
+slabs goes on with them, but publishes nothing that follows them.
+
 Locks: one, around the accounting; never held while KV is copied. `write_blocks`, `commit` and
 appends of one sequence must not overlap each other or its release; different sequences may do what
 they like on different threads.
@@ -241,17 +245,36 @@ class HostKvStore:
             self._holders[slab] = 1
         return slab
 
-    def publish(self, slab: int, key: bytes) -> int:
+    def publish(
+        self, slab: int, key: bytes, previous: int | None, keys_before: Sequence[bytes]
+    ) -> int | None:
         """Make a full slab findable; returns the slab to hold from now on. For SequenceKv.
 
-        That is another one if the same content was published meanwhile; ours is then free.
+        That is another one if the same content was published meanwhile; ours is then free. None if
+        the slab before it was withdrawn: this one cannot be found either.
+
+        Args:
+            slab: that is full.
+            key: of it.
+            previous: the sequence's slab before it, if it is not the first.
+            keys_before: of all slabs before it.
         """
         with self._lock:
-            published = self.prefixes.publish(slab, key)
+            if previous is not None and previous not in self.prefixes:
+                return None
+            published = self.prefixes.publish(slab, key, keys_before)
             if published != slab:
                 self._hold(published)
                 self._let_go(slab)
             return published
+
+    def withdraw(self, slabs: Sequence[int]) -> None:
+        """Let nobody find these slabs any more, nor what follows them. For SequenceKv."""
+        with self._lock:
+            for slab in self.prefixes.withdraw(slabs):
+                if slab in self._cached:
+                    del self._cached[slab]
+                    self._free.append(slab)
 
     def give_back(
         self, slabs: Sequence[int], num_reserved: int, tail: tuple[int, TailName] | None
@@ -264,7 +287,9 @@ class HostKvStore:
             tail: one of the slabs, to be found by this name from now on.
         """
         with self._lock:
-            if tail is not None:
+            before = slabs[: slabs.index(tail[0])][-1:] if tail is not None else ()
+            # After a slab that was withdrawn nothing is to be found.
+            if tail is not None and all(slab in self.prefixes for slab in before):
                 kept = self.prefixes.keep_tail(*tail)
                 if kept != tail[0]:
                     self._cached.move_to_end(kept)
@@ -465,7 +490,8 @@ class SequenceKv:
                 f"KV of tokens from {self.exact_tokens} on is approximate, and the sequence was "
                 f"reserved for exact KV; name its approximation in `reserve`"
             )
-        self._publish_full(stored)
+        if not self._publish_full(stored):
+            return
         rest = stored[len(self._keys) * self._store.geometry.slab_tokens :]
         if len(rest):
             name = self._store.prefixes.tail_name(self._keys, rest, self._tag(len(stored)))
@@ -475,17 +501,30 @@ class SequenceKv:
         if self.damage is not None:
             raise self.damage
 
-    def _publish_full(self, tokens: TokenArray) -> None:
-        """Publish slabs that these tokens, all stored, fill and that are not published yet."""
+    def withdraw(self) -> None:
+        """Take back what can be found of this sequence: it has failed. `release` follows."""
+        self._tail = None
+        self._store.withdraw(self._slabs)
+
+    def _publish_full(self, tokens: TokenArray) -> bool:
+        """Publish slabs that these tokens, all stored, fill and that are not published yet.
+
+        Returns:
+            Whether all of them are; not those that follow a slab that was withdrawn.
+        """
         size = self._store.geometry.slab_tokens
         for ordinal in range(len(self._keys), len(tokens) // size):
             end = (ordinal + 1) * size
             piece = tokens[end - size : end]
             key = self._store.prefixes.key_after(self._keys, piece, self._tag(end))
-            slab = self._store.publish(self._slabs[ordinal], key)
+            previous = self._slabs[ordinal - 1] if ordinal else None
+            slab = self._store.publish(self._slabs[ordinal], key, previous, self._keys)
+            if slab is None:
+                return False
             self._keys.append(key)
             self._slabs[ordinal] = slab
             self.slab_table[ordinal] = self._store.slab_address(slab)
+        return True
 
     def _tag(self, num_tokens: int) -> str:
         """The approximation in the KV of so many tokens; empty if there is none."""

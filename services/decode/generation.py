@@ -299,6 +299,8 @@ class Generation:
                 error = await self._reclaim(sequence, stream)
             if error is None:
                 admitted.sequence.keep(sequence.generated_token_ids)
+            else:
+                admitted.sequence.withdraw()
         assert stream.finish_reason is not None
         give(
             Finished(

@@ -473,6 +473,55 @@ def test_approximate_kv_without_a_name_is_not_kept():
         sequence.keep(list(range(100, 104)))
 
 
+def test_who_fails_takes_back_what_it_published_and_what_it_found():
+    store = make_store(12)
+    prompt = list(range(300))
+    stored(store, prompt[:130]).release()
+    failed = stored(store, prompt)
+    assert failed.shared_tokens == 128
+    failed.withdraw()
+    failed.release()
+    assert store.statistics().free_bytes == store.statistics().capacity_bytes
+    assert store.reserve(prompt, 0).shared_tokens == 0
+
+
+def test_what_others_computed_after_a_withdrawn_slab_is_withdrawn_too_and_they_go_on():
+    store = make_store(20)
+    prompt = list(range(400))
+    failed = stored(store, prompt[:200])
+    # One has published after it, one will, and one has left a tail.
+    published, later = stored(store, prompt), store.reserve([*range(128), *[7] * 300], 0)
+    tail = stored(store, [*range(128), *[8] * 20])
+    tail.keep([])
+    tail.release()
+    failed.withdraw()
+    failed.release()
+    ingest(later, kv_of([*range(128), *[7] * 300]))
+    later.commit()
+    later.keep([])
+    check_content(published, kv_of(prompt))
+    check_content(later, kv_of([*range(128), *[7] * 300]))
+    for sequence in (published, later):
+        sequence.release()
+    assert store.statistics().free_bytes == store.statistics().capacity_bytes
+    # The same beginning, computed anew, finds nothing of what followed the withdrawn one.
+    stored(store, prompt[:129]).release()
+    for text in (prompt, [*range(128), *[7] * 300], [*range(128), *[8] * 21]):
+        again = store.reserve(text, 0)
+        assert again.shared_tokens == 128
+        again.release()
+
+
+def test_a_tail_that_was_not_used_is_not_left_behind_a_withdrawn_slab():
+    store = make_store(8)
+    assert session(store, [200]) == [0]
+    heir, failed = store.reserve(list(range(201)), 0), store.reserve(list(range(129)), 0)
+    failed.withdraw()
+    for sequence in (heir, failed):
+        sequence.release()
+    assert store.statistics().free_bytes == store.statistics().capacity_bytes
+
+
 class StoreMachine(RuleBasedStateMachine):
     """Any order of reserve, ingest or chunks, commit, append, keep and release."""
 
@@ -527,9 +576,14 @@ class StoreMachine(RuleBasedStateMachine):
             append(sequence, self.tokens[sequence], min(left, most))
         sequence.commit()
 
-    @rule(sequence=consumes(live), is_kept=st.booleans())
-    def release(self, sequence: SequenceKv | None, is_kept: bool) -> None:
+    @rule(sequence=consumes(live), is_kept=st.sampled_from([True, True, False, None]))
+    def release(self, sequence: SequenceKv | None, is_kept: bool | None) -> None:
+        """None: it has failed."""
         if sequence is not None:
+            if is_kept is None and sequence in self.tokens:
+                slabs = sequence.slabs
+                sequence.withdraw()
+                assert not any(slab in self.store.prefixes for slab in slabs)
             if is_kept and sequence in self.tokens:
                 sequence.keep([*self.tokens[sequence][sequence.num_prompt_tokens :], 99])
             sequence.release()

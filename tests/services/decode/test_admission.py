@@ -155,6 +155,19 @@ async def test_a_cancelled_wait_leaves_the_line_and_the_next_one_moves_up(admiss
     assert admission.statistics().waiting == 0
 
 
+async def test_who_leaves_the_front_of_the_line_lets_the_next_one_look_at_once(admission, requests):
+    await requests.ask("small", tokens=100)
+    await requests.ask("large", tokens=128 * SLABS - 1)
+    await requests.ask("next", tokens=100)
+    assert requests.order == ["small"]
+    # Nobody ends: there was room for the next one all the time, behind one for whom there is none.
+    requests._tasks["large"].cancel()
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert requests.order == ["small", "next"]
+    assert admission.statistics().waiting == 0
+
+
 async def test_draining_refuses_those_who_wait_and_keeps_those_who_run(admission, requests):
     await requests.ask("first")
     await requests.ask("second")
