@@ -1,4 +1,4 @@
-"""One sequence does not hurt another: streams beside one that fails, and what is found afterwards."""
+"""One sequence does not hurt another: streams beside one that fails, and what is found then."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 
 from fluxion_core.host_step import HostStep
 from fluxion_core.kvstore.store import SequenceKv, StepAppend
+from fluxion_proto.v1 import generate_pb2
 from services.decode.engine import DecodeEngine
 from tests.services.decode.test_sessions import answer_of, request_of, store_bytes
 
@@ -126,20 +127,25 @@ async def test_nothing_is_found_either_if_its_client_went_away_during_that_step(
         await asked_anew(stub, start_decode, open_stub)
 
 
+@pytest.fixture
+def may_step(monkeypatch: pytest.MonkeyPatch):
+    """Lets steps go on, each of which waits for it."""
+    run, may_end = HostStep.run, threading.Event()
+
+    def waiting_run(self, rows):
+        may_end.wait()
+        return run(self, rows)
+
+    monkeypatch.setattr(HostStep, "run", waiting_run)
+    return may_end
+
+
 async def test_memory_is_given_back_after_the_step_that_reads_it_not_before(
-    start_decode, open_stub, monkeypatch: pytest.MonkeyPatch
+    start_decode, open_stub, may_step, monkeypatch: pytest.MonkeyPatch
 ):
-    run, cancel, release = HostStep.run, DecodeEngine.cancel, SequenceKv.release
-    began, may_end = threading.Event(), threading.Event()
+    cancel, release, end = DecodeEngine.cancel, SequenceKv.release, DecodeEngine._end
     order: list[str] = []
     cleaning = asyncio.Event()
-
-    def slow_run(self, rows):
-        began.set()
-        may_end.wait()
-        made = run(self, rows)
-        order.append("step")
-        return made
 
     def cancelled(sequence):
         cancel(sequence)
@@ -150,27 +156,25 @@ async def test_memory_is_given_back_after_the_step_that_reads_it_not_before(
         cleaning.set()
         release(self)
 
-    monkeypatch.setattr(HostStep, "run", slow_run)
+    def ended(self, sequence, error):
+        order.append("step")
+        end(self, sequence, error)
+
     monkeypatch.setattr(DecodeEngine, "cancel", staticmethod(cancelled))
+    monkeypatch.setattr(DecodeEngine, "_end", ended)
     monkeypatch.setattr(SequenceKv, "release", released)
     async with start_decode(local_prefill_tokens=256) as node, open_stub(node.address) as stub:
-        call = stub.Generate(request_of(PROMPT, max_new_tokens=50))
-        assert await call.read() is not grpc.aio.EOF
-        await asyncio.to_thread(began.wait)
-        call.cancel()
-        await cleaning.wait()
-        # All that could be done without the step is done before it may go on.
-        load = await store_held(stub, times=20)
-        assert load.host_kv_used_bytes > 0
-        assert order == []
-        may_end.set()
+        try:
+            call = stub.Generate(request_of(PROMPT, max_new_tokens=50))
+            assert await call.read() is not grpc.aio.EOF
+            call.cancel()
+            await cleaning.wait()
+            # Calls enough that all that can be done without the step is done before it goes on.
+            for _ in range(20):
+                load = await stub.GetLoad(generate_pb2.GetLoadRequest())
+            assert load.host_kv_used_bytes > 0
+            assert order == []
+        finally:
+            may_step.set()
         await store_bytes(stub)
     assert order == ["step", "memory"]
-
-
-async def store_held(stub, times: int):
-    from fluxion_proto.v1 import generate_pb2
-
-    for _ in range(times):
-        load = await stub.GetLoad(generate_pb2.GetLoadRequest())
-    return load
