@@ -8,6 +8,7 @@ contradict each other in what a token's number is, the model is refused.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from fluxion_core.telemetry import event
 _log = logging.getLogger(__name__)
 _CONFIG = "tokenizer_config.json"
 _MAP = "special_tokens_map.json"
+_TOKEN_ID = re.compile("[0-9]{1,9}")
 _FLAGS = ("lstrip", "rstrip", "normalized", "single_word", "special")
 
 
@@ -137,10 +139,9 @@ def _special_tokens(directory: Path, config: Mapping[str, object]) -> _SpecialTo
     special = {str(token) for token in [*named.values(), *tokens]}
     path = directory / "added_tokens.json"
     by_id = {
-        token_ids(token_id, path)[0]: AddedToken(
-            text, normalized=text not in special, special=text in special
-        )
+        each: AddedToken(text, normalized=text not in special, special=text in special)
         for text, token_id in read_json_if_there(path).items()
+        for each in token_ids(token_id, path)
     }
     return _SpecialTokens(named, tokens, by_id, path)
 
@@ -172,7 +173,7 @@ def _add(special: _SpecialTokens, backend: tokenizers.Tokenizer) -> None:
 
 
 def _tokens_by_id(value: object, path: Path) -> dict[int, AddedToken]:
-    if not isinstance(value, dict) or not all(key.isdecimal() for key in value):
+    if not isinstance(value, dict) or not all(map(_TOKEN_ID.fullmatch, value)):
         raise ModelFileError(f"{path}: added_tokens_decoder is {value!r:.60}; must be by token id")
     tokens = {
         int(key): _added_token(token, path, "added_tokens_decoder") for key, token in value.items()

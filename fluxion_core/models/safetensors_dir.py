@@ -1,213 +1,181 @@
-"""Hugging Face model directories: config.json and safetensors files, one or several."""
+"""Hugging Face model directories: config.json and generation_config.json.
+
+What an entry left out means is what it means to transformers. Every other entry is read, known to
+change nothing, or refused by name (config_entries.py). Weights are read by safetensors_files.py.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from math import isfinite
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
-
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from fluxion_core.errors import ModelFileError, UnsupportedModelError
-from fluxion_core.json_files import read_json, token_ids
-from fluxion_core.models.config import (
-    Architecture,
-    LinearScaling,
-    Llama3Scaling,
-    ModelConfig,
-    RopeConfig,
+from fluxion_core.json_files import read_json, read_json_if_there, token_ids
+from fluxion_core.models.config import Architecture, ModelConfig
+from fluxion_core.models.config_entries import (
+    GENERATION_CONFIG,
+    MODEL_CONFIG,
+    NO_SUGGESTION,
+    SAMPLING_SUGGESTIONS,
 )
+from fluxion_core.models.config_fields import Fields
+from fluxion_core.models.rope_entries import read_rope
+from fluxion_core.telemetry import event
 
-_ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2"}
-INDEX_NAME = "model.safetensors.index.json"
-_DTYPES = ("F32", "F16", "BF16")
-_NUMBER_LIMIT = 1 << 63
+_log = logging.getLogger(__name__)
+_SILU = ("silu", "swish")
+
+
+@dataclass(frozen=True)
+class _Family:
+    """What transformers knows of an architecture, and takes where config.json says nothing."""
+
+    name: Architecture
+    class_name: str
+    vocab_size: int
+    intermediate_size: int
+    num_kv_heads: int | None
+    """None for as many as there are heads."""
+    context_tokens: int
+    bos_token_id: int | None
+    eos_token_id: int | None
+
+
+_FAMILIES = (
+    _Family("llama", "LlamaForCausalLM", 32_000, 11_008, None, 2_048, 1, 2),
+    _Family("qwen2", "Qwen2ForCausalLM", 151_936, 22_016, 32, 32_768, None, None),
+)
+_HIDDEN, _LAYERS, _HEADS, _EPS = 4_096, 32, 32, 1e-6
 
 
 def read_config(directory: Path) -> ModelConfig:
     """The model's sizes from config.json and generation_config.json.
 
     Raises:
-        UnsupportedModelError: another architecture, activation or rotary scaling.
-        ModelFileError: an entry is missing or of the wrong type.
+        UnsupportedModelError: another architecture, or an entry that asks for what is not
+            implemented.
+        ModelFileError: an entry is of the wrong type, or entries contradict each other.
     """
     path = directory / "config.json"
     raw = read_json(path)
-    fields = _Fields(raw, path)
-    architectures = raw.get("architectures")
-    named = architectures if isinstance(architectures, list) else []
-    known = [kind for name, kind in _ARCHITECTURES.items() if name in named]
-    if not known:
-        raise UnsupportedModelError(
-            f"{path}: architectures {architectures}; supported: {', '.join(_ARCHITECTURES)}"
-        )
-    if raw.get("hidden_act", "silu") != "silu":
+    family = _family(raw, path)
+    MODEL_CONFIG.check(raw, path)
+    if raw.get("hidden_act", "silu") not in _SILU:
         raise UnsupportedModelError(f"{path}: hidden_act {raw['hidden_act']!r}; supported: silu")
-    if raw.get("quantization_config"):
-        raise UnsupportedModelError(f"{path}: quantised safetensors are not supported; use GGUF")
-    if raw.get("use_sliding_window"):
-        raise UnsupportedModelError(f"{path}: sliding-window attention is not supported")
-    architecture = cast(Architecture, known[0])
+    fields = Fields(raw, path)
     # Qwen2 always has these biases, and its config does not say so.
-    if raw.get("mlp_bias") or (architecture == "llama" and raw.get("attention_bias")):
+    if fields.flag("mlp_bias") or (family.name == "llama" and fields.flag("attention_bias")):
         raise UnsupportedModelError(f"{path}: biases of Llama variants are not supported")
-    hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+    num_layers = fields.integer("num_hidden_layers", _LAYERS)
+    context_tokens = fields.integer("max_position_embeddings", family.context_tokens)
+    _check_windows(raw, family, path, num_layers=num_layers, context_tokens=context_tokens)
+    hidden = fields.integer("hidden_size", _HIDDEN)
+    heads = fields.integer("num_attention_heads", _HEADS)
+    # There, but null, is as many as there are heads.
+    kv_heads = None if "num_key_value_heads" in raw else family.num_kv_heads
+    vocab_size = fields.integer("vocab_size", family.vocab_size)
+    bos, eos = _special_token_ids(directory, raw, family)
+    for token_id in (*bos, *eos):
+        if token_id >= vocab_size:
+            raise ModelFileError(f"{path}: special token {token_id} of {vocab_size} tokens")
     return ModelConfig(
-        architecture=architecture,
-        vocab_size=fields.integer("vocab_size"),
+        architecture=family.name,
+        vocab_size=vocab_size,
         hidden_size=hidden,
-        num_layers=fields.integer("num_hidden_layers"),
+        num_layers=num_layers,
         num_heads=heads,
-        num_kv_heads=fields.integer("num_key_value_heads", heads),
-        head_dim=fields.integer("head_dim", hidden // max(heads, 1)),
-        intermediate_size=fields.integer("intermediate_size"),
-        rms_norm_eps=fields.number("rms_norm_eps"),
-        rope=_rope(raw, path),
-        context_tokens=fields.integer("max_position_embeddings"),
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        attention_bias=architecture == "qwen2",
-        bos_token_id=_first(token_ids(raw.get("bos_token_id"), path)),
-        eos_token_ids=_eostoken_ids(directory, raw),
+        num_kv_heads=fields.size("num_key_value_heads", kv_heads or heads),
+        head_dim=fields.size("head_dim", hidden // max(heads, 1)),
+        intermediate_size=fields.integer("intermediate_size", family.intermediate_size),
+        rms_norm_eps=fields.number("rms_norm_eps", _EPS),
+        rope=read_rope(raw, path),
+        context_tokens=context_tokens,
+        tie_word_embeddings=fields.flag("tie_word_embeddings"),
+        attention_bias=family.name == "qwen2",
+        bos_token_id=bos[0] if bos else None,
+        eos_token_ids=eos,
     )
 
 
-class SafetensorsWeights:
-    """The weights of a directory's safetensors files.
+def _family(raw: Mapping[str, object], path: Path) -> _Family:
+    """By class and by type, which must agree: transformers goes by the type."""
+    architectures, kind = raw.get("architectures"), raw.get("model_type")
+    named = [str(name) for name in architectures] if isinstance(architectures, list) else []
+    for family in _FAMILIES:
+        # Either may be left out.
+        if (named or kind) and set(named) <= {family.class_name} and kind in (None, family.name):
+            return family
+    raise UnsupportedModelError(
+        f"{path}: architectures {architectures}, model_type {kind!r}; supported: "
+        f"{', '.join(f'{each.class_name} ({each.name})' for each in _FAMILIES)}"
+    )
+
+
+def _check_windows(
+    raw: Mapping[str, object],
+    family: _Family,
+    path: Path,
+    *,
+    num_layers: int,
+    context_tokens: int,
+) -> None:
+    """Attention reads everything: a window anywhere is refused.
 
     Raises:
-        ModelFileError: a file is missing, truncated or malformed, or a tensor comes twice.
-        UnsupportedModelError: a tensor is not of a floating-point dtype.
+        UnsupportedModelError: some layer attends over a window, or is of another kind.
     """
-
-    def __init__(self, directory: Path, config: ModelConfig) -> None:
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self._files: dict[str, safe_open] = {}
-        for path in weight_files(directory):
-            try:
-                self._add(path, config)
-            except (SafetensorError, OSError) as error:
-                raise ModelFileError(
-                    f"{path}: damaged or truncated safetensors file ({error}); fetch it again"
-                ) from None
-
-    def pieces(self, name: str) -> Iterator[tuple[int, Tensor]]:
-        """One weight in the file's dtype, as (0, all rows): a view of the mapped file."""
-        yield 0, cast(Tensor, self._files[name].get_tensor(name))  # type: ignore[no-untyped-call]
-
-    def _add(self, path: Path, config: ModelConfig) -> None:
-        file = safe_open(path, framework="pt")
-        for name in cast(list[str], file.keys()):  # type: ignore[no-untyped-call]
-            # Copies of what is tied or computed, which some exporters write.
-            if name.endswith("rotary_emb.inv_freq") or (
-                name == "lm_head.weight" and config.tie_word_embeddings
-            ):
-                continue
-            if name in self._files:
-                raise ModelFileError(f"{path}: tensor {name} comes twice")
-            entry = file.get_slice(name)  # type: ignore[no-untyped-call]
-            if entry.get_dtype() not in _DTYPES:
-                raise UnsupportedModelError(
-                    f"{path}: tensor {name} is {entry.get_dtype()}; supported: {', '.join(_DTYPES)}"
-                )
-            self._files[name] = file
-            self.shapes[name] = tuple(entry.get_shape())
+    fields = Fields(raw, path)
+    kinds = raw.get("layer_types")
+    if kinds is not None:
+        if not isinstance(kinds, list) or len(kinds) != num_layers:
+            raise ModelFileError(f"{path}: layer_types has not {num_layers} entries, one a layer")
+        if others := {str(kind) for kind in kinds} - {"full_attention", "attention"}:
+            raise UnsupportedModelError(f"{path}: layers of kind {', '.join(sorted(others))}")
+        return
+    window = raw.get("sliding_window", 4_096 if family.name == "qwen2" else None)
+    is_on = window is not None and fields.flag("use_sliding_window", family.name != "qwen2")
+    # Llama of transformers knows no windows, but whoever states one wants it.
+    first = fields.integer("max_window_layers", 28) if family.name == "qwen2" else 0
+    if is_on and first < num_layers and fields.integer("sliding_window", 4_096) < context_tokens:
+        raise UnsupportedModelError(f"{path}: sliding-window attention is not supported")
 
 
-def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a model directory, in a fixed order.
-
-    Raises:
-        ModelFileError: there are none, or the index names one that is missing.
-    """
-    index = directory / INDEX_NAME
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ModelFileError(f"{index}: has no weight_map")
-        names = list(weight_map.values())
-        if not all(isinstance(name, str) for name in names):
-            raise ModelFileError(f"{index}: weight_map names files that are no text")
-        files = [directory / Path(name).name for name in sorted(set(names))]
-    else:
-        files = sorted(directory.glob("*.safetensors"))
-    try:
-        missing = [file.name for file in files if not file.is_file()]
-    except OSError as error:
-        # Of a name that no file can have.
-        raise ModelFileError(f"{index}: {error.strerror}") from None
-    if missing or not files:
-        what = f"lacks {', '.join(missing)}" if missing else "holds no safetensors file"
-        raise ModelFileError(f"{directory} {what}; fetch the model again")
-    return files
-
-
-class _Fields:
-    """Typed look-ups in a config."""
-
-    def __init__(self, raw: Mapping[str, object], path: Path) -> None:
-        self._raw = raw
-        self._path = path
-
-    def number(self, name: str, default: float | None = None) -> float:
-        value = self._raw.get(name)
-        if value is None and default is not None:
-            return default
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            # Integers of JSON may be too large for a float.
-            or not (abs(value) < _NUMBER_LIMIT if isinstance(value, int) else isfinite(value))
-        ):
-            raise ModelFileError(f"{self._path}: {name} is {value!r:.60}; must be a number")
-        return value
-
-    def integer(self, name: str, default: int | None = None) -> int:
-        value = self.number(name, default)
-        if value != int(value):
-            raise ModelFileError(f"{self._path}: {name} is {value!r}; must be an integer")
-        return int(value)
-
-
-def _rope(raw: Mapping[str, object], path: Path) -> RopeConfig:
-    # Older configs have rope_theta and rope_scaling, newer ones rope_parameters.
-    parameters = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(parameters, dict):
-        raise ModelFileError(f"{path}: rotary settings are {parameters!r}; must be an object")
-    fields = _Fields(parameters, path)
-    share = _Fields(raw, path).number("partial_rotary_factor", 1.0)
-    if fields.number("partial_rotary_factor", share) != 1:
-        raise UnsupportedModelError(f"{path}: rotary embedding over a part of the channels")
-    theta = fields.number("rope_theta", _Fields(raw, path).number("rope_theta", 10_000.0))
-    match parameters.get("rope_type", parameters.get("type", "default")):
-        case "default":
-            return RopeConfig(theta)
-        case "linear":
-            return RopeConfig(theta, LinearScaling(fields.number("factor")))
-        case "llama3":
-            return RopeConfig(
-                theta,
-                Llama3Scaling(
-                    factor=fields.number("factor"),
-                    low_freq_factor=fields.number("low_freq_factor"),
-                    high_freq_factor=fields.number("high_freq_factor"),
-                    original_context_tokens=fields.integer("original_max_position_embeddings"),
-                ),
+def _special_token_ids(
+    directory: Path, raw: Mapping[str, object], family: _Family
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Beginning and ends of text. Of the ends, those of both files count."""
+    path, generation_path = directory / "config.json", directory / "generation_config.json"
+    generation = read_json_if_there(generation_path)
+    GENERATION_CONFIG.check(generation, generation_path)
+    _say_what_is_suggested(generation, generation_path)
+    bos = token_ids(raw.get("bos_token_id", family.bos_token_id), path)
+    ends = {
+        *token_ids(raw.get("eos_token_id"), path),
+        *token_ids(generation.get("eos_token_id"), generation_path),
+    }
+    if not ends and "eos_token_id" not in raw and family.eos_token_id is not None:
+        _log.warning(
+            event(
+                "config names no end of text; taken as in transformers",
+                file=path,
+                eos=family.eos_token_id,
             )
-        case other:
-            raise UnsupportedModelError(
-                f"{path}: rotary scaling {other!r}; supported: default, linear, llama3"
-            )
+        )
+        ends = {family.eos_token_id}
+    return bos, tuple(sorted(ends))
 
 
-def _eostoken_ids(directory: Path, raw: Mapping[str, object]) -> tuple[int, ...]:
-    generation = directory / "generation_config.json"
-    ids = set(token_ids(raw.get("eos_token_id"), directory / "config.json"))
-    if generation.is_file():
-        ids |= set(token_ids(read_json(generation).get("eos_token_id"), generation))
-    return tuple(sorted(ids))
-
-
-def _first(ids: tuple[int, ...]) -> int | None:
-    return ids[0] if ids else None
+def _say_what_is_suggested(generation: Mapping[str, object], path: Path) -> None:
+    """How the model's makers would sample: a request says that itself."""
+    suggested = {
+        name: value
+        for name, value in generation.items()
+        if name in SAMPLING_SUGGESTIONS and value not in NO_SUGGESTION[name]
+    }
+    if suggested:
+        words = ", ".join(f"{name} {value!r:.60}" for name, value in sorted(suggested.items()))
+        _log.info(
+            event("sampling is what requests say; the model suggests", file=path, values=words)
+        )

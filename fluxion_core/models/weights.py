@@ -19,9 +19,11 @@ from torch import Tensor
 
 from fluxion_core.errors import ModelFileError, ModelNotFoundError
 from fluxion_core.gguf_index import open_gguf
-from fluxion_core.models import gguf_file, safetensors_dir
+from fluxion_core.models import gguf_file
 from fluxion_core.models.config import ModelConfig
 from fluxion_core.models.decoder import Decoder, tensor_shapes
+from fluxion_core.models.safetensors_dir import read_config
+from fluxion_core.models.safetensors_files import SafetensorsWeights, weight_files
 
 
 @dataclass(frozen=True)
@@ -82,9 +84,10 @@ def _open(path: Path) -> tuple[ModelConfig, WeightSource, list[Path]]:
     """Config, weights, and the files whose content identifies the model."""
     try:
         if path.is_dir():
-            config = safetensors_dir.read_config(path)
-            files = [path / "config.json", *safetensors_dir.weight_files(path)]
-            return config, safetensors_dir.SafetensorsWeights(path, config), files
+            config = read_config(path)
+            weights = SafetensorsWeights(path)
+            files = [path / "config.json", *weight_files(path)]
+            return weights.settled(config), weights, files
         file = open_gguf(path)
         config = gguf_file.read_config(file)
         return config, gguf_file.GgufWeights(file, config), [path]

@@ -46,6 +46,8 @@ def write_toy_model(
         "rope_theta": 10000.0,
         "max_position_embeddings": context_tokens,
         "tie_word_embeddings": False,
+        # Streams end where their requests say.
+        "eos_token_id": None,
     }
     (directory / "config.json").write_text(json.dumps(config))
     generator = torch.Generator().manual_seed(seed)

@@ -221,11 +221,11 @@ def edit_config(directory: Path, **changes: object) -> None:
     ("changes", "sentence"),
     [
         ({"architectures": ["MixtralForCausalLM"]}, "supported: LlamaForCausalLM"),
-        ({"architectures": None}, "supported: LlamaForCausalLM"),
+        ({"architectures": None, "model_type": None}, "supported: LlamaForCausalLM"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"attention_bias": True}, "biases"),
         ({"mlp_bias": True}, "biases"),
-        ({"use_sliding_window": True}, "sliding-window"),
+        ({"use_sliding_window": True, "sliding_window": 64}, "sliding-window"),
         ({"quantization_config": {"bits": 4}}, "use GGUF"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "'yarn'"),
         ({"partial_rotary_factor": 0.5}, "part of the channels"),
