@@ -229,7 +229,7 @@ def generate(
         ),
     ] = None,
     priority: Annotated[
-        Priority | None, typer.Option(help="Among the requests that wait for room.")
+        Priority | None, typer.Option(help="Among your own requests that wait for room.")
     ] = None,
     deadline_seconds: Annotated[
         float | None, typer.Option(min=0.001, help="Fail if it takes longer, s.")

@@ -5,6 +5,9 @@ generate, and a place in the decode batch. An admitted request therefore never f
 room. Who is next is waiting_line.py's to say; nobody overtakes the next one, so that a large
 request gets its room in the end. A refusal says what was missing, and when to try again.
 
+The line is bounded. Where it is full, a client that has fewer requests in it than another takes the
+last place of the one that has most: nobody's queue keeps others out.
+
 Not here: what the memory is used for. Runs on the event loop only, but for `statistics`.
 """
 
@@ -50,6 +53,8 @@ class _Turn(Waiting):
 
     def __post_init__(self) -> None:
         self.may_look = asyncio.Event()
+        self.refusal: CapacityError | None = None
+        """Its place was taken."""
 
 
 class Admission:
@@ -112,13 +117,13 @@ class Admission:
             token_ids: the prompt.
             max_new_tokens: that may follow it.
             client: who asks; clients get their turns fairly.
-            priority: of the request.
+            priority: of the request, among those of its client.
             deadline_seconds: time left; None for ever. Who would wait longer is refused at once.
             approximation: see `HostKvStore.reserve`.
 
         Raises:
-            CapacityError: it can never fit, too many wait already, or the deadline would pass
-                while it waits.
+            CapacityError: it can never fit, too many wait already or came while it waited, or the
+                deadline would pass while it waits.
             DrainingError: the node is shutting down.
         """
         turn = _Turn(
@@ -158,10 +163,16 @@ class Admission:
                 await turn.may_look.wait()
                 turn.may_look.clear()
                 self._refuse_when_draining()
+                if turn.refusal is not None:
+                    raise turn.refusal
         finally:
-            self._line.leave(turn)
-            self._turns.remove(turn)
+            if turn.refusal is None:
+                self._leave(turn)
             self._wake_first()
+
+    def _leave(self, turn: _Turn) -> None:
+        self._line.leave(turn)
+        self._turns.remove(turn)
 
     def _try_take(self, turn: _Turn, reserve: Callable[[], SequenceKv]) -> Admitted | None:
         if self._admitted >= self._max_running:
@@ -175,26 +186,42 @@ class Admission:
         return Admitted(sequence)
 
     def _refuse_who_would_wait_in_vain(self, turn: _Turn) -> None:
-        if len(self._turns) >= self._max_waiting:
-            raise CapacityError(
-                "request queue",
-                needed=1,
-                free=0,
-                unit="places",
-                remedy=f"{len(self._turns)} requests wait already; retry later or elsewhere",
-                retry_after_seconds=self._expected_seconds(0),
-            )
-        expected = self._expected_seconds(self._line.ahead_of(turn))
         left = turn.deadline - self._clock()
-        if expected is not None and expected > left:
-            raise CapacityError(
-                "time in the request queue",
-                needed=math.ceil(expected),
-                free=max(0, math.floor(left)),
-                unit="s",
-                remedy="its deadline would pass first; give it more time, or send it elsewhere",
-                retry_after_seconds=expected - left,
-            )
+        if left < math.inf:
+            expected = self._expected_seconds(self._line.ahead_of(turn))
+            if expected is not None and expected > left:
+                raise CapacityError(
+                    "time in the request queue",
+                    needed=math.ceil(expected),
+                    free=max(0, math.floor(left)),
+                    unit="s",
+                    remedy="its deadline would pass first; give it more time, or send it elsewhere",
+                    retry_after_seconds=expected - left,
+                )
+        if len(self._turns) >= self._max_waiting:
+            self._take_a_place(turn.client)
+
+    def _take_a_place(self, client: str) -> None:
+        """Refuse the last request of the client that has most waiting, if this one has fewer.
+
+        Raises:
+            CapacityError: it has not.
+        """
+        other = self._line.last_of_longest()
+        own = self._line.waiting_of(client)
+        refusal = CapacityError(
+            "request queue",
+            needed=1,
+            free=0,
+            unit="places",
+            remedy=f"{len(self._turns)} requests wait already; retry later or elsewhere",
+            retry_after_seconds=self._expected_seconds(0),
+        )
+        if not isinstance(other, _Turn) or self._line.waiting_of(other.client) <= own + 1:
+            raise refusal
+        other.refusal = refusal
+        self._leave(other)
+        other.may_look.set()
 
     def _expected_seconds(self, ahead: int) -> float | None:
         """Until a request with so many before it gets its room; None if nothing is known yet."""

@@ -1,20 +1,31 @@
 """Who is next: the order in which waiting requests get their room.
 
-Higher priority first; who has waited AGING_SECONDS counts one priority higher, so that nobody waits
-for ever. Among equals the client that has been given least, in tokens: one that sends a thousand
-requests does not keep another's single one waiting. Among a client's own requests the earliest
-deadline, then the oldest.
+The client first: the one that has been given least, in tokens, while it had requests waiting; of
+equals the one whose last turn is longest ago. One that sends a thousand requests does not keep
+another's single one waiting, however old the thousand are, and a high priority takes nothing from
+other clients. Then that client's request: higher priority first, and who has waited AGING_SECONDS
+counts one priority higher; then the earliest deadline, then the oldest.
 
-No asyncio and no memory here, only the order. One thread only.
+Nobody waits for ever. What a client has been given is counted on a clock that goes on by each
+turn's tokens, divided among the clients that wait (start-time fair queueing with the virtual time
+of weighted fair queueing): who comes anew begins at the clock, so that it saves nothing up by being
+away, and the clock passes everybody's count in the end, so that ever new clients do not keep an old
+one waiting. Within a client a request's age passes every priority.
+
+No asyncio and no memory here, only the order. One thread only. A look is a pass over all that wait:
+their number is bounded (`engine.max_waiting_requests`).
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
+from heapq import heapify, heappop, heapreplace
+from itertools import count
 
 AGING_SECONDS = 30.0
 _SWEEP_CLIENTS = 1024
@@ -43,6 +54,19 @@ class Waiting:
     number: int = 0
 
 
+_Place = tuple[float, int, int, float, int]
+"""What its client has been given and when, then the request's own place; the lowest is next."""
+
+
+@dataclass
+class _Share:
+    """What a client has been given, on the line's clock."""
+
+    given: float
+    """Tokens; at least the clock when it came to have requests waiting."""
+    last_turn: int = 0
+
+
 @dataclass
 class WaitingLine:
     """The requests that wait, and what clients have been given.
@@ -53,9 +77,10 @@ class WaitingLine:
 
     clock: Callable[[], float] = time.monotonic
     _waiting: list[Waiting] = field(default_factory=list)
-    _given: dict[str, int] = field(default_factory=dict)
-    """Tokens, by client, on a scale where who is new begins at `_floor`."""
-    _floor: int = 0
+    _shares: dict[str, _Share] = field(default_factory=dict)
+    _served: float = 0.0
+    """Tokens that a client with requests waiting all the time would have been given."""
+    _turns: int = 0
     _number: int = 0
 
     def __len__(self) -> int:
@@ -71,6 +96,7 @@ class WaitingLine:
         """Begin to wait."""
         self._number += 1
         one.since, one.number = self.clock(), self._number
+        self._shares[one.client] = self._share(one.client)
         self._waiting.append(one)
 
     def leave(self, one: Waiting) -> None:
@@ -81,25 +107,72 @@ class WaitingLine:
         """Who is next."""
         return min(self._waiting, key=self._place, default=None)
 
+    def last_of_longest(self) -> Waiting | None:
+        """Of the client that has most requests waiting, the one that would be last."""
+        counts = Counter(one.client for one in self._waiting)
+        if not counts:
+            return None
+        longest = max(counts.values())
+        return max((one for one in self._waiting if counts[one.client] == longest), key=self._place)
+
+    def waiting_of(self, client: str) -> int:
+        """How many requests of a client wait."""
+        return sum(one.client == client for one in self._waiting)
+
     def ahead_of(self, one: Waiting) -> int:
-        """How many come before a request, which need not have joined yet."""
-        place = self._place(one)
-        return sum(other is not one and self._place(other) < place for other in self._waiting)
+        """How many turns come before a request's own, which need not have joined yet.
+
+        As if everybody stayed and nobody came.
+        """
+        lines: defaultdict[str, list[Waiting]] = defaultdict(list)
+        for other in {*self._waiting, one}:
+            lines[other.client].append(other)
+        turns = []
+        for client, line in lines.items():
+            line.sort(key=self._place_in_client, reverse=True)
+            share = self._share(client) if client == one.client else self._shares[client]
+            turns.append(((share.given, share.last_turn, *self._place_in_client(line[-1])), client))
+        heapify(turns)
+        for ahead in count():
+            (given, *_), client = turns[0]
+            following = lines[client].pop()
+            if following is one:
+                return ahead
+            if lines[client]:
+                place = self._place_in_client(lines[client][-1])
+                given += following.cost_tokens
+                heapreplace(turns, ((given, self._turns + 1 + ahead, *place), client))
+            else:
+                heappop(turns)
+        raise AssertionError("a request is in its client's line")
 
     def give(self, one: Waiting) -> None:
         """It has got its room: its client's next request comes after those of others."""
-        before = self._given_to(one.client)
-        self._floor = max(self._floor, before)
-        self._given[one.client] = before + one.cost_tokens
-        if len(self._given) > _SWEEP_CLIENTS:
-            self._given = {c: given for c, given in self._given.items() if given > self._floor}
+        share = self._shares[one.client] = self._share(one.client)
+        self._turns += 1
+        share.given += one.cost_tokens
+        share.last_turn = self._turns
+        clients = {other.client for other in self._waiting} | {one.client}
+        self._served += one.cost_tokens / len(clients)
+        if len(self._shares) > _SWEEP_CLIENTS:
+            self._shares = {
+                client: share
+                for client, share in self._shares.items()
+                if share.given > self._served or client in clients
+            }
 
-    def _given_to(self, client: str) -> int:
-        # Who has been away saves nothing up.
-        return max(self._given.get(client, 0), self._floor)
+    def _share(self, client: str) -> _Share:
+        """A client's, as it counts now: one that has nothing waiting saves nothing up."""
+        share = self._shares.get(client) or _Share(0.0)
+        if not self.waiting_of(client):
+            share.given = max(share.given, self._served)
+        return share
 
-    def _place(self, one: Waiting) -> tuple[int, int, float, int]:
+    def _place(self, one: Waiting) -> _Place:
+        share = self._shares[one.client]
+        return (share.given, share.last_turn, *self._place_in_client(one))
+
+    def _place_in_client(self, one: Waiting) -> tuple[int, float, int]:
         waited = self.clock() - one.since if one.number else 0.0
         aged = one.priority - math.floor(waited / AGING_SECONDS)
-        number = one.number or self._number + 1
-        return (aged, self._given_to(one.client), one.deadline, number)
+        return (aged, one.deadline, one.number or self._number + 1)

@@ -80,7 +80,7 @@ async def requests(admission: Admission):
     await asyncio.gather(*made._tasks.values(), return_exceptions=True)
 
 
-async def test_turns_go_by_priority_client_and_deadline(admission, requests):
+async def test_turns_go_by_client_priority_and_deadline(admission, requests):
     await requests.ask("a1", client="a")
     await requests.ask("a2", client="a")
     await requests.ask("a3", client="a", deadline_seconds=900.0)
@@ -88,9 +88,9 @@ async def test_turns_go_by_priority_client_and_deadline(admission, requests):
     await requests.ask("a-high", client="a", priority=Priority.HIGH)
     assert requests.order == ["a1", "a2"]
     assert (admission.statistics().admitted, admission.statistics().waiting) == (2, 3)
-    for name in ("a1", "a2", "a-high", "b1"):
+    for name in ("a1", "a2", "b1", "a-high"):
         await requests.end(name)
-    assert requests.order == ["a1", "a2", "a-high", "b1", "a3"]
+    assert requests.order == ["a1", "a2", "b1", "a-high", "a3"]
 
 
 async def test_a_large_request_is_not_overtaken_for_ever(store, requests):
@@ -119,6 +119,22 @@ async def test_a_full_queue_says_when_to_come_again(admission, requests, clock):
             pass
     # A request holds its place for 8 s, and two run.
     assert refusal.value.retry_after_seconds == pytest.approx(4.0)
+
+
+async def test_a_full_queue_of_one_client_has_a_place_for_another(admission, requests):
+    for number in range(5):
+        await requests.ask(f"a{number}", client="a")
+    assert admission.statistics().waiting == 3
+    await requests.ask("b0", client="b")
+    with pytest.raises(CapacityError, match="request queue: need 1 places"):
+        await requests.outcome("a4")
+    # Now a has two in the line and b one: another of b's would only turn that round.
+    with pytest.raises(CapacityError, match="3 requests wait already"):
+        async with admission.admit([1], 1, client="b"):
+            pass
+    for name in ("a0", "b0", "a1", "a2"):
+        await requests.end(name)
+    assert requests.order == ["a0", "a1", "b0", "a2", "a3"]
 
 
 async def test_who_would_wait_beyond_its_deadline_is_refused_at_once(admission, requests, clock):

@@ -97,7 +97,74 @@ def test_ahead_of_one_who_has_not_joined(line):
     wait(line, "a", deadline=1200.0)
     assert line.ahead_of(Waiting("a", Priority.NORMAL, math.inf, 1)) == 2
     assert line.ahead_of(Waiting("a", Priority.NORMAL, 1100.0, 1)) == 0
-    assert line.ahead_of(Waiting("b", Priority.LOW, 1100.0, 1)) == 2
+    # One of a's, for its priority; then a has been given more.
+    assert line.ahead_of(Waiting("b", Priority.LOW, 1100.0, 1)) == 1
+
+
+def test_those_of_others_that_come_before_ones_last_are_counted(line):
+    for _ in range(3):
+        wait(line, "a")
+    for _ in range(5):
+        wait(line, "b", cost=200)
+    # By hand: a, b, a, b, a and then this one, who have been given 0, 0, 100, 200, 200 and 300.
+    assert line.ahead_of(Waiting("a", Priority.NORMAL, math.inf, 100)) == 5
+    assert line.ahead_of(Waiting("c", Priority.LOW, math.inf, 100)) == 2
+
+
+@pytest.mark.parametrize("age", [0, 29, 31, 61, 1000])
+def test_a_backlog_of_whatever_age_does_not_come_before_another_client(line, clock, age):
+    for _ in range(20):
+        line.give(Waiting("a", Priority.NORMAL, math.inf, 1000))
+    backlog = [wait(line, "a", Priority.HIGH, cost=1000) for _ in range(50)]
+    clock.now += age
+    single = wait(line, "b", Priority.LOW, cost=1000)
+    assert line.first() is single
+    assert line.ahead_of(single) == 0
+    assert line.ahead_of(backlog[-1]) == 50
+
+
+def test_ever_new_clients_do_not_keep_an_old_one_waiting(line):
+    line.give(Waiting("old", Priority.NORMAL, math.inf, 10_000))
+    line.give(Waiting("another", Priority.NORMAL, math.inf, 100))
+    old = wait(line, "old")
+    for number in range(1000):
+        wait(line, f"new {number}", Priority.HIGH, cost=100)
+        first = line.first()
+        line.give(first)
+        line.leave(first)
+        if first is old:
+            break
+    assert first is old
+
+
+def test_ever_new_urgent_requests_do_not_keep_a_clients_old_one_waiting(line, clock):
+    old = wait(line, priority=Priority.LOW)
+    first = None
+    for _ in range(100):
+        clock.now += 1
+        wait(line, priority=Priority.HIGH, deadline=clock.now + 5)
+        first = line.first()
+        line.give(first)
+        line.leave(first)
+        if first is old:
+            break
+    assert first is old
+
+
+def test_of_the_longest_line_the_last_is_told(line):
+    assert line.last_of_longest() is None
+    last = [wait(line, "a", Priority.LOW), *(wait(line, "a") for _ in range(2))][0]
+    wait(line, "b")
+    assert line.last_of_longest() is last
+    assert [line.waiting_of(client) for client in "abc"] == [3, 1, 0]
+
+
+def test_clients_that_nothing_speaks_against_are_forgotten(line):
+    for number in range(5000):
+        one = wait(line, f"client {number}")
+        line.give(one)
+        line.leave(one)
+    assert len(line._shares) <= 1025
 
 
 @given(
