@@ -38,6 +38,8 @@ class HostStep:
     def __init__(self, decoder: HostDecoder, attention: HybridAttention) -> None:
         self._decoder = decoder
         self._attention = attention
+        self.num_threads = attention.pool.num_threads
+        """That compute, the calling one included."""
         self._pace = ProfilePace(decoder.config.num_layers)
         self.span_source = PoolSpans(attention.pool)
         """For traces of steps."""

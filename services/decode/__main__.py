@@ -24,14 +24,16 @@ from fluxion_core.wire.channel import check_client
 from fluxion_core.wire.server import NodeServer
 from fluxion_proto.v1 import generate_pb2_grpc
 from services.decode.admission import Admission
-from services.decode.config import DEFAULT_LOCAL_PREFILL_TOKENS, DecodeSettings
+from services.decode.config import DecodeSettings
 from services.decode.engine import DecodeEngine
 from services.decode.generation import Generation
 from services.decode.kv_ingest import KvIngest
 from services.decode.metrics import DecodeCollector, RequestCounters
+from services.decode.placement import Placement
 from services.decode.planning import Planning, make_planning
 from services.decode.prefill_nodes import PrefillNodes
 from services.decode.prefill_watch import PrefillWatch
+from services.decode.prompt_costs import ModelCosts, PromptCosts
 from services.decode.service import GENERATION_SERVICE, GenerationService
 from services.decode.watchdog import StepWatchdog
 from services.gpu_metrics import nvml_collectors
@@ -82,12 +84,14 @@ async def serve(settings: DecodeSettings, ending: asyncio.Event) -> None:
             raise EndedWhileLoadingError
         nodes = PrefillNodes(settings.prefill.addresses, settings.prefill.client)
         closing.push_async_callback(nodes.close)
-        local_prefill_tokens = local_prefill_limit(settings, step)
+        limit = local_prefill_limit(settings, step)
+        costs = make_costs(model, store, step)
         trace = TraceRecorder(step.span_source)
         engine = DecodeEngine(
             step,
             prompts=step if isinstance(step, HostStep) else None,
             on_failure=failure.tell,
+            on_chunk=costs.here.learn,
             trace=trace,
         )
         counters = RequestCounters()
@@ -110,7 +114,14 @@ async def serve(settings: DecodeSettings, ending: asyncio.Event) -> None:
             ),
             engine,
             default_max_new_tokens=settings.engine.default_max_new_tokens,
-            local_prefill_tokens=local_prefill_tokens,
+            placement=Placement(
+                limit=limit,
+                has_prefill_nodes=bool(nodes),
+                costs=costs,
+                load=engine.load,
+                pending_tokens=nodes.least_pending_tokens,
+                counters=counters,
+            ),
             planning=planning,
             counters=counters,
             callers=server.callers,
@@ -143,7 +154,7 @@ async def serve(settings: DecodeSettings, ending: asyncio.Event) -> None:
         )
         watch = PrefillWatch(
             nodes,
-            computes_prompts=local_prefill_tokens > 0,
+            computes_prompts=limit != 0,
             tell=readiness.tell,
             counters=counters,
         )
@@ -207,15 +218,26 @@ def make_store(settings: DecodeSettings, model: NodeModel) -> HostKvStore:
     )
 
 
-def local_prefill_limit(settings: DecodeSettings, step: HostStep | DeviceStep) -> int:
+def make_costs(model: NodeModel, store: HostKvStore, step: HostStep | DeviceStep) -> PromptCosts:
+    """Estimates of what prompts cost here and on prefill nodes."""
+    loaded = model.loaded
+    item_bytes = loaded.decoder.embedding.dtype.itemsize
+    # A step on a GPU computes no prompts.
+    threads = step.num_threads if isinstance(step, HostStep) else 1
+    return PromptCosts.of(ModelCosts.of(loaded.config, store.geometry, item_bytes), threads)
+
+
+def local_prefill_limit(settings: DecodeSettings, step: HostStep | DeviceStep) -> int | None:
     """Prompts of which at most so many tokens are not stored are computed on this node.
+
+    None: whichever are done sooner here.
 
     Raises:
         ConfigError: it was asked for where steps run on a GPU.
     """
     limit = settings.engine.local_prefill_tokens
     if isinstance(step, HostStep):
-        return DEFAULT_LOCAL_PREFILL_TOKENS if limit is None else limit
+        return limit
     if limit:
         raise ConfigError(
             f"engine.local_prefill_tokens is {limit}, and this node decodes on a GPU, where it "

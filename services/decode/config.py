@@ -10,7 +10,7 @@ from fluxion_core.config import ClientSettings, NodeSettings, Section
 from fluxion_core.setting_types import ByteCount, Count, PeerAddresses, Seconds
 
 DEFAULT_LOCAL_PREFILL_TOKENS = 256
-"""Where the model is on the CPU; see EngineSettings.local_prefill_tokens."""
+"""Computed here where no hand-off has been seen yet; see EngineSettings.local_prefill_tokens."""
 
 
 class StoreSettings(Section):
@@ -51,9 +51,10 @@ class EngineSettings(Section):
     stuck_step_seconds: Seconds = Field(default=120.0, gt=0)
     """A decode step that takes longer is stuck: it is named in the log, and the node ends."""
     local_prefill_tokens: Count | None = None
-    """A prompt of which at most so many tokens are not stored yet is computed on this node, without
-    a prefill node; 0 for never. Left out: 256 where the model is on the CPU, else 0. Not on a GPU
-    yet."""
+    """A prompt of which at most so many tokens are not stored yet is computed on this node, any
+    other one by a prefill node, which computes all of it; 0 for never here. Left out: by whoever is
+    done sooner, as estimated from what chunks and hand-offs took and from what there is to do; here
+    if no prefill node is configured. Not on a GPU yet: there it is 0."""
     attention_threads: Count | None = Field(default=None, gt=0, le=4096)
     """Threads that attend over host KV and, where the model is on the CPU, compute the dense part;
     one per usable CPU if not given, but one fewer from 4 CPUs on."""

@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -67,6 +67,9 @@ CHUNK_ALONE = ChunkSize(32, 8192)
 
 CHUNK_BESIDE_STREAMS = ChunkSize(16, 4096)
 """While others wait for their next token, which a chunk delays by one or two steps."""
+
+_NEW_SHARE = 0.3
+"""What the last step's time weighs in the mean."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,18 @@ class EngineStatistics:
 
 
 @dataclass(frozen=True)
+class EngineLoad:
+    """What the engine has to do."""
+
+    streams: int = 0
+    """Sequences that take part in steps."""
+    pending_tokens: int = 0
+    """Of prompts that are computed here, not stored yet."""
+    step_seconds: float = 0.0
+    """Of a step; a mean of the last ones, 0 before the first."""
+
+
+@dataclass(frozen=True)
 class CurrentStep:
     """A step that has begun and not ended."""
 
@@ -196,6 +211,8 @@ class DecodeEngine:
         step: runs them.
         prompts: computes what is not stored of prompts; without it they must be whole.
         on_failure: told when the device has failed for good.
+        on_chunk: told after each chunk of a prompt: its tokens, those before it, and the seconds
+            that it took.
         trace: records steps when it is asked to.
     """
 
@@ -205,12 +222,15 @@ class DecodeEngine:
         *,
         prompts: PromptComputer | None = None,
         on_failure: Callable[[DeviceError], None] = lambda _: None,
+        on_chunk: Callable[[int, int, float], None] = lambda *_: None,
         trace: TraceRecorder | None = None,
     ) -> None:
         self._step = step
         self._trace = trace or TraceRecorder()
         self._prompts = prompts
         self._on_failure = on_failure
+        self._on_chunk = on_chunk
+        self._load = EngineLoad()
         self._changed = threading.Condition()
         self._joining: list[DecodeSequence] = []
         self._stopping = False
@@ -260,6 +280,11 @@ class DecodeEngine:
         """The step that runs now, if one does. From any thread."""
         return self._current
 
+    def load(self) -> EngineLoad:
+        """What there is to do, with what was submitted just now. From any thread."""
+        with self._changed:
+            return _with_prompts(self._load, self._joining)
+
     def statistics(self) -> EngineStatistics:
         """A copy of the counters; a rest that still goes on counts up to now."""
         # No lock: the engine's thread must not wait for whoever reads.
@@ -276,15 +301,20 @@ class DecodeEngine:
         running: list[DecodeSequence] = []
         self._clock.start()
         while self._wait_for_work(running):
+            self._see_load(running)
             for sequence in running:
                 if sequence.is_cancelled:
                     self._end(sequence, None)
             self._advance_prompts(_not_ended(running))
             self._advance_streams(_not_ended(running))
             running = _not_ended(running)
+            self._see_load(running)
         reason = self._failure or FluxionError("the decode engine has stopped")
         for sequence in running + self._joining:
             self._end(sequence, reason)
+
+    def _see_load(self, running: list[DecodeSequence]) -> None:
+        self._load = _with_prompts(EngineLoad(step_seconds=self._load.step_seconds), running)
 
     def _wait_for_work(self, running: list[DecodeSequence]) -> bool:
         """Add new sequences to `running`; sleep while there are none. False: stop."""
@@ -382,11 +412,13 @@ class DecodeEngine:
         count = next_chunk_tokens(
             len(prompt) - first, size.at(first), wants_profile=profiled is not None
         )
+        started = time.perf_counter()
         end = self._prompts.compute_chunk(
             sequence.kv,
             prompt[first : first + count],
             None if profiled is None else profiled.window,
         )
+        self._on_chunk(count, first, time.perf_counter() - started)
         if end is None:
             return True
         sequence.profiling = end.profiling
@@ -420,6 +452,8 @@ class DecodeEngine:
         finally:
             self._current = None
         seconds = time.perf_counter() - started
+        mean = self._load.step_seconds or seconds
+        self._load = replace(self._load, step_seconds=mean + _NEW_SHARE * (seconds - mean))
         self._statistics.busy_seconds += seconds
         for sequence in rows:
             sequence.decode_seconds += seconds
@@ -470,6 +504,18 @@ class DecodeEngine:
         )
         self._step.check(row)
         return row
+
+
+def _with_prompts(load: EngineLoad, sequences: Sequence[DecodeSequence]) -> EngineLoad:
+    """A load and that of more sequences."""
+    missing = (
+        len(one.prompt_token_ids) - one.kv.num_tokens for one in sequences if not one.is_whole
+    )
+    return replace(
+        load,
+        streams=load.streams + sum(one.is_decoding for one in sequences),
+        pending_tokens=load.pending_tokens + sum(missing),
+    )
 
 
 def _not_ended(sequences: Iterable[DecodeSequence]) -> list[DecodeSequence]:

@@ -30,6 +30,7 @@ from services.decode.admission import Admission, Admitted
 from services.decode.engine import DecodeEngine, DecodeSequence, Profiled
 from services.decode.kv_ingest import KvIngest, Prefilled
 from services.decode.metrics import RequestCounters
+from services.decode.placement import Placement
 from services.decode.planning import Planning
 from services.decode.progress import PromptProgress, next_or_report
 from services.decode.request import GenerationRequest, check_request, off_loop
@@ -71,7 +72,7 @@ class Generation:
         ingest: gets prompts computed.
         engine: decodes.
         default_max_new_tokens: for requests that do not say.
-        local_prefill_tokens: the engine computes prompts of which at most so many are not stored.
+        placement: says who computes what is missing of a prompt, and learns from hand-offs.
         planning: policies, and the planner's state of each sequence.
         counters: count how requests go.
         callers: names a request's client.
@@ -86,7 +87,7 @@ class Generation:
         engine: DecodeEngine,
         *,
         default_max_new_tokens: int,
-        local_prefill_tokens: int,
+        placement: Placement,
         planning: Planning,
         counters: RequestCounters,
         callers: Callers,
@@ -97,7 +98,7 @@ class Generation:
         self._ingest = ingest
         self._engine = engine
         self._default_max_new_tokens = default_max_new_tokens
-        self._local_prefill_tokens = local_prefill_tokens
+        self._placement = placement
         self._planning = planning
         self._counters = counters
         self._callers = callers
@@ -175,7 +176,14 @@ class Generation:
                 async with admission as admitted:
                     admitted_after = time.perf_counter() - arrived
                     kv = admitted.sequence
-                    is_local = prompt_tokens - kv.shared_tokens <= self._local_prefill_tokens
+                    profile_window = self._planning.profile_window(request.policy)
+                    placed = await self._placement.place(
+                        request.request_id,
+                        prompt_tokens,
+                        kv.shared_tokens,
+                        wants_profile=profile_window is not None,
+                    )
+                    is_local = placed.is_local
                     cached_tokens = kv.shared_tokens if is_local else kv.kv_from_token
                     self._counters.admitted(
                         prompt_tokens=prompt_tokens,
@@ -195,9 +203,10 @@ class Generation:
                             request.sampling,
                             kv,
                             deadline_seconds=context.time_remaining(),
-                            profile_window=self._planning.profile_window(request.policy),
+                            profile_window=profile_window,
                             progress=progress,
                         )
+                        self._placement.learn(prompt_tokens, prefilled)
 
                     def give_waited(output: Output) -> None:
                         has_waited()

@@ -143,7 +143,9 @@ class KvIngest:
         """
         if not self._nodes:
             raise PeerUnavailableError(
-                "no prefill node is configured; start this node with --prefill-addresses HOST:PORT"
+                "no prefill node is configured, and this node may not compute the prompt itself; "
+                "start it with --prefill-addresses HOST:PORT, or, where the model is on the CPU, "
+                "without engine.local_prefill_tokens"
             )
         message = handoff_pb2.HandoffRequest(
             request_id=request_id,

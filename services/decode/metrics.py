@@ -81,6 +81,15 @@ PROMPT_TOKENS = MetricDefinition(
     "the decode node), or cached in the store.",
     ("source",),
 )
+PLACEMENTS = MetricDefinition(
+    "fluxion_prompt_placements_total",
+    "counter",
+    "prompts",
+    "Admitted prompts by who computes what is missing of them (decode or prefill), and why: the "
+    "smaller estimated cost, the operator's setting, no prefill node configured (no_prefill_node), "
+    "or no hand-off seen yet (untried).",
+    ("computed_by", "reason"),
+)
 GENERATED_TOKENS = MetricDefinition(
     "fluxion_generated_tokens_total", "counter", "tokens", "Tokens sent to clients."
 )
@@ -187,7 +196,14 @@ TASKS = MetricDefinition(
 
 DECODE_DEFINITIONS = (
     *(REQUESTS, REQUESTS_RUNNING, REQUESTS_WAITING, QUEUE_OLDEST, QUEUE_SECONDS),
-    *(TIME_TO_FIRST_TOKEN, INTER_TOKEN, REQUEST_SECONDS, PROMPT_TOKENS, GENERATED_TOKENS),
+    *(
+        TIME_TO_FIRST_TOKEN,
+        INTER_TOKEN,
+        REQUEST_SECONDS,
+        PROMPT_TOKENS,
+        PLACEMENTS,
+        GENERATED_TOKENS,
+    ),
     *(STORE_CAPACITY, STORE_BYTES, STORE_SHARED, STORE_SEQUENCES),
     PREFILL_ANSWERING,
     *(HANDOFFS, HANDOFF_BYTES, HANDOFF_SECONDS, HANDOFF_FAILURES),
@@ -214,6 +230,10 @@ class RequestCounters:
     prompt_tokens: Counter[tuple[str, ...]] = field(
         default_factory=lambda: Counter({("computed",): 0, ("local",): 0, ("cached",): 0})
     )
+    placements: Counter[tuple[str, ...]] = field(
+        default_factory=lambda: Counter({("decode", "cost"): 0, ("prefill", "cost"): 0})
+    )
+    """By who computes what is missing of a prompt, and why; see placement.py."""
     generated_tokens: int = 0
     prefill_nodes_answering: int = 0
     handoffs: Counter[tuple[str, ...]] = field(default_factory=Counter)
@@ -299,6 +319,7 @@ class DecodeCollector(Collector):
         ):
             yield definition.render_histogram({(): histogram})
         yield PROMPT_TOKENS.render(dict(counters.prompt_tokens))
+        yield PLACEMENTS.render(dict(counters.placements))
         yield GENERATED_TOKENS.render_value(counters.generated_tokens)
         yield PREFILL_ANSWERING.render_value(counters.prefill_nodes_answering)
         yield HANDOFFS.render(dict(counters.handoffs))

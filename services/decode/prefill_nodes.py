@@ -120,6 +120,12 @@ class PrefillNodes:
         usable = [pair for pair in zip(loads, nodes, strict=True) if pair[0] is not None]
         return [node for _, node in sorted(usable, key=lambda pair: pair[0] or 0.0)]
 
+    async def least_pending_tokens(self) -> float:
+        """Tokens that the least busy node has to compute before ours; 0 if none says so in time."""
+        loads = await asyncio.gather(*(self._load(node) for node in list(self._channels)))
+        told = [load for load in loads if load is not None and math.isfinite(load)]
+        return min(told, default=0.0)
+
     async def _load(self, node: str) -> float | None:
         """Tokens that it has to compute; infinite if it does not answer, None if it drains."""
         async with self.channel(node) as channel:

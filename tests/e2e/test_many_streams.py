@@ -54,7 +54,12 @@ async def test_every_stream_gets_the_tokens_that_it_gets_alone(
     results = []
     for together in (False, True):
         # Each with nodes of its own: nothing is found in a store that the other way has filled.
-        with running_cluster(smollm2_path, tmp_path_factory.mktemp("streams")) as cluster:
+        with running_cluster(
+            smollm2_path,
+            tmp_path_factory.mktemp("streams"),
+            # Who computes a prompt must not depend on how much there is to do.
+            decode_flags=("--engine.local-prefill-tokens", "256"),
+        ) as cluster:
             async with grpc.aio.insecure_channel(cluster.decode.address) as channel:
                 stub = generate_pb2_grpc.GenerationStub(channel)
                 await tokens_of(stub, wanted[0])

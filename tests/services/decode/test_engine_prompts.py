@@ -17,6 +17,7 @@ from services.decode.engine import (
     CHUNK_BESIDE_STREAMS,
     DecodeEngine,
     DecodeSequence,
+    EngineLoad,
     Profiled,
 )
 from tests.services.decode.test_engine import FakeStep, sequence_of
@@ -193,6 +194,33 @@ def test_a_profile_that_fails_ends_its_own_sequence_only():
     outcomes = run(step, prompts, [broken, sound], ends)
     assert [type(outcome) for outcome in outcomes] == [FluxionError, type(None)]
     assert sound.generated_token_ids == [1, 1, 1]
+
+
+def test_chunks_are_told_and_the_load_says_what_is_left():
+    step, ends = FakeStep(), queue.Queue()
+    told: list[tuple[int, int]] = []
+    loads: list[EngineLoad] = []
+
+    def on_chunk(tokens: int, stored: int, seconds: float) -> None:
+        assert seconds > 0
+        told.append((tokens, stored))
+        loads.append(engine.load())
+
+    engine = DecodeEngine(step, prompts=FakePrompts(step), on_chunk=on_chunk)
+    stream = sequence_of(ExactPolicy(), None, 9, ends)
+    engine.submit(stream)
+    engine.submit(prompt_of(50, 0, ends, stored=30))
+    assert engine.load() == EngineLoad(streams=1, pending_tokens=20)
+    engine.start()
+    assert [ends.get(timeout=60) for _ in range(2)] == [None, None]
+    engine.stop()
+    # By hand: 16 tokens, a step, 4 tokens. The load is that of when the turn began.
+    assert told == [(16, 30), (4, 46)]
+    assert [(load.streams, load.pending_tokens) for load in loads] == [(1, 20), (1, 4)]
+    assert loads[0].step_seconds == 0
+    assert loads[1].step_seconds > 0
+    rest = engine.load()
+    assert (rest.streams, rest.pending_tokens) == (0, 0)
 
 
 def test_a_first_token_may_be_the_last():

@@ -128,6 +128,20 @@ async def test_the_least_busy_node_is_first_and_draining_ones_are_left_alone(
         assert await nodes.by_load() == [idle, busy, silent]
 
 
+async def test_the_least_busy_node_says_what_a_prompt_would_wait_for(
+    start_node, open_nodes, find_free_address
+):
+    busy, idle = await start_node(Node(9000)), await start_node(Node(70))
+    going = await start_node(Node(0, is_draining=True))
+    nodes = open_nodes(busy, idle, going, find_free_address())
+    # Nobody has been called yet, so that nobody is known.
+    assert await nodes.least_pending_tokens() == 0
+    first = await nodes.in_turn()
+    assert await nodes.least_pending_tokens() == 70
+    # Whose turn it is does not change.
+    assert await nodes.in_turn() == first[1:] + first[:1]
+
+
 async def test_what_was_just_sent_counts_before_the_node_says_so(start_node, open_nodes):
     first, second = await start_node(Node(0)), await start_node(Node(0))
     nodes = open_nodes(first, second)

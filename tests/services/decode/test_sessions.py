@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 
 import grpc
 import pytest
@@ -188,7 +189,7 @@ async def test_a_session_whose_client_went_away_can_go_on(
             assert tokens == (await answer_of(alone, follow_up))[0]
 
 
-@pytest.mark.parametrize(("asked", "limit"), [(None, 256), (0, 0), (9, 9)])
+@pytest.mark.parametrize(("asked", "limit"), [(None, None), (0, 0), (9, 9)])
 def test_where_steps_run_on_the_cpu_a_setting_says_what_is_computed_here(asked, limit):
     settings = DecodeSettings(engine=EngineSettings(local_prefill_tokens=asked))
     step = HostStep.__new__(HostStep)
@@ -203,6 +204,49 @@ def test_where_steps_run_on_a_gpu_no_prompt_is_computed_and_who_asks_is_told():
     settings = DecodeSettings(engine=EngineSettings(local_prefill_tokens=9))
     with pytest.raises(ConfigError, match="decodes on a GPU"):
         local_prefill_limit(settings, step)
+
+
+async def test_without_a_prefill_node_and_a_limit_prompts_of_any_length_are_computed_here(
+    start_decode, open_stub
+):
+    async with (
+        start_decode(local_prefill_tokens=None) as node,
+        open_stub(node.address) as stub,
+    ):
+        tokens, usage = await answer_of(stub, request_of([*range(3, 253)] * 2))
+    assert len(tokens) == NEW_TOKENS
+    assert (usage.local_prompt_tokens, usage.handoff_bytes) == (500, 0)
+
+
+async def test_who_may_not_compute_a_prompt_and_has_no_prefill_node_says_what_helps(
+    start_decode, open_stub
+):
+    async with start_decode(local_prefill_tokens=9) as node, open_stub(node.address) as stub:
+        with pytest.raises(grpc.aio.AioRpcError) as failure:
+            await answer_of(stub, request_of([3] * 10))
+    assert failure.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert "--prefill-addresses" in failure.value.details()
+    assert "without engine.local_prefill_tokens" in failure.value.details()
+
+
+async def test_once_a_hand_off_was_seen_the_cost_decides(
+    start_prefill, start_decode, open_stub, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level(logging.INFO, logger="services.decode.placement")
+    async with (
+        start_prefill() as prefill,
+        start_decode(prefill.address, local_prefill_tokens=None) as node,
+        open_stub(node.address) as stub,
+    ):
+        prompt = [*range(3, 253)] * 2
+        answer, usage = await answer_of(stub, request_of(prompt))
+        assert usage.local_prompt_tokens == 0
+        await answer_of(stub, request_of([*prompt, *answer, 7]))
+    first, second = (line for line in caplog.messages if line.startswith("prompt placed"))
+    assert "computed_by=prefill reason=untried" in first
+    assert "reason=cost" in second
+    assert "decode_seconds=" in second
+    assert "prefill_seconds=" in second
 
 
 async def test_a_chunk_that_fails_ends_its_request_and_leaves_nothing(

@@ -1,0 +1,134 @@
+"""Who computes what is missing of a prompt: this node, or a prefill node, which computes all of it.
+
+Where the operator gives a limit (engine.local_prefill_tokens), that decides. Else the node that is
+done sooner, by estimates (prompt_costs.py); what it comes to depends on load then, and so do the
+last bits of a token's KV, which differ between the two. Each decision is logged with its figures,
+and counted.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from enum import StrEnum
+
+from fluxion_core.telemetry import event
+from services.decode.config import DEFAULT_LOCAL_PREFILL_TOKENS
+from services.decode.engine import EngineLoad
+from services.decode.kv_ingest import Prefilled
+from services.decode.metrics import RequestCounters
+from services.decode.prompt_costs import PromptCosts
+
+_log = logging.getLogger(__name__)
+
+UNTRIED_SPEED = 8
+"""How many times as fast as this node a prefill node is thought to be that was not seen yet."""
+
+
+class Reason(StrEnum):
+    """Why a prompt is computed where it is."""
+
+    SETTING = "setting"
+    """The operator's limit."""
+    NO_PREFILL_NODE = "no_prefill_node"
+    """None is configured."""
+    UNTRIED = "untried"
+    """No hand-off was seen yet: little is computed here, and what is little beside the rest."""
+    COST = "cost"
+    """The smaller estimate."""
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A decision."""
+
+    is_local: bool
+    reason: Reason
+    here_seconds: float | None = None
+    """Estimates, where the cost decided."""
+    there_seconds: float | None = None
+
+
+class Placement:
+    """Decides for each prompt.
+
+    Args:
+        limit: the most tokens that are computed here; None: whatever is cheaper.
+        has_prefill_nodes: whether any is configured.
+        costs: estimates of both.
+        load: what this node's engine has to do.
+        pending_tokens: asks prefill nodes what the least busy one has to do.
+        counters: count decisions.
+    """
+
+    def __init__(
+        self,
+        *,
+        limit: int | None,
+        has_prefill_nodes: bool,
+        costs: PromptCosts,
+        load: Callable[[], EngineLoad],
+        pending_tokens: Callable[[], Awaitable[float]],
+        counters: RequestCounters,
+    ) -> None:
+        self._limit = limit
+        self._has_prefill_nodes = has_prefill_nodes
+        self._costs = costs
+        self._load = load
+        self._pending_tokens = pending_tokens
+        self._counters = counters
+
+    async def place(
+        self, request_id: str, tokens: int, stored: int, *, wants_profile: bool
+    ) -> Placed:
+        """Decide, and say so.
+
+        Args:
+            request_id: for the log.
+            tokens: of the prompt.
+            stored: of them, whose KV is here.
+            wants_profile: whether one of the prompt is needed.
+        """
+        placed = await self._decide(tokens, stored, wants_profile=wants_profile)
+        where = "decode" if placed.is_local else "prefill"
+        self._counters.placements[where, placed.reason.value] += 1
+        estimates = {"decode_seconds": placed.here_seconds, "prefill_seconds": placed.there_seconds}
+        _log.info(
+            event(
+                "prompt placed",
+                request_id=request_id,
+                computed_by=where,
+                reason=placed.reason.value,
+                prompt_tokens=tokens,
+                missing_tokens=tokens - stored,
+                **{name: seconds for name, seconds in estimates.items() if seconds is not None},
+            )
+        )
+        return placed
+
+    def learn(self, tokens: int, prefilled: Prefilled) -> None:
+        """A prompt of so many tokens was handed off."""
+        self._costs.there.learn(
+            tokens,
+            prefilled.trailer.prefill_seconds,
+            prefilled.handoff_bytes,
+            prefilled.handoff_seconds,
+        )
+
+    async def _decide(self, tokens: int, stored: int, *, wants_profile: bool) -> Placed:
+        missing, costs = tokens - stored, self._costs
+        if self._limit is not None:
+            return Placed(missing <= self._limit, Reason.SETTING)
+        if not self._has_prefill_nodes:
+            return Placed(True, Reason.NO_PREFILL_NODE)
+        here = costs.here.seconds(missing, stored, self._load(), wants_profile=wants_profile)
+        there = costs.there.seconds(tokens, missing * costs.kv_token_bytes, 0)
+        if there is None:
+            is_little = missing <= DEFAULT_LOCAL_PREFILL_TOKENS or missing * UNTRIED_SPEED <= tokens
+            return Placed(is_little, Reason.UNTRIED)
+        if there < here:
+            # Only now is it worth a question how long the prompt would wait there.
+            pending = await self._pending_tokens()
+            there = costs.there.seconds(tokens, missing * costs.kv_token_bytes, pending) or there
+        return Placed(here <= there, Reason.COST, here, there)

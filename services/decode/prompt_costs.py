@@ -1,0 +1,170 @@
+"""What computing a prompt costs, here and on a prefill node: estimates that follow measurements.
+
+Here: a chunk reads all weights, for 16 rows at a time, and each of its rows all KV before it; a
+chunk's time is what it reads over one rate. There: the whole prompt anew, whose operations grow
+with the square of its length, over one rate, after what the node has to do already; then the KV
+that is missing over the link. All three rates are means of what was seen last.
+
+Seconds. Pure arithmetic; learnt from on any thread, asked on the event loop.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from fluxion_core.geometry import KvGeometry
+from fluxion_core.models.config import ModelConfig
+from services.decode.engine import CHUNK_ALONE, CHUNK_BESIDE_STREAMS, EngineLoad
+
+NEW_SHARE = 0.3
+"""What the last measurement weighs in a mean."""
+
+FIRST_BYTES_PER_SECOND = 4e9
+"""That each thread of this node is thought to read, before its first chunk."""
+
+MOST_FIRST_THREADS = 16
+"""More threads are not thought to read more, before that."""
+
+OTHERS_SHARE = 0.1
+"""What a second that one stream waits for our chunks weighs, beside a second that we wait."""
+
+_ROWS_OF_A_READING = 16
+
+
+@dataclass(frozen=True)
+class ModelCosts:
+    """What a model's shape says of computing a prompt's tokens, all layers together."""
+
+    weight_bytes: int
+    """Read for every 16 rows of a chunk on this node."""
+    kv_token_bytes: int
+    """K and V of a token."""
+    dense_operations: int
+    """Of a token."""
+    attention_operations: int
+    """Of a token for each one before it."""
+
+    @staticmethod
+    def of(config: ModelConfig, geometry: KvGeometry, weight_item_bytes: int) -> ModelCosts:
+        """The costs of a model whose weights take so many bytes each."""
+        heads, kv_heads = config.num_heads, config.num_kv_heads
+        projections = config.hidden_size * config.head_dim * 2 * (heads + kv_heads)
+        weights = config.num_layers * (
+            projections + 3 * config.hidden_size * config.intermediate_size
+        )
+        return ModelCosts(
+            weight_bytes=weights * weight_item_bytes,
+            kv_token_bytes=geometry.token_bytes,
+            dense_operations=2 * weights,
+            attention_operations=4 * heads * config.head_dim * config.num_layers,
+        )
+
+    def chunk_bytes(self, tokens: float, stored: float) -> float:
+        """What a chunk of so many tokens behind so many reads."""
+        readings = math.ceil(tokens / _ROWS_OF_A_READING)
+        return readings * self.weight_bytes + tokens * (stored + tokens / 2) * self.kv_token_bytes
+
+    def operations(self, tokens: int) -> float:
+        """Of a prompt of which nothing is there."""
+        return tokens * (self.dense_operations + tokens / 2 * self.attention_operations)
+
+
+@dataclass(frozen=True)
+class PromptCosts:
+    """Both estimates."""
+
+    here: LocalCosts
+    there: HandoffCosts
+    kv_token_bytes: int
+
+    @staticmethod
+    def of(model: ModelCosts, threads: int) -> PromptCosts:
+        """Of a model, on a node with so many threads that compute."""
+        return PromptCosts(LocalCosts(model, threads), HandoffCosts(model), model.kv_token_bytes)
+
+
+class LocalCosts:
+    """Prompts that this node computes.
+
+    Args:
+        model: its shape's costs.
+        threads: that compute.
+    """
+
+    def __init__(self, model: ModelCosts, threads: int) -> None:
+        self._model = model
+        self.bytes_per_second = FIRST_BYTES_PER_SECOND * min(threads, MOST_FIRST_THREADS)
+        """That chunks are thought to read."""
+
+    def learn(self, tokens: int, stored: int, seconds: float) -> None:
+        """A chunk of so many tokens behind so many took so long."""
+        if seconds > 0:
+            rate = self._model.chunk_bytes(tokens, stored) / seconds
+            self.bytes_per_second += NEW_SHARE * (rate - self.bytes_per_second)
+
+    def seconds(self, missing: int, stored: int, load: EngineLoad, *, wants_profile: bool) -> float:
+        """Until a prompt's first token, and a share of what others wait for it.
+
+        Args:
+            missing: its tokens that are not stored.
+            stored: those that are.
+            load: what the engine has to do beside.
+            wants_profile: whether one is made, which costs about as much as a chunk.
+        """
+        middle = stored + missing // 2
+        size = CHUNK_BESIDE_STREAMS if load.streams else CHUNK_ALONE
+        rows = min(missing, size.at(middle))
+        chunk = self._model.chunk_bytes(rows, middle) / self.bytes_per_second
+        chunks = math.ceil((missing + load.pending_tokens) / rows) + wants_profile
+        between = load.step_seconds if load.streams else 0.0
+        return chunks * (chunk + between + OTHERS_SHARE * load.streams * chunk)
+
+
+class HandoffCosts:
+    """Prompts that prefill nodes compute, all of which are thought to be alike.
+
+    Args:
+        model: its shape's costs.
+    """
+
+    def __init__(self, model: ModelCosts) -> None:
+        self._model = model
+        self._operations_per_second: float | None = None
+        self._bytes_per_second = 0.0
+
+    def learn(
+        self, tokens: int, prefill_seconds: float, payload_bytes: int, handoff_seconds: float
+    ) -> None:
+        """A prompt was handed off.
+
+        Args:
+            tokens: of the prompt.
+            prefill_seconds: that the node computed it.
+            payload_bytes: of KV that came.
+            handoff_seconds: from the first of it to the last.
+        """
+        if prefill_seconds > 0:
+            rate = self._model.operations(tokens) / prefill_seconds
+            before = self._operations_per_second
+            new = rate if before is None else before + NEW_SHARE * (rate - before)
+            self._operations_per_second = new
+        if handoff_seconds > 0:
+            # KV comes as it is computed: a hand-off that was slow says nothing of the link.
+            rate = payload_bytes / handoff_seconds
+            before = self._bytes_per_second
+            self._bytes_per_second = max(rate, before + NEW_SHARE * (rate - before))
+
+    def seconds(self, tokens: int, missing_bytes: int, pending_tokens: float) -> float | None:
+        """Until a prompt is computed there and its KV here; None before the first hand-off.
+
+        Args:
+            tokens: of the prompt.
+            missing_bytes: of its KV, not stored here.
+            pending_tokens: that the node has to compute before.
+        """
+        if self._operations_per_second is None:
+            return None
+        computing = self._model.operations(tokens) / self._operations_per_second
+        sending = missing_bytes / self._bytes_per_second if self._bytes_per_second else 0.0
+        return computing * (1 + pending_tokens / tokens) + sending
