@@ -88,7 +88,7 @@ def read_documents(directory: Path | None, why: str) -> list[tuple[str, str]]:
     texts = [p for p in paths if p.suffix not in {".json", ".jsonl"} and p.name[0] != "."]
     if not texts:
         raise ConfigError(f"data {directory} holds no text files")
-    return [(path.name, path.read_text(errors="replace")) for path in texts]
+    return [(path.name, path.read_text(encoding="utf-8", errors="replace")) for path in texts]
 
 
 def compare(answers: Iterable[Answer], ways: Sequence[str]) -> list[AgreementRow]:

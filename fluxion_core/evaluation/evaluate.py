@@ -54,7 +54,7 @@ def evaluate(options: EvaluationOptions, on_answer: OnAnswer) -> str:
         whole = {"title": title, "settings": settings, **content}
         options.json.write_text(json.dumps(whole, indent=2) + "\n")
     if options.markdown:
-        options.markdown.write_text(text)
+        options.markdown.write_text(text, encoding="utf-8")
     if options.plot:
         draw(options.plot)
     return text

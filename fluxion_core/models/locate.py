@@ -5,15 +5,19 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from fluxion_core.errors import ModelNotFoundError
+from fluxion_core.errors import ConfigError, ModelNotFoundError
 
 SMOLLM2_NAME = "smollm2-135m"
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def default_models_dir() -> Path:
-    """The user's data directory: $XDG_DATA_HOME/fluxion/models, or ~/.local/share/…"""
-    data_home = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    """The user's data directory: $XDG_DATA_HOME/fluxion/models, or ~/.local/share/…
+
+    Raises:
+        ConfigError: this user has no home directory, as in a container that runs as any user.
+    """
+    data_home = os.environ.get("XDG_DATA_HOME") or _home("~") / ".local" / "share"
     return Path(data_home) / "fluxion" / "models"
 
 
@@ -26,10 +30,11 @@ def locate_model(name_or_path: str, models_dir: Path) -> Path:
 
     Raises:
         ModelNotFoundError: nothing is there; the text says how to get it.
+        ConfigError: it begins with ~, and there is no home directory.
     """
     if not name_or_path:
         raise ModelNotFoundError("model name is empty; give a path or a name for `fluxion pull`")
-    path = Path(name_or_path).expanduser()
+    path = _home(name_or_path) if name_or_path.startswith("~") else Path(name_or_path)
     found = _model_at(path)
     if found is not None:
         return found
@@ -43,6 +48,21 @@ def locate_model(name_or_path: str, models_dir: Path) -> Path:
         f"no model {name_or_path!r}: no such file or directory, and not in {models_dir}; "
         f"run `fluxion pull {name_or_path}`"
     )
+
+
+def _home(path: str) -> Path:
+    """A path below a home directory, which must be known.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ConfigError(
+            f"{path}: this user has no home directory; say where models are (--models-dir), or set "
+            f"HOME or XDG_DATA_HOME"
+        ) from None
 
 
 def _model_at(path: Path) -> Path | None:

@@ -11,10 +11,12 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import grpc
+from pydantic import ValidationError
 
 from fluxion_core.addresses import Address, address_of
 from fluxion_core.config import ClientSettings, ClientTlsSettings
 from fluxion_core.errors import AuthenticationError, ConfigError, PeerUnavailableError
+from fluxion_core.setting_errors import problems_of
 from fluxion_core.wire.channel import check_client, open_channel
 
 
@@ -34,11 +36,14 @@ def client_settings(
         raise ConfigError("--tls-cert and --tls-key go together; give both or neither")
     if tls_cert is not None and tls_ca is None:
         raise ConfigError("--tls-cert needs --tls-ca, which turns TLS on")
-    return ClientSettings(
-        connect_seconds=connect_seconds,
-        tls=ClientTlsSettings(authority=tls_ca, certificate=tls_cert, key=tls_key),
-        token_file=token_file,
-    )
+    try:
+        return ClientSettings(
+            connect_seconds=connect_seconds,
+            tls=ClientTlsSettings(authority=tls_ca, certificate=tls_cert, key=tls_key),
+            token_file=token_file,
+        )
+    except ValidationError as error:
+        raise ConfigError("; ".join(problems_of(error, {}))) from None
 
 
 @asynccontextmanager

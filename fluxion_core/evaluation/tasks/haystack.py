@@ -95,7 +95,7 @@ def _read_sentences(directory: Path) -> list[str]:
     sentences = [
         " ".join(sentence.split())
         for path in paths
-        for sentence in _SENTENCE.split(path.read_text(errors="replace"))
+        for sentence in _SENTENCE.split(path.read_text(encoding="utf-8", errors="replace"))
         if sentence.strip()
     ]
     if len(sentences) < 100:

@@ -21,7 +21,11 @@ def read_records(directory: Path | None, file_name: str, benchmark: str) -> list
     if not path.is_file():
         raise ConfigError(f"{benchmark} task file {path} is not there; it is expected by this name")
     records = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text (byte {error.start})") from None
+    for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
             continue
         try:

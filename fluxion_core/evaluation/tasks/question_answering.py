@@ -37,7 +37,7 @@ class QuestionFile:
 
     def __init__(self, path: Path) -> None:
         try:
-            content = json.loads(path.read_text())
+            content = json.loads(path.read_text(encoding="utf-8"))
             asked = list(_squad(content) if isinstance(content, dict) else _hotpot(content))
         except OSError as error:
             raise ConfigError(f"question file {path} cannot be read: {error.strerror}") from None

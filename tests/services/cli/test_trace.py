@@ -77,7 +77,7 @@ def test_a_node_that_records_no_traces_is_named(node, tmp_path):
     assert "this node records no traces" in result.stderr
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere.invalid:1", "nonsense"])
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere.invalid:1"])
 def test_no_node_is_one_sentence(address, tmp_path):
     result = trace(address, "--out", str(tmp_path / "trace.json"))
     assert result.exit_code == 1
