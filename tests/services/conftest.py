@@ -133,7 +133,7 @@ async def wait_ready(channel: grpc.aio.Channel, settings) -> None:
     stub = generate_pb2_grpc.GenerationStub(channel)
     while True:
         try:
-            await stub.GetModelInfo(generate_pb2.GetModelInfoRequest())
+            await stub.GetModelInfo(generate_pb2.GetModelInfoRequest(), metadata=as_any(settings))
         except grpc.aio.AioRpcError as error:
             if error.code() is not grpc.StatusCode.UNAVAILABLE:
                 # It takes calls, though not from everybody.
@@ -141,6 +141,14 @@ async def wait_ready(channel: grpc.aio.Channel, settings) -> None:
             await asyncio.sleep(0.02)
         else:
             return
+
+
+def as_any(settings) -> tuple[tuple[str, str], ...]:
+    """As a client of a node that has a list of them: it refuses others before it is ready."""
+    if not settings.server.auth.token_file:
+        return ()
+    _, token = Path(settings.server.auth.token_file).read_text().split()[:2]
+    return (("authorization", f"Bearer {token}"),)
 
 
 async def wait_serving(channel: grpc.aio.Channel, service: str, *, is_serving: bool = True) -> None:
