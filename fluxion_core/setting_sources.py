@@ -103,6 +103,11 @@ def read_environment(settings: type[BaseModel], environment: Mapping[str, str]) 
     return found
 
 
+def variables_of(settings: type[BaseModel]) -> frozenset[str]:
+    """Names of the variables that these settings know."""
+    return frozenset(_variable(name) for name in settings_of(settings))
+
+
 def read_file(settings: type[BaseModel], path: Path) -> dict[str, Given]:
     """Values of a TOML file, a table for each section.
 

@@ -22,8 +22,9 @@ from fluxion_proto.v1 import generate_pb2
 from services.cli.client import Generation, GenerationOptions, stream_generation
 from services.cli.generate import handoff_cells, write_now
 from services.cli.logs import LogPrinter, render_log_line
+from services.cli.node_plans import UpOptions, plan_nodes
 from services.cli.processes import NodeGroup, finished_before, stop_signals
-from services.cli.up import UpOptions, bring_up, plan_nodes
+from services.cli.up import bring_up
 from services.cli.waiting import Waiting, progress_text
 
 MODEL = "smollm2-135m"

@@ -43,6 +43,8 @@ class GatewayPlan:
     """host:port of its HTTP API as reached from this machine."""
     name: str = "gateway"
     """Shown before its log lines."""
+    environment: None = None
+    """Of its process: this process' own."""
 
     async def wait_until_ready(self, *, seconds: float) -> None:
         """Return once it has found its node and fetched the tokenizer.

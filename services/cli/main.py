@@ -173,7 +173,8 @@ def up(
     ] = 300.0,
 ) -> None:
     """Run a prefill node and a decode node on this machine until Ctrl-C."""
-    from services.cli.up import UpOptions, run_up
+    from services.cli.node_plans import UpOptions
+    from services.cli.up import run_up
 
     options = UpOptions(
         model=model,

@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -118,8 +118,17 @@ class NodeGroup:
         self._grace_seconds = grace_seconds
         self._nodes: list[NodeProcess] = []
 
-    async def start(self, name: str, command: Sequence[str]) -> NodeProcess:
-        """Start one node; its standard output and error both go to `on_line`."""
+    async def start(
+        self, name: str, command: Sequence[str], environment: Mapping[str, str] | None = None
+    ) -> NodeProcess:
+        """Start one node; its standard output and error both go to `on_line`.
+
+        Args:
+            name: shown before its lines.
+            command: program and arguments.
+            environment: its variables; this process' own if not given.
+        """
+        own = os.environ if environment is None else environment
         process = await asyncio.create_subprocess_exec(
             *_ending_with_this_process(command),
             stdin=asyncio.subprocess.DEVNULL,
@@ -127,7 +136,7 @@ class NodeGroup:
             stderr=asyncio.subprocess.STDOUT,
             start_new_session=True,
             # Two nodes on one machine share its cores: threads that wait must sleep, not spin.
-            env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONUNBUFFERED": "1"},
+            env={"OMP_WAIT_POLICY": "PASSIVE", **own, "PYTHONUNBUFFERED": "1"},
         )
         node = NodeProcess(name, process, self._on_line)
         self._nodes.append(node)

@@ -11,7 +11,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from services.cli.addresses import choose_listen_address
-from services.cli.up import NodePlan
+from services.cli.node_plans import NodePlan
 
 _FAKE_NODE_PATH = Path(__file__).with_name("fake_node.py")
 

@@ -14,10 +14,15 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from fluxion_core.errors import PeerUnavailableError
+from fluxion_core.config import ClientSettings, ClientTlsSettings
+from fluxion_core.errors import ConfigError, PeerUnavailableError
+from services.cli.client import GenerationOptions, stream_generation
 from services.cli.health import DECODE_SERVICE, PREFILL_SERVICE
 from services.cli.main import app
-from services.cli.up import NodePlan, UpOptions, plan_nodes, run_nodes
+from services.cli.node_plans import NodePlan, UpOptions, plan_nodes
+from services.cli.processes import NodeGroup
+from services.cli.up import bring_up, run_nodes
+from tests.certificates import Authority, write_secret
 
 PlanFakeNode = Callable[..., NodePlan]
 ANNOUNCEMENT = "Why is the sky dark"
@@ -93,6 +98,135 @@ def test_a_model_that_is_not_there_is_one_sentence_with_the_remedy(tmp_path: Pat
     assert result.exit_code == 1
     assert result.stderr.startswith("fluxion: ")
     assert "fluxion pull smollm2-135m" in result.stderr
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    path = tmp_path / "model.gguf"
+    path.touch()
+    return str(path)
+
+
+def write_config(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+TLS = '[server.tls]\ncertificate = "c.crt"\nkey = "c.key"\n'
+CLIENT_TLS = '[prefill.client.tls]\nauthority = "ca.crt"\n'
+
+
+def test_with_tls_readiness_is_asked_on_a_listener_of_its_own(model: str, tmp_path: Path):
+    prefill, decode = plan_nodes(
+        UpOptions(
+            model,
+            prefill_config=write_config(tmp_path / "prefill.toml", TLS),
+            decode_config=write_config(tmp_path / "decode.toml", TLS + CLIENT_TLS),
+        )
+    )
+    for plan in (prefill, decode):
+        assert plan.command[-2:] == ("--server.health-listen", plan.health_address)
+        assert plan.uses_tls
+    assert len({p for plan in (prefill, decode) for p in (plan.address, plan.health_address)}) == 4
+    plain, _ = plan_nodes(UpOptions(model))
+    assert plain.health_address == plain.address
+    assert "--server.health-listen" not in plain.command
+
+
+@pytest.mark.parametrize(
+    ("prefill", "decode", "gateway", "words"),
+    [
+        (TLS, "", False, "give the decode node the authority of its certificate"),
+        ("", CLIENT_TLS, False, "give the prefill node a certificate and a key"),
+        ('[server.auth]\ntoken_file = "t"', "", False, "wants a token (server.auth.token_file)"),
+        ("", TLS, True, "--gateway: the gateway reaches the decode node without TLS"),
+        ("", "[store]\nhost_kv_byts = 1", False, "the nearest is store.host_kv_bytes"),
+        ("[server]\ngrace_seconds = inf", "", False, "server.grace_seconds (from"),
+    ],
+)
+def test_settings_that_do_not_fit_are_told_before_anything_starts(
+    model: str, tmp_path: Path, prefill: str, decode: str, gateway: bool, words: str
+):
+    with pytest.raises(ConfigError) as failure:
+        plan_nodes(
+            UpOptions(
+                model,
+                prefill_config=write_config(tmp_path / "prefill.toml", prefill),
+                decode_config=write_config(tmp_path / "decode.toml", decode),
+                gateway=gateway,
+            )
+        )
+    assert words in str(failure.value)
+
+
+def test_each_node_gets_the_variables_that_it_knows(model: str, monkeypatch):
+    monkeypatch.setenv("FLUXION_STORE__HOST_KV_BYTES", "64MiB")
+    monkeypatch.setenv("FLUXION_ENGINE__CHUNK_TOKENS", "64")
+    monkeypatch.setenv("FLUXION_LOG__LEVEL", "WARNING")
+    prefill, decode = (plan.environment for plan in plan_nodes(UpOptions(model)))
+    names = ("FLUXION_STORE__HOST_KV_BYTES", "FLUXION_ENGINE__CHUNK_TOKENS", "FLUXION_LOG__LEVEL")
+    assert [name in prefill for name in names] == [False, True, True]
+    assert [name in decode for name in names] == [True, False, True]
+    assert decode["PATH"] == os.environ["PATH"]
+    monkeypatch.setenv("FLUXION_STOER__HOST_KV_BYTES", "64MiB")
+    with pytest.raises(ConfigError, match="nearest is FLUXION_"):
+        plan_nodes(UpOptions(model))
+
+
+async def test_both_nodes_get_ready_with_tls_and_tokens_and_hand_off(
+    toy_model_path: Path, tmp_path: Path
+):
+    authority = Authority(tmp_path)
+    certificate, key = authority.issue("nodes")
+    handoff_token, client_token = "h" * 32, "c" * 32
+    tls = f'[server.tls]\ncertificate = "{certificate}"\nkey = "{key}"\n'
+    mutual = f'client_authority = "{authority.path}"\n'
+    tokens = {
+        name: write_secret(tmp_path / name, text)
+        for name, text in {
+            "handoff-tokens": f"decode {handoff_token}\n",
+            "handoff-token": handoff_token,
+            "client-tokens": f"alice {client_token}\n",
+            "client-token": client_token,
+        }.items()
+    }
+    small = "[engine]\nattention_threads = 1\nlocal_prefill_tokens = 0\n"
+    options = UpOptions(
+        str(toy_model_path),
+        decode_listen="127.0.0.1:0",
+        device="cpu",
+        prefill_config=write_config(
+            tmp_path / "prefill.toml",
+            tls + mutual + f'[server.auth]\ntoken_file = "{tokens["handoff-tokens"]}"\n',
+        ),
+        decode_config=write_config(
+            tmp_path / "decode.toml",
+            tls
+            + f'[server.auth]\ntoken_file = "{tokens["client-tokens"]}"\n'
+            + small
+            + '[store]\nhost_kv_bytes = "8MiB"\nslab_tokens = 128\n'
+            + f'[prefill.client]\ntoken_file = "{tokens["handoff-token"]}"\n'
+            + f'[prefill.client.tls]\nauthority = "{authority.path}"\n'
+            + f'certificate = "{certificate}"\nkey = "{key}"\n',
+        ),
+    )
+    plans = plan_nodes(options)
+    client = ClientSettings(
+        tls=ClientTlsSettings(authority=authority.path), token_file=tokens["client-token"]
+    )
+    lines: list[str] = []
+    async with NodeGroup(lambda name, line: lines.append(f"{name} {line}")) as nodes:
+        await bring_up(nodes, plans, ready_seconds=120)
+        answer = await stream_generation(
+            GenerationOptions(
+                prompt="over the wire", chat=False, max_new_tokens=3, ignore_eos=True
+            ),
+            plans[-1].address,
+            client,
+            lambda _: None,
+        )
+    assert len(answer.token_ids) == 3
+    assert answer.usage.handoff_bytes > 0
 
 
 def test_device_and_lanes_are_handed_to_the_nodes_that_have_them(tmp_path: Path):
