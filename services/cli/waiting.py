@@ -57,8 +57,8 @@ class Waiting:
             self.tick()
 
     def __enter__(self) -> Self:
+        self.tick()
         if self._status is not None:
-            self.tick()
             self._status.start()
         if self._status is not None or self._prints:
             self._thread.start()

@@ -25,7 +25,6 @@ def console(*, is_terminal: bool) -> Console:
 def test_where_there_is_no_terminal_each_tick_is_a_line(never: None):
     out = console(is_terminal=False)
     with Waiting(out, "Loading") as shown:
-        shown.tick()
         shown.text = "Computing"
         shown.tick()
     assert out.file.getvalue() == "Loading, 0 s\nComputing, 0 s\n"
