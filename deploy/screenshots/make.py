@@ -85,21 +85,15 @@ class ReplayedGpu:
             usage.idle_seconds["no_work"] += seconds
             return
         steps = seconds * 1000 / phase["milliseconds"]
+        for_host = phase["idle_milliseconds"]
+        usage.busy_seconds += steps * (phase["gpu_milliseconds"] - for_host) / 1000
+        usage.idle_seconds["host_attention"] += steps * for_host / 1000
         between = phase["milliseconds"] - phase["gpu_milliseconds"]
-        for cause, milliseconds in (
-            ("host_attention", phase["idle_milliseconds"]),
-            ("host_step", between),
-        ):
-            usage.idle_seconds[cause] += steps * milliseconds / 1000
-        busy = phase["gpu_milliseconds"] - phase["idle_milliseconds"]
-        usage.busy_seconds += steps * busy / 1000
+        usage.idle_seconds["host_step"] += steps * between / 1000
         rest = phase["counted_pcie_bytes"] - phase["lane_bytes"]
-        for key, count in (
-            (("host_to_device", "selected_kv"), phase["lane_bytes"]),
-            (("device_to_host", "queries"), rest / 2),
-            (("host_to_device", "attention_states"), rest / 2),
-        ):
-            usage.pcie_bytes[key] += int(steps * count)
+        usage.pcie_bytes["host_to_device", "selected_kv"] += int(steps * phase["lane_bytes"])
+        usage.pcie_bytes["host_to_device", "attention_states"] += int(steps * rest / 2)
+        usage.pcie_bytes["device_to_host", "queries"] += int(steps * rest / 2)
         self._wire["host_to_device"] += steps * (phase["nvml_pcie_bytes"] - rest / 2)
         self._wire["device_to_host"] += steps * rest / 2
 
@@ -135,7 +129,7 @@ def free_ports(*names: str) -> dict[str, int]:
         address = choose_listen_address(
             None, preferred="127.0.0.1:0", flag="", promised=ports.values()
         )
-        ports[name] = int(address.rpartition(":")[2])
+        ports[name] = address.port
     return ports
 
 
@@ -152,7 +146,7 @@ def running(*command: str | Path) -> Iterator[None]:
 
 def prometheus_configuration(targets: dict[str, int]) -> str:
     """What is scraped, by job and port, with the rules of deploy/."""
-    return yaml.safe_dump(
+    configuration: str = yaml.safe_dump(
         {
             "global": {"scrape_interval": f"{SCRAPE_SECONDS}s", "evaluation_interval": "2s"},
             "rule_files": [str(DEPLOY / "rules" / "fluxion.yml")],
@@ -162,6 +156,7 @@ def prometheus_configuration(targets: dict[str, int]) -> str:
             ],
         }
     )
+    return configuration
 
 
 def take(page: str, port: int, minutes: int, scratch: str) -> None:
