@@ -72,10 +72,12 @@ def per(numerator: str, denominator: str) -> str:
     return f"{rate(numerator)} / {rate(denominator)}"
 
 
-NO_DECODE_NODE = "No decode node was scraped in this range."
-NO_PREFILL_NODE = "No prefill node was scraped in this range."
+NO_DECODE_NODE = "Only a decode node has these figures, and none was scraped in this range."
+NO_PREFILL_NODE = "Only a prefill node has these figures, and none was scraped in this range."
 NO_GPU = "Only a node with a GPU has these figures, and none was scraped in this range."
-NO_NVML = "The card's own figures need a GPU whose driver answers NVML; no node has them here."
+NO_NVML = (
+    "Only a node whose GPU answers NVML has these figures, and none was scraped in this range."
+)
 NO_STEP = "No decode step was made in this range."
 NO_PROMPT = "No prompt came from a prefill node in this range."
 
@@ -88,7 +90,7 @@ OVERVIEW = Dashboard(
             "suffix: requests/s",
             (Line(rate("fluxion_requests_total", by="outcome, status"), "{outcome} {status}"),),
             "Generate requests that ended.",
-            "No request has ended yet.",
+            "No request has ended on the nodes chosen.",
         ),
         Panel(
             "Time to first token",
@@ -335,7 +337,7 @@ TRAFFIC = Dashboard(
             "suffix: attempts/s",
             (Line(rate("fluxion_handoff_failures_total", by="reason"), "{reason}"),),
             "Attempts; another prefill node may have done it after.",
-            "No hand-off has failed.",
+            "No hand-off has failed on the nodes chosen.",
         ),
         Panel(
             "Host KV store",
