@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -89,6 +91,62 @@ def test_a_model_is_there_before_its_nodes(services):
         assert services[fetcher]["profiles"] == services[node]["profiles"]
         model = services[node]["environment"]["FLUXION_MODEL__MODEL"]
         assert services[fetcher]["entrypoint"][:3] == ["fluxion", "pull", model]
+
+
+def test_every_port_is_published_on_this_machine_alone(services):
+    published = {name: one["ports"] for name, one in services.items() if "ports" in one}
+    assert set(published) == {"decode", "decode-gpu", "prometheus", "grafana"}
+    for ports in published.values():
+        assert [one.startswith("127.0.0.1:${") for one in ports] == [True]
+
+
+def test_containers_are_hardened_as_the_pods_are(services):
+    for name, service in services.items():
+        assert service["read_only"], name
+        assert service["cap_drop"] == ["ALL"], name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        assert service["pids_limit"] >= 1024, name
+        assert service["init"], name
+        assert not {"privileged", "cap_add", "network_mode", "pid"} & set(service), name
+        # What is written elsewhere than in a volume.
+        assert any(one.startswith("/tmp:") for one in service["tmpfs"]), name
+    for kind in ("prefill", "decode"):
+        (pod,) = [
+            one["spec"]["template"]["spec"]
+            for one in yaml.safe_load_all(
+                (ROOT / "deploy" / "kubernetes" / "base" / f"{kind}.yaml").read_text()
+            )
+            if one["kind"] in ("Deployment", "StatefulSet")
+        ]
+        user = str(pod["securityContext"]["runAsUser"])
+        assert f"--uid {user} " in (ROOT / "deploy" / f"{kind}.Dockerfile").read_text()
+        for name in (kind, f"{kind}-gpu", "models", "models-gpu"):
+            assert services[name]["user"] == user
+
+
+def test_triton_may_load_what_it_builds_in_scratch_memory(services):
+    for name in NODES:
+        (scratch,) = services[name]["tmpfs"]
+        assert ("exec" in scratch.partition(":")[2].split(",")) == name.endswith("-gpu")
+
+
+@pytest.mark.parametrize(("password", "status"), [("", 1), ("long enough", 0)])
+def test_grafana_starts_with_a_password_only(services, tmp_path, password: str, status: int):
+    grafana = services["grafana"]
+    assert "GF_AUTH_ANONYMOUS_ENABLED" not in grafana["environment"]
+    # No `:?`: compose would want it of those who start no Grafana.
+    assert grafana["environment"]["GF_SECURITY_ADMIN_PASSWORD"] == "${FLUXION_GRAFANA_PASSWORD-}"
+    shell, flag, script = grafana["entrypoint"]
+    script = script.replace("$$", "$").replace("/run.sh", "true")
+    ended = subprocess.run(
+        [shell, flag, script],
+        env={"GF_SECURITY_ADMIN_PASSWORD": password, "PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == status
+    assert ("set FLUXION_GRAFANA_PASSWORD" in ended.stdout) == (status == 1)
 
 
 def test_grafana_shows_the_composed_prometheus(services):
