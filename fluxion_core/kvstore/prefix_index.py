@@ -1,8 +1,9 @@
 """Which slab holds which piece of text: full slabs by a chained hash, tails by their tokens.
 
-A full slab's key is a hash of the key before it and of its own tokens, and so of the model and of
-all tokens up to its end. A tail is a slab filled in part; it is found by the key before it and its
-tokens, and goes to one sequence at a time.
+A full slab's key is a hash of the key before it and of its own tokens, and so of its domain's root
+and of all tokens up to its end. A root is a hash of the model and of the domain: who is in another
+domain finds nothing, full slab or tail, and cannot tell what is stored. A tail is a slab filled in
+part; it is found by the key before it and its tokens, and goes to one sequence at a time.
 
 KV of tokens that did not attend to everything is an approximation, and so is all that follows it.
 Its pieces are named by the approximation too, so that only sequences of the same one find them.
@@ -36,7 +37,7 @@ class TailName(NamedTuple):
     """What finds a tail."""
 
     parent: bytes
-    """Key of the slab before it, or of the model."""
+    """Key of the slab before it, or the root of its domain."""
     approximation: str
     """Empty if all of its KV is exact."""
     tokens: bytes
@@ -65,11 +66,11 @@ class PrefixIndex:
     """
 
     def __init__(self, model_key: bytes, slab_tokens: int) -> None:
-        self._root = hashlib.blake2b(model_key, digest_size=16).digest()
+        self._model = hashlib.blake2b(model_key, digest_size=16).digest()
         self._slab_tokens = slab_tokens
         self._published: dict[bytes, int] = {}
         self._parent_of: dict[bytes, bytes] = {}
-        """Keys of full slabs that can be found, and the keys before them."""
+        """Keys of full slabs that can be found, and the keys before them, or roots."""
         self._key_of: dict[int, bytes] = {}
         self._tails: dict[tuple[bytes, str], dict[bytes, int]] = {}
         self._tail_of: dict[int, TailName] = {}
@@ -78,33 +79,42 @@ class PrefixIndex:
         """Whether the slab can be found."""
         return slab in self._key_of or slab in self._tail_of
 
-    def key_after(self, keys: Sequence[bytes], tokens: TokenArray, approximation: str) -> bytes:
+    def root_of(self, domain: str) -> bytes:
+        """What stands before the first key of a domain; empty for the domain of all without one."""
+        return hashlib.blake2b(self._model + domain.encode(), digest_size=16).digest()
+
+    @staticmethod
+    def key_after(parent: bytes, tokens: TokenArray, approximation: str) -> bytes:
         """Key of a full slab.
 
         Args:
-            keys: of the slabs before it.
+            parent: key of the slab before it, or the root of its domain.
             tokens: of this slab.
             approximation: in its KV or before it; empty if all is exact.
         """
         text = tokens.tobytes() + approximation.encode()
-        return hashlib.blake2b(self._parent(keys) + text, digest_size=16).digest()
+        return hashlib.blake2b(parent + text, digest_size=16).digest()
 
-    def tail_name(self, keys: Sequence[bytes], tokens: TokenArray, approximation: str) -> TailName:
+    @staticmethod
+    def tail_name(parent: bytes, tokens: TokenArray, approximation: str) -> TailName:
         """Name of a tail; arguments as in `key_after`."""
-        return TailName(self._parent(keys), approximation, tokens.tobytes())
+        return TailName(parent, approximation, tokens.tobytes())
 
-    def exact_keys(self, tokens: TokenArray) -> list[bytes]:
+    def exact_keys(self, root: bytes, tokens: TokenArray) -> list[bytes]:
         """Keys of the full slabs of a text, if all its KV is exact."""
         size = self._slab_tokens
         keys: list[bytes] = []
         for end in range(size, len(tokens) + 1, size):
-            keys.append(self.key_after(keys, tokens[end - size : end], ""))
+            keys.append(self.key_after(keys[-1] if keys else root, tokens[end - size : end], ""))
         return keys
 
-    def find(self, tokens: TokenArray, exact_keys: list[bytes], approximation: str) -> Prefix:
+    def find(
+        self, root: bytes, tokens: TokenArray, exact_keys: list[bytes], approximation: str
+    ) -> Prefix:
         """What is stored of a text: exact slabs, then approximate ones, then a tail.
 
         Args:
+            root: of the domain.
             tokens: the text.
             exact_keys: of it, made before the lock was taken.
             approximation: that will do in the place of exact KV; empty for none.
@@ -120,13 +130,14 @@ class PrefixIndex:
         exact_tokens = len(slabs) * size
         while approximation and len(slabs) < len(exact_keys):
             piece = tokens[len(slabs) * size : (len(slabs) + 1) * size]
-            key = self.key_after(keys, piece, approximation)
+            key = self.key_after(keys[-1] if keys else root, piece, approximation)
             if (slab := self._published.get(key)) is None:
                 break
             keys.append(key)
             slabs.append(slab)
         num_tokens = len(slabs) * size
-        tail = self._find_tail(keys, tokens[num_tokens : num_tokens + size], approximation)
+        parent = keys[-1] if keys else root
+        tail = self._find_tail(parent, tokens[num_tokens : num_tokens + size], approximation)
         if tail is not None:
             in_tail = len(tail.tokens) // tokens.itemsize
             if not tail.approximation and exact_tokens == num_tokens:
@@ -135,18 +146,18 @@ class PrefixIndex:
             slabs.append(self._tails[tail.parent, tail.approximation][tail.tokens])
         return Prefix(slabs, keys, tail, num_tokens, exact_tokens)
 
-    def publish(self, slab: int, key: bytes, keys_before: Sequence[bytes]) -> int:
+    def publish(self, slab: int, key: bytes, parent: bytes) -> int:
         """Make a full slab findable; returns the one that is found by its key from now on.
 
         Args:
             slab: that is full.
             key: of it.
-            keys_before: of the slabs before it.
+            parent: key of the slab before it, or the root of its domain.
         """
         published = self._published.setdefault(key, slab)
         if published == slab:
             self._key_of[slab] = key
-            self._parent_of[key] = self._parent(keys_before)
+            self._parent_of[key] = parent
         return published
 
     def keep_tail(self, slab: int, name: TailName) -> int:
@@ -191,14 +202,9 @@ class PrefixIndex:
             self.forget(slab)
         return found
 
-    def _parent(self, keys: Sequence[bytes]) -> bytes:
-        return keys[-1] if keys else self._root
-
-    def _find_tail(
-        self, keys: Sequence[bytes], tokens: TokenArray, approximation: str
-    ) -> TailName | None:
-        """The longest tail after these slabs that `tokens` begin with; an exact one if in doubt."""
-        parent, text = self._parent(keys), tokens.tobytes()
+    def _find_tail(self, parent: bytes, tokens: TokenArray, approximation: str) -> TailName | None:
+        """The longest tail after `parent` that `tokens` begin with; an exact one if in doubt."""
+        text = tokens.tobytes()
         fitting = [
             TailName(parent, tag, stored)
             for tag in dict.fromkeys(("", approximation))

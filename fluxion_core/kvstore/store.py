@@ -24,6 +24,9 @@ KV of tokens that were made without attending to everything is an approximation,
 follows it. Its slabs are named by the approximation too: only sequences of the same one find them.
 Exact KV is found by everybody.
 
+All this holds within a domain, for example one client's requests: in another domain nothing is
+found, and the same text is stored again.
+
 KV that is NaN or infinite is never published. A sequence that fails takes back (`withdraw`) what it
 has published and what it has found: whatever it shares may have been the cause. Who holds such
 slabs goes on with them, but publishes nothing that follows them.
@@ -135,7 +138,12 @@ class HostKvStore:
             raise self._capacity_error(needed, self.num_slabs)
 
     def reserve(
-        self, token_ids: Sequence[int], max_new_tokens: int, *, approximation: str = ""
+        self,
+        token_ids: Sequence[int],
+        max_new_tokens: int,
+        *,
+        approximation: str = "",
+        domain: str = "",
     ) -> SequenceKv:
         """Hold room for a prompt and for every token that may follow it.
 
@@ -147,15 +155,17 @@ class HostKvStore:
             max_new_tokens: that may follow.
             approximation: name of what the sequence's steps read in the place of everything, if
                 they do: it may go on from KV of that name. Empty: from exact KV only.
+            domain: whose KV it may go on from, and who may go on from it.
 
         Raises:
             CapacityError: not enough is free now; nothing is held.
         """
         tokens = token_array(token_ids)
-        exact_keys = self.prefixes.exact_keys(tokens[:-1])
+        root = self.prefixes.root_of(domain)
+        exact_keys = self.prefixes.exact_keys(root, tokens[:-1])
         total = self.geometry.slabs_for(len(tokens) + max_new_tokens)
         with self._lock:
-            prefix = self.prefixes.find(tokens[:-1], exact_keys, approximation)
+            prefix = self.prefixes.find(root, tokens[:-1], exact_keys, approximation)
             for slab in prefix.slabs:
                 self._hold(slab)
             needed = total - len(prefix.slabs)
@@ -169,7 +179,7 @@ class HostKvStore:
                 self._evict_oldest()
             self._reserved += needed
             self._sequences += 1
-        return SequenceKv(self, tokens, prefix, total, approximation)
+        return SequenceKv(self, tokens, prefix, total, approximation, root)
 
     def statistics(self) -> StoreStatistics:
         """The accounting at one moment."""
@@ -245,9 +255,7 @@ class HostKvStore:
             self._holders[slab] = 1
         return slab
 
-    def publish(
-        self, slab: int, key: bytes, previous: int | None, keys_before: Sequence[bytes]
-    ) -> int | None:
+    def publish(self, slab: int, key: bytes, previous: int | None, parent: bytes) -> int | None:
         """Make a full slab findable; returns the slab to hold from now on. For SequenceKv.
 
         That is another one if the same content was published meanwhile; ours is then free. None if
@@ -257,12 +265,12 @@ class HostKvStore:
             slab: that is full.
             key: of it.
             previous: the sequence's slab before it, if it is not the first.
-            keys_before: of all slabs before it.
+            parent: key of that, or the root of the domain.
         """
         with self._lock:
             if previous is not None and previous not in self.prefixes:
                 return None
-            published = self.prefixes.publish(slab, key, keys_before)
+            published = self.prefixes.publish(slab, key, parent)
             if published != slab:
                 self._hold(published)
                 self._let_go(slab)
@@ -343,10 +351,12 @@ class SequenceKv:
         prefix: Prefix,
         max_slabs: int,
         approximation: str,
+        root: bytes,
     ) -> None:
         self._store = store
         self._prompt = prompt
         self._approximation = approximation
+        self._root = root
         self._keys = list(prefix.keys)
         self._slabs = list(prefix.slabs)
         self._num_reserved = max_slabs - len(self._slabs)
@@ -494,7 +504,8 @@ class SequenceKv:
             return
         rest = stored[len(self._keys) * self._store.geometry.slab_tokens :]
         if len(rest):
-            name = self._store.prefixes.tail_name(self._keys, rest, self._tag(len(stored)))
+            tag = self._tag(len(stored))
+            name = self._store.prefixes.tail_name(self._last_key, rest, tag)
             self._tail = self._slabs[len(self._keys)], name
 
     def _refuse_damage(self) -> None:
@@ -516,15 +527,19 @@ class SequenceKv:
         for ordinal in range(len(self._keys), len(tokens) // size):
             end = (ordinal + 1) * size
             piece = tokens[end - size : end]
-            key = self._store.prefixes.key_after(self._keys, piece, self._tag(end))
+            key = self._store.prefixes.key_after(self._last_key, piece, self._tag(end))
             previous = self._slabs[ordinal - 1] if ordinal else None
-            slab = self._store.publish(self._slabs[ordinal], key, previous, self._keys)
+            slab = self._store.publish(self._slabs[ordinal], key, previous, self._last_key)
             if slab is None:
                 return False
             self._keys.append(key)
             self._slabs[ordinal] = slab
             self.slab_table[ordinal] = self._store.slab_address(slab)
         return True
+
+    @property
+    def _last_key(self) -> bytes:
+        return self._keys[-1] if self._keys else self._root
 
     def _tag(self, num_tokens: int) -> str:
         """The approximation in the KV of so many tokens; empty if there is none."""

@@ -40,14 +40,30 @@ class Callers:
             AuthenticationError: the call has no known token, or no certificate with a name that
                 may call.
         """
+        identity = self._identity(context)
+        return peer_host(context.peer()) if identity is None else identity[1]
+
+    def domain_of(self, context: grpc.aio.ServicerContext) -> str:
+        """Whom a caller is known to be, so that what is its own can be kept from others.
+
+        Empty for all who show neither a token nor a certificate: an address tells nobody apart.
+
+        Raises:
+            AuthenticationError: see `client_of`.
+        """
+        identity = self._identity(context)
+        return "" if identity is None else " ".join(identity)
+
+    def _identity(self, context: grpc.aio.ServicerContext) -> tuple[str, str] | None:
+        """Kind and name of what the caller has shown."""
         names = _certificate_names(context)
         if self._certificate_names and not self._certificate_names.intersection(names):
             raise AuthenticationError(
                 "none of the names in the peer's certificate is in server.auth.certificate_names"
             )
         if self._tokens is not None:
-            return self._token_name(context)
-        return names[0] if names else peer_host(context.peer())
+            return "token", self._token_name(context)
+        return ("certificate", names[0]) if names else None
 
     def _token_name(self, context: grpc.aio.ServicerContext) -> str:
         given = [

@@ -126,6 +126,7 @@ async def serve(settings: DecodeSettings, ending: asyncio.Event) -> None:
             counters=counters,
             callers=server.callers,
             limits=server.limits,
+            share_prefixes=settings.store.share_prefixes,
         )
         device = model.loaded.decoder.embedding.device
         metrics.take_trace = trace.take

@@ -110,6 +110,7 @@ class Admission:
         priority: Priority = Priority.NORMAL,
         deadline_seconds: float | None = None,
         approximation: str = "",
+        domain: str = "",
     ) -> AsyncIterator[Admitted]:
         """Hold memory for one request; everything is given back on the way out.
 
@@ -120,6 +121,7 @@ class Admission:
             priority: of the request, among those of its client.
             deadline_seconds: time left; None for ever. Who would wait longer is refused at once.
             approximation: see `HostKvStore.reserve`.
+            domain: likewise.
 
         Raises:
             CapacityError: it can never fit, too many wait already or came while it waited, or the
@@ -133,7 +135,11 @@ class Admission:
             len(token_ids) + max_new_tokens,
         )
         reserve = partial(
-            self._store.reserve, token_ids, max_new_tokens, approximation=approximation
+            self._store.reserve,
+            token_ids,
+            max_new_tokens,
+            approximation=approximation,
+            domain=domain,
         )
         admitted = await self._wait_for_room(turn, reserve, len(token_ids) + max_new_tokens)
         since = self._clock()

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from fluxion_core.config import ClientSettings, NodeSettings, Section
 from fluxion_core.setting_types import ByteCount, Count, PeerAddresses, Seconds
+from services.decode.cache_domain import Sharing
 
 DEFAULT_LOCAL_PREFILL_TOKENS = 256
 """Computed here where no hand-off has been seen yet; see EngineSettings.local_prefill_tokens."""
@@ -28,6 +29,11 @@ class StoreSettings(Section):
     """First tokens of every sequence that are always attended to."""
     recent_tokens: Count = Field(default=256, ge=128)
     """Last tokens of every sequence that are always attended to."""
+    share_prefixes: Sharing = "client"
+    """Who goes on from what is stored of a prompt's beginning. client: the requests of one client,
+    that is of one token's or certificate's name; callers who show neither are one client. all:
+    everybody, who then can tell by usage and times what others have asked: for clients that trust
+    each other. A request's cache_salt divides further."""
 
 
 class EngineSettings(Section):

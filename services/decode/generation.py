@@ -27,6 +27,7 @@ from fluxion_core.wire.callers import Callers
 from fluxion_core.wire.client_limits import ClientLimits
 from fluxion_proto.v1 import generate_pb2
 from services.decode.admission import Admission, Admitted
+from services.decode.cache_domain import Sharing, cache_domain
 from services.decode.engine import DecodeEngine, DecodeSequence, Profiled
 from services.decode.kv_ingest import KvIngest, Prefilled
 from services.decode.metrics import RequestCounters
@@ -77,6 +78,7 @@ class Generation:
         counters: count how requests go.
         callers: names a request's client.
         limits: bound what a client has waiting.
+        share_prefixes: among whose requests stored KV is found.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class Generation:
         counters: RequestCounters,
         callers: Callers,
         limits: ClientLimits,
+        share_prefixes: Sharing,
     ) -> None:
         self._model = model
         self._admission = admission
@@ -103,6 +106,7 @@ class Generation:
         self._counters = counters
         self._callers = callers
         self._limits = limits
+        self._share_prefixes: Sharing = share_prefixes
 
     async def run(
         self,
@@ -171,6 +175,9 @@ class Generation:
                 priority=request.priority,
                 deadline_seconds=context.time_remaining(),
                 approximation=self._planning.approximation(request.policy),
+                domain=cache_domain(
+                    self._share_prefixes, self._callers.domain_of(context), request.cache_salt
+                ),
             )
             with self._limits.waiting(client, prompt_tokens) as has_waited:
                 async with admission as admitted:

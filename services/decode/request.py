@@ -31,6 +31,7 @@ MAX_STOP_STRING_CHARACTERS = 256
 MAX_STOP_TOKEN_IDS = 256
 MAX_REQUEST_ID_CHARACTERS = 128
 MAX_POLICY_CHARACTERS = 64
+MAX_CACHE_SALT_CHARACTERS = 256
 OFF_LOOP_BYTES = 32 << 10
 """Messages from this size on are checked on a thread."""
 
@@ -47,6 +48,8 @@ class GenerationRequest:
     stop: StopSettings
     policy: Policy
     priority: Priority = Priority.NORMAL
+    cache_salt: str = ""
+    """Divides a client's requests into those that share stored KV."""
 
 
 def check_request(
@@ -75,7 +78,18 @@ def check_request(
     max_new_tokens = _max_new_tokens(message, len(prompt), config, default_max_new_tokens)
     _check_prompt(prompt, max_new_tokens, config)
     stop = _stop_settings(message, config, tokenizer, max_new_tokens)
-    return GenerationRequest(request_id, prompt, sampling, stop, policy, _priority(message))
+    return GenerationRequest(
+        request_id, prompt, sampling, stop, policy, _priority(message), _cache_salt(message)
+    )
+
+
+def _cache_salt(message: generate_pb2.GenerateRequest) -> str:
+    if len(message.cache_salt) > MAX_CACHE_SALT_CHARACTERS:
+        raise InvalidRequestError(
+            f"cache_salt has {len(message.cache_salt)} characters; at most "
+            f"{MAX_CACHE_SALT_CHARACTERS}: send a hash of it"
+        )
+    return str(message.cache_salt)
 
 
 def _priority(message: generate_pb2.GenerateRequest) -> Priority:

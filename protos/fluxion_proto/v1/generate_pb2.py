@@ -24,21 +24,21 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x66luxion_proto/v1/generate.proto\x12\nfluxion.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"1\n\x04\x43hat\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.fluxion.v1.ChatMessage\"\xb7\x02\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x02\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x02H\x03\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x02H\x04\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x02H\x05\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x06\x88\x01\x01\x42\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seed\"\xb2\x03\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x14.fluxion.v1.TokenIdsH\x00\x12 \n\x04\x63hat\x18\x04 \x01(\x0b\x32\x10.fluxion.v1.ChatH\x00\x12&\n\x08sampling\x18\x05 \x01(\x0b\x32\x14.fluxion.v1.Sampling\x12\x1b\n\x0emax_new_tokens\x18\x06 \x01(\rH\x01\x88\x01\x01\x12\x14\n\x0cstop_strings\x18\x07 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\r\x12\x12\n\nignore_eos\x18\t \x01(\x08\x12)\n\x07quality\x18\n \x01(\x0e\x32\x18.fluxion.v1.QualityLevel\x12\x13\n\x06policy\x18\x0b \x01(\tH\x02\x88\x01\x01\x12&\n\x08priority\x18\x0c \x01(\x0e\x32\x14.fluxion.v1.Priority\x12\x17\n\x0freport_progress\x18\r \x01(\x08\x42\x08\n\x06promptB\x11\n\x0f_max_new_tokensB\t\n\x07_policy\"k\n\x0ePromptProgress\x12&\n\x05state\x18\x01 \x01(\x0e\x32\x17.fluxion.v1.PromptState\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x1a\n\x12prompt_tokens_done\x18\x03 \x01(\r\"\xff\x01\n\x07KvReads\x12\x0e\n\x06policy\x18\x01 \x01(\t\x12\x1f\n\x17scanned_bytes_per_token\x18\x02 \x01(\x01\x12 \n\x18\x61ttended_bytes_per_token\x18\x03 \x01(\x01\x12\x16\n\x0eshare_of_exact\x18\x04 \x01(\x01\x12\x1f\n\x17share_of_fixed_estimate\x18\x05 \x01(\x01\x12\x17\n\x0fstreaming_share\x18\x06 \x01(\x01\x12\x1c\n\x14groups_by_block_size\x18\x07 \x03(\x04\x12\x16\n\x0egroups_nothing\x18\x08 \x01(\x04\x12\x19\n\x11groups_everything\x18\t \x01(\x04\"\xf2\x02\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x18\n\x10generated_tokens\x18\x03 \x01(\r\x12\x15\n\rqueue_seconds\x18\x04 \x01(\x01\x12\x17\n\x0fprefill_seconds\x18\x05 \x01(\x01\x12\x17\n\x0fhandoff_seconds\x18\x06 \x01(\x01\x12\x16\n\x0e\x64\x65\x63ode_seconds\x18\x07 \x01(\x01\x12#\n\x1btime_to_first_token_seconds\x18\x08 \x01(\x01\x12\x15\n\rhandoff_bytes\x18\t \x01(\x04\x12\x1f\n\x17kv_bytes_read_per_token\x18\n \x01(\x01\x12\x1f\n\x17kv_bytes_in_host_memory\x18\x0b \x01(\x04\x12%\n\x08kv_reads\x18\x0c \x01(\x0b\x32\x13.fluxion.v1.KvReads\x12\x1b\n\x13local_prompt_tokens\x18\r \x01(\r\"\xc8\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12/\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x18.fluxion.v1.FinishReason\x12 \n\x05usage\x18\x05 \x01(\x0b\x32\x11.fluxion.v1.Usage\x12,\n\x08progress\x18\x06 \x01(\x0b\x32\x1a.fluxion.v1.PromptProgress\"M\n\x0fTokenizeRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12 \n\x04\x63hat\x18\x02 \x01(\x0b\x32\x10.fluxion.v1.ChatH\x00\x42\x08\n\x06prompt\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\x15\n\x13GetModelInfoRequest\"F\n\x0bLevelPolicy\x12\'\n\x05level\x18\x01 \x01(\x0e\x32\x18.fluxion.v1.QualityLevel\x12\x0e\n\x06policy\x18\x02 \x01(\t\"\xfb\x03\n\x14GetModelInfoResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x15\n\rrevision_hash\x18\x03 \x01(\t\x12\x16\n\x0e\x63ontext_tokens\x18\x04 \x01(\r\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\x12\n\nnum_layers\x18\x06 \x01(\r\x12\x11\n\tnum_heads\x18\x07 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x08 \x01(\r\x12\x10\n\x08head_dim\x18\t \x01(\r\x12\x1a\n\x12kv_bytes_per_token\x18\n \x01(\x04\x12\x30\n\x0equality_levels\x18\x0b \x03(\x0e\x32\x18.fluxion.v1.QualityLevel\x12\x19\n\x11has_chat_template\x18\x0c \x01(\x08\x12\x15\n\reos_token_ids\x18\r \x03(\r\x12\x1d\n\x15tokenizer_fingerprint\x18\x0e \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x0f \x01(\t\x12/\n\x0elevel_policies\x18\x10 \x03(\x0b\x32\x17.fluxion.v1.LevelPolicy\x12\x16\n\x0e\x64\x65\x66\x61ult_policy\x18\x11 \x01(\t\x12\x16\n\x0epredictor_mode\x18\x12 \x01(\t\x12\x1d\n\x15predictor_fingerprint\x18\x13 \x01(\t\"\x10\n\x0eGetLoadRequest\"\x90\x02\n\x0fGetLoadResponse\x12\x18\n\x10running_requests\x18\x01 \x01(\r\x12\x18\n\x10waiting_requests\x18\x02 \x01(\r\x12\x1e\n\x16host_kv_capacity_bytes\x18\x03 \x01(\x04\x12\x1a\n\x12host_kv_free_bytes\x18\x04 \x01(\x04\x12\x1e\n\x16host_kv_reserved_bytes\x18\x05 \x01(\x04\x12\x1a\n\x12host_kv_used_bytes\x18\x06 \x01(\x04\x12\x1c\n\x14host_kv_cached_bytes\x18\x07 \x01(\x04\x12\x1e\n\x16generated_tokens_total\x18\x08 \x01(\x04\x12\x13\n\x0bis_draining\x18\t \x01(\x08*\x96\x01\n\x0cQualityLevel\x12\x1d\n\x19QUALITY_LEVEL_UNSPECIFIED\x10\x00\x12\x17\n\x13QUALITY_LEVEL_EXACT\x10\x01\x12\x1a\n\x16QUALITY_LEVEL_ACCURATE\x10\x02\x12\x1a\n\x16QUALITY_LEVEL_BALANCED\x10\x03\x12\x16\n\x12QUALITY_LEVEL_FAST\x10\x04*\x95\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04*^\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x10\n\x0cPRIORITY_LOW\x10\x01\x12\x13\n\x0fPRIORITY_NORMAL\x10\x02\x12\x11\n\rPRIORITY_HIGH\x10\x03*^\n\x0bPromptState\x12\x1c\n\x18PROMPT_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13PROMPT_STATE_QUEUED\x10\x01\x12\x18\n\x14PROMPT_STATE_PREFILL\x10\x02\x32\xb3\x02\n\nGeneration\x12G\n\x08Generate\x12\x1b.fluxion.v1.GenerateRequest\x1a\x1c.fluxion.v1.GenerateResponse0\x01\x12\x45\n\x08Tokenize\x12\x1b.fluxion.v1.TokenizeRequest\x1a\x1c.fluxion.v1.TokenizeResponse\x12Q\n\x0cGetModelInfo\x12\x1f.fluxion.v1.GetModelInfoRequest\x1a .fluxion.v1.GetModelInfoResponse\x12\x42\n\x07GetLoad\x12\x1a.fluxion.v1.GetLoadRequest\x1a\x1b.fluxion.v1.GetLoadResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x66luxion_proto/v1/generate.proto\x12\nfluxion.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"1\n\x04\x43hat\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.fluxion.v1.ChatMessage\"\xb7\x02\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x02\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x02H\x03\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x02H\x04\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x02H\x05\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x06\x88\x01\x01\x42\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seed\"\xc6\x03\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x14.fluxion.v1.TokenIdsH\x00\x12 \n\x04\x63hat\x18\x04 \x01(\x0b\x32\x10.fluxion.v1.ChatH\x00\x12&\n\x08sampling\x18\x05 \x01(\x0b\x32\x14.fluxion.v1.Sampling\x12\x1b\n\x0emax_new_tokens\x18\x06 \x01(\rH\x01\x88\x01\x01\x12\x14\n\x0cstop_strings\x18\x07 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\r\x12\x12\n\nignore_eos\x18\t \x01(\x08\x12)\n\x07quality\x18\n \x01(\x0e\x32\x18.fluxion.v1.QualityLevel\x12\x13\n\x06policy\x18\x0b \x01(\tH\x02\x88\x01\x01\x12&\n\x08priority\x18\x0c \x01(\x0e\x32\x14.fluxion.v1.Priority\x12\x17\n\x0freport_progress\x18\r \x01(\x08\x12\x12\n\ncache_salt\x18\x0e \x01(\tB\x08\n\x06promptB\x11\n\x0f_max_new_tokensB\t\n\x07_policy\"k\n\x0ePromptProgress\x12&\n\x05state\x18\x01 \x01(\x0e\x32\x17.fluxion.v1.PromptState\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x1a\n\x12prompt_tokens_done\x18\x03 \x01(\r\"\xff\x01\n\x07KvReads\x12\x0e\n\x06policy\x18\x01 \x01(\t\x12\x1f\n\x17scanned_bytes_per_token\x18\x02 \x01(\x01\x12 \n\x18\x61ttended_bytes_per_token\x18\x03 \x01(\x01\x12\x16\n\x0eshare_of_exact\x18\x04 \x01(\x01\x12\x1f\n\x17share_of_fixed_estimate\x18\x05 \x01(\x01\x12\x17\n\x0fstreaming_share\x18\x06 \x01(\x01\x12\x1c\n\x14groups_by_block_size\x18\x07 \x03(\x04\x12\x16\n\x0egroups_nothing\x18\x08 \x01(\x04\x12\x19\n\x11groups_everything\x18\t \x01(\x04\"\xf2\x02\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x18\n\x10generated_tokens\x18\x03 \x01(\r\x12\x15\n\rqueue_seconds\x18\x04 \x01(\x01\x12\x17\n\x0fprefill_seconds\x18\x05 \x01(\x01\x12\x17\n\x0fhandoff_seconds\x18\x06 \x01(\x01\x12\x16\n\x0e\x64\x65\x63ode_seconds\x18\x07 \x01(\x01\x12#\n\x1btime_to_first_token_seconds\x18\x08 \x01(\x01\x12\x15\n\rhandoff_bytes\x18\t \x01(\x04\x12\x1f\n\x17kv_bytes_read_per_token\x18\n \x01(\x01\x12\x1f\n\x17kv_bytes_in_host_memory\x18\x0b \x01(\x04\x12%\n\x08kv_reads\x18\x0c \x01(\x0b\x32\x13.fluxion.v1.KvReads\x12\x1b\n\x13local_prompt_tokens\x18\r \x01(\r\"\xc8\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12/\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x18.fluxion.v1.FinishReason\x12 \n\x05usage\x18\x05 \x01(\x0b\x32\x11.fluxion.v1.Usage\x12,\n\x08progress\x18\x06 \x01(\x0b\x32\x1a.fluxion.v1.PromptProgress\"M\n\x0fTokenizeRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12 \n\x04\x63hat\x18\x02 \x01(\x0b\x32\x10.fluxion.v1.ChatH\x00\x42\x08\n\x06prompt\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\x15\n\x13GetModelInfoRequest\"F\n\x0bLevelPolicy\x12\'\n\x05level\x18\x01 \x01(\x0e\x32\x18.fluxion.v1.QualityLevel\x12\x0e\n\x06policy\x18\x02 \x01(\t\"\xfb\x03\n\x14GetModelInfoResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x15\n\rrevision_hash\x18\x03 \x01(\t\x12\x16\n\x0e\x63ontext_tokens\x18\x04 \x01(\r\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\x12\n\nnum_layers\x18\x06 \x01(\r\x12\x11\n\tnum_heads\x18\x07 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x08 \x01(\r\x12\x10\n\x08head_dim\x18\t \x01(\r\x12\x1a\n\x12kv_bytes_per_token\x18\n \x01(\x04\x12\x30\n\x0equality_levels\x18\x0b \x03(\x0e\x32\x18.fluxion.v1.QualityLevel\x12\x19\n\x11has_chat_template\x18\x0c \x01(\x08\x12\x15\n\reos_token_ids\x18\r \x03(\r\x12\x1d\n\x15tokenizer_fingerprint\x18\x0e \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x0f \x01(\t\x12/\n\x0elevel_policies\x18\x10 \x03(\x0b\x32\x17.fluxion.v1.LevelPolicy\x12\x16\n\x0e\x64\x65\x66\x61ult_policy\x18\x11 \x01(\t\x12\x16\n\x0epredictor_mode\x18\x12 \x01(\t\x12\x1d\n\x15predictor_fingerprint\x18\x13 \x01(\t\"\x10\n\x0eGetLoadRequest\"\x90\x02\n\x0fGetLoadResponse\x12\x18\n\x10running_requests\x18\x01 \x01(\r\x12\x18\n\x10waiting_requests\x18\x02 \x01(\r\x12\x1e\n\x16host_kv_capacity_bytes\x18\x03 \x01(\x04\x12\x1a\n\x12host_kv_free_bytes\x18\x04 \x01(\x04\x12\x1e\n\x16host_kv_reserved_bytes\x18\x05 \x01(\x04\x12\x1a\n\x12host_kv_used_bytes\x18\x06 \x01(\x04\x12\x1c\n\x14host_kv_cached_bytes\x18\x07 \x01(\x04\x12\x1e\n\x16generated_tokens_total\x18\x08 \x01(\x04\x12\x13\n\x0bis_draining\x18\t \x01(\x08*\x96\x01\n\x0cQualityLevel\x12\x1d\n\x19QUALITY_LEVEL_UNSPECIFIED\x10\x00\x12\x17\n\x13QUALITY_LEVEL_EXACT\x10\x01\x12\x1a\n\x16QUALITY_LEVEL_ACCURATE\x10\x02\x12\x1a\n\x16QUALITY_LEVEL_BALANCED\x10\x03\x12\x16\n\x12QUALITY_LEVEL_FAST\x10\x04*\x95\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04*^\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x10\n\x0cPRIORITY_LOW\x10\x01\x12\x13\n\x0fPRIORITY_NORMAL\x10\x02\x12\x11\n\rPRIORITY_HIGH\x10\x03*^\n\x0bPromptState\x12\x1c\n\x18PROMPT_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13PROMPT_STATE_QUEUED\x10\x01\x12\x18\n\x14PROMPT_STATE_PREFILL\x10\x02\x32\xb3\x02\n\nGeneration\x12G\n\x08Generate\x12\x1b.fluxion.v1.GenerateRequest\x1a\x1c.fluxion.v1.GenerateResponse0\x01\x12\x45\n\x08Tokenize\x12\x1b.fluxion.v1.TokenizeRequest\x1a\x1c.fluxion.v1.TokenizeResponse\x12Q\n\x0cGetModelInfo\x12\x1f.fluxion.v1.GetModelInfoRequest\x1a .fluxion.v1.GetModelInfoResponse\x12\x42\n\x07GetLoad\x12\x1a.fluxion.v1.GetLoadRequest\x1a\x1b.fluxion.v1.GetLoadResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'fluxion_proto.v1.generate_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_QUALITYLEVEL']._serialized_start=2880
-  _globals['_QUALITYLEVEL']._serialized_end=3030
-  _globals['_FINISHREASON']._serialized_start=3033
-  _globals['_FINISHREASON']._serialized_end=3182
-  _globals['_PRIORITY']._serialized_start=3184
-  _globals['_PRIORITY']._serialized_end=3278
-  _globals['_PROMPTSTATE']._serialized_start=3280
-  _globals['_PROMPTSTATE']._serialized_end=3374
+  _globals['_QUALITYLEVEL']._serialized_start=2900
+  _globals['_QUALITYLEVEL']._serialized_end=3050
+  _globals['_FINISHREASON']._serialized_start=3053
+  _globals['_FINISHREASON']._serialized_end=3202
+  _globals['_PRIORITY']._serialized_start=3204
+  _globals['_PRIORITY']._serialized_end=3298
+  _globals['_PROMPTSTATE']._serialized_start=3300
+  _globals['_PROMPTSTATE']._serialized_end=3394
   _globals['_TOKENIDS']._serialized_start=47
   _globals['_TOKENIDS']._serialized_end=70
   _globals['_CHATMESSAGE']._serialized_start=72
@@ -48,29 +48,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAMPLING']._serialized_start=170
   _globals['_SAMPLING']._serialized_end=481
   _globals['_GENERATEREQUEST']._serialized_start=484
-  _globals['_GENERATEREQUEST']._serialized_end=918
-  _globals['_PROMPTPROGRESS']._serialized_start=920
-  _globals['_PROMPTPROGRESS']._serialized_end=1027
-  _globals['_KVREADS']._serialized_start=1030
-  _globals['_KVREADS']._serialized_end=1285
-  _globals['_USAGE']._serialized_start=1288
-  _globals['_USAGE']._serialized_end=1658
-  _globals['_GENERATERESPONSE']._serialized_start=1661
-  _globals['_GENERATERESPONSE']._serialized_end=1861
-  _globals['_TOKENIZEREQUEST']._serialized_start=1863
-  _globals['_TOKENIZEREQUEST']._serialized_end=1940
-  _globals['_TOKENIZERESPONSE']._serialized_start=1942
-  _globals['_TOKENIZERESPONSE']._serialized_end=1979
-  _globals['_GETMODELINFOREQUEST']._serialized_start=1981
-  _globals['_GETMODELINFOREQUEST']._serialized_end=2002
-  _globals['_LEVELPOLICY']._serialized_start=2004
-  _globals['_LEVELPOLICY']._serialized_end=2074
-  _globals['_GETMODELINFORESPONSE']._serialized_start=2077
-  _globals['_GETMODELINFORESPONSE']._serialized_end=2584
-  _globals['_GETLOADREQUEST']._serialized_start=2586
-  _globals['_GETLOADREQUEST']._serialized_end=2602
-  _globals['_GETLOADRESPONSE']._serialized_start=2605
-  _globals['_GETLOADRESPONSE']._serialized_end=2877
-  _globals['_GENERATION']._serialized_start=3377
-  _globals['_GENERATION']._serialized_end=3684
+  _globals['_GENERATEREQUEST']._serialized_end=938
+  _globals['_PROMPTPROGRESS']._serialized_start=940
+  _globals['_PROMPTPROGRESS']._serialized_end=1047
+  _globals['_KVREADS']._serialized_start=1050
+  _globals['_KVREADS']._serialized_end=1305
+  _globals['_USAGE']._serialized_start=1308
+  _globals['_USAGE']._serialized_end=1678
+  _globals['_GENERATERESPONSE']._serialized_start=1681
+  _globals['_GENERATERESPONSE']._serialized_end=1881
+  _globals['_TOKENIZEREQUEST']._serialized_start=1883
+  _globals['_TOKENIZEREQUEST']._serialized_end=1960
+  _globals['_TOKENIZERESPONSE']._serialized_start=1962
+  _globals['_TOKENIZERESPONSE']._serialized_end=1999
+  _globals['_GETMODELINFOREQUEST']._serialized_start=2001
+  _globals['_GETMODELINFOREQUEST']._serialized_end=2022
+  _globals['_LEVELPOLICY']._serialized_start=2024
+  _globals['_LEVELPOLICY']._serialized_end=2094
+  _globals['_GETMODELINFORESPONSE']._serialized_start=2097
+  _globals['_GETMODELINFORESPONSE']._serialized_end=2604
+  _globals['_GETLOADREQUEST']._serialized_start=2606
+  _globals['_GETLOADREQUEST']._serialized_end=2622
+  _globals['_GETLOADRESPONSE']._serialized_start=2625
+  _globals['_GETLOADRESPONSE']._serialized_end=2897
+  _globals['_GENERATION']._serialized_start=3397
+  _globals['_GENERATION']._serialized_end=3704
 # @@protoc_insertion_point(module_scope)

@@ -187,8 +187,40 @@ def test_another_model_shares_nothing():
     tokens = list(range(200))
     store = make_store(4)
     other = HostKvStore(GEOMETRY, 4 * (GEOMETRY.slab_bytes + 4096), model_key=b"other")
-    keys = [each.prefixes.exact_keys(token_array(tokens)) for each in (store, other)]
-    assert keys[0] != keys[1]
+    keys = [
+        each.prefixes.exact_keys(each.prefixes.root_of(domain), token_array(tokens))
+        for each in (store, other)
+        for domain in ("", "alice")
+    ]
+    assert len({key for (key,) in keys}) == 4
+
+
+def test_domains_find_nothing_of_each_other():
+    store = make_store(16)
+    prompt = [*range(200), 9]
+
+    def talk(domain: str, approximation: str) -> int:
+        sequence = store.reserve(prompt, 0, domain=domain, approximation=approximation)
+        shared = sequence.shared_tokens
+        ingest(sequence, kv_of(prompt))
+        sequence.commit()
+        sequence.keep([])
+        sequence.release()
+        check_accounting(store)
+        return shared
+
+    def found(domain: str) -> int:
+        sequence = store.reserve([*prompt, 1], 0, domain=domain)
+        sequence.release()
+        return sequence.shared_tokens
+
+    assert [talk(domain, "") for domain in ("alice", "mallory", "")] == [0, 0, 0]
+    assert [found(domain) for domain in ("alice", "mallory", "", "bob")] == [201, 201, 201, 0]
+    # A tail that one takes is not another's, and what fails in one domain is withdrawn there alone.
+    failed = store.reserve([*prompt, 1], 0, domain="mallory")
+    failed.withdraw()
+    failed.release()
+    assert [found(domain) for domain in ("alice", "mallory", "", "bob")] == [201, 0, 201, 0]
 
 
 def test_cached_prefixes_give_way_oldest_first():
@@ -421,10 +453,14 @@ def test_tails_give_way_before_what_they_follow():
     store = make_store(3)
     assert session(store, [200]) == [0]
     assert store.reserve([9] * 250, 0).shared_tokens == 0
+    root = store.prefixes.root_of("")
     # Two were needed and one was free: the tail went, and the full slab before it stayed.
     assert (
         store.prefixes.find(
-            token_array(range(200)), store.prefixes.exact_keys(token_array(range(128))), ""
+            root,
+            token_array(range(200)),
+            store.prefixes.exact_keys(root, token_array(range(128))),
+            "",
         ).num_tokens
         == 128
     )

@@ -180,6 +180,7 @@ async def test_a_stop_string_ends_the_text_before_it(start_prefill, start_decode
         (request_of(stop_strings=[""]), "stop string"),
         (request_of(stop_strings=["x"] * 17), "stop_strings"),
         (request_of(request_id="x" * 129), "request_id"),
+        (request_of(cache_salt="x" * 257), "cache_salt has 257 characters; at most 256"),
         (generate_pb2.GenerateRequest(chat={"messages": []}), "chat template"),
     ],
 )

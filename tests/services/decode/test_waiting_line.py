@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.decode.waiting_line import AGING_SECONDS, Priority, Waiting, WaitingLine
@@ -167,6 +167,7 @@ def test_clients_that_nothing_speaks_against_are_forgotten(line):
     assert len(line._shares) <= 1025
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(
