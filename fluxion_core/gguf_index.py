@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import mmap
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite, prod
 from pathlib import Path
@@ -31,11 +31,6 @@ _DEFAULT_ALIGNMENT = 32
 _STRING, _ARRAY = 8, 9
 # struct's codes of the scalar types, by GGUF's numbers.
 _SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
-# Texts of control tokens that end a turn, for files that name only one of them.
-_END_TEXTS = frozenset(
-    ("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|im_end|>", "<|endoftext|>")
-)
-CONTROL_TOKEN, USER_DEFINED_TOKEN = 3, 4
 # Models' vocabularies have up to 300,000 tokens, their chat templates 20 kB. A list takes 8 to 100
 # times its bytes as Python objects: without a bound, a large file could be all list.
 _MAX_LIST_ENTRIES = 1 << 22
@@ -115,20 +110,17 @@ class GgufFile:
             self._refuse(key, values, "a list of strings")
         return cast(list[str], values)
 
-    def end_token_ids(self) -> tuple[int, ...]:
-        """Tokens that end a turn: the ones that the file names, and control tokens known as such.
+    @property
+    def metadata(self) -> Mapping[str, object]:
+        """All entries by key."""
+        return self._metadata
 
-        Files name one; Llama 3 and Qwen2 have two or three.
-        """
-        names = (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
-        ids = {token for name in names if (token := self.optional_integer(name)) is not None}
-        tokens = self.optional("tokenizer.ggml.tokens")
-        types = self.optional("tokenizer.ggml.token_type")
-        if isinstance(tokens, list) and isinstance(types, list):
-            for index, (token, kind) in enumerate(zip(tokens, types, strict=False)):
-                if kind == CONTROL_TOKEN and token in _END_TEXTS:
-                    ids.add(index)
-        return tuple(sorted(ids))
+    def optional_flag(self, key: str) -> bool | None:
+        """True or false, or None if it is not there."""
+        value = self._metadata.get(key)
+        if value is not None and not isinstance(value, bool):
+            self._refuse(key, value, "true or false")
+        return value
 
     def _missing(self, key: str) -> NoReturn:
         raise ModelFileError(f"{self.path}: {key} is missing")
@@ -173,6 +165,8 @@ class _IndexReader:
         metadata: dict[str, object] = {}
         for _ in range(num_pairs):
             key = self._string()
+            if key in metadata:
+                self._damaged(f"{key} comes twice")
             metadata[key] = self._value(key)
         parts = metadata.get("split.count", 1)
         if isinstance(parts, int) and parts > 1:
@@ -181,14 +175,19 @@ class _IndexReader:
             )
         infos = [self._tensor_info() for _ in range(num_tensors)]
         alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
-        if not isinstance(alignment, int) or alignment <= 0:
+        if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
             self._damaged(f"alignment is {alignment!r}")
         start = (self._position + alignment - 1) // alignment * alignment
         tensors: dict[str, GgufTensor] = {}
+        expected = 0
         for name, shape, kind, offset in infos:
             if name in tensors:
                 self._damaged(f"tensor {name} comes twice")
-            tensors[name] = self._tensor(name, shape, kind, start + offset)
+            # One after the other, so that none lies over another.
+            if offset != expected:
+                self._damaged(f"tensor {name} is at {offset} in the place of {expected}")
+            tensors[name] = tensor = self._tensor(name, shape, kind, start + offset)
+            expected += (tensor.rows.size + alignment - 1) // alignment * alignment
         return GgufFile(self._path, metadata, tensors)
 
     def _tensor_info(self) -> tuple[str, tuple[int, ...], int, int]:

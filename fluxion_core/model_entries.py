@@ -36,24 +36,30 @@ class EntryRules:
     """Describe training, storage or the file itself; answers are the same without them."""
     only: Mapping[str, Only] = field(default_factory=dict)
 
-    def check(self, entries: Mapping[str, object], path: Path) -> None:
+    def check(self, entries: Mapping[str, object], path: Path, *, prefix: str = "") -> None:
         """Look at every entry; the unknown ones that say something are named in the log.
+
+        Args:
+            entries: by name.
+            path: of the file.
+            prefix: of all names, before what the rules call them.
 
         Raises:
             UnsupportedModelError: an entry asks for something that is not implemented.
         """
         unknown = []
-        for name, value in entries.items():
+        for full_name, value in entries.items():
+            name = full_name.removeprefix(prefix)
             if name in self.read or name in self.harmless:
                 continue
             rule = self.only.get(name)
             if rule is not None:
                 if not _is_one_of(value, (None, *rule.values)):
                     raise UnsupportedModelError(
-                        f"{path}: {name} is {value!r:.60}: {rule.meaning} is not supported"
+                        f"{path}: {full_name} is {value!r:.60}: {rule.meaning} is not supported"
                     )
             elif not _is_one_of(value, _NOTHING):
-                unknown.append(name)
+                unknown.append(full_name)
         if unknown:
             names = ", ".join(sorted(unknown))
             _log.warning(

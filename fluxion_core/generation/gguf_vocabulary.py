@@ -1,22 +1,34 @@
-"""The vocabulary of a GGUF file as a tokenizer of the `tokenizers` library.
-
-GGUF names the way in which text is cut before merging; the patterns behind the names are those of
-the models' own tokenizer.json.
-"""
+"""The vocabulary of a GGUF file, as llama.cpp reads it: a tokenizer of the `tokenizers` library."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import cast
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers
 
 from fluxion_core.errors import ModelFileError, UnsupportedModelError
 from fluxion_core.generation.chat_template_files import choose_template
-from fluxion_core.generation.text_pieces import SPLIT_GPT2, SPLIT_LLAMA3, SPLIT_QWEN2
+from fluxion_core.generation.gguf_cutting import Cutting, read_cutting
+from fluxion_core.generation.gguf_entries import CHAT_TEMPLATE, GGUF_TOKENIZER, PREFIX
 from fluxion_core.generation.vocabulary import Vocabulary
-from fluxion_core.gguf_index import CONTROL_TOKEN, USER_DEFINED_TOKEN, GgufFile, open_gguf
+from fluxion_core.gguf_end_tokens import (
+    UNKNOWN_TOKEN,
+    USER_DEFINED_TOKEN,
+    EndTokens,
+    read_end_tokens,
+    special_token_id,
+    token_types,
+)
+from fluxion_core.gguf_index import GgufFile, open_gguf
+
+# What templates call them, and what GGUF does.
+_TEMPLATE_TOKENS = {
+    "unk_token": "unknown",
+    "sep_token": "seperator",
+    "pad_token": "padding",
+    "mask_token": "mask",
+}
 
 
 def read_gguf(path: Path) -> Vocabulary:
@@ -24,93 +36,101 @@ def read_gguf(path: Path) -> Vocabulary:
 
     Raises:
         ModelFileError: it is missing, malformed or contradicts itself.
-        UnsupportedModelError: a kind of vocabulary that is not implemented.
+        UnsupportedModelError: a kind of vocabulary, or an entry, that is not implemented.
     """
     file = open_gguf(path)
-    backend = _read_backend(file)
+    entries = {
+        key: value
+        for key, value in file.metadata.items()
+        if key.startswith(PREFIX) and not key.startswith(f"{CHAT_TEMPLATE}.")
+    }
+    GGUF_TOKENIZER.check(entries, path, prefix=PREFIX)
+    cutting = read_cutting(file)
+    ends = read_end_tokens(file)
+    backend = _read_backend(file, cutting, ends)
     tokens = file.strings("tokenizer.ggml.tokens")
-    bos = file.optional_integer("tokenizer.ggml.bos_token_id")
-    eos = file.optional_integer("tokenizer.ggml.eos_token_id")
-    for token_id in (bos, eos):
-        if token_id is not None and not 0 <= token_id < len(tokens):
-            raise ModelFileError(f"{path}: special token {token_id} of {len(tokens)} tokens")
-    special = {
+    bos, eos = special_token_id(file, "bos"), special_token_id(file, "eos")
+    named = {
         "bos_token": tokens[bos] if bos is not None else "",
         "eos_token": tokens[eos] if eos is not None else "",
     }
-    template = file.optional_text("tokenizer.chat_template")
-    add_bos = file.optional("tokenizer.ggml.add_bos_token")
-    if add_bos is None:
-        # Files of Llama 3 do not say it.
-        add_bos = file.optional("tokenizer.ggml.pre") == "llama-bpe"
-    templates = {} if template is None else {"default": template}
-    chosen, without = choose_template(templates, special)
-    prefix = (bos,) if add_bos and bos is not None else ()
-    ends = frozenset(file.end_token_ids())
-    return Vocabulary(backend, chosen, without, bos, ends, prefix, ())
+    for name, key in _TEMPLATE_TOKENS.items():
+        if (token_id := special_token_id(file, key)) is not None:
+            named[name] = tokens[token_id]
+    chosen, without = choose_template(_templates(file), named)
+    prefix = _added(file, "bos", bos, default=cutting.begins_with_bos)
+    suffix = _added(file, "eos", eos, default=False)
+    return Vocabulary(backend, chosen, without, bos, ends.end_ids, prefix, suffix)
 
 
-def _read_backend(file: GgufFile) -> tokenizers.Tokenizer:
-    """A byte-level BPE tokenizer.
-
-    Raises:
-        ModelFileError: vocabulary or merges are missing or contradict each other.
-        UnsupportedModelError: another kind of vocabulary, or an unknown way of cutting.
-    """
+def _read_backend(file: GgufFile, cutting: Cutting, ends: EndTokens) -> tokenizers.Tokenizer:
+    """A byte-level BPE tokenizer."""
     kind = file.text("tokenizer.ggml.model")
     if kind != "gpt2":
         raise UnsupportedModelError(
             f"{file.path}: vocabulary of kind {kind!r}; supported: gpt2 (byte-level BPE)"
         )
-    tokens = file.strings("tokenizer.ggml.tokens")
-    pairs = [tuple(merge.split(" ", 1)) for merge in file.strings("tokenizer.ggml.merges")]
-    if any(len(pair) != 2 for pair in pairs):
-        raise ModelFileError(f"{file.path}: tokenizer.ggml.merges has an entry that is no pair")
-    cutting = file.optional_text("tokenizer.ggml.pre") or "default"
+    texts = file.strings("tokenizer.ggml.tokens")
+    # A text of its own for each token without one: nothing is written so.
+    tokens = [token or f"[EMPTY_{index}]" for index, token in enumerate(texts)]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    if len(vocabulary) < len(tokens):
+        twice = next(token for index, token in enumerate(tokens) if vocabulary[token] != index)
+        raise ModelFileError(f"{file.path}: token {twice!r:.60} comes twice in the vocabulary")
+    pairs = [_pair(merge, file) for merge in file.strings("tokenizer.ggml.merges")]
     try:
-        model = models.BPE(
-            vocab={token: index for index, token in enumerate(tokens)},
-            merges=cast(list[tuple[str, str]], pairs),
-            # Llama 3 takes a known word whole, whatever the merges say.
-            ignore_merges=cutting == "llama-bpe",
-        )
+        model = models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=cutting.ignores_merges)
     except Exception as error:
         # The library raises bare Exception for whatever is wrong.
         raise ModelFileError(f"{file.path}: vocabulary and merges do not fit: {error}") from None
     backend = tokenizers.Tokenizer(model)
-    if cutting == "qwen2":
+    if cutting.composes:
         backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = _pre_tokenizer(cutting, file)
+    backend.pre_tokenizer = cutting.pre_tokenizer()
     backend.decoder = decoders.ByteLevel()
-    types = file.optional("tokenizer.ggml.token_type")
-    if isinstance(types, list) and len(types) == len(tokens):
-        kinds = list(zip(tokens, types, strict=True))
-        special = [token for token, kind in kinds if kind == CONTROL_TOKEN]
-        user = [token for token, kind in kinds if kind == USER_DEFINED_TOKEN]
-        backend.add_special_tokens([AddedToken(token, normalized=False) for token in special])
-        backend.add_tokens([AddedToken(token, normalized=False) for token in user])
+    types = token_types(file)
+    special = [
+        token
+        for index, token in enumerate(tokens)
+        if index in ends.control_ids or types[index] == UNKNOWN_TOKEN
+    ]
+    known = set(special)
+    user = [
+        token
+        for token, kind in zip(tokens, types, strict=True)
+        if kind == USER_DEFINED_TOKEN and token not in known
+    ]
+    backend.add_special_tokens([AddedToken(token, normalized=False) for token in special])
+    backend.add_tokens([AddedToken(token, normalized=False) for token in user])
     return backend
 
 
-def _pre_tokenizer(name: str, file: GgufFile) -> pre_tokenizers.PreTokenizer:
-    """How text is cut before merging; `name` is llama.cpp's."""
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    match name:
-        case "smollm":
-            cuts = [
-                pre_tokenizers.Digits(individual_digits=True),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-            ]
-            return pre_tokenizers.Sequence(cuts)
-        case "llama-bpe":
-            pattern = SPLIT_LLAMA3
-        case "qwen2":
-            pattern = SPLIT_QWEN2
-        case "gpt-2" | "default":
-            pattern = SPLIT_GPT2
-        case _:
-            raise UnsupportedModelError(
-                f"{file.path}: pre-tokenizer {name!r}; supported: smollm, llama-bpe, qwen2, gpt-2"
-            )
-    split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
-    return pre_tokenizers.Sequence([split, byte_level])
+def _pair(merge: str, file: GgufFile) -> tuple[str, str]:
+    # A first token may be a space.
+    at = merge.find(" ", 1)
+    if at < 0:
+        raise ModelFileError(f"{file.path}: tokenizer.ggml.merges has an entry that is no pair")
+    return merge[:at], merge[at + 1 :]
+
+
+def _templates(file: GgufFile) -> dict[str, str]:
+    """By name, as the file gives them."""
+    templates = {
+        key.removeprefix(f"{CHAT_TEMPLATE}."): file.text(key)
+        for key in file.metadata
+        if key.startswith(f"{CHAT_TEMPLATE}.")
+    }
+    default = file.optional_text(CHAT_TEMPLATE)
+    return templates if default is None else {**templates, "default": default}
+
+
+def _added(file: GgufFile, name: str, token_id: int | None, *, default: bool) -> tuple[int, ...]:
+    """The token that every text has at its beginning or end, if any."""
+    said = file.optional_flag(f"tokenizer.ggml.add_{name}_token")
+    if not (default if said is None else said):
+        return ()
+    if token_id is None:
+        raise ModelFileError(
+            f"{file.path}: texts have a {name} token, but tokenizer.ggml.{name}_token_id is missing"
+        )
+    return (token_id,)

@@ -6,6 +6,7 @@ halves here. Qwen2 files are stored in halves already.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import cast
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fluxion_core.errors import ModelFileError, UnsupportedModelError
+from fluxion_core.gguf_end_tokens import read_end_tokens
 from fluxion_core.gguf_index import GgufFile, GgufTensor
 from fluxion_core.models.config import (
     Architecture,
@@ -23,7 +25,10 @@ from fluxion_core.models.config import (
     ModelConfig,
     RopeConfig,
 )
+from fluxion_core.models.gguf_entries import check_entries, suggested_sampling
+from fluxion_core.telemetry import event
 
+_log = logging.getLogger(__name__)
 _LAYER_PARTS = {
     "attn_norm.weight": "input_layernorm.weight",
     "ffn_norm.weight": "post_attention_layernorm.weight",
@@ -62,37 +67,60 @@ def read_config(file: GgufFile) -> ModelConfig:
         raise UnsupportedModelError(
             f"{file.path}: architecture {architecture!r}; supported: llama, qwen2"
         )
-    if file.optional_integer(f"{architecture}.expert_count"):
-        raise UnsupportedModelError(f"{file.path}: mixtures of experts are not supported")
+    check_entries(file.metadata, architecture, file.path)
+    if suggested := suggested_sampling(file.metadata):
+        words = ", ".join(f"{name} {value!r:.60}" for name, value in sorted(suggested.items()))
+        _log.info(
+            event("sampling is what requests say; the model suggests", file=file.path, values=words)
+        )
     hidden = file.integer(f"{architecture}.embedding_length")
     heads = file.integer(f"{architecture}.attention.head_count")
     if heads <= 0:
         raise ModelFileError(f"{file.path}: {heads} attention heads")
-    head_dim = file.optional_integer(f"{architecture}.attention.key_length") or hidden // heads
-    rotary_dim = file.optional_integer(f"{architecture}.rope.dimension_count") or head_dim
+    head_dim = _size(file, f"{architecture}.attention.key_length", hidden // heads)
+    value_dim = _size(file, f"{architecture}.attention.value_length", head_dim)
+    rotary_dim = _size(file, f"{architecture}.rope.dimension_count", head_dim)
+    if value_dim != head_dim:
+        raise UnsupportedModelError(
+            f"{file.path}: {architecture}.attention.value_length: values of {value_dim} channels "
+            f"beside keys of {head_dim}"
+        )
     if rotary_dim != head_dim:
         raise UnsupportedModelError(
             f"{file.path}: rotary embedding over {rotary_dim} of {head_dim} channels"
         )
+    context_tokens = file.integer(f"{architecture}.context_length")
+    window = file.optional_integer(f"{architecture}.attention.sliding_window")
+    if window and window < context_tokens:
+        raise UnsupportedModelError(
+            f"{file.path}: {architecture}.attention.sliding_window is {window}: attention over a "
+            f"window is not supported"
+        )
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None:
         raise ModelFileError(f"{file.path}: tensor token_embd.weight is missing")
+    vocab_size = _size(file, f"{architecture}.vocab_size", embedding.shape[0])
+    if vocab_size != embedding.shape[0]:
+        raise ModelFileError(
+            f"{file.path}: {architecture}.vocab_size is {vocab_size}; token_embd.weight has "
+            f"{embedding.shape[0]} rows"
+        )
     return ModelConfig(
         architecture=cast(Architecture, architecture),
-        vocab_size=embedding.shape[0],
+        vocab_size=vocab_size,
         hidden_size=hidden,
         num_layers=file.integer(f"{architecture}.block_count"),
         num_heads=heads,
-        num_kv_heads=file.optional_integer(f"{architecture}.attention.head_count_kv") or heads,
+        num_kv_heads=_size(file, f"{architecture}.attention.head_count_kv", heads),
         head_dim=head_dim,
         intermediate_size=file.integer(f"{architecture}.feed_forward_length"),
         rms_norm_eps=file.number(f"{architecture}.attention.layer_norm_rms_epsilon"),
         rope=_rope(file, architecture),
-        context_tokens=file.integer(f"{architecture}.context_length"),
+        context_tokens=context_tokens,
         tie_word_embeddings="output.weight" not in file.tensors,
         attention_bias="blk.0.attn_q.bias" in file.tensors,
         bos_token_id=file.optional_integer("tokenizer.ggml.bos_token_id"),
-        eos_token_ids=file.end_token_ids(),
+        eos_token_ids=tuple(sorted(read_end_tokens(file).end_ids)),
     )
 
 
@@ -149,21 +177,38 @@ class GgufWeights:
 
 
 def _rope(file: GgufFile, architecture: str) -> RopeConfig:
-    theta = file.optional_number(f"{architecture}.rope.freq_base") or 10_000.0
+    base = file.optional_number(f"{architecture}.rope.freq_base")
+    theta = 10_000.0 if base is None else base
+    factor = _scaling_factor(file, architecture)
     stored = file.tensors.get(_ROPE_FACTORS)
-    if stored is not None:
-        if stored.type != gguf.GGMLQuantizationType.F32:
-            raise UnsupportedModelError(f"{file.path}: {_ROPE_FACTORS} is {stored.type.name}")
-        factors = stored.rows.reshape(-1).view(np.float32)
-        return RopeConfig(theta, FactorScaling(tuple(float(factor) for factor in factors)))
-    kind = file.optional_text(f"{architecture}.rope.scaling.type") or "none"
-    if kind == "none":
-        return RopeConfig(theta)
-    if kind == "linear":
-        return RopeConfig(theta, LinearScaling(file.number(f"{architecture}.rope.scaling.factor")))
-    raise UnsupportedModelError(
-        f"{file.path}: rotary scaling {kind!r}; supported: none, linear, and factors in the file"
-    )
+    if stored is None:
+        return RopeConfig(theta, None if factor == 1 else LinearScaling(factor))
+    if architecture != "llama" or stored.type != gguf.GGMLQuantizationType.F32:
+        raise UnsupportedModelError(
+            f"{file.path}: {_ROPE_FACTORS} is {stored.type.name} in a model of kind "
+            f"{architecture}; supported: F32 in llama"
+        )
+    factors = stored.rows.reshape(-1).view(np.float32)
+    return RopeConfig(theta, FactorScaling(tuple(factor * float(each) for each in factors)))
+
+
+def _scaling_factor(file: GgufFile, architecture: str) -> float:
+    """What positions are divided by. As in llama.cpp a factor alone is linear scaling."""
+    kind = file.optional_text(f"{architecture}.rope.scaling.type") or "linear"
+    if kind not in ("none", "linear"):
+        raise UnsupportedModelError(
+            f"{file.path}: rotary scaling {kind!r}; supported: none, linear, and factors in the "
+            f"file"
+        )
+    factor = file.optional_number(f"{architecture}.rope.scaling.factor")
+    if factor is None:
+        factor = file.optional_number(f"{architecture}.rope.scale_linear")
+    return 1.0 if kind == "none" or not factor else factor
+
+
+def _size(file: GgufFile, key: str, default: int) -> int:
+    value = file.optional_integer(key)
+    return default if value is None else value
 
 
 def _hugging_face_name(name: str, file: GgufFile) -> str:

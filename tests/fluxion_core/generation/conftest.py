@@ -43,7 +43,8 @@ def write_gguf(tmp_path: Path) -> WrittenGguf:
         path = tmp_path / "vocabulary.gguf"
         writer = gguf.GGUFWriter(path, "llama")
         for name, value in values.items():
-            key = f"tokenizer.{name}" if name == "chat_template" else f"tokenizer.ggml.{name}"
+            own = name.startswith("chat_template")
+            key = f"tokenizer.{name}" if own else f"tokenizer.ggml.{name}"
             match value:
                 case None:
                     continue

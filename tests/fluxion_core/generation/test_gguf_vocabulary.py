@@ -11,12 +11,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fluxion_core.errors import (
+    InvalidRequestError,
     ModelError,
     ModelFileError,
     UnsupportedModelError,
 )
 from fluxion_core.generation.chat import ChatMessage
 from fluxion_core.generation.tokenizer import Tokenizer
+from tests.fluxion_core.generation.conftest import byte_vocabulary
 
 TEXTS = [
     "",
@@ -117,7 +119,8 @@ def test_the_embedded_models_chat_is_that_of_transformers(smollm2, oracle):
 def test_the_embedded_model_ends_turns_and_texts(smollm2):
     assert smollm2.vocab_size == 49152
     ends = {smollm2.decode([token], skip_special_tokens=False) for token in smollm2.eos_token_ids}
-    assert ends == {"<|im_end|>", "<|endoftext|>"}
+    # The last as in llama.cpp: whoever fills in the middle is done where another file begins.
+    assert ends == {"<|im_end|>", "<|endoftext|>", "<reponame>"}
 
 
 @pytest.mark.parametrize(
@@ -158,9 +161,172 @@ def test_special_tokens_of_a_gguf_file_are_recognised_and_left_out(write_gguf):
     assert tokenizer.decode(token_ids, skip_special_tokens=False) == "h<|im_end|><|user defined ☃|>"
 
 
+END_TEXTS = ["<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>"]
+
+
+def typed(texts: list[str], kind: int | None) -> dict[str, object]:
+    """Changes: a vocabulary that begins with these texts, of this type; None writes no types."""
+    tokens = [*texts, *(token for token in byte_vocabulary() if token not in texts)]
+    types = [kind] * len(texts) + [1] * (len(tokens) - len(texts))
+    return {
+        "tokens": tokens,
+        "token_type": None if kind is None else types,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+
+
+@pytest.mark.parametrize("kind", [3, 4, 1, 5, 6, None])
+@pytest.mark.parametrize("text", END_TEXTS)
+def test_an_end_of_text_is_one_whatever_its_type(write_gguf, caplog, text, kind):
+    tokenizer = Tokenizer.load(write_gguf(**typed(["<|other|>", text], kind)))
+    assert 1 in tokenizer.eos_token_ids
+    # It is a control token: recognised in a text, and left out of it.
+    assert tokenizer.encode(f"h{text}", add_special_tokens=False)[1:] == [1]
+    assert tokenizer.decode([1]) == ""
+    assert (text in caplog.text) == (kind != 3)
+
+
+@pytest.mark.parametrize("text", ["</s>", "<eos>", "[e~["])
+def test_an_end_of_few_models_is_one_where_it_is_a_control_token(write_gguf, text):
+    assert 0 in Tokenizer.load(write_gguf(**typed([text], 3))).eos_token_ids
+    plain = Tokenizer.load(write_gguf(**typed([text], 1)))
+    assert 0 not in plain.eos_token_ids
+    assert plain.decode([0]) == text
+
+
+def test_channels_do_not_end_an_answer(write_gguf):
+    one = Tokenizer.load(write_gguf(**typed(["<|end|>", "<|return|>"], 3)))
+    assert one.eos_token_ids == {0, 1, 3}
+    both = Tokenizer.load(write_gguf(**typed(["<|end|>", "<|return|>", "<|call|>"], 3)))
+    assert both.eos_token_ids == {1, 2, 4}
+
+
+def test_filling_in_the_middle_ends_where_another_file_begins(write_gguf):
+    texts = ["<|fim_pad|>", "<|repo_name|>", "<|file_sep|>", "<|fim_prefix|>"]
+    tokenizer = Tokenizer.load(write_gguf(**typed(texts, 1)))
+    assert tokenizer.eos_token_ids >= {0, 1, 2}
+    assert 3 not in tokenizer.eos_token_ids
+    assert tokenizer.encode("<|fim_prefix|>h", add_special_tokens=False)[0] == 3
+    named = write_gguf(**typed(texts, 1), fim_rep_token_id=5)
+    assert Tokenizer.load(named).eos_token_ids >= {0, 2, 5}
+    assert 1 not in Tokenizer.load(named).eos_token_ids
+
+
+def test_ends_that_the_file_names_count_beside_those_known_by_text(write_gguf):
+    changes = {"eos_token_id": 9, "eot_token_id": 10, "eom_token_id": 11}
+    # 1 is <|im_end|>.
+    assert Tokenizer.load(write_gguf(**changes)).eos_token_ids == {1, 9, 10, 11}
+
+
+def test_a_token_of_unknown_type_is_special(write_gguf):
+    tokenizer = Tokenizer.load(write_gguf(**typed(["<unk>"], 2)))
+    assert tokenizer.encode("h<unk>", add_special_tokens=False)[1:] == [0]
+    assert tokenizer.decode([0]) == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "prefix", "suffix"),
+    [
+        ({}, [], []),
+        ({"add_bos_token": True}, [0], []),
+        ({"add_eos_token": True}, [], [1]),
+        ({"add_bos_token": True, "add_eos_token": True}, [0], [1]),
+        ({"pre": "llama-bpe"}, [0], []),
+        ({"pre": "llama-bpe", "add_bos_token": False}, [], []),
+        ({"pre": "tekken"}, [0], []),
+        ({"add_bos_token": False, "bos_token_id": None}, [], []),
+    ],
+    ids=str,
+)
+def test_texts_begin_and_end_as_the_file_says(write_gguf, changes, prefix, suffix):
+    tokenizer = Tokenizer.load(write_gguf(**changes))
+    bare = tokenizer.encode("h", add_special_tokens=False)
+    assert tokenizer.encode("h") == [*prefix, *bare, *suffix]
+
+
+@pytest.mark.parametrize(
+    ("pre", "pieces"),
+    [
+        # By hand: what llama.cpp's default patterns leave together merges; threes of digits and
+        # punctuation stand alone.
+        ("default", ["123", "4", "!!", "x"]),
+        (None, ["123", "4", "!!", "x"]),
+        ("", ["123", "4", "!!", "x"]),
+        ("gpt-2", ["1234", "!!", "x"]),
+        ("phi-2", ["1234", "!!", "x"]),
+        ("llama3", ["123", "4", "!!", "x"]),
+        ("smaug-bpe", ["123", "4", "!!", "x"]),
+        ("deepseek-r1-qwen", ["1", "2", "3", "4", "!!", "x"]),
+        ("refact", ["1", "2", "3", "4", "!!", "x"]),
+        ("tekken", ["1", "2", "3", "4", "!!", "x"]),
+    ],
+)
+def test_names_of_pre_tokenizers_are_llama_cpps(write_gguf, caplog, pre, pieces):
+    tokenizer = Tokenizer.load(write_gguf(pre=pre))
+    token_ids = tokenizer.encode("1234!!x", add_special_tokens=False)
+    assert [tokenizer.decode([token_id]) for token_id in token_ids] == pieces
+    assert ("convert the model again" in caplog.text) == (not pre)
+
+
+def test_the_default_cuts_punctuation_off_where_gpt2_does_not(write_gguf):
+    changes = {"merges": ["Ġ !", "! !"], "tokens": [*byte_vocabulary(), "Ġ!"]}
+    changes["token_type"] = [3, 3, 4] + [1] * (len(changes["tokens"]) - 3)
+    default, gpt2 = (Tokenizer.load(write_gguf(pre=pre, **changes)) for pre in (None, "gpt-2"))
+    assert [default.decode([token]) for token in default.encode(" !")] == [" ", "!"]
+    assert [gpt2.decode([token]) for token in gpt2.encode(" !")] == [" !"]
+
+
+def test_a_template_of_a_name_alone_is_no_default(write_gguf):
+    path = write_gguf(chat_template=None, **{"chat_template.tool_use": "x"})
+    with pytest.raises(InvalidRequestError, match="chat templates for tool_use alone"):
+        Tokenizer.load(path).render_chat([ChatMessage("user", "hi")])
+
+
+def test_special_tokens_of_a_gguf_file_reach_its_template(write_gguf):
+    path = write_gguf(
+        chat_template="{{ bos_token }}|{{ eos_token }}|{{ unk_token }}|{{ pad_token }}",
+        unknown_token_id=3,
+        padding_token_id=1,
+    )
+    tokenizer = Tokenizer.load(path)
+    unknown = tokenizer.decode([3])
+    assert tokenizer.render_chat([ChatMessage("user", "hi")]) == (
+        f"<|bos|>|<|im_end|>|{unknown}|<|im_end|>"
+    )
+
+
+def test_tokens_without_a_text_have_one_of_their_own(write_gguf):
+    tokens = [*byte_vocabulary(), "", ""]
+    path = write_gguf(tokens=tokens, token_type=[3, 3, 4] + [1] * (len(tokens) - 3))
+    assert Tokenizer.load(path).vocab_size == len(tokens)
+
+
+def test_an_unknown_entry_of_a_tokenizer_is_said(write_gguf, caplog):
+    Tokenizer.load(write_gguf(cuts_backwards=True, scores=[0.0], remove_extra_whitespaces=True))
+    assert "entries=tokenizer.ggml.cuts_backwards" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "sentence"),
     [
+        ({"add_space_prefix": True}, UnsupportedModelError, "add_space_prefix is True"),
+        ({"suppress_tokens": [3]}, UnsupportedModelError, "suppress_tokens is"),
+        ({"normalizer.lowercase": True}, UnsupportedModelError, "normalizer.lowercase is True"),
+        ({"add_bos_token": "false"}, ModelFileError, "must be true or false"),
+        ({"add_bos_token": 1}, ModelFileError, "must be true or false"),
+        ({"add_bos_token": True, "bos_token_id": None}, ModelFileError, "bos_token_id is missing"),
+        ({"add_eos_token": True, "eos_token_id": None}, ModelFileError, "eos_token_id is missing"),
+        ({"eot_token_id": 100_000}, ModelFileError, "eot_token_id: special token 100000 of"),
+        ({"padding_token_id": 100_000}, ModelFileError, "padding_token_id: special token 100000"),
+        ({"token_type": [3, 3]}, ModelFileError, "token_type must have an integer for each of"),
+        ({"token_type": "none"}, ModelFileError, "token_type must have"),
+        (
+            {"tokens": [*byte_vocabulary(), "whole"], "token_type": None},
+            ModelFileError,
+            "'whole' comes twice",
+        ),
+        ({"chat_template.rag": 7}, ModelFileError, "must be a string"),
         ({"model": "llama"}, UnsupportedModelError, "kind 'llama'; supported: gpt2"),
         ({"pre": "unheard-of"}, UnsupportedModelError, "pre-tokenizer 'unheard-of'"),
         ({"model": None}, ModelFileError, r"tokenizer\.ggml\.model is missing"),

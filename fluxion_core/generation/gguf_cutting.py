@@ -1,0 +1,95 @@
+"""How the text of a GGUF file's model is cut before merging, by llama.cpp's names for it.
+
+The patterns behind the names are those of the models' own tokenizer.json. A file without a name is
+cut in llama.cpp's default way, which is no model's: that is said in the log.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from tokenizers import Regex, pre_tokenizers
+
+from fluxion_core.errors import UnsupportedModelError
+from fluxion_core.gguf_index import GgufFile
+from fluxion_core.telemetry import event
+
+_log = logging.getLogger(__name__)
+_KEY = "tokenizer.ggml.pre"
+_GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_FALLBACK = (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9]{3}")
+
+
+@dataclass(frozen=True)
+class Cutting:
+    """What a name stands for."""
+
+    patterns: tuple[str, ...]
+    """Each cuts further what those before it have left."""
+    ignores_merges: bool = False
+    """Takes a known word whole, whatever the merges say."""
+    begins_with_bos: bool = False
+    """Unless the file says otherwise."""
+    composes: bool = False
+    """Brings the text into Unicode's form C first."""
+
+    def pre_tokenizer(self) -> pre_tokenizers.PreTokenizer:
+        """All cuts, and bytes as characters after them."""
+        splits = [
+            pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in self.patterns
+        ]
+        bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        return pre_tokenizers.Sequence([*splits, bytes_])
+
+
+_LLAMA3_CUTTING = Cutting((_LLAMA3,), ignores_merges=True, begins_with_bos=True)
+_QWEN2_CUTTING = Cutting((_QWEN2,), composes=True)
+CUTTINGS = {
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "lfm2"), _LLAMA3_CUTTING),
+    **dict.fromkeys(("dbrx", "smaug-bpe"), Cutting((_LLAMA3,))),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), _QWEN2_CUTTING),
+    **dict.fromkeys(
+        ("smollm", "starcoder", "refact", "codeshell", "minerva-7b"), Cutting((r"\p{N}", _GPT2))
+    ),
+    **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jais", "mellum"), Cutting((_GPT2,))),
+    "tekken": Cutting((_TEKKEN,), ignores_merges=True, begins_with_bos=True),
+    "default": Cutting(_FALLBACK),
+}
+
+
+def read_cutting(file: GgufFile) -> Cutting:
+    """How this file's text is cut.
+
+    Raises:
+        UnsupportedModelError: a name that is not known.
+    """
+    name = file.optional_text(_KEY)
+    if not name:
+        _log.warning(
+            event(
+                "no pre-tokenizer is named: text is cut in llama.cpp's default way, and answers "
+                "are worse; convert the model again",
+                file=file.path,
+                missing=_KEY,
+            )
+        )
+        return CUTTINGS["default"]
+    if name not in CUTTINGS:
+        raise UnsupportedModelError(
+            f"{file.path}: pre-tokenizer {name!r}; supported: {', '.join(CUTTINGS)}"
+        )
+    return CUTTINGS[name]
