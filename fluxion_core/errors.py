@@ -44,12 +44,22 @@ class InvalidRequestError(FluxionError):
 class ContextLengthError(InvalidRequestError):
     """The prompt, with the tokens asked for, does not fit the model's context."""
 
-    def __init__(self, *, prompt_tokens: int, max_new_tokens: int, context_tokens: int) -> None:
+    def __init__(
+        self,
+        *,
+        prompt_tokens: int,
+        max_new_tokens: int,
+        context_tokens: int,
+        is_at_least: bool = False,
+    ) -> None:
         self.prompt_tokens = prompt_tokens
         self.max_new_tokens = max_new_tokens
         self.context_tokens = context_tokens
+        self.is_at_least = is_at_least
+        """The prompt was not cut any further: it may have more tokens."""
+        count = f"at least {prompt_tokens}" if is_at_least else f"{prompt_tokens}"
         super().__init__(
-            f"prompt of {prompt_tokens} tokens plus {max_new_tokens} new tokens exceeds the "
+            f"prompt of {count} tokens plus {max_new_tokens} new tokens exceeds the "
             f"context of {context_tokens} tokens; shorten the prompt or lower max_new_tokens"
         )
 

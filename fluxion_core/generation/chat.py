@@ -7,7 +7,7 @@ Templates are written for transformers, so they find here what they find there: 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NoReturn
@@ -73,10 +73,20 @@ class ChatTemplate:
         Raises:
             InvalidRequestError: no messages, or ones that the template refuses.
         """
+        return "".join(self.pieces(messages, add_generation_prompt=add_generation_prompt))
+
+    def pieces(
+        self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = True
+    ) -> Iterator[str]:
+        """The same, as the template writes it, for a caller that may stop in between.
+
+        Raises:
+            InvalidRequestError: see `render`.
+        """
         if not messages:
             raise InvalidRequestError("chat has no messages; send at least one")
         try:
-            return self._template.render(
+            yield from self._template.generate(
                 dict(self.special_tokens),
                 # Templates ask whether these are none.
                 tools=None,

@@ -114,11 +114,11 @@ class Tokenizer:
             a hundred bytes of memory a byte. Tokenizers of which no place to cut is known take a
             text in one piece.
         """
-        if add_special_tokens:
+        if add_special_tokens and self._prefix:
             yield self._prefix
         for piece in self.pieces.cut(text):
             yield self._encode_piece(piece)
-        if add_special_tokens:
+        if add_special_tokens and self._suffix:
             yield self._suffix
 
     def _encode_piece(self, text: str) -> list[int]:
@@ -157,9 +157,21 @@ class Tokenizer:
         Raises:
             InvalidRequestError: the model has no template, or it refuses the messages.
         """
+        return "".join(
+            self.render_chat_pieces(messages, add_generation_prompt=add_generation_prompt)
+        )
+
+    def render_chat_pieces(
+        self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = True
+    ) -> Iterator[str]:
+        """The same, in the pieces that the template writes, for a caller that may stop in between.
+
+        Raises:
+            InvalidRequestError: see `render_chat`.
+        """
         if self.chat_template is None:
             raise InvalidRequestError(self._without_template)
-        return self.chat_template.render(messages, add_generation_prompt=add_generation_prompt)
+        yield from self.chat_template.pieces(messages, add_generation_prompt=add_generation_prompt)
 
     def to_json(self) -> str:
         """Contents of a tokenizer.json of the `tokenizers` library, which encodes as we do."""

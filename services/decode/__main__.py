@@ -21,6 +21,7 @@ from fluxion_core.scheduler.scheduler import CpuPool
 from fluxion_core.telemetry import event
 from fluxion_core.trace import TraceRecorder
 from fluxion_core.wire.channel import check_client
+from fluxion_core.wire.client_limits import ClientLimits
 from fluxion_core.wire.server import NodeServer
 from fluxion_proto.v1 import generate_pb2_grpc
 from services.decode.admission import Admission
@@ -34,6 +35,8 @@ from services.decode.planning import Planning, make_planning
 from services.decode.prefill_nodes import PrefillNodes
 from services.decode.prefill_watch import PrefillWatch
 from services.decode.prompt_costs import ModelCosts, PromptCosts
+from services.decode.prompt_queue import PromptQueue
+from services.decode.prompt_reader import PromptReader
 from services.decode.service import GENERATION_SERVICE, GenerationService
 from services.decode.watchdog import StepWatchdog
 from services.gpu_metrics import nvml_collectors
@@ -113,7 +116,7 @@ async def serve(settings: DecodeSettings, ending: asyncio.Event) -> None:
                 trace=trace,
             ),
             engine,
-            default_max_new_tokens=settings.engine.default_max_new_tokens,
+            make_reader(settings, model, planning, server.limits),
             placement=Placement(
                 limit=limit,
                 has_prefill_nodes=bool(nodes),
@@ -141,7 +144,15 @@ async def serve(settings: DecodeSettings, ending: asyncio.Event) -> None:
         closing.push_async_callback(asyncio.to_thread, engine.stop)
         closing.push_async_callback(server.stop, 0)
         service = add_services(
-            server, settings, vllm_api, generation, model, store, admission, engine, planning
+            server,
+            settings,
+            vllm_api,
+            generation,
+            model,
+            store,
+            admission,
+            engine,
+            planning,
         )
         readiness = Readiness(
             server,
@@ -196,12 +207,34 @@ def add_services(
     planning: Planning,
 ) -> GenerationService:
     """Register what the node serves; returns our own service."""
-    service = GenerationService(generation, model, store, admission, engine, planning=planning)
+    service = GenerationService(
+        generation,
+        model,
+        store,
+        admission,
+        engine,
+        planning=planning,
+        callers=server.callers,
+    )
     generate_pb2_grpc.add_GenerationServicer_to_server(service, server)
     if vllm_api is not None:
         max_running = settings.engine.max_running_sequences
         vllm_api.add_to_server(server, generation, model, store, admission, max_running=max_running)
     return service
+
+
+def make_reader(
+    settings: DecodeSettings, model: NodeModel, planning: Planning, limits: ClientLimits
+) -> PromptReader:
+    """What makes requests of what clients send."""
+    return PromptReader(
+        model.tokenizer,
+        model.loaded.config,
+        PromptQueue(max_bytes=settings.engine.max_waiting_text_bytes),
+        limits,
+        default_max_new_tokens=settings.engine.default_max_new_tokens,
+        planning=planning,
+    )
 
 
 def make_store(settings: DecodeSettings, model: NodeModel) -> HostKvStore:

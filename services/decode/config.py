@@ -43,6 +43,8 @@ class EngineSettings(Section):
     """Sequences decoded together."""
     max_waiting_requests: Count = 256
     """Requests that may wait for room; the next one is refused."""
+    max_waiting_text_bytes: ByteCount = 64 << 20
+    """Texts that wait to be cut into tokens; half of it for one client. The next one is refused."""
     default_max_new_tokens: Count = Field(default=256, gt=0)
     """For requests that do not say."""
     default_policy: str = "exact"

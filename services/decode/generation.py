@@ -15,7 +15,6 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import grpc
@@ -34,7 +33,8 @@ from services.decode.metrics import RequestCounters
 from services.decode.placement import Placement
 from services.decode.planning import Planning
 from services.decode.progress import PromptProgress, next_or_report
-from services.decode.request import GenerationRequest, check_request, off_loop
+from services.decode.prompt_reader import Asked, PromptReader
+from services.decode.request import GenerationRequest
 from services.decode.token_stream import Delta, Ended, TokenStream
 from services.metrics import outcome_of
 from services.node import NodeModel
@@ -72,7 +72,7 @@ class Generation:
         admission: gives memory to requests.
         ingest: gets prompts computed.
         engine: decodes.
-        default_max_new_tokens: for requests that do not say.
+        reader: makes requests of what clients send.
         placement: says who computes what is missing of a prompt, and learns from hand-offs.
         planning: policies, and the planner's state of each sequence.
         counters: count how requests go.
@@ -87,8 +87,8 @@ class Generation:
         admission: Admission,
         ingest: KvIngest,
         engine: DecodeEngine,
+        reader: PromptReader,
         *,
-        default_max_new_tokens: int,
         placement: Placement,
         planning: Planning,
         counters: RequestCounters,
@@ -100,7 +100,7 @@ class Generation:
         self._admission = admission
         self._ingest = ingest
         self._engine = engine
-        self._default_max_new_tokens = default_max_new_tokens
+        self.reader = reader
         self._placement = placement
         self._planning = planning
         self._counters = counters
@@ -110,7 +110,7 @@ class Generation:
 
     async def run(
         self,
-        read_message: Callable[[], generate_pb2.GenerateRequest],
+        asked: Asked,
         context: grpc.aio.ServicerContext,
         progress: PromptProgress | None = None,
     ) -> AsyncGenerator[Output, None]:
@@ -121,13 +121,13 @@ class Generation:
         tokens.
 
         Args:
-            read_message: what the client asks for; what it raises is the request's end.
+            asked: what the client asks for.
             context: of the call.
             progress: follows the prompt; if it is given, reports of it come before the first Delta.
         """
         untaken: asyncio.Queue[Output | None] = asyncio.Queue()
         answering = asyncio.create_task(
-            self._answer(read_message, context, untaken.put_nowait, progress or PromptProgress())
+            self._answer(asked, context, untaken.put_nowait, progress or PromptProgress())
         )
         answering.add_done_callback(lambda _: untaken.put_nowait(None))
         try:
@@ -144,7 +144,7 @@ class Generation:
 
     async def _answer(
         self,
-        read_message: Callable[[], generate_pb2.GenerateRequest],
+        asked: Asked,
         context: grpc.aio.ServicerContext,
         give: Callable[[Output], None],
         progress: PromptProgress,
@@ -155,18 +155,7 @@ class Generation:
         request: GenerationRequest | None = None
         failure: BaseException | None = None
         try:
-            message = read_message()
-            request = await off_loop(
-                message,
-                partial(
-                    check_request,
-                    message,
-                    self._model.tokenizer,
-                    self._model.loaded.config,
-                    default_max_new_tokens=self._default_max_new_tokens,
-                    planning=self._planning,
-                ),
-            )
+            request = await self.reader.request(client, asked)
             progress.num_tokens = prompt_tokens = len(request.prompt_token_ids)
             admission = self._admission.admit(
                 request.prompt_token_ids,

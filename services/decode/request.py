@@ -6,16 +6,11 @@ here: memory (admission.py) and answers (service.py).
 
 from __future__ import annotations
 
-import asyncio
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
-from google.protobuf.message import Message
-
-from fluxion_core.errors import ConfigError, ContextLengthError, InvalidRequestError
-from fluxion_core.generation.chat import ChatMessage
+from fluxion_core.errors import ConfigError, InvalidRequestError
 from fluxion_core.generation.sampling import MAX_SEED, SamplingParams
 from fluxion_core.generation.stopping import StopSettings
 from fluxion_core.generation.tokenizer import Tokenizer
@@ -24,6 +19,8 @@ from fluxion_core.selector.policy import Policy, parse_policy
 from fluxion_core.wire import codec
 from fluxion_proto.v1 import generate_pb2
 from services.decode.planning import Planning
+from services.decode.prompt_queue import Steps
+from services.decode.prompt_text import PromptRoom, prompt_token_ids
 from services.decode.waiting_line import Priority
 
 MAX_STOP_STRINGS = 16
@@ -32,10 +29,6 @@ MAX_STOP_TOKEN_IDS = 256
 MAX_REQUEST_ID_CHARACTERS = 128
 MAX_POLICY_CHARACTERS = 64
 MAX_CACHE_SALT_CHARACTERS = 256
-OFF_LOOP_BYTES = 32 << 10
-"""Messages from this size on are checked on a thread."""
-
-ResultT = TypeVar("ResultT")
 
 
 @dataclass(frozen=True)
@@ -52,15 +45,15 @@ class GenerationRequest:
     """Divides a client's requests into those that share stored KV."""
 
 
-def check_request(
+def read_request(
     message: generate_pb2.GenerateRequest,
     tokenizer: Tokenizer,
     config: ModelConfig,
     *,
     default_max_new_tokens: int,
     planning: Planning,
-) -> GenerationRequest:
-    """Turn a message into a request that can be run.
+) -> Steps[GenerationRequest]:
+    """Turn a message into a request that can be run; what costs nothing to check is checked first.
 
     Raises:
         InvalidRequestError: whatever is wrong with it, by field.
@@ -70,17 +63,20 @@ def check_request(
         raise InvalidRequestError(
             f"request_id must be printable and at most {MAX_REQUEST_ID_CHARACTERS} characters"
         )
-    policy = _policy(message, planning)
+    policy, priority = _policy(message, planning), _priority(message)
     sampling = codec.sampling_from_proto(message.sampling)
     if not message.sampling.HasField("seed"):
         sampling = replace(sampling, seed=secrets.randbelow(MAX_SEED + 1))
-    prompt = prompt_token_ids(message, tokenizer)
-    max_new_tokens = _max_new_tokens(message, len(prompt), config, default_max_new_tokens)
-    _check_prompt(prompt, max_new_tokens, config)
-    stop = _stop_settings(message, config, tokenizer, max_new_tokens)
-    return GenerationRequest(
-        request_id, prompt, sampling, stop, policy, _priority(message), _cache_salt(message)
-    )
+    salt, least_new_tokens = _cache_salt(message), _least_new_tokens(message)
+    stop = _stop_settings(message, config, tokenizer, least_new_tokens)
+    room = PromptRoom(config.context_tokens, least_new_tokens)
+    prompt = yield from prompt_token_ids(message, tokenizer, room)
+    _check_prompt(prompt, config)
+    if not message.HasField("max_new_tokens"):
+        # As far as the context has room.
+        most = config.context_tokens - len(prompt)
+        stop = replace(stop, max_new_tokens=max(1, min(default_max_new_tokens, most)))
+    return GenerationRequest(request_id, prompt, sampling, stop, policy, priority, salt)
 
 
 def _cache_salt(message: generate_pb2.GenerateRequest) -> str:
@@ -104,37 +100,6 @@ def _priority(message: generate_pb2.GenerateRequest) -> Priority:
             raise InvalidRequestError(
                 f"priority is {other}; allowed: PRIORITY_LOW, PRIORITY_NORMAL, PRIORITY_HIGH"
             )
-
-
-async def off_loop(message: Message, work: Callable[[], ResultT]) -> ResultT:
-    """What `work` makes of a message; of a large one on a thread, so that the event loop goes on.
-
-    Cutting a text into tokens takes about a second per MiB.
-    """
-    if message.ByteSize() < OFF_LOOP_BYTES:
-        return work()
-    return await asyncio.to_thread(work)
-
-
-def prompt_token_ids(
-    message: generate_pb2.GenerateRequest | generate_pb2.TokenizeRequest, tokenizer: Tokenizer
-) -> list[int]:
-    """The prompt's tokens, whichever way it was given.
-
-    Raises:
-        InvalidRequestError: none was given, or the model has no chat template.
-    """
-    match message.WhichOneof("prompt"):
-        case "text":
-            return tokenizer.encode(message.text)
-        case "token_ids" if isinstance(message, generate_pb2.GenerateRequest):
-            return list(message.token_ids.ids)
-        case "chat":
-            messages = [ChatMessage(m.role, m.content) for m in message.chat.messages]
-            # The template writes the beginning-of-text token itself where the model wants one.
-            return tokenizer.encode(tokenizer.render_chat(messages), add_special_tokens=False)
-        case _:
-            raise InvalidRequestError("no prompt; set text, token_ids or chat")
 
 
 def _policy(message: generate_pb2.GenerateRequest, planning: Planning) -> Policy:
@@ -164,29 +129,21 @@ def level_name(level: int) -> str:
     return name.removeprefix("QUALITY_LEVEL_")
 
 
-def _max_new_tokens(
-    message: generate_pb2.GenerateRequest, prompt_tokens: int, config: ModelConfig, default: int
-) -> int:
-    """What was asked for; left out, the default, as far as the context has room."""
+def _least_new_tokens(message: generate_pb2.GenerateRequest) -> int:
+    """What was asked for; left out, one."""
     if not message.HasField("max_new_tokens"):
-        return max(1, min(default, config.context_tokens - prompt_tokens))
+        return 1
     if message.max_new_tokens == 0:
         raise InvalidRequestError("max_new_tokens is 0; must be at least 1, or left out")
     return int(message.max_new_tokens)
 
 
-def _check_prompt(token_ids: Sequence[int], max_new_tokens: int, config: ModelConfig) -> None:
+def _check_prompt(token_ids: Sequence[int], config: ModelConfig) -> None:
     if not token_ids:
         raise InvalidRequestError("the prompt is empty; send at least one token")
     if (highest := max(token_ids)) >= config.vocab_size:
         raise InvalidRequestError(
             f"token_ids holds {highest}; the vocabulary has ids 0 to {config.vocab_size - 1}"
-        )
-    if len(token_ids) + max_new_tokens > config.context_tokens:
-        raise ContextLengthError(
-            prompt_tokens=len(token_ids),
-            max_new_tokens=max_new_tokens,
-            context_tokens=config.context_tokens,
         )
 
 

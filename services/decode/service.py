@@ -7,18 +7,18 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from functools import partial
 
 import grpc
 
 from fluxion_core.kvstore.store import HostKvStore
+from fluxion_core.wire.callers import Callers
 from fluxion_proto.v1 import generate_pb2, generate_pb2_grpc
 from services.decode.admission import Admission
 from services.decode.engine import DecodeEngine
 from services.decode.generation import Finished, Generation, Started
 from services.decode.planning import Planning
 from services.decode.progress import PromptProgress
-from services.decode.request import off_loop, prompt_token_ids
+from services.decode.prompt_reader import Asked
 from services.decode.token_stream import Delta
 from services.node import NodeModel
 
@@ -35,11 +35,12 @@ class GenerationService(generate_pb2_grpc.GenerationServicer):
 
     Args:
         generation: runs requests.
-        model: for requests, text and model info.
+        model: for model info.
         store: for load figures.
         admission: for load figures.
         engine: for load figures.
         planning: policies.
+        callers: names a call's client.
     """
 
     def __init__(
@@ -51,8 +52,10 @@ class GenerationService(generate_pb2_grpc.GenerationServicer):
         engine: DecodeEngine,
         *,
         planning: Planning,
+        callers: Callers,
     ) -> None:
         self._generation = generation
+        self._callers = callers
         self._model = model
         self._store = store
         self._admission = admission
@@ -65,7 +68,8 @@ class GenerationService(generate_pb2_grpc.GenerationServicer):
     ) -> AsyncIterator[generate_pb2.GenerateResponse]:
         """Stream tokens as they are made; the last message has the reason and the usage."""
         request_id, progress = "", PromptProgress() if message.report_progress else None
-        async with aclosing(self._generation.run(lambda: message, context, progress)) as outputs:
+        asked = Asked.by(message)
+        async with aclosing(self._generation.run(asked, context, progress)) as outputs:
             async for output in outputs:
                 match output:
                     case Started():
@@ -87,11 +91,9 @@ class GenerationService(generate_pb2_grpc.GenerationServicer):
         self, message: generate_pb2.TokenizeRequest, context: grpc.aio.ServicerContext
     ) -> generate_pb2.TokenizeResponse:
         """Token ids of a prompt as Generate would see it."""
-        del context
+        client = self._callers.client_of(context)
         return generate_pb2.TokenizeResponse(
-            token_ids=await off_loop(
-                message, partial(prompt_token_ids, message, self._model.tokenizer)
-            )
+            token_ids=await self._generation.reader.token_ids(client, message)
         )
 
     async def GetModelInfo(  # noqa: N802 - the rpc's name

@@ -23,16 +23,18 @@ from typing import NoReturn
 import grpc
 from smg_grpc_proto.generated import common_pb2, vllm_engine_pb2, vllm_engine_pb2_grpc
 
-from fluxion_core.errors import UnsupportedCallError
+from fluxion_core.errors import InvalidRequestError, UnsupportedCallError
 from fluxion_core.generation.tokenizer_files import tokenizer_archive
 from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.telemetry import event
 from fluxion_core.wire.callers import Callers
 from fluxion_core.wire.server import NodeServer
+from fluxion_proto.v1 import generate_pb2
 from services.decode.admission import Admission
 from services.decode.generation import Finished, Generation, Output, Started
+from services.decode.prompt_reader import Asked
 from services.decode.token_stream import Delta
-from services.decode.vllm_request import as_generate_request
+from services.decode.vllm_request import as_generate_request, prompt_bytes
 from services.node import NodeModel
 
 _log = logging.getLogger(__name__)
@@ -41,6 +43,9 @@ SERVICES = ("vllm.grpc.engine.VllmEngine",)
 """Full names, for reflection."""
 
 _TOKENIZER_CHUNK_BYTES = 64 << 10
+
+MAX_ABORTED_IDS = 1024
+"""In one call of Abort."""
 
 
 def add_to_server(
@@ -110,7 +115,8 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):  # type: ignor
         token_ids: list[int] = []
         prompt_tokens = cached_tokens = num_tokens = 0
         reason, matched_stop = "abort", None
-        outputs = self._generation.run(partial(as_generate_request, message), context)
+        asked = Asked(partial(self._read, message), prompt_bytes(message))
+        outputs = self._generation.run(asked, context)
         with self._abortable(self._callers.client_of(context), message.request_id) as call:
             async with aclosing(outputs):
                 while (output := await call.next_of(outputs)) is not None:
@@ -145,10 +151,16 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):  # type: ignor
             )
         )
 
+    def _read(self, message: vllm_engine_pb2.GenerateRequest) -> generate_pb2.GenerateRequest:
+        context_tokens = self._model.loaded.config.context_tokens
+        return as_generate_request(message, context_tokens=context_tokens)
+
     async def Abort(  # noqa: N802 - the rpc's name
         self, message: vllm_engine_pb2.AbortRequest, context: grpc.aio.ServicerContext
     ) -> vllm_engine_pb2.AbortResponse:
         """End requests of the same client by id; those that are not there have ended already."""
+        if (count := len(message.request_ids)) > MAX_ABORTED_IDS:
+            raise InvalidRequestError(f"{count} request_ids; at most {MAX_ABORTED_IDS} at a time")
         client = self._callers.client_of(context)
         calls = [
             call

@@ -14,6 +14,7 @@ from smg_grpc_proto.generated import vllm_engine_pb2
 from fluxion_core.errors import InvalidRequestError
 from fluxion_core.generation.sampling import MAX_SEED
 from fluxion_proto.v1 import generate_pb2
+from services.decode.prompt_text import PromptRoom
 
 _PARAMS_NOT_OFFERED = frozenset(
     {"logprobs", "prompt_logprobs", "logit_bias", "truncate_prompt_tokens"}
@@ -23,13 +24,21 @@ _INPUTS_NOT_OFFERED = frozenset(
 )
 
 
+def prompt_bytes(message: vllm_engine_pb2.GenerateRequest) -> int:
+    """About the size of a request's prompt: what reading it costs."""
+    if message.WhichOneof("input") == "text":
+        return len(message.text)
+    return 4 * len(message.tokenized.input_ids)
+
+
 def as_generate_request(
-    message: vllm_engine_pb2.GenerateRequest,
+    message: vllm_engine_pb2.GenerateRequest, *, context_tokens: int
 ) -> generate_pb2.GenerateRequest:
     """The same request in our own words; its values are not checked here.
 
     Raises:
         InvalidRequestError: it asks for something that this node does not offer.
+        ContextLengthError: it has more tokens than the model's context.
     """
     if unsupported := ", ".join(_unsupported(message)):
         raise InvalidRequestError(f"not offered by this node: {unsupported}; leave it out")
@@ -54,6 +63,7 @@ def as_generate_request(
     )
     match message.WhichOneof("input"):
         case "tokenized":
+            PromptRoom(context_tokens, max_new_tokens=1).check(len(message.tokenized.input_ids))
             request.token_ids.ids.extend(message.tokenized.input_ids)
         case "text":
             request.text = message.text

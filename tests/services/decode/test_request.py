@@ -12,7 +12,8 @@ from fluxion_core.errors import InvalidRequestError
 from fluxion_core.generation.tokenizer import Tokenizer
 from fluxion_core.selector.policy import parse_policy
 from fluxion_proto.v1 import generate_pb2
-from services.decode.request import GenerationRequest, check_request
+from services.decode.prompt_queue import finish
+from services.decode.request import GenerationRequest, read_request
 
 TURN_ID = 1
 
@@ -32,7 +33,9 @@ def check(tokenizer: Tokenizer, stop_strings: list[str]) -> GenerationRequest:
     config = SimpleNamespace(vocab_size=300, context_tokens=64, eos_token_ids=(0,))
     planning = SimpleNamespace(default_policy=parse_policy("exact"))
     message = generate_pb2.GenerateRequest(text="hi", stop_strings=stop_strings)
-    return check_request(message, tokenizer, config, default_max_new_tokens=4, planning=planning)
+    return finish(
+        read_request(message, tokenizer, config, default_max_new_tokens=4, planning=planning)
+    )
 
 
 def test_a_special_token_as_a_stop_string_is_looked_for_by_its_id(tokenizer):

@@ -231,7 +231,8 @@ def test_any_numbers_make_a_request_or_a_refusal(params):
         sampling_params=vllm_engine_pb2.SamplingParams(**params)
     )
     try:
-        sampling = codec.sampling_from_proto(as_generate_request(message).sampling)
+        request = as_generate_request(message, context_tokens=99)
+        sampling = codec.sampling_from_proto(request.sampling)
     except InvalidRequestError:
         return
     assert sampling.temperature == message.sampling_params.temperature or (
@@ -304,8 +305,8 @@ async def test_only_the_same_client_can_abort_a_request():
         def __init__(self) -> None:
             self.ended: list[str] = []
 
-        async def run(self, read_message, context):
-            request_id = read_message().request_id
+        async def run(self, asked, context):
+            request_id = asked.read_message().request_id
             try:
                 await asyncio.Event().wait()
                 yield
@@ -315,7 +316,8 @@ async def test_only_the_same_client_can_abort_a_request():
     generation = NeverEnding()
     service = VllmEngineService(
         generation,
-        *(None, None, None),
+        SimpleNamespace(loaded=SimpleNamespace(config=SimpleNamespace(context_tokens=99))),
+        *(None, None),
         max_running=1,
         callers=SimpleNamespace(client_of=lambda context: context.client),
     )
@@ -326,6 +328,8 @@ async def test_only_the_same_client_can_abort_a_request():
     abort = vllm_engine_pb2.AbortRequest(request_ids=["same"])
     await service.Abort(abort, other)
     assert not generation.ended
+    with pytest.raises(InvalidRequestError, match="at most 1024 at a time"):
+        await service.Abort(vllm_engine_pb2.AbortRequest(request_ids=["x"] * 1025), mine)
     await service.Abort(abort, mine)
     await service.Abort(abort, mine)
     assert (await answer).complete.finish_reason == "abort"
