@@ -35,6 +35,24 @@ def start(thread: threading.Thread) -> None:
         raise limit from None
 
 
+def check_threads(count: int) -> None:
+    """Find out whether so many threads more may be started, before libraries need them that end the
+    process without a word of ours where they may not (gRPC, OpenMP).
+
+    Raises:
+        ThreadLimitError: they may not.
+    """
+    enough = threading.Event()
+    threads = []
+    try:
+        for number in range(count):
+            threads.append(start_thread(f"probe-{number}", enough.wait))
+    finally:
+        enough.set()
+        for thread in threads:
+            thread.join()
+
+
 def thread_limit(error: BaseException) -> ThreadLimitError | None:
     """Our error for Python's or the C++ library's of a thread that could not be started, if it is
     that: both come as a RuntimeError with a text."""
@@ -51,8 +69,25 @@ def thread_limit(error: BaseException) -> ThreadLimitError | None:
 
 def _group_limit() -> int | None:
     """Threads that the control group (a container's) may have; None if it has no limit."""
+    limits = []
+    for path in _group_files():
+        try:
+            limits.append(path.read_text(encoding="ascii").strip())
+        except OSError:
+            continue
+    return min((int(limit) for limit in limits if limit.isdigit()), default=None)
+
+
+def _group_files() -> list[Path]:
+    """Where the limit may stand, with version 1 and 2 of control groups, in a container or not."""
+    root = Path("/sys/fs/cgroup")
+    own = [root / "pids.max", root / "pids" / "pids.max"]
     try:
-        limit = Path("/sys/fs/cgroup/pids.max").read_text(encoding="ascii").strip()
+        lines = Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines()
     except OSError:
-        return None
-    return int(limit) if limit.isdigit() else None
+        return own
+    for line in lines:
+        _, controllers, group = line.split(":", 2)
+        if controllers in ("", "pids"):
+            own.append(root / controllers / group.lstrip("/") / "pids.max")
+    return own

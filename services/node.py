@@ -14,17 +14,20 @@ import torch
 import uvloop
 
 from fluxion_core.config import ModelSettings, SettingsT, exit_on_config_error, load_settings
-from fluxion_core.errors import ConfigError, DeviceError, FluxionError
+from fluxion_core.errors import ConfigError, DeviceError, FluxionError, ThreadLimitError
 from fluxion_core.generation.tokenizer import Tokenizer
 from fluxion_core.geometry import KvGeometry
 from fluxion_core.kvstream.handoff import KvLayout
 from fluxion_core.models.locate import default_models_dir, locate_model
 from fluxion_core.models.weights import LoadedModel, load_model
 from fluxion_core.telemetry import configure_logging, event
-from fluxion_core.threads import thread_limit
+from fluxion_core.threads import check_threads, thread_limit
 from services.loading import EndedWhileLoadingError
 
 _log = logging.getLogger(__name__)
+
+THREADS = 32
+"""A node's own and gRPC's, beside one of torch and one of the pool for each CPU."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,11 @@ def run_node(
     except ConfigError as error:
         exit_on_config_error(error, program)
     configure_logging(kind, settings.log.level)
+    try:
+        check_threads(THREADS + 2 * len(os.sched_getaffinity(0)))
+    except ThreadLimitError as error:
+        _log.error(event("cannot run", error=str(error)))
+        return 1
 
     async def run() -> None:
         ending = asyncio.Event()

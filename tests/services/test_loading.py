@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from fluxion_core.errors import ConfigError, ThreadLimitError
+from services import node
 from services.loading import EndedWhileLoadingError, load
+from services.prefill.config import PrefillNodeSettings
 
 ROOT = Path(__file__).parents[2]
 
@@ -61,6 +63,21 @@ async def test_a_thread_that_cannot_start_is_an_error_with_a_remedy(monkeypatch)
         await load(lambda: 42, asyncio.Event())
 
 
+def test_a_node_that_may_not_start_its_threads_says_so_before_libraries_do(monkeypatch, caplog):
+    async def serve(settings, ending) -> None:
+        pytest.fail("begun")
+
+    def too_many(count: int) -> None:
+        assert count > node.THREADS
+        raise ThreadLimitError(user_limit=None, group_limit=20)
+
+    monkeypatch.setattr(node, "configure_logging", lambda *_: None)
+    monkeypatch.setattr(node, "check_threads", too_many)
+    assert node.run_node("prefill", PrefillNodeSettings, [], serve) == 1
+    assert "cannot run" in caplog.text
+    assert "pids.max 20" in caplog.text
+
+
 NODE = """
 import sys, threading
 from services.loading import load
@@ -82,11 +99,11 @@ def test_a_node_that_loads_ends_at_once_when_asked():
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-    ) as node:
-        assert node.stdout is not None
-        assert node.stdout.readline() == "loading\n"
-        node.send_signal(signal.SIGTERM)
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "loading\n"
+        process.send_signal(signal.SIGTERM)
         # Its thread would never end.
-        _, log = node.communicate(timeout=120)
-    assert node.returncode == 0
+        _, log = process.communicate(timeout=120)
+    assert process.returncode == 0
     assert "ended while loading" in log

@@ -54,6 +54,8 @@ class Service(generate_pb2_grpc.GenerationServicer):
                 )
             case "bug":
                 raise KeyError("what nobody may see")
+            case "threads":
+                raise RuntimeError("can't start new thread")
 
     async def Tokenize(self, request, context) -> generate_pb2.TokenizeResponse:
         self.calls += 1
@@ -243,6 +245,12 @@ async def test_errors_of_services_are_statuses_and_bugs_are_request_ids():
         bug = await refusal(stub, "bug")
         assert bug.code() == grpc.StatusCode.INTERNAL
         assert bug.details().startswith("internal error; request id ")
+        threads = await refusal(stub, "threads")
+        assert threads.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "no further thread can be started" in threads.details()
+        # A client can tell each of them from a connection that broke.
+        kinds = [dict(one.trailing_metadata())["fluxion-error"] for one in (bug, threads)]
+        assert kinds == ["InternalError", "ThreadLimitError"]
         assert "nobody" not in bug.details()
 
 
