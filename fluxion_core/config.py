@@ -105,6 +105,11 @@ class ServerSettings(Section):
     """Calls at a time on one connection; further ones wait on the client's side."""
     max_connections: Count = Field(default=4096, gt=0)
     """Connections at a time; further ones are closed at once."""
+    request_seconds: Seconds = Field(default=60.0, gt=0)
+    """A call's message has this long to arrive."""
+    unread_seconds: Seconds = Field(default=20.0, gt=0)
+    """A client that does not take a message of its answer for so long has its call ended, and what
+    was made for it is thrown away."""
     grace_seconds: Seconds = 30.0
     """After SIGTERM, running requests have this long to finish."""
     tls: ServerTlsSettings = ServerTlsSettings()

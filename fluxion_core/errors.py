@@ -17,6 +17,7 @@
     ├── DrainingError               this node is going away
     ├── DeadlineError               the deadline passed
     ├── RequestCancelledError       the caller went away
+    ├── UnreadAnswerError           the caller does not take its answer
     ├── AuthenticationError         missing or wrong credentials
     ├── ThreadLimitError            the system lets the process have no further thread
     ├── DeviceError                 the GPU failed; only a new process can use it again
@@ -170,6 +171,10 @@ class DeadlineError(FluxionError):
 
 class RequestCancelledError(FluxionError):
     """The caller went away, or asked to stop."""
+
+
+class UnreadAnswerError(FluxionError):
+    """The caller took nothing of its answer for too long."""
 
 
 class AuthenticationError(FluxionError):

@@ -34,7 +34,14 @@ NODE_READY = MetricDefinition(
     "1 while the node is ready, as its health says, else 0.",
     ("kind",),
 )
-NODE_DEFINITIONS = (NODE_INFO, NODE_READY)
+UNREAD_CALLS = MetricDefinition(
+    "fluxion_unread_calls_total",
+    "counter",
+    "calls",
+    "Calls ended because their client did not take the answer for server.unread_seconds.",
+    ("kind",),
+)
+NODE_DEFINITIONS = (NODE_INFO, NODE_READY, UNREAD_CALLS)
 
 TakeTrace = Callable[[int, float], Trace]
 """Records that many steps, at most for so many seconds; blocks until then."""
@@ -63,10 +70,12 @@ class NodeMetrics(Collector):
 
     Args:
         kind: "prefill" or "decode".
+        unread_calls: counts those that its server has ended.
     """
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, unread_calls: Callable[[], int] = lambda: 0) -> None:
         self._kind = kind
+        self._unread_calls = unread_calls
         self._info: tuple[str, str] | None = None
         self._collectors: list[Collector] = []
         self.why_not_ready = "the model is being loaded"
@@ -86,6 +95,7 @@ class NodeMetrics(Collector):
     def collect(self) -> Iterator[Metric]:
         """Everything, as it is now. Called on the endpoint's threads."""
         yield NODE_READY.render({(self._kind,): float(not self.why_not_ready)})
+        yield UNREAD_CALLS.render({(self._kind,): self._unread_calls()})
         if self._info is not None:
             yield NODE_INFO.render({(self._kind, *self._info): 1.0})
         for collector in self._collectors:

@@ -2,16 +2,18 @@
 the client may ask for, and errors as statuses.
 
 A call is refused before its message is read: a peer that may not call makes the node hold nothing.
+Nobody is waited for without end: messages have their time to arrive, and answers to be taken.
 Services raise FluxionErrors; here they become statuses, and anything else is logged once with its
 traceback and shown to the client as INTERNAL with a request id.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from typing import Any, NoReturn
 
@@ -21,9 +23,11 @@ from google.protobuf.message import DecodeError
 from fluxion_core.errors import (
     AuthenticationError,
     CapacityError,
+    DeadlineError,
     FluxionError,
     InvalidRequestError,
     PeerUnavailableError,
+    UnreadAnswerError,
 )
 from fluxion_core.telemetry import event
 from fluxion_core.threads import thread_limit
@@ -51,16 +55,30 @@ class CallGuard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     """Wraps every handler but those of the health service, which anybody may ask.
 
     Handlers take their messages as a stream here, of which there is one, so that the caller is
-    known before it is read.
+    known before it is read; and they write their answers as one, so that who does not take them
+    is noticed.
 
     Args:
         callers: tells who calls.
         limits: what one client may ask for.
+        request_seconds: that a message may take to arrive.
+        unread_seconds: that a message of an answer may wait to be taken.
     """
 
-    def __init__(self, callers: Callers, limits: ClientLimits) -> None:
+    def __init__(
+        self,
+        callers: Callers,
+        limits: ClientLimits,
+        *,
+        request_seconds: float,
+        unread_seconds: float,
+    ) -> None:
         self._callers = callers
         self._limits = limits
+        self._request_seconds = request_seconds
+        self._unread_seconds = unread_seconds
+        self.unread_calls = 0
+        """Calls ended because their client did not take the answer."""
         self._refusals_unlogged = 0
         self._refusal_logged_at = -_REFUSAL_LOG_SECONDS
         self.is_open = False
@@ -74,9 +92,7 @@ class CallGuard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         if handler is None:
             # What will be registered once the model is loaded is not unknown, only not there yet.
             return None if self.is_open else self._not_ready(call.method)
-        if handler.unary_unary is not None:
-            return self._guarded_unary(handler, call.method)
-        return self._guarded_stream(handler, call.method)
+        return self._guarded(handler, call.method)
 
     @contextmanager
     def _entered(self, context: grpc.aio.ServicerContext, method: str) -> Iterator[None]:
@@ -116,55 +132,105 @@ class CallGuard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
         return grpc.stream_unary_rpc_method_handler(refuse)
 
-    def _guarded_unary(self, handler: Any, name: str) -> grpc.RpcMethodHandler:
-        async def guarded(
-            requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext
-        ) -> object:
+    def _guarded(self, handler: Any, name: str) -> grpc.RpcMethodHandler:
+        async def guarded(requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> None:
             message = None
             try:
                 with self._entered(context, name):
-                    message = await _only(requests, handler.request_deserializer)
-                    return await handler.unary_unary(message, context)
-            except Exception as error:
-                await _abort(context, error, name, message)
-
-        return grpc.stream_unary_rpc_method_handler(guarded, None, handler.response_serializer)
-
-    def _guarded_stream(self, handler: Any, name: str) -> grpc.RpcMethodHandler:
-        async def guarded(
-            requests: AsyncIterator[Any], context: grpc.aio.ServicerContext
-        ) -> AsyncIterator[object]:
-            message = None
-            try:
-                with self._entered(context, name):
-                    if handler.unary_stream is not None:
-                        message = await _only(requests, handler.request_deserializer)
-                        responses = handler.unary_stream(message, context)
-                    else:
-                        responses = handler.stream_stream(requests, context)
-                    async with aclosing(responses):
-                        async for response in responses:
-                            yield response
+                    try:
+                        if handler.stream_stream is not None:
+                            responses = handler.stream_stream(self._in_time(requests), context)
+                        else:
+                            message = await self._only(requests, handler.request_deserializer)
+                            if handler.unary_unary is not None:
+                                answer = await handler.unary_unary(message, context)
+                                return await self._write(answer, context)
+                            responses = handler.unary_stream(message, context)
+                        await self._write_all(responses, context)
+                    except UnreadAnswerError as error:
+                        self._note_unread(context, name)
+                        # Sent behind what is not taken: the call is its client's until then.
+                        await _abort(context, error, name, message)
             except Exception as error:
                 await _abort(context, error, name, message)
 
         # Of a call with one message it is read above, of any other by grpc.
-        read = None if handler.unary_stream is not None else handler.request_deserializer
+        read = None if handler.stream_stream is None else handler.request_deserializer
         return grpc.stream_stream_rpc_method_handler(guarded, read, handler.response_serializer)
 
+    async def _write_all(
+        self, responses: AsyncGenerator[object, None], context: grpc.aio.ServicerContext
+    ) -> None:
+        """Send what a service yields; whoever does not take it ends the service's work."""
+        async with aclosing(responses):
+            async for response in responses:
+                try:
+                    await self._write(response, context)
+                except UnreadAnswerError as error:
+                    await responses.athrow(error)
 
-async def _only(requests: AsyncIterator[bytes], read: _Reader | None) -> object:
-    """The one message of a call.
+    async def _write(self, response: object, context: grpc.aio.ServicerContext) -> None:
+        """Send a message, as far as the client's flow control lets it go.
 
-    Raises:
-        InvalidRequestError: there is none, or it is not what the method takes.
-    """
-    async for raw in requests:
+        Raises:
+            UnreadAnswerError: the client does not take it.
+            CancelledError: the client is gone.
+        """
         try:
-            return raw if read is None else read(raw)
-        except DecodeError as error:
-            raise InvalidRequestError(f"the message cannot be read: {error}") from None
-    raise InvalidRequestError("the call has no message")
+            async with asyncio.timeout(self._unread_seconds):
+                await context.write(response)
+        except TimeoutError:
+            raise UnreadAnswerError(
+                f"the client took nothing of the answer for {self._unread_seconds:g} s "
+                f"(server.unread_seconds)"
+            ) from None
+        except grpc.aio.InternalError:
+            raise asyncio.CancelledError from None
+
+    def _note_unread(self, context: grpc.aio.ServicerContext, method: str) -> None:
+        self.unread_calls += 1
+        client = self._callers.client_of(context)
+        _log.warning(
+            event(
+                "answer not taken",
+                method=method,
+                client=client,
+                unread_seconds=self._unread_seconds,
+            )
+        )
+
+    async def _only(self, requests: AsyncIterator[bytes], read: _Reader | None) -> object:
+        """The one message of a call.
+
+        Raises:
+            InvalidRequestError: there is none, or it is not what the method takes.
+            DeadlineError: it does not come.
+        """
+        async for raw in self._in_time(requests):
+            try:
+                return raw if read is None else read(raw)
+            except DecodeError as error:
+                raise InvalidRequestError(f"the message cannot be read: {error}") from None
+        raise InvalidRequestError("the call has no message")
+
+    async def _in_time(self, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        """The messages of a call, each of which has its time to arrive.
+
+        Raises:
+            DeadlineError: one does not come.
+        """
+        while True:
+            try:
+                async with asyncio.timeout(self._request_seconds):
+                    message = await anext(requests)
+            except StopAsyncIteration:
+                return
+            except TimeoutError:
+                raise DeadlineError(
+                    f"the call's message did not come within {self._request_seconds:g} s "
+                    f"(server.request_seconds)"
+                ) from None
+            yield message
 
 
 async def _abort(

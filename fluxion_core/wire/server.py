@@ -59,7 +59,12 @@ class NodeServer:
         """Names a call's client."""
         self.limits = ClientLimits(settings.client_limits)
         """What each client has going."""
-        self._guard = CallGuard(self.callers, self.limits)
+        self._guard = CallGuard(
+            self.callers,
+            self.limits,
+            request_seconds=settings.request_seconds,
+            unread_seconds=settings.unread_seconds,
+        )
         self._late = _LateHandlers()
         self._server = grpc.aio.server(
             handlers=(self._late,), interceptors=(self._guard,), options=_options(settings)
@@ -72,6 +77,11 @@ class NodeServer:
         if settings.health_listen:
             self._health_server = grpc.aio.server(options=_options(settings))
             health_pb2_grpc.add_HealthServicer_to_server(self._health, self._health_server)
+
+    @property
+    def unread_calls(self) -> int:
+        """Calls that were ended because their client did not take the answer. From any thread."""
+        return self._guard.unread_calls
 
     def add_generic_rpc_handlers(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
         """Register handlers; what the generated `add_…_to_server` functions call."""

@@ -28,6 +28,7 @@ from fluxion_core.errors import (
     PeerUnavailableError,
     RequestCancelledError,
     ThreadLimitError,
+    UnreadAnswerError,
     UnsupportedCallError,
 )
 
@@ -47,6 +48,7 @@ _STATUS_OF: tuple[tuple[type[FluxionError], grpc.StatusCode], ...] = (
     (DeviceError, grpc.StatusCode.UNAVAILABLE),
     (DeadlineError, grpc.StatusCode.DEADLINE_EXCEEDED),
     (RequestCancelledError, grpc.StatusCode.CANCELLED),
+    (UnreadAnswerError, grpc.StatusCode.ABORTED),
     (AuthenticationError, grpc.StatusCode.UNAUTHENTICATED),
 )
 

@@ -61,7 +61,7 @@ async def serve(settings: DecodeSettings, ending: asyncio.Event) -> None:
         GENERATION_SERVICE,
         reflected=(GENERATION_SERVICE, *(vllm_api.SERVICES if vllm_api else ())),
     )
-    metrics = NodeMetrics("decode")
+    metrics = NodeMetrics("decode", lambda: server.unread_calls)
     endpoint = MetricsEndpoint(settings.server.metrics_listen, metrics)
     address = await server.start()
     _log.info(event("listening", address=address))

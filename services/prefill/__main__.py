@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 async def serve(settings: PrefillNodeSettings, ending: asyncio.Event) -> None:
     """Load the model, answer hand-offs until `ending`, then drain."""
     server = NodeServer(settings.server, HANDOFF_SERVICE, reflected=[PREFILL_NODE_SERVICE])
-    metrics = NodeMetrics("prefill")
+    metrics = NodeMetrics("prefill", lambda: server.unread_calls)
     endpoint = MetricsEndpoint(settings.server.metrics_listen, metrics)
     address = await server.start()
     _log.info(event("listening", address=address))

@@ -38,16 +38,23 @@ class Service(generate_pb2_grpc.GenerationServicer):
     """Answers Generate with who asks, and then as the prompt says."""
 
     def __init__(self, server: NodeServer) -> None:
-        self._server = server
+        self.server = server
         self.calls = 0
         self.may_end = asyncio.Event()
+        self.has_ended = asyncio.Event()
 
     async def Generate(self, request, context) -> AsyncIterator[generate_pb2.GenerateResponse]:
         self.calls += 1
-        yield generate_pb2.GenerateResponse(text=self._server.callers.client_of(context))
+        yield generate_pb2.GenerateResponse(text=self.server.callers.client_of(context))
         match request.text:
             case "wait":
                 await self.may_end.wait()
+            case "flood":
+                try:
+                    while True:
+                        yield generate_pb2.GenerateResponse(text="x" * (1 << 20))
+                finally:
+                    self.has_ended.set()
             case "full":
                 raise CapacityError(
                     "queue", needed=1, free=0, unit="places", remedy="x", retry_after_seconds=1.5
@@ -59,7 +66,8 @@ class Service(generate_pb2_grpc.GenerationServicer):
 
     async def Tokenize(self, request, context) -> generate_pb2.TokenizeResponse:
         self.calls += 1
-        return generate_pb2.TokenizeResponse(token_ids=[len(request.text)])
+        count = 1 << 20 if request.text == "flood" else 1
+        return generate_pb2.TokenizeResponse(token_ids=[len(request.text)] * count)
 
 
 @asynccontextmanager
@@ -235,6 +243,52 @@ async def outcome(stub: generate_pb2_grpc.GenerationStub) -> str:
         return await said(stub)
     except grpc.aio.AioRpcError as error:
         return str(error.details())
+
+
+async def test_who_does_not_take_an_answer_has_its_call_ended(caplog):
+    no_window = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 8192)]
+    async with (
+        serving(unread_seconds=0.3) as (address, service),
+        grpc.aio.insecure_channel(address, options=no_window) as channel,
+        calling(address) as other,
+    ):
+        stub = generate_pb2_grpc.GenerationStub(channel)
+        streaming = aiter(stub.Generate(generate_pb2.GenerateRequest(text="flood")))
+        await anext(streaming)
+        await service.has_ended.wait()
+        assert service.server.unread_calls == 1
+        assert "answer not taken method=/fluxion.v1.Generation/Generate" in caplog.text
+        # Nothing else of the client, or of others, has ended.
+        assert await said(stub) == await said(other) == "127.0.0.1"
+        with pytest.raises(grpc.aio.AioRpcError) as failure:
+            async for _ in streaming:
+                pass
+        # Who comes back is told what became of the rest.
+        assert failure.value.code() == grpc.StatusCode.ABORTED
+        assert "server.unread_seconds" in failure.value.details()
+        # An answer of one message is no exception.
+        request = generate_pb2.TokenizeRequest(text="flood")
+        unread = channel.unary_stream(
+            f"/{SERVICE}/Tokenize", generate_pb2.TokenizeRequest.SerializeToString
+        )(request)
+        while service.server.unread_calls < 2:
+            await asyncio.sleep(0)
+        unread.cancel()
+
+
+async def test_a_message_that_does_not_come_ends_the_call():
+    async with (
+        serving(request_seconds=0.2) as (address, service),
+        grpc.aio.insecure_channel(address) as channel,
+    ):
+        begun = channel.stream_unary(f"/{SERVICE}/Tokenize")
+        reflecting = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo()
+        for call in (begun(), reflecting):
+            with pytest.raises(grpc.aio.AioRpcError) as failure:
+                await (call.read() if call is reflecting else call)
+            assert failure.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+            assert "server.request_seconds" in failure.value.details()
+        assert service.calls == 0
 
 
 async def test_errors_of_services_are_statuses_and_bugs_are_request_ids():
