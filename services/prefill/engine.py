@@ -257,15 +257,16 @@ class PrefillEngine:
                     self._running.remove(prompt)
             if outcome is not None:
                 prompt.capture = None
-                prompt.on_end(outcome)
+                _end(prompt, outcome)
         with self._changed:
             left = [*self._running, *self._waiting]
             self._running.clear()
             self._waiting.clear()
         for prompt in left:
-            prompt.on_end(
+            _end(
+                prompt,
                 self._failure
-                or DrainingError("this prefill node is shutting down; use another one")
+                or DrainingError("this prefill node is shutting down; use another one"),
             )
 
     def _out_of_memory(self, prompt: Prompt, error: torch.OutOfMemoryError) -> CapacityError:
@@ -377,3 +378,11 @@ class PrefillEngine:
             outbox=self._outbox,
             profile_window=prompt.profile_window,
         )
+
+
+def _end(prompt: Prompt, outcome: Trailer | BaseException) -> None:
+    """Tell a prompt's end; whoever cannot take it does not keep the engine from the others."""
+    try:
+        prompt.on_end(outcome)
+    except Exception:
+        _log.exception(event("end of a prompt not taken", request_id=prompt.request_id))

@@ -146,6 +146,38 @@ def test_rows_that_are_not_numbers_leave_the_others_as_they_are(where: str, dige
     assert torch.equal(*results)
 
 
+@pytest.mark.parametrize("digest_bits", [16, 8])
+def test_what_an_earlier_owner_left_in_the_memory_changes_no_bit(digest_bits: int):
+    planner = make_planner(
+        LAYERS, HEADS, KV_HEADS, DIM, network=random_network(3), digest_bits=digest_bits
+    )
+    kinds: list[Policy] = [
+        *(MarginalPolicy(20.0), ThresholdPolicy(0.6), FixedPolicy(16, 0.1), ExactPolicy())
+    ]
+    lengths = [length for length in (40, 335, 1000, 1301) for _ in kinds]
+    results = []
+    # All bits set is NaN, in K, V and digests alike.
+    for left in (0, 255):
+        store = make_store(digest_bits)
+        store._arena.bytes.fill_(left)
+        pool = CpuPool(2)
+        attention = HybridAttention(store, WINDOW, num_heads=HEADS, pool=pool, planner=planner)
+        sequences = [fill(store, planner, length, seed) for seed, length in enumerate(lengths)]
+        generator = torch.Generator().manual_seed(5)
+        for _ in range(20):
+            rows = [token(generator) for _ in sequences]
+            attention.begin_step([s.kv for s in sequences], kinds * 4, [s.state for s in sequences])
+            outputs = []
+            for layer in range(LAYERS):
+                parts = torch.stack([r[layer] for r in rows]).split((HEADS, 2, 2), dim=1)
+                outputs.append(attention.attend(layer, *parts))
+            reads = attention.end_step()
+        results.append((torch.stack(outputs), reads))
+    assert torch.equal(results[0][0], results[1][0])
+    assert results[0][1] == results[1][1]
+    assert results[0][0].isfinite().all()
+
+
 def test_a_sequences_result_does_not_depend_on_its_company_or_on_the_threads():
     planner = make_planner(LAYERS, HEADS, KV_HEADS, DIM, network=random_network(3))
     free = (LENGTHS[5], LENGTHS[6], LENGTHS[7], LENGTHS[4], LENGTHS[0])

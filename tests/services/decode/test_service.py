@@ -547,6 +547,31 @@ async def test_kv_that_is_not_finite_is_asked_of_another_prefill_node(
         assert (len(bad.requests), len(good.requests)) == (1, 2)
 
 
+@pytest.mark.parametrize("damage", ["NaN in a key", "infinite value"])
+async def test_streams_beside_a_hand_off_that_is_not_finite_say_what_they_say_in_a_quiet_run(
+    start_prefill, start_decode, open_stub, damage: str
+):
+    change, _ = DAMAGE[damage]
+    requests = [request_of(letter * 150, max_new_tokens=300, ignore_eos=True) for letter in "abc"]
+    bad = request_of("y" * 200, ignore_eos=True)
+    async with (
+        start_prefill() as prefill,
+        tampered(prefill.address, change) as (proxy, address),
+        start_decode(address) as node,
+        open_stub(node.address) as stub,
+        start_decode(prefill.address) as fresh,
+        open_stub(fresh.address) as other,
+    ):
+        proxy.is_honest = True
+        quiet = [await tokens_of(other, request) for request in requests]
+        calls = [aiter(stub.Generate(request)) for request in requests]
+        first = [(await anext(call)).token_ids[0] for call in calls]
+        proxy.is_honest = False
+        assert (await failure_of(stub, bad)).code() is grpc.StatusCode.DATA_LOSS
+        rest = [[token async for one in call for token in one.token_ids] for call in calls]
+        assert [[one, *others] for one, others in zip(first, rest, strict=True)] == quiet
+
+
 @pytest.mark.parametrize(
     ("profile", "words"),
     [

@@ -95,6 +95,28 @@ def test_prompts_have_turns_of_a_chunk(make_engine: Callable[..., PrefillEngine]
     ]
 
 
+@pytest.mark.parametrize("what", ["on_frame", "on_end"])
+def test_what_cannot_be_delivered_is_nobody_elses(
+    make_engine: Callable[..., PrefillEngine], what: str
+):
+    def gone(_: object) -> None:
+        raise ConnectionError("gone")
+
+    deaf, others = Receiver(2 * CHUNK_TOKENS), [Receiver(3 * CHUNK_TOKENS) for _ in range(2)]
+    setattr(deaf.prompt, what, gone)
+    alone = Receiver(3 * CHUNK_TOKENS)
+    engine = make_engine()
+    for receiver in (others[0], deaf, others[1], alone):
+        engine.submit(receiver.prompt)
+    with running(engine):
+        ends = [receiver.end() for receiver in (*others, alone)]
+        if what == "on_frame":
+            assert isinstance(deaf.end(), ConnectionError)
+    assert all(isinstance(end, Trailer) for end in ends)
+    assert len({end.first_token_id for end in ends}) == 1
+    assert engine.load().running_prompts == 0
+
+
 def test_a_prompt_without_room_waits_and_the_others_go_on(
     make_engine: Callable[..., PrefillEngine],
 ):
