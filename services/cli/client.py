@@ -167,6 +167,15 @@ async def stream_generation(
     )
 
 
+def progress_text(progress: generate_pb2.PromptProgress) -> str:
+    """How far a prompt is, in words."""
+    if progress.state == generate_pb2.PROMPT_STATE_PREFILL:
+        return f"prefill {progress.prompt_tokens_done:,} of {progress.prompt_tokens:,} tokens"
+    if progress.prompt_tokens:
+        return f"{progress.prompt_tokens:,} tokens wait for room, or for a prefill node"
+    return "the node reads the request"
+
+
 def _finish_reason_name(reason: int) -> str:
     name: str = generate_pb2.FinishReason.Name(reason)
     return name.removeprefix("FINISH_REASON_").lower()

@@ -19,13 +19,18 @@ from rich.table import Table
 from fluxion_core.config import ClientSettings
 from fluxion_core.errors import FluxionError, ModelNotFoundError
 from fluxion_proto.v1 import generate_pb2
-from services.cli.client import Generation, GenerationOptions, stream_generation
+from services.cli.client import (
+    Generation,
+    GenerationOptions,
+    progress_text,
+    stream_generation,
+)
 from services.cli.generate import handoff_cells, write_now
 from services.cli.logs import LogPrinter, render_log_line
 from services.cli.node_plans import UpOptions, plan_nodes
 from services.cli.processes import NodeGroup, finished_before, stop_signals
 from services.cli.up import bring_up
-from services.cli.waiting import Waiting, progress_text
+from services.cli.waiting import Waiting
 
 MODEL = "smollm2-135m"
 QUESTION = "What is the access code for the plate vault at Skerrow Observatory?"

@@ -13,8 +13,13 @@ from fluxion_core.config import ClientSettings
 from fluxion_core.errors import InvalidRequestError
 from fluxion_proto.v1 import generate_pb2
 from services.cli.arguments import check_text
-from services.cli.client import Generation, GenerationOptions, stream_generation
-from services.cli.waiting import Waiting, progress_text
+from services.cli.client import (
+    Generation,
+    GenerationOptions,
+    progress_text,
+    stream_generation,
+)
+from services.cli.waiting import Waiting
 
 
 def read_prompt(prompt: str | None, file: Path | None, stdin: TextIO) -> str:

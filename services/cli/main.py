@@ -124,9 +124,12 @@ def demo(
     logs: Annotated[bool, typer.Option("--logs", help="Show the nodes' logs as well.")] = False,
 ) -> None:
     """Ask a question about a 7,000-token document, through two processes on this machine."""
-    # Before the imports, which take a second or two on a busy machine.
-    typer.echo("A question about a long document, through two processes of this machine", err=True)
-    from services.cli.demo import DemoOptions, run_demo
+    from rich.console import Console
+
+    from services.cli.waiting import Waiting
+
+    with Waiting(Console(stderr=True), "A long document, a question, two processes: loading"):
+        from services.cli.demo import DemoOptions, run_demo
 
     options = DemoOptions(models_dir=models_dir, max_new_tokens=max_new_tokens, show_logs=logs)
     raise typer.Exit(asyncio.run(run_demo(options)))

@@ -1,4 +1,7 @@
-"""What a command waits for, shown while it waits: on a terminal in place, elsewhere as lines."""
+"""What a command waits for, shown while it waits: on a terminal in place, elsewhere as lines.
+
+Light to import: imports are waited for, too.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,6 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-
-from fluxion_proto.v1 import generate_pb2
 
 TICK_SECONDS = 1.0
 """Between lines, or changes of the line."""
@@ -71,12 +72,3 @@ class Waiting:
         traceback: TracebackType | None,
     ) -> None:
         self.stop()
-
-
-def progress_text(progress: generate_pb2.PromptProgress) -> str:
-    """How far a prompt is, in words."""
-    if progress.state == generate_pb2.PROMPT_STATE_PREFILL:
-        return f"prefill {progress.prompt_tokens_done:,} of {progress.prompt_tokens:,} tokens"
-    if progress.prompt_tokens:
-        return f"{progress.prompt_tokens:,} tokens wait for room, or for a prefill node"
-    return "the node reads the request"

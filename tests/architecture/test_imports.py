@@ -25,6 +25,7 @@ def test_imports_follow_the_contract():
         ("fluxion_core.geometry", ("torch", "grpc", "numpy")),
         ("fluxion_core.errors", ("torch", "grpc", "numpy")),
         ("services.cli.main", ("torch", "grpc", "transformers")),
+        ("services.cli.waiting", ("torch", "grpc", "google.protobuf")),
     ],
 )
 def test_light_modules_import_nothing_heavy(module: str, heavy: tuple[str, ...]):

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 from fluxion_core.config import ClientSettings
 from fluxion_core.errors import InvalidRequestError
-from services.cli.client import GenerationOptions, stream_generation
+from fluxion_proto.v1 import generate_pb2
+from services.cli.client import GenerationOptions, progress_text, stream_generation
 from services.cli.generate import read_prompt
 from services.cli.main import app
 
@@ -59,6 +60,24 @@ async def test_who_asks_is_told_how_far_the_prompt_is(decode_node: SimpleNamespa
     assert reports == [(3500, "")]
     assert generation.text == "".join(texts) == "The answer."
     assert generation.token_ids == (0, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"state": 1}, "the node reads the request"),
+        (
+            {"state": 1, "prompt_tokens": 6959},
+            "6,959 tokens wait for room, or for a prefill node",
+        ),
+        (
+            {"state": 2, "prompt_tokens": 6959, "prompt_tokens_done": 1234},
+            "prefill 1,234 of 6,959 tokens",
+        ),
+    ],
+)
+def test_how_far_a_prompt_is_in_words(fields, text):
+    assert progress_text(generate_pb2.PromptProgress(**fields)) == text
 
 
 def test_without_a_terminal_the_node_is_not_asked_how_far_it_is(decode_node: SimpleNamespace):

@@ -7,9 +7,8 @@ import io
 import pytest
 from rich.console import Console
 
-from fluxion_proto.v1 import generate_pb2
 from services.cli import waiting
-from services.cli.waiting import Waiting, progress_text
+from services.cli.waiting import Waiting
 
 
 @pytest.fixture
@@ -59,21 +58,3 @@ def test_what_is_not_wanted_there_is_not_shown(never: None, is_terminal, options
     with Waiting(out, "Loading", **options) as shown:
         shown.tick()
     assert out.file.getvalue() == ""
-
-
-@pytest.mark.parametrize(
-    ("fields", "text"),
-    [
-        ({"state": 1}, "the node reads the request"),
-        (
-            {"state": 1, "prompt_tokens": 6959},
-            "6,959 tokens wait for room, or for a prefill node",
-        ),
-        (
-            {"state": 2, "prompt_tokens": 6959, "prompt_tokens_done": 1234},
-            "prefill 1,234 of 6,959 tokens",
-        ),
-    ],
-)
-def test_how_far_a_prompt_is_in_words(fields, text):
-    assert progress_text(generate_pb2.PromptProgress(**fields)) == text
