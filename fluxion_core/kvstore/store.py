@@ -59,6 +59,7 @@ from fluxion_core.kernels.block_digest import cpu as block_digest
 from fluxion_core.kernels.block_digest import reference
 from fluxion_core.kvstore.arena import Arena
 from fluxion_core.kvstore.prefix_index import (
+    NamedPrompt,
     Prefix,
     PrefixIndex,
     TailName,
@@ -160,12 +161,22 @@ class HostKvStore:
         Raises:
             CapacityError: not enough is free now; nothing is held.
         """
-        tokens = token_array(token_ids)
-        root = self.prefixes.root_of(domain)
-        exact_keys = self.prefixes.exact_keys(root, tokens[:-1])
-        total = self.geometry.slabs_for(len(tokens) + max_new_tokens)
+        prompt = self.prefixes.name(token_ids, domain)
+        return self.reserve_named(prompt, max_new_tokens, approximation=approximation)
+
+    def reserve_named(
+        self, prompt: NamedPrompt, max_new_tokens: int, *, approximation: str = ""
+    ) -> SequenceKv:
+        """`reserve`, for who asks more than once: naming a long prompt takes time.
+
+        Args:
+            prompt: named by this store's `prefixes`.
+            max_new_tokens: see `reserve`.
+            approximation: likewise.
+        """
+        total = self.geometry.slabs_for(len(prompt.tokens) + max_new_tokens)
         with self._lock:
-            prefix = self.prefixes.find(root, tokens[:-1], exact_keys, approximation)
+            prefix = self.prefixes.find(prompt, approximation)
             for slab in prefix.slabs:
                 self._hold(slab)
             needed = total - len(prefix.slabs)
@@ -179,7 +190,7 @@ class HostKvStore:
                 self._evict_oldest()
             self._reserved += needed
             self._sequences += 1
-        return SequenceKv(self, tokens, prefix, total, approximation, root)
+        return SequenceKv(self, prompt, prefix, total, approximation)
 
     def statistics(self) -> StoreStatistics:
         """The accounting at one moment."""
@@ -347,21 +358,20 @@ class SequenceKv:
     def __init__(
         self,
         store: HostKvStore,
-        prompt: TokenArray,
+        prompt: NamedPrompt,
         prefix: Prefix,
         max_slabs: int,
         approximation: str,
-        root: bytes,
     ) -> None:
         self._store = store
-        self._prompt = prompt
+        self._prompt = prompt.tokens
         self._approximation = approximation
-        self._root = root
+        self._root = prompt.root
         self._keys = list(prefix.keys)
         self._slabs = list(prefix.slabs)
         self._num_reserved = max_slabs - len(self._slabs)
         self._tail = None if prefix.tail is None else (self._slabs[-1], prefix.tail)
-        self.num_prompt_tokens = len(prompt)
+        self.num_prompt_tokens = len(prompt.tokens)
         self.shared_tokens = prefix.num_tokens
         """Prompt tokens that were stored already."""
         self.exact_tokens = prefix.exact_tokens

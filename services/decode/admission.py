@@ -19,7 +19,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 from fluxion_core.errors import CapacityError, DrainingError
 from fluxion_core.kvstore.store import HostKvStore, SequenceKv
@@ -134,13 +134,12 @@ class Admission:
             math.inf if deadline_seconds is None else self._clock() + deadline_seconds,
             len(token_ids) + max_new_tokens,
         )
-        reserve = partial(
-            self._store.reserve,
-            token_ids,
-            max_new_tokens,
-            approximation=approximation,
-            domain=domain,
-        )
+        # Once, and not for who is refused: a long prompt's names take a while.
+        name = cache(partial(self._store.prefixes.name, token_ids, domain))
+
+        def reserve() -> SequenceKv:
+            return self._store.reserve_named(name(), max_new_tokens, approximation=approximation)
+
         admitted = await self._wait_for_room(turn, reserve, len(token_ids) + max_new_tokens)
         since = self._clock()
         try:

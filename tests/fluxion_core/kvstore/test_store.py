@@ -18,7 +18,6 @@ from fluxion_core.errors import (
 from fluxion_core.geometry import BLOCK_SIZES, BLOCK_TOKENS, KvGeometry, ceil_div
 from fluxion_core.kernels.block_digest import reference
 from fluxion_core.kvstore.digest_index import gather_digests, gather_kv
-from fluxion_core.kvstore.prefix_index import token_array
 from fluxion_core.kvstore.store import HostKvStore, SequenceKv, StepAppend
 
 GEOMETRY = KvGeometry(num_layers=2, num_kv_heads=2, head_dim=32, slab_tokens=128)
@@ -188,7 +187,7 @@ def test_another_model_shares_nothing():
     store = make_store(4)
     other = HostKvStore(GEOMETRY, 4 * (GEOMETRY.slab_bytes + 4096), model_key=b"other")
     keys = [
-        each.prefixes.exact_keys(each.prefixes.root_of(domain), token_array(tokens))
+        each.prefixes.name(tokens, domain).exact_keys
         for each in (store, other)
         for domain in ("", "alice")
     ]
@@ -453,17 +452,8 @@ def test_tails_give_way_before_what_they_follow():
     store = make_store(3)
     assert session(store, [200]) == [0]
     assert store.reserve([9] * 250, 0).shared_tokens == 0
-    root = store.prefixes.root_of("")
     # Two were needed and one was free: the tail went, and the full slab before it stayed.
-    assert (
-        store.prefixes.find(
-            root,
-            token_array(range(200)),
-            store.prefixes.exact_keys(root, token_array(range(128))),
-            "",
-        ).num_tokens
-        == 128
-    )
+    assert store.prefixes.find(store.prefixes.name(range(201), ""), "").num_tokens == 128
 
 
 def test_approximate_kv_is_for_its_own_kind():

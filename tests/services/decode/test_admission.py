@@ -171,6 +171,30 @@ async def test_a_cancelled_wait_leaves_the_line_and_the_next_one_moves_up(admiss
     assert admission.statistics().waiting == 0
 
 
+async def test_a_prompt_is_named_once_however_often_it_looks_and_not_to_be_refused(
+    store, requests, admission, monkeypatch: pytest.MonkeyPatch
+):
+    name, named = store.prefixes.name, []
+
+    def counted(token_ids, domain):
+        named.append(len(token_ids))
+        return name(token_ids, domain)
+
+    monkeypatch.setattr(store.prefixes, "name", counted)
+    for number in range(2):
+        await requests.ask(f"small {number}", tokens=10 + number)
+    for number in range(3):
+        await requests.ask(f"large {number}", tokens=128 * SLABS - 1 - number)
+    with pytest.raises(CapacityError, match="request queue"):
+        async with admission.admit([1] * 99, 1):
+            pass
+    for number in range(2):
+        await requests.end(f"small {number}")
+    assert requests.order[-1] == "large 0"
+    # The first of the large ones has looked twice, the next one once since it is the first.
+    assert named == [10, 11, 128 * SLABS - 1, 128 * SLABS - 2]
+
+
 async def test_who_leaves_the_front_of_the_line_lets_the_next_one_look_at_once(admission, requests):
     await requests.ask("small", tokens=100)
     await requests.ask("large", tokens=128 * SLABS - 1)
