@@ -98,7 +98,7 @@ class DeviceStep:
         config, geometry = decoder.config, store.geometry
         check_step_shapes(geometry, window, config.num_heads, planner)
         self._decoder, self._store, self._window = decoder, store, window
-        self._pool, self._planner = pool, planner
+        self.pool, self._planner = pool, planner
         self._device = decoder.embedding.device
         self._num_heads = config.num_heads
         self.lanes: Lanes = lanes
@@ -246,7 +246,7 @@ class DeviceStep:
         self._events[1].record(self._stream)
         try:
             self._driver.run(
-                self._pool.native,
+                self.pool.native,
                 work.tasks,
                 self._lane.native if self._lane is not None else None,
                 self.lanes == "gpu",
@@ -287,7 +287,7 @@ class DeviceStep:
     @property
     def span_source(self) -> DeviceSpans:
         """For traces of steps."""
-        return DeviceSpans(self, self._pool)
+        return DeviceSpans(self, self.pool)
 
     def record(self) -> StepRecord:
         """What the last step has left for a trace."""

@@ -240,6 +240,42 @@ class DenseLayers:
         self, pool: TaskPool, rows: int, hidden: int, to: int, wake_bytes: int, /
     ) -> None: ...
 
+class TokenSampler:
+    def __init__(
+        self,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        min_p: float,
+        repetition_penalty: float,
+        presence_penalty: float,
+        frequency_penalty: float,
+        seed: int,
+        /,
+    ) -> None: ...
+    def see(self, token_ids: Sequence[int], /) -> None: ...
+    def take(self, token_ids: Sequence[int], /) -> None: ...
+    def set_position(self, position: int, /) -> None: ...
+
+def sample_rows(
+    pool: TaskPool | None,
+    samplers: Sequence[TokenSampler],
+    logits: int,
+    row_stride: int,
+    vocab: int,
+    wake_bytes: int,
+) -> list[tuple[int, float]]: ...
+def choose_token(
+    logits: int,
+    vocab: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    noise: int,
+    /,
+) -> tuple[int, float]: ...
+
 class GpuLane:
     def __init__(
         self,

@@ -17,6 +17,7 @@ PHASES = (
     *("look", "see", "predict", "predict", "choose"),
     *("output", "gate_up", "down", "qkv", "logits"),
     "profile",
+    "sample",
 )
 """Names of a task's phases, by number; see TaskSpan."""
 

@@ -33,18 +33,20 @@ class TaskSpan(NamedTuple):
     """Of the pool's workers; the number after the last one is the thread that waits."""
     task: int
     """Of attention: sequence * kv_heads + KV head; of a layer's plans: which of their sequences; of
-    the dense part: 0; of a prompt's profile: which of the tiles that go on."""
+    the dense part: 0; of a prompt's profile: which of the tiles that go on; of
+    sampling: which row."""
     phase: int
     """Attention: 0 score, 1 select, 2 attend. Plans: 3 look, 4 see, 5 and 6 the network's hidden
     layers, 7 its last one and the selection. Dense part: the products, 8 output projection, 9 gate
     and up, 10 down, 11 the next layer's q, k and v, 12 logits. A prompt's profile: 13,
-    a slice of it."""
+    a slice of it. Sampling: 14."""
     chunk: int
     """Of the dense part: the first of those that the thread ran one after the other."""
     start_ns: int
     """On the system's monotonic clock."""
     end_ns: int
     layer: int
+    """Of the model; 0 for sampling, which is of none."""
 
 
 _SPAN = np.dtype(

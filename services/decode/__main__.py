@@ -93,6 +93,7 @@ async def serve(settings: DecodeSettings, ending: asyncio.Event) -> None:
         engine = DecodeEngine(
             step,
             prompts=step if isinstance(step, HostStep) else None,
+            pool=step.pool,
             on_failure=failure.tell,
             on_chunk=costs.here.learn,
             trace=trace,

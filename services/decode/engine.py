@@ -33,13 +33,14 @@ from torch import Tensor
 
 from fluxion_core.decode_step import StepReads, StepRow
 from fluxion_core.device_usage import DeviceUsage, UsageClock
-from fluxion_core.errors import DeviceError, FluxionError
-from fluxion_core.generation.sampling import SamplingParams, sample
+from fluxion_core.errors import DeviceError, FluxionError, ModelError
+from fluxion_core.generation.sampling import SamplingParams, TokenSampler, sample_rows
 from fluxion_core.geometry import WindowSpec
 from fluxion_core.kvstore.store import SequenceKv
 from fluxion_core.predictor.prompt_profile import PromptProfile
 from fluxion_core.prompt_chunk import PromptEnd, next_chunk_tokens
 from fluxion_core.prompt_profiling import PromptProfiling
+from fluxion_core.scheduler.scheduler import CpuPool
 from fluxion_core.selector.planner import Planner, PlannerState
 from fluxion_core.selector.policy import Policy
 from fluxion_core.telemetry import event
@@ -118,8 +119,13 @@ class DecodeSequence:
     submitted: float = 0.0
     queue_seconds: float = 0.0
     """From `submit` to the first chunk of its prompt, if that is computed here."""
+    sampler: TokenSampler = field(init=False)
+    """Of `sampling`; knows all tokens so far."""
     prefill_seconds: float = 0.0
     """Time in chunks of its prompt, and in slices of its profile."""
+
+    def __post_init__(self) -> None:
+        self.sampler = TokenSampler(self.sampling, self.prompt_token_ids, self.generated_token_ids)
 
     @property
     def is_whole(self) -> bool:
@@ -210,6 +216,8 @@ class DecodeEngine:
     Args:
         step: runs them.
         prompts: computes what is not stored of prompts; without it they must be whole.
+        pool: samples the rows of a step beside each other; without it they take turns. Its rounds
+            are this engine's alone.
         on_failure: told when the device has failed for good.
         on_chunk: told after each chunk of a prompt: its tokens, those before it, and the seconds
             that it took.
@@ -221,6 +229,7 @@ class DecodeEngine:
         step: DecodeStep,
         *,
         prompts: PromptComputer | None = None,
+        pool: CpuPool | None = None,
         on_failure: Callable[[DeviceError], None] = lambda _: None,
         on_chunk: Callable[[int, int, float], None] = lambda *_: None,
         trace: TraceRecorder | None = None,
@@ -228,6 +237,7 @@ class DecodeEngine:
         self._step = step
         self._trace = trace or TraceRecorder()
         self._prompts = prompts
+        self._pool = pool
         self._on_failure = on_failure
         self._on_chunk = on_chunk
         self._load = EngineLoad()
@@ -422,7 +432,7 @@ class DecodeEngine:
         if end is None:
             return True
         sequence.profiling = end.profiling
-        token = sample(end.logits, sequence.sampling, prompt, [], position=0)
+        token = sequence.sampler.sample(end.logits)
         sequence.generated_token_ids.append(token)
         return sequence.on_token(token)
 
@@ -466,26 +476,25 @@ class DecodeEngine:
         """One token for every sequence of the step; returns those that are finished."""
         with self._trace.span(ENGINE_LANE, "forward"):
             logits, reads = self._step.run(list(rows.values()))
+        with self._trace.span(ENGINE_LANE, "sample"):
+            tokens = sample_rows(logits, [sequence.sampler for sequence in rows], self._pool)
         finished = []
-        for row, sequence in enumerate(rows):
-            self._statistics.reads.add(reads[row])
+        for sequence, token, read in zip(rows, tokens, reads, strict=True):
+            self._statistics.reads.add(read)
             with self._alone(sequence, "a token"):
-                if not self._take_token(sequence, logits[row], reads[row]):
+                if not self._take_token(sequence, token, read):
                     finished.append(sequence)
         self._statistics.steps += 1
         return finished
 
-    def _take_token(self, sequence: DecodeSequence, logits: Tensor, reads: StepReads) -> bool:
-        """Draw a sequence's next token and deliver it; whether to go on."""
+    def _take_token(
+        self, sequence: DecodeSequence, token: int | ModelError, reads: StepReads
+    ) -> bool:
+        """Deliver a sequence's next token, unless none could be drawn; whether to go on."""
         if sequence.kv.damage is not None:
             raise sequence.kv.damage
-        token = sample(
-            logits,
-            sequence.sampling,
-            sequence.prompt_token_ids,
-            sequence.generated_token_ids,
-            position=len(sequence.generated_token_ids),
-        )
+        if isinstance(token, ModelError):
+            raise token
         sequence.generated_token_ids.append(token)
         sequence.reads.add(reads)
         sequence.steps += 1

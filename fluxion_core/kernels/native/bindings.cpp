@@ -25,6 +25,7 @@ void bind_attention(nb::module_& m);  // attention_bindings.cpp
 void bind_dense(nb::module_& m);      // dense_bindings.cpp
 void bind_gpu(nb::module_& m);        // gpu_bindings.cpp
 void bind_needs(nb::module_& m);      // needs_bindings.cpp
+void bind_sampling(nb::module_& m);   // sampling_bindings.cpp
 }
 
 namespace {
@@ -253,4 +254,5 @@ NB_MODULE(_native, m) {
   fluxion::bind_dense(m);
   fluxion::bind_gpu(m);
   fluxion::bind_needs(m);
+  fluxion::bind_sampling(m);
 }

@@ -73,6 +73,28 @@ struct BoundStatistics {
   float lse, mean, deviation;
 };
 
+constexpr int kLogitBlock = 256;  // logits of a row that are weighed at a time
+constexpr int kLogitBuckets = 2048, kSpareBuckets = 8;
+constexpr int kWeightBits = 44;  // the likeliest token weighs 2^44; sums of 2^19 such have 64 bits
+
+// Of a row of logits.
+struct LogitExtremes {
+  float lowest, highest;
+  bool has_no_number;  // NaN or +inf is among them
+};
+
+// A token weighs 2^kWeightBits * 2^((logit - largest) * scale), rounded to an integer; 0 if its logit
+// is below `lowest`. No logit is above `largest`.
+struct Tempering {
+  double largest, scale, lowest;
+};
+
+// Buckets of width 1 / per_unit from `low` on; what lies above the last is in it. Logits below `low`
+// take turns in spare buckets after it: adding to one bucket again waits for the addition before.
+struct Buckets {
+  float low, per_unit;
+};
+
 struct KernelTable {
   const char* name;
   // Digest blocks [first_block, first_block + num_blocks), all complete, at all four levels.
@@ -138,6 +160,19 @@ struct KernelTable {
   //   sums  [head_dim rounded up to 32] in any order of channels
   void (*add_moments)(const uint16_t* rows, int32_t count, int32_t head_dim, double* sums,
                       double* squares);
+  // The next five are about a row of logits: ops/token_weights.inl.
+  // Repetition penalty: logits of tokens seen are divided by it where positive, else multiplied.
+  void (*penalise_seen)(const float* logits, const uint8_t* seen, int32_t count, float penalty,
+                        float* to);
+  //   block_highest  takes the highest of each kLogitBlock logits; NaN may or may not show in it
+  LogitExtremes (*logit_extremes)(const float* logits, int32_t count, float* block_highest);
+  // Weights of kLogitBlock tokens, and their sum.
+  uint64_t (*weigh_block)(const float* logits, Tempering by, uint64_t* weights);
+  void (*bucket_logits)(const float* logits, int32_t count, Buckets buckets, int32_t* to);
+  // List which of some logits are at least `least` and below `below`, the first being `first`;
+  // returns how many.
+  int32_t (*list_between)(const float* logits, int32_t count, float least, float below,
+                          int32_t first, int32_t* places);
 };
 
 extern const KernelTable kScalarKernels;

@@ -1,14 +1,19 @@
-"""Sampling against transformers' logits processors, by hand, and by law."""
+"""Sampling against transformers' logits processors, by hand, and by law.
+
+The definition (sampling_reference.py) is held against transformers; what is served, on every ISA,
+against the definition.
+"""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 from itertools import product
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import (
@@ -20,14 +25,47 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from fluxion_core.errors import ModelError, SamplingError
-from fluxion_core.generation.sampling import MAX_SEED, SamplingParams, keep_likely, penalise, sample
+from fluxion_core.errors import ModelError, SamplingError, ShapeError
+from fluxion_core.generation.sampling import (
+    MAX_SEED,
+    MAX_VOCAB,
+    SamplingParams,
+    TokenSampler,
+    sample,
+    sample_rows,
+)
+from fluxion_core.generation.sampling_reference import choose, keep_likely, noise_of, penalise
+from fluxion_core.kernels import _native, isa
+from fluxion_core.scheduler.pool_spans import PoolSpans
+from fluxion_core.scheduler.scheduler import CpuPool
 
 VOCAB = 1000
+ALMOST_ONE = 1.0 - 2.0**-53
 
 
 def random_logits(seed: int, vocab: int = VOCAB) -> Tensor:
     return torch.randn(vocab, generator=torch.Generator().manual_seed(seed)) * 4
+
+
+def chosen(logits: Tensor, params: SamplingParams, noise: float) -> int:
+    """The token that a number from 0 to below 1 stands for: on every ISA the same."""
+    before, tokens = isa.current_isa(), set()
+    for name in isa.available_isas():
+        isa.set_isa(name)
+        token, largest = _native.choose_token(
+            logits.data_ptr(),
+            len(logits),
+            params.temperature,
+            params.top_k,
+            params.top_p,
+            params.min_p,
+            int(noise * 2**53),
+        )
+        assert largest == float(logits.max())
+        tokens.add(token)
+    isa.set_isa(before)
+    (token,) = tokens
+    return token
 
 
 def kept_probability(logits: Tensor, params: SamplingParams) -> dict[int, float]:
@@ -35,6 +73,19 @@ def kept_probability(logits: Tensor, params: SamplingParams) -> dict[int, float]
     values, token_ids = keep_likely(logits, params)
     probability = torch.softmax(values, dim=0)
     return dict(zip(token_ids.tolist(), probability.tolist(), strict=True))
+
+
+def check_against_definition(logits: Tensor, params: SamplingParams, noise: float) -> None:
+    """The token is the definition's; on an edge, where rounding decides, a neighbour's will do."""
+    token, wanted = chosen(logits, params, noise), choose(logits, params, noise)
+    if token == wanted:
+        return
+    possible = set()
+    for factor, shift in product((1 - 1e-9, 1.0, 1 + 1e-9), (-1e-9, 0.0, 1e-9)):
+        top_p = params.top_p if params.top_p == 1.0 else min(params.top_p * factor, ALMOST_ONE)
+        near = min(max(noise + shift, 0.0), ALMOST_ONE)
+        possible.add(choose(logits, replace(params, top_p=top_p), near))
+    assert token in possible
 
 
 @pytest.mark.parametrize(
@@ -59,6 +110,30 @@ def test_what_may_be_drawn_is_what_transformers_leaves(
         assert set(found) == set(expected.nonzero().flatten().tolist())
         for token_id, probability in found.items():
             assert probability == pytest.approx(float(expected[token_id]), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "min_p", "top_k", "top_p"),
+    [*product((0.7, 1.8), (0.0, 0.01), (0, 1, 3, 40, 300), (0.1, 0.9, 0.999, 1.0))],
+)
+def test_each_token_has_the_part_of_the_noise_that_is_its_probability(
+    temperature: float, min_p: float, top_k: int, top_p: float
+):
+    params = SamplingParams(temperature=temperature, min_p=min_p, top_k=top_k, top_p=top_p)
+    logits = random_logits(top_k)
+    kept = kept_probability(logits, params)
+    begin = 0.0
+    edges = []
+    for token_id, probability in kept.items():
+        edges.append((token_id, begin, begin + probability))
+        begin += probability
+    for token_id, low, high in edges[:20] + edges[20::29] + edges[-3:]:
+        if high - low < 1e-9:  # weights have 44 bits
+            continue
+        for inside in (0.001, 0.5, 0.999):
+            assert chosen(logits, params, low + inside * (high - low)) == token_id
+    # Nothing lies beyond the last one that weighs anything: what is cut is not drawn.
+    assert chosen(logits, params, ALMOST_ONE) in kept
 
 
 @pytest.mark.parametrize("penalty", [0.5, 1.3])
@@ -95,6 +170,16 @@ def test_greedy_takes_the_largest_logit_after_penalties():
     assert sample(logits, repeated, [1], [], position=0) == 2
 
 
+@pytest.mark.parametrize("seed", [0, 7, 2**63, MAX_SEED])
+def test_noise_is_that_of_seed_and_position(seed: int):
+    # By hand: of so many equal tokens, a number from 0 to 1 stands for the one at its place.
+    logits = torch.zeros(MAX_VOCAB)
+    for position in (0, 1, 2, 2**31, 2**63):
+        params = SamplingParams(temperature=1.0, seed=seed)
+        token = sample(logits, params, [], [], position=position)
+        assert token == int(noise_of(seed, position) * MAX_VOCAB)
+
+
 @pytest.mark.parametrize(
     "limits", [{"top_k": 1}, {"top_p": 1e-9}, {"min_p": 0.999999}, {"temperature": 1e-300}]
 )
@@ -109,6 +194,8 @@ def test_top_k_keeps_exactly_k_of_equal_logits_those_of_the_lowest_ids():
     logits = torch.tensor([0.0, 5.0, 5.0, 7.0, 5.0, 5.0])
     params = SamplingParams(temperature=1.0, top_k=3)
     assert keep_likely(logits, params)[1].tolist() == [3, 1, 2]
+    # The first has e^2 / (e^2 + 2), 0.787, the others halves of the rest.
+    assert [chosen(logits, params, noise) for noise in (0.7, 0.85, 0.9, ALMOST_ONE)] == [3, 1, 2, 2]
 
 
 def test_top_p_keeps_the_token_that_reaches_it():
@@ -116,6 +203,21 @@ def test_top_p_keeps_the_token_that_reaches_it():
     logits = torch.tensor([math.log(2), 0.0, 0.0])
     params = SamplingParams(temperature=1.0, top_p=0.6)
     assert keep_likely(logits, params)[1].tolist() == [0, 1]
+    assert [chosen(logits, params, noise) for noise in (0.0, 0.66, 0.67, ALMOST_ONE)] == [
+        0,
+        0,
+        1,
+        1,
+    ]
+
+
+@pytest.mark.parametrize(("tokens", "top_p", "kept"), [(10, 0.9, 9), (600, 0.5, 300), (3, 0.5, 2)])
+def test_top_p_of_equal_tokens_is_that_share_of_them(tokens: int, top_p: float, kept: int):
+    # By hand; where sums of probabilities are rounded, the edge falls on either side.
+    logits = torch.full((tokens,), 3.0)
+    params = SamplingParams(temperature=0.7, top_p=top_p)
+    assert chosen(logits, params, ALMOST_ONE) == kept - 1
+    assert chosen(logits, params, 0.0) == 0
 
 
 def test_draws_follow_the_distribution():
@@ -168,27 +270,158 @@ def test_a_draw_depends_on_nothing_but_its_arguments(
     assert alone in keep_likely(logits, params)[1]
 
 
-@given(
-    # A hundredth apart or equal: what differs less may become a tie once the largest is subtracted.
-    values=st.lists(st.integers(-3000, 3000).map(lambda n: n / 100), min_size=1, max_size=40),
-    temperature=st.floats(0.05, 10.0),
-    top_p=st.floats(0.001, 0.999),
+LOGITS = st.one_of(
+    st.floats(-40, 40, width=32),
+    st.integers(-12, 12).map(lambda n: n / 4),
+    st.sampled_from([0.0, -0.0, -math.inf, 1e-40, 1e30, -3e38]),
 )
-def test_top_p_without_a_sort_of_everything_keeps_what_the_definition_keeps(
-    values: list[float], temperature: float, top_p: float
+
+
+@given(
+    values=st.lists(LOGITS, min_size=1, max_size=40),
+    repeats=st.sampled_from([1, 1, 30]),
+    temperature=st.one_of(st.floats(0.05, 10.0), st.sampled_from([5e-324, 100.0])),
+    top_k=st.integers(0, 60),
+    top_p=st.one_of(st.floats(1e-9, 1.0), st.just(1.0)),
+    min_p=st.one_of(st.floats(0.0, 0.5), st.just(0.0)),
+    noise=st.floats(0.001, 0.999),
+)
+@settings(max_examples=150, deadline=None)
+def test_what_is_served_is_the_definition(
+    values: list[float],
+    repeats: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    noise: float,
 ):
-    logits = torch.tensor(values)
-    found = keep_likely(logits, SamplingParams(temperature=temperature, top_p=top_p))[1].tolist()
-    order = sorted(range(len(values)), key=lambda i: (-values[i], i))
-    weights = [math.exp((values[i] - max(values)) / temperature) for i in order]
-    total = math.fsum(weights)
-    # The definition leaves a token out once those before it reach top_p; rounding may move a
-    # token that lies on the edge itself.
-    before = [math.fsum(weights[:n]) / total for n in range(len(order))]
-    certain = [order[n] for n in range(len(order)) if before[n] < top_p - 1e-9 or n == 0]
-    possible = [order[n] for n in range(len(order)) if before[n] < top_p + 1e-9 or n == 0]
-    assert found[: len(certain)] == certain
-    assert found == possible[: len(found)]
+    logits = torch.tensor([*values, 0.0] * repeats)
+    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    check_against_definition(logits, params, noise)
+
+
+def large_rows() -> dict[str, Tensor]:
+    """Rows in which whatever is cut first leaves much, by name."""
+    vocab = 20_011
+    noise = torch.randn(vocab, generator=torch.Generator().manual_seed(0))
+    outlier = noise * 1e-4
+    outlier[5] = 10.0
+    close = noise * 1e-42
+    return {
+        "flat": noise * 0.01,
+        "equal": torch.zeros(vocab),
+        "like a model's": noise * 2.2,
+        "one far above the rest": outlier,
+        "many ties": (noise * 4).round() / 4,
+        "differences below what can be divided": close,
+        "mostly impossible": noise.masked_fill(noise < 1.0, -math.inf),
+    }
+
+
+@pytest.mark.parametrize("name", large_rows())
+@pytest.mark.parametrize(
+    "limits", [{"top_p": 0.9}, {"top_k": 1000, "top_p": 0.95}, {"top_k": 50}, {"min_p": 0.05}, {}]
+)
+def test_a_large_vocabulary_is_sampled_by_the_definition_too(name: str, limits: dict[str, float]):
+    logits = large_rows()[name]
+    params = SamplingParams(temperature=0.7, **limits)
+    for noise in (0.1, 0.77, 0.999):
+        check_against_definition(logits, params, noise)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    "penalties",
+    [
+        {"repetition_penalty": 1.3},
+        {"repetition_penalty": 0.5},
+        {"presence_penalty": 1.5},
+        {"frequency_penalty": -0.25},
+        {"repetition_penalty": 1.1, "presence_penalty": 0.5, "frequency_penalty": 0.5},
+    ],
+)
+def test_a_sampler_counts_what_it_gives(temperature: float, penalties: dict[str, float]):
+    params = SamplingParams(temperature=temperature, seed=3, **penalties)
+    # Few enough tokens that they come again; ids seen beyond the row's end are of no row.
+    prompt, generated = [3, 3, 9, 70], [9, 21, 59]
+    sampler = TokenSampler(params, prompt, generated)
+    for step in range(60):
+        logits = random_logits(step, vocab=60)
+        within = [token for token in prompt if token < 60]
+        expected = choose(
+            penalise(logits, params, within, generated), params, noise_of(3, len(generated))
+        )
+        assert sample(logits, params, prompt, generated, position=len(generated)) == expected
+        assert sampler.sample(logits) == expected
+        generated = [*generated, expected]
+
+
+def test_a_sampler_reads_the_prompt_once():
+    params = SamplingParams(repetition_penalty=100.0)
+    prompt = [1]
+    sampler = TokenSampler(params, prompt)
+    prompt[0] = 2
+    assert sampler.sample(torch.tensor([0.1, 4.0, 3.0])) == 2
+
+
+@pytest.mark.parametrize("threads", [None, 1, 3])
+def test_rows_of_a_step_get_what_they_get_alone(threads: int | None):
+    pool = None if threads is None else CpuPool(threads)
+    limits = ({}, {"top_p": 0.9}, {"top_k": 4, "repetition_penalty": 1.2}, {"min_p": 0.1})
+    params = [SamplingParams(temperature=1.0, seed=row, **limits[row % 4]) for row in range(9)]
+    samplers = [TokenSampler(one, [1, 2]) for one in params]
+    generated: list[list[int]] = [[] for _ in params]
+    for position in range(3):
+        # Rows of a wider tensor, as a decoder with padding gives them.
+        wide = torch.stack([random_logits(100 * position + row, VOCAB + 16) for row in range(9)])
+        found = sample_rows(wide[:, :VOCAB], samplers, pool)
+        for row, own in enumerate(generated):
+            alone = sample(wide[row, :VOCAB], params[row], [1, 2], own, position=position)
+            assert found[row] == alone
+            own.append(alone)
+
+
+@pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf])
+def test_a_row_that_cannot_be_sampled_is_its_own_trouble(bad: float):
+    logits = torch.stack([random_logits(row) for row in range(4)])
+    params = SamplingParams(temperature=1.0, seed=5)
+    samplers = [TokenSampler(params) for _ in range(4)]
+    damaged = logits.clone()
+    damaged[2, 17] = bad
+    found = sample_rows(damaged, samplers, CpuPool(2))
+    assert isinstance(found[2], ModelError)
+    assert f"largest logit is {abs(bad)}" in str(found[2])
+    # It has not moved: its next token has the noise of the same position.
+    assert samplers[2].sample(logits[2]) == sample(logits[2], params, [], [], position=0)
+    for row in (0, 1, 3):
+        assert found[row] == sample(logits[row], params, [], [], position=0)
+
+
+def test_the_pool_says_which_rows_it_samples():
+    pool = CpuPool(2)
+    pool.record(on=True)
+    sample_rows(torch.zeros(3, VOCAB), [TokenSampler(SamplingParams()) for _ in range(3)], pool)
+    spans = [span for span in PoolSpans(pool).take(0, 0).spans() if span.name != "claim"]
+    assert sorted((span.name, span.args["task"]) for span in spans) == [
+        ("sample", row) for row in range(3)
+    ]
+
+
+@pytest.mark.parametrize(
+    "logits",
+    [
+        torch.zeros(3),
+        torch.zeros(2, 3),
+        torch.zeros(1, 0),
+        torch.zeros(1, 3).double(),
+        torch.zeros(1, 6)[:, ::2],
+        torch.zeros(1, MAX_VOCAB + 1),
+    ],
+)
+def test_logits_that_do_not_fit_are_refused(logits: Tensor):
+    with pytest.raises(ShapeError, match="each row in one piece"):
+        sample_rows(logits, [TokenSampler(SamplingParams())])
 
 
 @pytest.mark.parametrize(
@@ -218,3 +451,11 @@ def test_a_model_that_gives_no_numbers_is_said_to(temperature: float, bad: float
     logits[17] = bad
     with pytest.raises(ModelError, match="weights may be damaged"):
         sample(logits, SamplingParams(temperature=temperature), [], [], position=0)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_of_which_no_token_is_possible_is_refused(temperature: float):
+    with pytest.raises(ModelError, match="largest logit is -inf"):
+        sample(
+            torch.full((5,), -math.inf), SamplingParams(temperature=temperature), [], [], position=0
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,8 @@ import torch
 from fluxion_core.decode_step import StepReads, StepRow
 from fluxion_core.device_usage import DeviceUsage
 from fluxion_core.errors import CapacityError, DeviceError, FluxionError, ModelError
-from fluxion_core.generation.sampling import SamplingParams
+from fluxion_core.generation.sampling import SamplingParams, sample
+from fluxion_core.scheduler.scheduler import CpuPool
 from fluxion_core.selector.policy import ExactPolicy, ThresholdPolicy
 from services.decode.engine import DecodeEngine, DecodeSequence
 from services.decode.read_totals import ReadTotals
@@ -226,6 +228,30 @@ def test_what_is_wrong_with_one_sequence_ends_that_one_only(fault, expected) -> 
     assert engine.statistics().tokens == 8 + (fault == "delivery")
     assert step.slots == set()
     assert theirs.empty()
+
+
+@pytest.mark.parametrize("threads", [None, 2])
+def test_sequences_of_a_step_are_sampled_as_each_would_be_alone(threads) -> None:
+    step, ends = FakeStep(), queue.Queue()
+    engine = DecodeEngine(step, pool=None if threads is None else CpuPool(threads))
+    sequences = []
+    for seed in range(5):
+        one = sequence_of(ExactPolicy(), None, 8, ends)
+        sampling = SamplingParams(
+            temperature=1.0, seed=seed, repetition_penalty=1.5, frequency_penalty=0.5
+        )
+        sequences.append(replace(one, sampling=sampling, generated_token_ids=[1]))
+        engine.submit(sequences[-1])
+    engine.start()
+    assert [ends.get(timeout=60) for _ in sequences] == [None] * 5
+    engine.stop()
+    logits = torch.tensor([0.0, 1.0])
+    for one in sequences:
+        expected = [1]
+        while len(expected) < 9:
+            expected.append(sample(logits, one.sampling, [0], expected, position=len(expected)))
+        assert one.generated_token_ids == expected
+    assert len({tuple(one.generated_token_ids) for one in sequences}) > 1
 
 
 def test_an_end_that_cannot_be_delivered_is_nobody_elses() -> None:

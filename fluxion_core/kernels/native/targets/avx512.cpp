@@ -12,9 +12,11 @@
 #include "ops/span_score.inl"
 #include "ops/sparse_attention.inl"
 #include "ops/prompt_needs.inl"
+#include "ops/token_weights.inl"
 
 const fluxion::KernelTable fluxion::kAvx512Kernels = {
     "avx512",     digest_blocks, digest_span, copy_past_cache, score_tiles,
     score_spans, choose_top,    attend_runs, read_pieces,
     dense_rows,  bound_statistics, dense_rows_bf16, add_norm_row, gate_rows,
-    need_blocks, add_moments};
+    need_blocks, add_moments,
+    penalise_seen, logit_extremes, weigh_block, bucket_logits, list_between};
