@@ -16,7 +16,6 @@ import sys
 import threading
 import time
 import urllib.parse
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
@@ -104,7 +103,8 @@ def generate(number: int, *, characters: int = 3000, quality: str = "exact") -> 
 def query(promql: str) -> dict[str, float]:
     """An expression's values now, by their labels as JSON."""
     asked = urllib.parse.urlencode({"query": promql})
-    with urllib.request.urlopen(f"{PROMETHEUS}/api/v1/query?{asked}", timeout=30) as answer:
+    url = f"{PROMETHEUS}/api/v1/query?{asked}"
+    with expressions.DIRECTLY.open(url, timeout=30) as answer:
         result = json.load(answer)["data"]["result"]
     return {json.dumps(one["metric"], sort_keys=True): float(one["value"][1]) for one in result}
 

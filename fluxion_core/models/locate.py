@@ -30,10 +30,11 @@ def locate_model(name_or_path: str, models_dir: Path) -> Path:
 
     Raises:
         ModelNotFoundError: nothing is there; the text says how to get it.
-        ConfigError: it begins with ~, and there is no home directory.
+        ConfigError: it begins with ~, and there is no home directory; or it is not UTF-8 text.
     """
     if not name_or_path:
         raise ModelNotFoundError("model name is empty; give a path or a name for `fluxion pull`")
+    _check_name(name_or_path)
     path = _home(name_or_path) if name_or_path.startswith("~") else Path(name_or_path)
     found = _model_at(path)
     if found is not None:
@@ -73,4 +74,20 @@ def _model_at(path: Path) -> Path | None:
     if len(files) > 1:
         names = ", ".join(file.name for file in files)
         raise ModelNotFoundError(f"{path} holds several GGUF files ({names}); name one by its path")
+    if files:
+        _check_name(str(files[0]))
     return files[0] if files else None
+
+
+def _check_name(path: str) -> None:
+    """Refuse a name that no message can carry: nodes tell each other their models' names.
+
+    Raises:
+        ConfigError: it is not UTF-8 text.
+    """
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(
+            f"the model's name {path!r} is not UTF-8 text; rename the file or its directory"
+        ) from None

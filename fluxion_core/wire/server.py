@@ -6,6 +6,7 @@ Who may call, and how a service's errors become statuses: call_guard.py.
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -197,6 +198,21 @@ def _listen(
             port = server.add_insecure_port(address)
         else:
             port = server.add_secure_port(address, credentials)
-    except (RuntimeError, OSError) as error:
-        raise ConfigError(f"{setting} {address}: {error}") from None
+    except (RuntimeError, OSError):
+        raise ConfigError(f"{setting} {address}: {_why_not_bound(address)}") from None
     return str(replace(Address.parse(address, may_choose_port=True), port=port))
+
+
+def _why_not_bound(address: str) -> str:
+    """In the system's words, which gRPC keeps to itself."""
+    where = Address.parse(address, may_choose_port=True)
+    try:
+        for family, kind, protocol, _, place in socket.getaddrinfo(
+            where.host, where.port, type=socket.SOCK_STREAM
+        ):
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(place)
+    except OSError as error:
+        return error.strerror or str(error)
+    return "it cannot be listened on now"

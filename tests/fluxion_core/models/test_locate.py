@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fluxion_core.errors import ModelNotFoundError
+from fluxion_core.errors import ConfigError, ModelNotFoundError
 from fluxion_core.models.locate import default_models_dir, locate_model
 
 
@@ -20,6 +20,13 @@ def models_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (directory / "Org" / "Name").mkdir(parents=True)
     (directory / "Org" / "Name" / "config.json").touch()
     return directory
+
+
+def test_a_name_that_no_message_can_carry_is_refused(tmp_path):
+    (tmp_path / "caf\udce9.gguf").touch()
+    for name in (str(tmp_path), str(tmp_path / "caf\udce9.gguf"), "caf\udce9"):
+        with pytest.raises(ConfigError, match="is not UTF-8 text; rename"):
+            locate_model(name, tmp_path)
 
 
 def test_a_name_is_its_only_gguf_file(models_dir):

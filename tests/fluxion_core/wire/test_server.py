@@ -24,7 +24,7 @@ from fluxion_core.config import (
     ServerSettings,
     ServerTlsSettings,
 )
-from fluxion_core.errors import CapacityError
+from fluxion_core.errors import CapacityError, ConfigError
 from fluxion_core.wire.channel import open_channel
 from fluxion_core.wire.server import NodeServer
 from fluxion_proto.v1 import generate_pb2, generate_pb2_grpc
@@ -306,6 +306,14 @@ async def test_errors_of_services_are_statuses_and_bugs_are_request_ids():
         kinds = [dict(one.trailing_metadata())["fluxion-error"] for one in (bug, threads)]
         assert kinds == ["InternalError", "ThreadLimitError"]
         assert "nobody" not in bug.details()
+
+
+async def test_an_address_that_is_taken_is_told_in_the_systems_words():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(ConfigError) as failure:
+            await NodeServer(ServerSettings(listen=address), SERVICE).start()
+    assert str(failure.value) == f"server.listen {address}: Address already in use"
 
 
 async def test_before_it_is_ready_a_node_answers_health_alone():
