@@ -32,6 +32,17 @@ _FIELD_BITS = (32, 16, 16, 32, 32, 32, 32, 32, 32)
 _PAYLOAD_BYTES_FIELD, _CRC_FIELD = 6, 7
 
 
+_INFINITY = 0x7F80
+"""In bfloat16; NaN has all its bits too."""
+
+
+def finite_noise(num_bytes: int) -> bytes:
+    """Random bfloat16 values, all of them finite."""
+    values = np.frombuffer(Random(0).randbytes(num_bytes), np.uint16).copy()
+    values[values & _INFINITY == _INFINITY] ^= 0x0080
+    return values.tobytes()
+
+
 class HandoffStreams:
     """Whole streams with a few changes each; every tenth has none and must be accepted."""
 
@@ -40,7 +51,7 @@ class HandoffStreams:
 
     def __init__(self) -> None:
         self._store = HostKvStore(GEOMETRY, 4 << 20, model_key=b"toy")
-        self._noise = Random(0).randbytes(1 << 16)
+        self._noise = finite_noise(1 << 16)
 
     def close(self) -> None:
         """Nothing is held between cases."""
@@ -109,6 +120,8 @@ class HandoffStreams:
                 raise ViolationError(
                     f"layer {layer} holds other KV from token {first} than was sent"
                 )
+            if (found[:, :, :rows] & _INFINITY == _INFINITY).any():
+                raise ViolationError(f"layer {layer} holds KV that is not finite")
 
     def _check_nothing_is_held(self) -> None:
         found = self._store.statistics()
@@ -158,7 +171,7 @@ def whole_stream(
         while first < num_tokens:
             count = min(num_tokens - first, BLOCK_TOKENS * random.randint(1, 8))
             size = LAYOUT.payload_bytes(count)
-            at = random.randrange(len(noise) - size)
+            at = 2 * random.randrange((len(noise) - size) // 2)
             frames.append(Frame(FrameKind.CHUNK, noise[at : at + size], layer, first, count))
             first += count
         queues.append(frames)
@@ -188,7 +201,7 @@ def damage(random: Random, messages: list[bytes]) -> list[bytes]:
         return [random.randbytes(random.randrange(100))]
     at = random.randrange(len(messages))
     message = messages[at]
-    match random.randrange(11):
+    match random.randrange(12):
         case 0:
             del messages[at]
         case 1:
@@ -204,6 +217,8 @@ def damage(random: Random, messages: list[bytes]) -> list[bytes]:
             messages[at] = _rebuilt(message, mutate_bytes(random, message[_PREFIX.size :]))
         case 6 | 7 | 8:
             messages[at] = _with_odd_field(random, message)
+        case 9:
+            messages[at] = _with_not_finite(random, message)
         case _:
             at = random.choice((0, len(messages) - 1))
             messages[at] = _with_odd_message(random, messages[at])
@@ -216,6 +231,15 @@ def _rebuilt(message: bytes, payload: bytes) -> bytes:
     fields[_PAYLOAD_BYTES_FIELD] = len(payload)
     fields[_CRC_FIELD] = google_crc32c.value(payload)
     return _PREFIX.pack(*fields) + payload
+
+
+def _with_not_finite(random: Random, message: bytes) -> bytes:
+    """One value is NaN or an infinity; it may be one that only fills up a block."""
+    payload = bytearray(message[_PREFIX.size :])
+    if len(payload) > 1:
+        at = 2 * random.randrange(len(payload) // 2)
+        payload[at : at + 2] = random.choice((b"\x80\x7f", b"\x80\xff", b"\x81\x7f", b"\xff\xff"))
+    return _rebuilt(message, bytes(payload))
 
 
 def _with_odd_field(random: Random, message: bytes) -> bytes:
