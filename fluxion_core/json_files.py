@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
@@ -48,6 +49,20 @@ def token_ids(value: object, path: Path) -> tuple[int, ...]:
     if not all(type(item) is int and 0 <= item < 1 << 32 for item in values):
         raise ModelFileError(f"{path}: token ids are {value!r:.60}; must be integers")
     return tuple(cast(list[int], values))
+
+
+def flag(entries: Mapping[str, object], name: str, path: Path, *, default: bool = False) -> bool:
+    """True or false from an entry, and nothing that Python takes for one of them.
+
+    Raises:
+        ModelFileError: it holds something else.
+    """
+    value = entries.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        raise ModelFileError(f"{path}: {name} is {value!r:.60}; must be true or false")
+    return value
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -20,9 +20,10 @@ from tokenizers import AddedToken
 from fluxion_core.errors import ModelFileError, ModelNotFoundError, UnsupportedModelError
 from fluxion_core.generation.chat_template_files import read_chat_template
 from fluxion_core.generation.post_processor import Frame, frame_of
+from fluxion_core.generation.tokenizer_class import apply_class, class_of, default_names
 from fluxion_core.generation.tokenizer_entries import NAMED_TOKENS, TOKENIZER_CONFIG
 from fluxion_core.generation.vocabulary import Vocabulary
-from fluxion_core.json_files import read_json_if_there, token_ids
+from fluxion_core.json_files import flag, read_json_if_there, token_ids
 from fluxion_core.telemetry import event
 
 _log = logging.getLogger(__name__)
@@ -49,6 +50,9 @@ def read_directory(directory: Path) -> Vocabulary:
         # The library raises bare Exception for whatever is wrong with the file.
         raise ModelFileError(f"{path}: {error}") from None
     config = read_json_if_there(directory / _CONFIG)
+    kind = class_of(config, read_json_if_there(directory / "config.json"))
+    apply_class(kind, backend, config, directory / _CONFIG)
+    config = {**default_names(kind, backend), **config}
     if backend.padding is not None:
         config.setdefault("pad_token", backend.padding["pad_token"])
     # State of the program that wrote the file, for its batches.
@@ -60,7 +64,7 @@ def read_directory(directory: Path) -> Vocabulary:
     TOKENIZER_CONFIG.check(
         {name: value for name, value in config.items() if name not in texts}, directory / _CONFIG
     )
-    backend.encode_special_tokens = _flag(config, "split_special_tokens", directory)
+    backend.encode_special_tokens = flag(config, "split_special_tokens", directory / _CONFIG)
     _check_clean_up(config, backend, directory)
     prefix, suffix = _frame(backend, path)
     _say_what_decides(config, directory, prefix, suffix)
@@ -211,7 +215,7 @@ def _check_clean_up(
     config: Mapping[str, object], backend: tokenizers.Tokenizer, directory: Path
 ) -> None:
     # Made for word pieces. transformers too leaves the answers of byte-pair encodings as they are.
-    asked = _flag(config, "clean_up_tokenization_spaces", directory)
+    asked = flag(config, "clean_up_tokenization_spaces", directory / _CONFIG)
     if asked and not isinstance(backend.model, tokenizers.models.BPE):
         raise UnsupportedModelError(
             f"{directory / _CONFIG}: clean_up_tokenization_spaces is true: taking spaces out of "
@@ -225,7 +229,7 @@ def _say_what_decides(
     """What a text begins and ends with is said in two places; tokenizer.json decides."""
     said = {"add_bos_token": bool(prefix), "add_eos_token": bool(suffix)}
     for name, is_added in said.items():
-        if _flag(config, name, directory, is_added) != is_added:
+        if flag(config, name, directory / _CONFIG, default=is_added) != is_added:
             _log.warning(
                 event(
                     "the post-processor of tokenizer.json decides what stands around a text",
@@ -235,17 +239,6 @@ def _say_what_decides(
                     suffix=list(suffix),
                 )
             )
-
-
-def _flag(config: Mapping[str, object], name: str, directory: Path, default: bool = False) -> bool:
-    value = config.get(name)
-    if value is None:
-        return default
-    if not isinstance(value, bool):
-        raise ModelFileError(
-            f"{directory / _CONFIG}: {name} is {value!r:.60}; must be true or false"
-        )
-    return value
 
 
 def _list(value: object, path: Path) -> list[object]:

@@ -16,13 +16,13 @@ TOKENIZER_CONFIG = EntryRules(
             *("additional_special_tokens", "extra_special_tokens", "added_tokens_decoder"),
             *("chat_template", "split_special_tokens", "add_bos_token", "add_eos_token"),
             *("model_max_length", "max_len", "clean_up_tokenization_spaces"),
-            "model_specific_special_tokens",
+            *("model_specific_special_tokens", "tokenizer_class", "legacy", "add_prefix_space"),
         )
     ),
     harmless=frozenset(
         (
             # Names of classes and files: what they made is in tokenizer.json.
-            *("tokenizer_class", "processor_class", "name_or_path", "_name_or_path", "backend"),
+            *("processor_class", "name_or_path", "_name_or_path", "backend"),
             *("special_tokens_map_file", "tokenizer_file", "vocab_file", "merges_file"),
             *("is_local", "local_files_only", "init_inputs", "trust_remote_code", "_commit_hash"),
             # Batches are not padded or truncated here; a too long prompt is refused.
@@ -30,7 +30,7 @@ TOKENIZER_CONFIG = EntryRules(
             *("truncation_side", "truncation", "truncation_strategy", "max_length", "stride"),
             *("model_input_names", "return_token_type_ids"),
             # Of the conversion into tokenizer.json, which has happened.
-            *("legacy", "add_prefix_space", "use_default_system_prompt", "sp_model_kwargs"),
+            *("use_default_system_prompt", "sp_model_kwargs"),
             *("spaces_between_special_tokens", "errors", "from_slow", "use_fast", "do_lower_case"),
             # Of programs around the tokenizer.
             *(

@@ -7,6 +7,7 @@ from math import isfinite
 from pathlib import Path
 
 from fluxion_core.errors import ModelFileError
+from fluxion_core.json_files import flag
 
 _NUMBER_LIMIT = 1 << 63
 
@@ -49,9 +50,4 @@ class Fields:
 
     def flag(self, name: str, default: bool = False) -> bool:
         """True or false, and nothing that Python takes for one of them."""
-        value = self._raw.get(name)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            raise ModelFileError(f"{self._path}: {name} is {value!r:.60}; must be true or false")
-        return value
+        return flag(self._raw, name, self._path, default=default)
