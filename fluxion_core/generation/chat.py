@@ -43,12 +43,15 @@ class ChatTemplate:
         source: the template.
         special_tokens: texts that templates refer to by name: bos_token, eos_token, pad_token, and
             whatever else the model's files name.
+        begins_with: put before a prompt that does not begin with it.
 
     Raises:
         ModelFileError: the template does not compile.
     """
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+    def __init__(
+        self, source: str, special_tokens: Mapping[str, str], *, begins_with: str = ""
+    ) -> None:
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
         )
@@ -59,6 +62,7 @@ class ChatTemplate:
             "dict": _PlainDict(),
             "namespace": _PlainNamespace,
         }
+        self._begins_with = begins_with
         self.source = source
         self.special_tokens = special_tokens
         try:
@@ -85,18 +89,31 @@ class ChatTemplate:
         """
         if not messages:
             raise InvalidRequestError("chat has no messages; send at least one")
+        held = "" if self._begins_with else None
         try:
-            yield from self._template.generate(
+            for text in self._template.generate(
                 dict(self.special_tokens),
                 # Templates ask whether these are none.
                 tools=None,
                 documents=None,
                 messages=[{"role": m.role, "content": m.content} for m in messages],
                 add_generation_prompt=add_generation_prompt,
-            )
+            ):
+                if held is None:
+                    yield text
+                    continue
+                held += text
+                if len(held) >= len(self._begins_with):
+                    yield self._begun(held)
+                    held = None
         # A template is a program: on messages that its author did not think of, it fails like one.
         except (jinja2.TemplateError, *_PROGRAM_ERRORS) as error:
             raise InvalidRequestError(f"the model's chat template refuses: {error}") from None
+        if held is not None:
+            yield self._begun(held)
+
+    def _begun(self, start: str) -> str:
+        return start if start.startswith(self._begins_with) else self._begins_with + start
 
 
 def _refuse(message: str) -> NoReturn:

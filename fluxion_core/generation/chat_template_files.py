@@ -37,7 +37,7 @@ def read_chat_template(
 
 
 def choose_template(
-    templates: Mapping[str, str], special_tokens: Mapping[str, str]
+    templates: Mapping[str, str], special_tokens: Mapping[str, str], *, begins_with: str = ""
 ) -> tuple[ChatTemplate | None, str]:
     """The default of several templates by name; None with the reason if there is none."""
     others = ", ".join(sorted(name for name in templates if name != _DEFAULT))
@@ -47,7 +47,7 @@ def choose_template(
         return None, f"this model has chat templates for {others} alone; send text or token_ids"
     if others:
         _log.info(event("of several chat templates the default is used", others=others))
-    return ChatTemplate(templates[_DEFAULT], special_tokens), ""
+    return ChatTemplate(templates[_DEFAULT], special_tokens, begins_with=begins_with), ""
 
 
 def _in_files(directory: Path) -> dict[str, str]:

@@ -57,8 +57,10 @@ def read_gguf(path: Path) -> Vocabulary:
     for name, key in _TEMPLATE_TOKENS.items():
         if (token_id := special_token_id(file, key)) is not None:
             named[name] = tokens[token_id]
-    chosen, without = choose_template(_templates(file), named)
     prefix = _added(file, "bos", bos, default=cutting.begins_with_bos)
+    # In llama.cpp a conversation begins with that token once, whatever its template writes.
+    begins_with = named["bos_token"] if prefix else ""
+    chosen, without = choose_template(_templates(file), named, begins_with=begins_with)
     suffix = _added(file, "eos", eos, default=False)
     return Vocabulary(backend, chosen, without, bos, ends.end_ids, prefix, suffix)
 

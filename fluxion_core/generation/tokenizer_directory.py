@@ -49,6 +49,12 @@ def read_directory(directory: Path) -> Vocabulary:
     except Exception as error:
         # The library raises bare Exception for whatever is wrong with the file.
         raise ModelFileError(f"{path}: {error}") from None
+    dropout = getattr(backend.model, "dropout", None)
+    if dropout:
+        raise UnsupportedModelError(
+            f"{path}: dropout is {dropout:.3g}: a text would be cut another way every time; set it "
+            f"to null"
+        )
     config = read_json_if_there(directory / _CONFIG)
     kind = class_of(config, read_json_if_there(directory / "config.json"))
     apply_class(kind, backend, config, directory / _CONFIG)

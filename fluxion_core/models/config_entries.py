@@ -175,10 +175,3 @@ NO_SUGGESTION: dict[str, tuple[object, ...]] = {
     "top_k": (None, 0, 50),
     "max_length": (None, 20),
 }
-
-ROPE_READ = frozenset(
-    (
-        *("rope_type", "type", "rope_theta", "factor", "low_freq_factor", "high_freq_factor"),
-        *("original_max_position_embeddings", "partial_rotary_factor"),
-    )
-)

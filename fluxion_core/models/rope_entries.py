@@ -13,12 +13,18 @@ from pathlib import Path
 
 from fluxion_core.errors import ModelFileError, UnsupportedModelError
 from fluxion_core.models.config import LinearScaling, Llama3Scaling, RopeConfig
-from fluxion_core.models.config_entries import ROPE_READ
 from fluxion_core.models.config_fields import Fields
 from fluxion_core.telemetry import event
 
 _log = logging.getLogger(__name__)
 _DEFAULT_THETA = 10_000.0
+_LENGTH = "original_max_position_embeddings"
+# Entries that count, of all kinds of scaling and of one.
+_ANY_KIND = frozenset(("rope_type", "type", "rope_theta", "partial_rotary_factor"))
+_OWN = {
+    "linear": frozenset(("factor",)),
+    "llama3": frozenset(("factor", "low_freq_factor", "high_freq_factor", _LENGTH)),
+}
 
 
 def read_rope(raw: Mapping[str, object], path: Path) -> RopeConfig:
@@ -30,8 +36,6 @@ def read_rope(raw: Mapping[str, object], path: Path) -> RopeConfig:
     """
     scaling, parameters = (_object(raw, name, path) for name in ("rope_scaling", "rope_parameters"))
     chosen = scaling or parameters
-    if unknown := sorted(set(chosen) - ROPE_READ):
-        _log.warning(event("rotary entries without effect", file=path, entries=", ".join(unknown)))
     _check_put_aside(scaling, parameters, path)
     fields = Fields(chosen, path)
     share = _agreed("partial_rotary_factor", [scaling, parameters, raw], path)
@@ -49,21 +53,23 @@ def read_rope(raw: Mapping[str, object], path: Path) -> RopeConfig:
     kind, older = chosen.get("rope_type"), chosen.get("type")
     if None not in (kind, older) and kind != older:
         raise ModelFileError(f"{path}: rotary scaling is both {kind!r} and {older!r}; keep one")
-    match kind or older or "default":
+    name = kind or older or "default"
+    if unread := sorted(set(chosen) - _ANY_KIND - _OWN.get(str(name), frozenset())):
+        _log.warning(event("rotary entries without effect", file=path, entries=", ".join(unread)))
+    match name:
         case "default":
             return RopeConfig(base)
         case "linear":
             return RopeConfig(base, LinearScaling(fields.number("factor")))
         case "llama3":
-            name = "original_max_position_embeddings"
-            length = _agreed(name, [chosen, raw], path)
+            length = _agreed(_LENGTH, [chosen, raw], path)
             return RopeConfig(
                 base,
                 Llama3Scaling(
                     factor=fields.number("factor"),
                     low_freq_factor=fields.number("low_freq_factor"),
                     high_freq_factor=fields.number("high_freq_factor"),
-                    original_context_tokens=Fields({name: length}, path).integer(name),
+                    original_context_tokens=Fields({_LENGTH: length}, path).integer(_LENGTH),
                 ),
             )
         case other:

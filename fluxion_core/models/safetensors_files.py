@@ -27,6 +27,8 @@ _log = logging.getLogger(__name__)
 _ONE_FILE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _ADAPTER = "adapter_config.json"
+# Which library's layout the tensors have, as transformers tells them apart.
+_FORMATS = ("pt", "mlx")
 _DTYPES = ("F32", "F16", "BF16")
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Old exporters store what a config says already.
@@ -112,6 +114,11 @@ class SafetensorsWeights:
 
     def _add(self, path: Path) -> set[str]:
         file = safe_open(path, framework="pt")
+        form = (file.metadata() or {}).get("format", _FORMATS[0])  # type: ignore[no-untyped-call]
+        if form not in _FORMATS:
+            raise UnsupportedModelError(
+                f"{path}: format is {form!r}; supported: {', '.join(_FORMATS)}"
+            )
         names = cast(list[str], file.keys())  # type: ignore[no-untyped-call]
         for name in names:
             if name in self._files:

@@ -296,6 +296,15 @@ def test_special_tokens_of_a_gguf_file_reach_its_template(write_gguf):
     )
 
 
+@pytest.mark.parametrize("written", [True, False])
+@pytest.mark.parametrize("added", [True, False])
+def test_a_conversation_begins_once_with_what_every_text_begins_with(write_gguf, written, added):
+    template = "{{ bos_token }}hi" if written else "hi"
+    tokenizer = Tokenizer.load(write_gguf(chat_template=template, add_bos_token=added))
+    prompt = tokenizer.render_chat([ChatMessage("user", "x")])
+    assert prompt == ("<|bos|>hi" if written or added else "hi")
+
+
 def test_tokens_without_a_text_have_one_of_their_own(write_gguf):
     tokens = [*byte_vocabulary(), "", ""]
     path = write_gguf(tokens=tokens, token_type=[3, 3, 4] + [1] * (len(tokens) - 3))

@@ -301,6 +301,13 @@ def test_spaces_of_word_pieces_are_not_taken_out_in_silence(tmp_path):
         Tokenizer.load(write(tmp_path, backend, files))
 
 
+def test_cutting_by_chance_is_refused(tmp_path):
+    backend = backend_of()
+    backend.model.dropout = 0.1
+    with pytest.raises(UnsupportedModelError, match=r"tokenizer\.json: dropout is 0\.1"):
+        Tokenizer.load(write(tmp_path, backend, {}))
+
+
 @pytest.mark.parametrize("single", ["$A $A", f"{BOS} $A $A"])
 def test_a_post_processor_that_does_more_is_refused(tmp_path, single):
     with pytest.raises(UnsupportedModelError, match=r"tokenizer\.json: post-processor"):

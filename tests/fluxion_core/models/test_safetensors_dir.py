@@ -238,6 +238,26 @@ def test_rotary_frequencies_are_those_of_transformers(tmp_path, name):
 
 
 @pytest.mark.parametrize(
+    ("scaling", "unread"),
+    [
+        ({"rope_type": "default", "factor": 4.0}, "factor"),
+        ({"factor": 4.0}, "factor"),
+        (
+            {"rope_type": "linear", "factor": 4.0, "beta_fast": 32, "mscale": 1},
+            '"beta_fast, mscale"',
+        ),
+        ({**LLAMA3, "truncate": True}, "truncate"),
+    ],
+)
+def test_rotary_entries_that_do_not_count_are_said(tmp_path, caplog, scaling, unread):
+    ours = read_config(write(tmp_path, BASE | {"rope_scaling": scaling}))
+    assert f"entries={unread}" in caplog.text
+    theirs = transformers.LlamaForCausalLM(transformers.AutoConfig.from_pretrained(tmp_path))
+    expected = theirs.model.rotary_emb.inv_freq
+    torch.testing.assert_close(inverse_frequencies(ours.rope, 16), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
     ("ropes", "sentence"),
     [
         (

@@ -117,6 +117,16 @@ def test_a_tensor_without_a_place_is_refused_by_name(llama_dir, name):
         load(llama_dir)
 
 
+@pytest.mark.parametrize(("form", "is_read"), [("pt", True), ("mlx", True), ("tf", False)])
+def test_the_layout_of_another_library_is_refused(llama_dir, form, is_read):
+    save_file(load_file(llama_dir / ONE_FILE), llama_dir / ONE_FILE, metadata={"format": form})
+    if is_read:
+        load(llama_dir)
+    else:
+        with pytest.raises(UnsupportedModelError, match="format is 'tf'"):
+            load(llama_dir)
+
+
 def test_an_adapter_beside_the_model_is_refused(llama_dir):
     (llama_dir / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     with pytest.raises(UnsupportedModelError, match="merge it into them"):
