@@ -12,26 +12,22 @@ from dataclasses import dataclass
 from tokenizers import Regex, pre_tokenizers
 
 from fluxion_core.errors import UnsupportedModelError
+from fluxion_core.generation.text_pieces import (
+    SPLIT_GPT2,
+    SPLIT_LLAMA3,
+    SPLIT_MARKS,
+    SPLIT_NUMBER,
+    SPLIT_NUMBERS,
+    SPLIT_QWEN2,
+    SPLIT_TEKKEN,
+    SPLIT_THREE_DIGITS,
+)
 from fluxion_core.gguf_index import GgufFile
 from fluxion_core.telemetry import event
 
 _log = logging.getLogger(__name__)
 _KEY = "tokenizer.ggml.pre"
-_GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_QWEN2 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_TEKKEN = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_FALLBACK = (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9]{3}")
+_FALLBACK = (SPLIT_MARKS, SPLIT_GPT2, SPLIT_NUMBERS, SPLIT_THREE_DIGITS)
 
 
 @dataclass(frozen=True)
@@ -56,17 +52,18 @@ class Cutting:
         return pre_tokenizers.Sequence([*splits, bytes_])
 
 
-_LLAMA3_CUTTING = Cutting((_LLAMA3,), ignores_merges=True, begins_with_bos=True)
-_QWEN2_CUTTING = Cutting((_QWEN2,), composes=True)
+_LLAMA3_CUTTING = Cutting((SPLIT_LLAMA3,), ignores_merges=True, begins_with_bos=True)
+_QWEN2_CUTTING = Cutting((SPLIT_QWEN2,), composes=True)
 CUTTINGS = {
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "lfm2"), _LLAMA3_CUTTING),
-    **dict.fromkeys(("dbrx", "smaug-bpe"), Cutting((_LLAMA3,))),
+    **dict.fromkeys(("dbrx", "smaug-bpe"), Cutting((SPLIT_LLAMA3,))),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), _QWEN2_CUTTING),
     **dict.fromkeys(
-        ("smollm", "starcoder", "refact", "codeshell", "minerva-7b"), Cutting((r"\p{N}", _GPT2))
+        ("smollm", "starcoder", "refact", "codeshell", "minerva-7b"),
+        Cutting((SPLIT_NUMBER, SPLIT_GPT2)),
     ),
-    **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jais", "mellum"), Cutting((_GPT2,))),
-    "tekken": Cutting((_TEKKEN,), ignores_merges=True, begins_with_bos=True),
+    **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jais", "mellum"), Cutting((SPLIT_GPT2,))),
+    "tekken": Cutting((SPLIT_TEKKEN,), ignores_merges=True, begins_with_bos=True),
     "default": Cutting(_FALLBACK),
 }
 

@@ -33,6 +33,14 @@ SPLIT_QWEN2 = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
+SPLIT_TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPLIT_NUMBER, SPLIT_NUMBERS, SPLIT_THREE_DIGITS = r"\p{N}", r"\p{N}+", "[0-9]{3}"
+SPLIT_MARKS = r"[\p{P}\$\+<=>\^~\|]+"
+
 PIECE_CHARACTERS = 16 << 10
 """A piece ends at the first place behind so many: some milliseconds, and some MiB of memory."""
 
@@ -40,7 +48,9 @@ MAX_PIECE_BYTES = 1 << 20
 """A text without a place to cut for so long is refused: its cutting cannot be interrupted, and
 takes a hundred bytes of memory a byte."""
 
-_KNOWN_SPLITS = frozenset({SPLIT_GPT2, SPLIT_LLAMA3, SPLIT_QWEN2})
+_KNOWN_SPLITS = frozenset({SPLIT_GPT2, SPLIT_LLAMA3, SPLIT_QWEN2, SPLIT_TEKKEN})
+_WITHIN_PLACES = frozenset({SPLIT_NUMBER, SPLIT_NUMBERS, SPLIT_THREE_DIGITS, SPLIT_MARKS})
+"""No match of these lies across a place, but not every place ends one."""
 
 _PLACE = re.compile(
     # What patterns and Python may disagree on, whether it is white space, is none of it here.
@@ -184,7 +194,7 @@ def _keeps_text(step: Mapping[str, object]) -> bool:
         case "Digits":
             return True
         case "Split":
-            return _cuts_at_places(step)
+            return _cuts_at_places(step) or _cuts_within_places(step)
     return False
 
 
@@ -197,4 +207,12 @@ def _cuts_at_places(step: Mapping[str, object]) -> bool:
             # The patterns leave nothing between their matches.
             ways = (("Isolated", False), ("Removed", True))
             return pattern in _KNOWN_SPLITS and (step["behavior"], step["invert"]) in ways
+    return False
+
+
+def _cuts_within_places(step: Mapping[str, object]) -> bool:
+    """Whether no match of this step lies across a place."""
+    match step:
+        case {"pattern": {"Regex": str(pattern)}, "behavior": "Isolated", "invert": False}:
+            return pattern in _WITHIN_PLACES
     return False

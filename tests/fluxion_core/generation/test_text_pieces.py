@@ -14,6 +14,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from fluxion_core.errors import InvalidRequestError
 from fluxion_core.generation import text_pieces
+from fluxion_core.generation.gguf_cutting import CUTTINGS
 from fluxion_core.generation.text_pieces import (
     SPLIT_GPT2,
     SPLIT_LLAMA3,
@@ -73,7 +74,20 @@ def split_by(pattern: str, **changes: object) -> Callable[[Tokenizer], tokenizer
     return make
 
 
+def cut_as(name: str) -> Callable[[Tokenizer], tokenizers.Tokenizer]:
+    """The embedded model's merges behind the patterns that a GGUF file names so."""
+
+    def make(smollm2: Tokenizer) -> tokenizers.Tokenizer:
+        backend = tokenizers.Tokenizer.from_str(smollm2._backend.to_str())
+        backend.pre_tokenizer = CUTTINGS[name].pre_tokenizer()
+        return backend
+
+    return make
+
+
 KINDS = {
+    "tekken": cut_as("tekken"),
+    "llama.cpp's default": cut_as("default"),
     "smollm2": like_smollm2,
     "gpt2": split_by(SPLIT_GPT2),
     "llama3": split_by(SPLIT_LLAMA3),
@@ -231,3 +245,10 @@ def test_a_text_that_cannot_be_cut_is_refused_where_it_is_too_long(monkeypatch):
     for text in ("x" * 101, "漢" * 34, "word one two three " + "x" * 200):
         with pytest.raises(InvalidRequestError, match="break it with spaces"):
             list(pieces.cut(text))
+
+
+@pytest.mark.parametrize("name", sorted(CUTTINGS))
+def test_whatever_way_of_cutting_a_gguf_file_names_has_places(byte_backend, name):
+    backend = tokenizers.Tokenizer.from_str(byte_backend.to_str())
+    backend.pre_tokenizer = CUTTINGS[name].pre_tokenizer()
+    assert pieces_of(backend).has_places
