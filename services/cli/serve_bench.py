@@ -31,6 +31,7 @@ from fluxion_core.benchmark.serve import (
 )
 from fluxion_core.config import ClientSettings
 from fluxion_core.errors import ConfigError
+from fluxion_core.wire.status import error_from_rpc
 from fluxion_proto.v1 import generate_pb2, generate_pb2_grpc
 from services.cli.connection import connect
 from services.cli.demo import load_document
@@ -69,20 +70,23 @@ async def bench_serve(
 
     Raises:
         ConfigError: no load or no length, or a prompt does not fit the model's context.
-        FluxionError: the node cannot be reached.
+        FluxionError: the node cannot be reached, or refuses to say what it serves.
     """
     if not options.loads or not options.lengths:
         raise ConfigError("bench serve needs a load (--rate or --concurrency) and a prompt length")
     async with connect(address, client) as channel:
         stub = generate_pb2_grpc.GenerationStub(channel)
-        info = await stub.GetModelInfo(generate_pb2.GetModelInfoRequest())
+        try:
+            info = await stub.GetModelInfo(generate_pb2.GetModelInfoRequest())
+            token_ids = await _document_tokens(stub, info.context_tokens)
+        except grpc.aio.AioRpcError as error:
+            raise error_from_rpc(error) from None
         longest = max(length.tokens for length in options.lengths) + options.new_tokens
         if longest > info.context_tokens:
             raise ConfigError(
                 f"prompts and new tokens are up to {longest}; the context has {info.context_tokens}"
             )
-        text = await stub.Tokenize(generate_pb2.TokenizeRequest(text=load_document()))
-        sender = _Sender(stub, options, list(text.token_ids), info.vocab_size)
+        sender = _Sender(stub, options, token_ids, info.vocab_size)
         figures = []
         for number, load in enumerate(options.loads):
             planned = plan_requests(options.lengths, load, options.requests, options.seed + number)
@@ -100,6 +104,21 @@ async def bench_serve(
         "figures": [asdict(one) for one in figures],
     }
     return report, figures
+
+
+async def _document_tokens(
+    stub: generate_pb2_grpc.GenerationStub, context_tokens: int
+) -> list[int]:
+    """The demo's document in tokens, asked for in pieces that fit any context: a token has a byte
+    at least."""
+    text, token_ids = load_document(), list[int]()
+    # A character has four bytes at most.
+    size = max(1, context_tokens // 4)
+    for start in range(0, len(text), size):
+        piece = text[start : start + size]
+        answer = await stub.Tokenize(generate_pb2.TokenizeRequest(text=piece))
+        token_ids.extend(answer.token_ids)
+    return token_ids
 
 
 class _Sender:

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from fluxion_core.benchmark.serve import Length, Load, plot
 from fluxion_core.config import ClientSettings
-from fluxion_core.errors import ConfigError
+from fluxion_core.errors import ConfigError, FluxionError
 from fluxion_proto.v1 import generate_pb2
 from services.cli.serve_bench import ServeOptions, bench_serve
 
@@ -88,3 +88,11 @@ async def test_what_cannot_be_sent_is_refused(start_decode):
                 await bench_serve(
                     Console(file=io.StringIO()), options, node.address, ClientSettings()
                 )
+
+
+async def test_a_node_of_another_kind_is_one_sentence(decode_node):
+    options = ServeOptions(LENGTHS, (Load(concurrency=1),))
+    with pytest.raises(FluxionError, match="is this the address of the right kind of node"):
+        await bench_serve(
+            Console(file=io.StringIO()), options, decode_node.address, ClientSettings()
+        )
