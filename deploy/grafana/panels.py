@@ -154,10 +154,28 @@ OVERVIEW = Dashboard(
             NO_PREFILL_NODE,
         ),
         Panel(
+            "Who computes prompts",
+            "suffix: requests/s",
+            (
+                Line(
+                    rate("fluxion_prompt_placements_total", by="computed_by, reason"),
+                    "{computed_by}: {reason}",
+                ),
+            ),
+            "The node of each prompt admitted, and why it was chosen.",
+            NO_DECODE_NODE,
+        ),
+        Panel(
             "Nodes that are ready",
             "suffix: nodes",
-            (Line(gauge("fluxion_node_ready", by="kind"), "{kind}"),),
-            "Model loaded, not draining.",
+            (
+                Line(gauge("fluxion_node_ready", by="kind"), "{kind}"),
+                Line(
+                    gauge("fluxion_prefill_nodes_answering", by="instance"),
+                    "prefill, as {instance} sees it",
+                ),
+            ),
+            "Model loaded, not draining, and for decode nodes: a prefill node answers.",
             "No node was scraped in this range.",
         ),
     ),
@@ -338,6 +356,13 @@ TRAFFIC = Dashboard(
             (Line(rate("fluxion_handoff_failures_total", by="reason"), "{reason}"),),
             "Attempts; another prefill node may have done it after.",
             "No hand-off has failed on the nodes chosen.",
+        ),
+        Panel(
+            "Answers that nobody took",
+            "suffix: calls/s",
+            (Line(rate("fluxion_unread_calls_total", by="kind"), "{kind}"),),
+            "Calls ended because their client did not read (server.unread_seconds).",
+            "No node was scraped in this range.",
         ),
         Panel(
             "Host KV store",

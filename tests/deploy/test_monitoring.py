@@ -154,16 +154,11 @@ def test_what_needs_a_gpu_is_known_through_recorded_metrics_too(expressions):
 def test_every_documented_metric_group_is_on_a_dashboard(expressions):
     shown = " ".join(one.promql for one in expressions.all_expressions())
     unseen = {one.name for one in DEFINITIONS if one.name not in shown}
-    # Those beside what is shown: the node's labels, what its readiness is made of, calls that were
-    # ended because nobody took their answer, one request's time, hand-offs as a count, and why
-    # prompts, whose tokens are shown, are computed where.
+    # Those beside what is shown: the node's labels, one request's time, hand-offs as a count.
     assert unseen == {
         "fluxion_node_info",
-        "fluxion_prefill_nodes_answering",
-        "fluxion_unread_calls_total",
         "fluxion_request_seconds",
         "fluxion_store_sequences",
-        "fluxion_prompt_placements_total",
         "fluxion_handoffs_total",
         "fluxion_prefill_prompts_total",
         "fluxion_prefill_busy_seconds_total",
