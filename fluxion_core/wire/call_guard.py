@@ -240,17 +240,17 @@ async def _abort(
     if isinstance(error, grpc.aio.AbortError):
         raise error
     error = thread_limit(error) or error
-    if isinstance(error, FluxionError):
-        status = status_of(error)
-        if status is not grpc.StatusCode.INTERNAL:
-            await context.abort(status, str(error), _trailing_metadata(error))
-    request_id = _request_id(request)
-    _log.error(event("call failed", method=method, request_id=request_id), exc_info=error)
-    await context.abort(
-        grpc.StatusCode.INTERNAL,
-        f"internal error; request id {request_id}",
-        _trailing_metadata(error),
-    )
+    status = status_of(error) if isinstance(error, FluxionError) else grpc.StatusCode.INTERNAL
+    details = str(error)
+    if status is grpc.StatusCode.INTERNAL:
+        request_id = _request_id(request)
+        _log.error(event("call failed", method=method, request_id=request_id), exc_info=error)
+        details = f"internal error; request id {request_id}"
+    try:
+        await context.abort(status, details, _trailing_metadata(error))
+    except grpc.aio.InternalError:
+        # Nobody is there any more.
+        raise asyncio.CancelledError from None
     raise AssertionError("abort returned")
 
 

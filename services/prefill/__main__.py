@@ -15,7 +15,13 @@ from services.loading import load
 from services.metrics import NodeMetrics
 from services.metrics_endpoint import MetricsEndpoint
 from services.node import DeviceFailure, NodeModel, load_node_model, run_node
-from services.prefill.config import CPU_CHUNK_TOKENS, GPU_CHUNK_TOKENS, PrefillNodeSettings
+from services.prefill.config import (
+    CPU_CHUNK_TOKENS,
+    CPU_OUTGOING_BYTES,
+    GPU_CHUNK_TOKENS,
+    GPU_OUTGOING_BYTES,
+    PrefillNodeSettings,
+)
 from services.prefill.engine import PrefillEngine
 from services.prefill.metrics import PrefillCollector, PromptCounters
 from services.prefill.service import (
@@ -47,6 +53,7 @@ async def serve(settings: PrefillNodeSettings, ending: asyncio.Event) -> None:
             max_running=settings.engine.max_running_prompts,
             max_waiting=settings.engine.max_waiting_prompts,
             running_kv_bytes=settings.engine.running_kv_bytes,
+            outgoing_bytes=outgoing_bytes(settings, model),
             on_failure=failure.tell,
         )
         await load(engine.warm_up, ending)
@@ -64,14 +71,19 @@ async def serve(settings: PrefillNodeSettings, ending: asyncio.Event) -> None:
             model.layout,
             vocab_size=model.loaded.config.vocab_size,
             context_tokens=model.loaded.config.context_tokens,
-            outgoing_bytes=settings.engine.outgoing_bytes,
             counters=counters,
             callers=server.callers,
         )
         node = PrefillNodeService(engine, model.layout)
         server.add_generic_rpc_handlers((handoff.generic_handler(),))
         handoff_pb2_grpc.add_PrefillNodeServicer_to_server(node, server)
-        readiness = Readiness(server, metrics, address=address, model=model.loaded.name)
+        readiness = Readiness(
+            server,
+            metrics,
+            address=address,
+            model=model.loaded.name,
+            chunk_tokens=engine.chunk_tokens,
+        )
         await readiness.loaded()
         await ending.wait()
         _log.info(event("draining", grace_seconds=settings.server.grace_seconds))
@@ -90,8 +102,19 @@ async def serve(settings: PrefillNodeSettings, ending: asyncio.Event) -> None:
 
 def chunk_tokens(settings: PrefillNodeSettings, model: NodeModel) -> int:
     """Tokens of a chunk: what the settings say, else what suits the model's device."""
-    on_gpu = model.loaded.decoder.embedding.device.type == "cuda"
-    return settings.engine.chunk_tokens or (GPU_CHUNK_TOKENS if on_gpu else CPU_CHUNK_TOKENS)
+    default = GPU_CHUNK_TOKENS if _is_on_gpu(model) else CPU_CHUNK_TOKENS
+    return settings.engine.chunk_tokens or default
+
+
+def outgoing_bytes(settings: PrefillNodeSettings, model: NodeModel) -> int:
+    """KV of a prompt that may wait: what the settings say, else what suits the model's device."""
+    default = GPU_OUTGOING_BYTES if _is_on_gpu(model) else CPU_OUTGOING_BYTES
+    given = settings.engine.outgoing_bytes
+    return default if given is None else given
+
+
+def _is_on_gpu(model: NodeModel) -> bool:
+    return model.loaded.decoder.embedding.device.type == "cuda"
 
 
 if __name__ == "__main__":

@@ -9,6 +9,9 @@ from fluxion_core.setting_types import ByteCount, Count
 
 CPU_CHUNK_TOKENS = 512
 GPU_CHUNK_TOKENS = 4096
+CPU_OUTGOING_BYTES = 64 << 20
+GPU_OUTGOING_BYTES = 1 << 30
+"""Two chunks of 4,096 tokens of an 8B model. With fewer tokens a chunk its prompts take longer."""
 
 
 class EngineSettings(Section):
@@ -16,16 +19,19 @@ class EngineSettings(Section):
 
     chunk_tokens: Count | None = Field(default=None, ge=16, multiple_of=16)
     """Tokens computed at a time: bounds the memory of activations, and how long one prompt keeps
-    the others waiting. If not given, 512 on a CPU and 4096 on a GPU."""
+    the others waiting. If not given, 512 on a CPU and 4096 on a GPU; fewer where the KV of two
+    chunks would be more than outgoing_bytes."""
     max_running_prompts: Count = Field(default=8, gt=0)
-    """Prompts computed in turns, a chunk each."""
+    """Prompts computed in turns, a chunk each. One that pauses for a slow receiver has no place."""
     running_kv_bytes: ByteCount = 8 << 30
-    """KV of the prompts computed in turns; one that does not fit beside the others waits for them.
-    A prompt alone is always computed: the model's context bounds it."""
+    """KV of the prompts that have begun, and KV that is computed and not taken; a prompt that does
+    not fit beside the others waits for them. A prompt alone is always computed: the model's context
+    bounds it."""
     max_waiting_prompts: Count = 64
     """Prompts that may wait for a place; the next one is refused."""
-    outgoing_bytes: ByteCount = 64 << 20
-    """KV of one prompt that may wait for a slow receiver; then the prompt pauses, others go on."""
+    outgoing_bytes: ByteCount | None = None
+    """KV of one prompt that may wait for a slow receiver; then the prompt pauses, others go on. If
+    not given, 64 MiB on a CPU and 1 GiB on a GPU."""
 
 
 class PrefillNodeSettings(NodeSettings):

@@ -2,7 +2,8 @@
 
 Life of a prompt: `submit`; chunks, each through all layers, its KV handed out layer by layer; the
 first token sampled from the last position's logits; `on_end`. A prompt whose outgoing KV is not
-taken pauses and the others go on. `cancel` takes effect before the next layer. A device that
+taken pauses: it gives its place up, and others go on. What has been computed and not taken counts
+as KV of the engine until it is. `cancel` takes effect before the next layer. A device that
 fails (DeviceError) ends everything: the engine takes no prompt any more, and says so to
 `on_failure`, once.
 
@@ -56,8 +57,8 @@ class Prompt:
     """Takes each CHUNK frame."""
     on_end: Callable[[Trailer | BaseException], None]
     """Called once, with the trailer or with what went wrong."""
-    has_room: Callable[[], bool]
-    """Whether another chunk's KV may be handed out now."""
+    outgoing_bytes: Callable[[], int]
+    """KV that was handed out and has not been taken. From any thread."""
     profile_window: WindowSpec | None = None
     """The receiver's default window, if it wants a profile of the prompt."""
     submitted: float = field(default_factory=time.perf_counter)
@@ -77,6 +78,8 @@ class PrefillLoad:
     """What the engine has to do."""
 
     running_prompts: int
+    """Those that pause are not among them."""
+    paused_prompts: int
     waiting_prompts: int
     pending_tokens: int
 
@@ -98,10 +101,12 @@ class PrefillEngine:
     Args:
         decoder: the model.
         geometry: of its KV.
-        chunk_tokens: tokens at a time.
-        max_running: prompts computed in turns.
+        chunk_tokens: tokens at a time, or fewer: two chunks' KV is within `outgoing_bytes`.
+        max_running: prompts computed in turns, those that pause not counted.
         max_waiting: prompts that may wait beside them.
-        running_kv_bytes: KV of the prompts computed in turns; a prompt alone may exceed it.
+        running_kv_bytes: KV of the prompts that have begun, and of those that are computed what was
+            not taken yet; a prompt alone may exceed it.
+        outgoing_bytes: KV of one prompt that may wait to be taken.
         on_failure: told when the device has failed for good.
     """
 
@@ -114,11 +119,13 @@ class PrefillEngine:
         max_running: int,
         max_waiting: int,
         running_kv_bytes: int,
+        outgoing_bytes: int,
         on_failure: Callable[[DeviceError], None] = lambda _: None,
     ) -> None:
         self._decoder = decoder
         self._geometry = geometry
-        self._chunk_tokens = chunk_tokens
+        self._chunk_tokens = _chunk_tokens_within(chunk_tokens, outgoing_bytes // 2, geometry)
+        self._outgoing_bytes = outgoing_bytes
         self._max_running = max_running
         self._max_waiting = max_waiting
         self._running_kv_bytes = running_kv_bytes
@@ -126,6 +133,8 @@ class PrefillEngine:
         self._changed = threading.Condition()
         self._waiting: deque[Prompt] = deque()
         self._running: deque[Prompt] = deque()
+        self._leaving: list[Prompt] = []
+        """Computed, and not all taken when somebody last looked."""
         self._stopping = False
         self._on_failure = on_failure
         self._failure: DeviceError | None = None
@@ -135,6 +144,11 @@ class PrefillEngine:
         self._statistics = self._new_statistics()
         self._clock = UsageClock(self._statistics.device)
         self._thread = threading.Thread(target=self._run, name="prefill-engine", daemon=True)
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Tokens of a prompt computed at a time."""
+        return self._chunk_tokens
 
     def warm_up(self) -> None:
         """Compute a few tokens, so that no prompt pays for first-time work. Before `start`."""
@@ -146,7 +160,7 @@ class PrefillEngine:
                 sampling=SamplingParams(),
                 on_frame=lambda _: None,
                 on_end=lambda _: None,
-                has_room=lambda: True,
+                outgoing_bytes=lambda: 0,
                 profile_window=WindowSpec(),
             )
         )
@@ -179,7 +193,7 @@ class PrefillEngine:
             if self._stopping:
                 raise DrainingError("this prefill node is shutting down; use another one")
             # Those that the engine's thread will take in a moment do not count as waiting.
-            free_places = max(0, self._max_running - len(self._running))
+            free_places = max(0, self._max_running - self._num_going())
             if len(self._waiting) >= self._max_waiting + free_places:
                 raise CapacityError(
                     "prefill queue",
@@ -198,12 +212,14 @@ class PrefillEngine:
             was_waiting = prompt in self._waiting
             if was_waiting:
                 self._waiting.remove(prompt)
+            if prompt in self._leaving:
+                self._leaving.remove(prompt)
             self._changed.notify()
         if was_waiting:
             prompt.on_end(RequestCancelledError("the receiver ended the hand-off"))
 
     def wake(self) -> None:
-        """Look again: a prompt has been cancelled, or has room for more KV."""
+        """Look again: KV of a prompt has been taken."""
         with self._changed:
             self._changed.notify()
 
@@ -211,8 +227,10 @@ class PrefillEngine:
         """What there is to do now."""
         with self._changed:
             prompts = [*self._waiting, *self._running]
+            running = self._num_going()
             return PrefillLoad(
-                running_prompts=len(self._running),
+                running_prompts=running,
+                paused_prompts=len(self._running) - running,
                 waiting_prompts=len(self._waiting),
                 pending_tokens=sum(len(p.token_ids) - p.num_computed for p in prompts),
             )
@@ -255,6 +273,8 @@ class PrefillEngine:
                     self._running.rotate(-1)
                 else:
                     self._running.remove(prompt)
+                    if isinstance(outcome, Trailer) and not prompt.is_cancelled:
+                        self._leaving.append(prompt)
             if outcome is not None:
                 prompt.capture = None
                 _end(prompt, outcome)
@@ -303,18 +323,31 @@ class PrefillEngine:
                     prompt.queue_seconds = time.perf_counter() - prompt.submitted
                     self._running.append(prompt)
                 for _ in range(len(self._running)):
-                    if self._running[0].is_cancelled or self._running[0].has_room():
+                    if self._goes_on(self._running[0]):
                         return self._running[0]
                     self._running.rotate(-1)
                 self._changed.wait()
             return None
 
     def _has_place_for(self, prompt: Prompt) -> bool:
-        if not self._running:
+        self._leaving = [other for other in self._leaving if other.outgoing_bytes()]
+        if not (self._running or self._leaving):
             return True
         tokens = sum(len(other.token_ids) for other in (prompt, *self._running))
-        fits = tokens * self._geometry.token_bytes <= self._running_kv_bytes
-        return fits and len(self._running) < self._max_running
+        held = tokens * self._geometry.token_bytes
+        held += sum(other.outgoing_bytes() for other in self._leaving)
+        return held <= self._running_kv_bytes and self._num_going() < self._max_running
+
+    def _num_going(self) -> int:
+        """Prompts that have a place."""
+        return sum(self._goes_on(prompt) for prompt in self._running)
+
+    def _goes_on(self, prompt: Prompt) -> bool:
+        """Whether its next chunk's KV may be handed out, or it is to end."""
+        if prompt.is_cancelled or not (waiting := prompt.outgoing_bytes()):
+            return True
+        tokens = min(self._chunk_tokens, len(prompt.token_ids) - prompt.num_computed)
+        return waiting + tokens * self._geometry.token_bytes <= self._outgoing_bytes
 
     @torch.inference_mode()
     def _compute_chunk(self, prompt: Prompt) -> Trailer | None:
@@ -386,3 +419,9 @@ def _end(prompt: Prompt, outcome: Trailer | BaseException) -> None:
         prompt.on_end(outcome)
     except Exception:
         _log.exception(event("end of a prompt not taken", request_id=prompt.request_id))
+
+
+def _chunk_tokens_within(chunk_tokens: int, limit_bytes: int, geometry: KvGeometry) -> int:
+    """As many of them as have KV within the limit: whole blocks, at least one."""
+    blocks = max(1, limit_bytes // (geometry.token_bytes * BLOCK_TOKENS))
+    return min(chunk_tokens, blocks * BLOCK_TOKENS)

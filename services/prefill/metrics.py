@@ -24,6 +24,12 @@ PROMPTS = MetricDefinition(
 RUNNING = MetricDefinition(
     "fluxion_prefill_prompts_running", "gauge", "prompts", "Prompts computed in turns."
 )
+PAUSED = MetricDefinition(
+    "fluxion_prefill_prompts_paused",
+    "gauge",
+    "prompts",
+    "Prompts that have begun and pause, because their decode node does not take their KV.",
+)
 WAITING = MetricDefinition(
     "fluxion_prefill_prompts_waiting", "gauge", "prompts", "Prompts that wait for their turn."
 )
@@ -53,7 +59,7 @@ PREFILL_SECONDS = MetricDefinition(
 )
 
 PREFILL_DEFINITIONS = (
-    *(PROMPTS, RUNNING, WAITING, PENDING_TOKENS, TOKENS, BUSY, KV_BYTES),
+    *(PROMPTS, RUNNING, PAUSED, WAITING, PENDING_TOKENS, TOKENS, BUSY, KV_BYTES),
     *(QUEUE_SECONDS, PREFILL_SECONDS),
 )
 
@@ -88,6 +94,7 @@ class PrefillCollector(Collector):
         load, statistics = self._engine.load(), self._engine.statistics()
         yield PROMPTS.render(dict(self._counters.ended))
         yield RUNNING.render_value(load.running_prompts)
+        yield PAUSED.render_value(load.paused_prompts)
         yield WAITING.render_value(load.waiting_prompts)
         yield PENDING_TOKENS.render_value(load.pending_tokens)
         yield TOKENS.render_value(statistics.tokens)

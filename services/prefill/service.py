@@ -33,13 +33,12 @@ MAX_REQUEST_ID_CHARACTERS = 128
 
 
 class Outbox:
-    """Frames on their way from the engine's thread to the event loop, bounded in bytes.
+    """Frames on their way from the engine's thread to the event loop.
 
-    The bound is kept by the engine: it starts a chunk of a prompt only while `has_room`.
+    The engine bounds them: it computes a chunk of a prompt only while `outgoing_bytes` allow it.
     """
 
-    def __init__(self, limit_bytes: int, loop: asyncio.AbstractEventLoop) -> None:
-        self._limit_bytes = limit_bytes
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._arrived = asyncio.Event()
         self._items: deque[Frame | Trailer | BaseException] = deque()
@@ -47,9 +46,9 @@ class Outbox:
         self._put_bytes = 0
         self._taken_bytes = 0
 
-    def has_room(self) -> bool:
-        """Whether less than the limit waits. From any thread."""
-        return self._put_bytes - self._taken_bytes < self._limit_bytes
+    def outgoing_bytes(self) -> int:
+        """KV that was put in and has not been taken. From any thread."""
+        return self._put_bytes - self._taken_bytes
 
     def put(self, item: Frame | Trailer | BaseException) -> None:
         """From the engine's thread; never blocks."""
@@ -81,7 +80,6 @@ class HandoffService:
         layout: what this node serves.
         vocab_size: ids are below it.
         context_tokens: the model's context.
-        outgoing_bytes: bound on KV of one prompt that waits for its receiver.
         counters: count how hand-offs end.
         callers: names the decode node that asks, for the log.
     """
@@ -93,7 +91,6 @@ class HandoffService:
         *,
         vocab_size: int,
         context_tokens: int,
-        outgoing_bytes: int,
         counters: PromptCounters,
         callers: Callers,
     ) -> None:
@@ -103,7 +100,6 @@ class HandoffService:
         self._layout = layout
         self._vocab_size = vocab_size
         self._context_tokens = context_tokens
-        self._outgoing_bytes = outgoing_bytes
 
     async def prefill(
         self, message: bytes, context: grpc.aio.ServicerContext
@@ -116,7 +112,7 @@ class HandoffService:
             CapacityError: too many prompts wait.
         """
         client = self._callers.client_of(context)
-        outbox = Outbox(self._outgoing_bytes, asyncio.get_running_loop())
+        outbox = Outbox(asyncio.get_running_loop())
         prompt = self._submit(message, outbox, client)
         outcome = ""
         try:
@@ -175,7 +171,7 @@ class HandoffService:
                 sampling=codec.sampling_from_proto(request.sampling),
                 on_frame=outbox.put,
                 on_end=outbox.put,
-                has_room=outbox.has_room,
+                outgoing_bytes=outbox.outgoing_bytes,
                 profile_window=codec.profile_window_from_proto(request),
             )
             self._engine.submit(prompt)

@@ -393,10 +393,9 @@ def test_memory_holds_kv_weights_and_process(manifests, component, settings):
     needed = WEIGHT_BYTES[settings.model.model] + PROCESS_BYTES[manifests.overlay]
     if component == "decode":
         needed += settings.store.host_kv_bytes
-    elif manifests.overlay == "cpu":
-        needed += settings.engine.running_kv_bytes
     else:
-        needed += settings.engine.outgoing_bytes * settings.engine.max_running_prompts
+        # With a GPU: what was computed and not taken.
+        needed += settings.engine.running_kv_bytes
     for volume in manifests.pods()[component]["spec"]["volumes"]:
         if volume.get("emptyDir", {}).get("medium") == "Memory":
             needed += gibibytes(volume["emptyDir"]["sizeLimit"])

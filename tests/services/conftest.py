@@ -172,13 +172,20 @@ def free_address() -> str:
         return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
-def server_settings(metrics_listen: str) -> ServerSettings:
-    return ServerSettings(listen=free_address(), metrics_listen=metrics_listen, grace_seconds=0.5)
+def server_settings(metrics_listen: str, unread_seconds: float = 20.0) -> ServerSettings:
+    return ServerSettings(
+        listen=free_address(),
+        metrics_listen=metrics_listen,
+        unread_seconds=unread_seconds,
+        grace_seconds=0.5,
+    )
 
 
-def prefill_settings(model: Path, metrics_listen: str = "", **engine) -> PrefillNodeSettings:
+def prefill_settings(
+    model: Path, metrics_listen: str = "", unread_seconds: float = 20.0, **engine
+) -> PrefillNodeSettings:
     return PrefillNodeSettings(
-        server=server_settings(metrics_listen),
+        server=server_settings(metrics_listen, unread_seconds),
         model=ModelSettings(model=str(model), device="cpu", threads=1),
         engine=PrefillEngineSettings(**{"chunk_tokens": 64, **engine}),
     )

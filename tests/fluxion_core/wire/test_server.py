@@ -274,6 +274,8 @@ async def test_who_does_not_take_an_answer_has_its_call_ended(caplog):
         while service.server.unread_calls < 2:
             await asyncio.sleep(0)
         unread.cancel()
+    # That nobody is there any more to be told is no failure of the node's.
+    assert "call failed" not in caplog.text
 
 
 async def test_a_message_that_does_not_come_ends_the_call():

@@ -31,8 +31,14 @@ def decoder(toy_model_path: Path) -> Decoder:
 @pytest.fixture
 def make_engine(decoder: Decoder) -> Callable[..., PrefillEngine]:
     def make(**limits: int) -> PrefillEngine:
-        defaults = {"max_running": 8, "max_waiting": 8, "running_kv_bytes": 1 << 30}
-        return PrefillEngine(decoder, GEOMETRY, chunk_tokens=CHUNK_TOKENS, **(defaults | limits))
+        defaults = {
+            "chunk_tokens": CHUNK_TOKENS,
+            "max_running": 8,
+            "max_waiting": 8,
+            "running_kv_bytes": 1 << 30,
+            "outgoing_bytes": 1 << 20,
+        }
+        return PrefillEngine(decoder, GEOMETRY, **(defaults | limits))
 
     return make
 
@@ -47,7 +53,7 @@ def running(engine: PrefillEngine) -> Iterator[None]:
 
 
 class Receiver:
-    """A prompt, and what became of it."""
+    """A prompt, and what became of it. All is taken at once, but while there is no room."""
 
     def __init__(self, num_tokens: int, log: list[tuple[Receiver, Frame]] | None = None) -> None:
         self.room = threading.Event()
@@ -62,7 +68,7 @@ class Receiver:
             sampling=SamplingParams(),
             on_frame=self.take,
             on_end=self.ends.put,
-            has_room=self.room.is_set,
+            outgoing_bytes=lambda: 0 if self.room.is_set() else 1 << 20,
         )
 
     def take(self, frame: Frame) -> None:
@@ -166,21 +172,97 @@ def test_a_cancelled_prompt_computes_no_further_layer(make_engine: Callable[...,
     assert receiver.prompt.capture is None
 
 
+def test_a_prompt_that_pauses_gives_its_place_to_others_and_has_it_again(
+    make_engine: Callable[..., PrefillEngine],
+):
+    blocked = [Receiver(3 * CHUNK_TOKENS) for _ in range(3)]
+    honest = Receiver(3 * CHUNK_TOKENS)
+    engine = make_engine(max_running=1)
+    with running(engine):
+        for receiver in blocked:
+            receiver.room.clear()
+            engine.submit(receiver.prompt)
+        engine.submit(honest.prompt)
+        assert isinstance(honest.end(), Trailer)
+        load = engine.load()
+        assert (load.running_prompts, load.paused_prompts, load.waiting_prompts) == (0, 3, 0)
+        for receiver in blocked:
+            receiver.room.set()
+        engine.wake()
+        assert all(isinstance(receiver.end(), Trailer) for receiver in blocked)
+
+
+def test_what_waits_for_a_receiver_is_bounded_whatever_a_chunk_is(
+    make_engine: Callable[..., PrefillEngine],
+):
+    limit = 6 * 16 * GEOMETRY.token_bytes
+    # Two chunks of 3 blocks each have their KV within it.
+    engine = make_engine(chunk_tokens=1024, outgoing_bytes=limit)
+    assert engine.chunk_tokens == 48
+    assert make_engine(chunk_tokens=1024, outgoing_bytes=0).chunk_tokens == 16
+    receiver = Receiver(1000)
+    waiting: list[int] = [0]
+    most, has_paused = 0, threading.Event()
+
+    def put(frame: Frame) -> None:
+        nonlocal most
+        receiver.take(frame)
+        waiting[0] += len(frame.payload)
+        most = max(most, waiting[0])
+
+    def outgoing_bytes() -> int:
+        if waiting[0] == limit:
+            has_paused.set()
+        return waiting[0]
+
+    receiver.prompt.on_frame, receiver.prompt.outgoing_bytes = put, outgoing_bytes
+    with running(engine):
+        engine.submit(receiver.prompt)
+        # By hand: 1,000 tokens are ten times the limit's 96 and 40 more.
+        for _ in range(10):
+            assert has_paused.wait(60)
+            has_paused.clear()
+            waiting[0] = 0
+            engine.wake()
+        assert isinstance(receiver.end(), Trailer)
+    assert most == limit
+
+
+def test_what_is_computed_and_not_taken_counts_until_it_is(
+    make_engine: Callable[..., PrefillEngine],
+):
+    chunk_bytes = CHUNK_TOKENS * GEOMETRY.token_bytes
+    first, second, third = Receiver(16), Receiver(16), Receiver(16)
+    engine = make_engine(running_kv_bytes=2 * chunk_bytes)
+    first.prompt.outgoing_bytes = lambda: len(first.frames) and 2 * chunk_bytes
+    with running(engine):
+        engine.submit(first.prompt)
+        assert isinstance(first.end(), Trailer)
+        engine.submit(second.prompt)
+        assert engine.load().waiting_prompts == 1
+        first.prompt.outgoing_bytes = lambda: 0
+        engine.wake()
+        assert isinstance(second.end(), Trailer)
+        # Nor does it count when its receiver is gone.
+        second.prompt.outgoing_bytes = lambda: 2 * chunk_bytes
+        engine.submit(third.prompt)
+        engine.cancel(second.prompt)
+        assert isinstance(third.end(), Trailer)
+
+
 def test_a_cancelled_prompt_gives_its_waiting_place_back_at_once(
     make_engine: Callable[..., PrefillEngine],
 ):
     engine = make_engine(max_running=1, max_waiting=1)
-    blocked, waiting, late = Receiver(16), Receiver(16), Receiver(16)
-    blocked.room.clear()
+    first, waiting, late = Receiver(16), Receiver(16), Receiver(16)
+    # Not started: one prompt for the free place, one that waits.
+    engine.submit(first.prompt)
+    engine.submit(waiting.prompt)
+    engine.cancel(waiting.prompt)
+    assert isinstance(waiting.end(), RequestCancelledError)
+    engine.submit(late.prompt)
+    assert engine.load().pending_tokens == 32
     with running(engine):
-        engine.submit(blocked.prompt)
-        engine.submit(waiting.prompt)
-        engine.cancel(waiting.prompt)
-        assert isinstance(waiting.end(), RequestCancelledError)
-        engine.submit(late.prompt)
-        assert engine.load().pending_tokens == 32
-        blocked.room.set()
-        engine.wake()
         assert isinstance(late.end(), Trailer)
     assert waiting.frames == []
     assert waiting.ends.empty()

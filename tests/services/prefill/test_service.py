@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import urllib.request
 
 import grpc
 import pytest
@@ -136,6 +137,43 @@ async def test_a_receiver_that_does_not_read_holds_up_only_itself(start_prefill)
         await frames_of(channel, request_of(layout, 300))
         rest = [codec.decode_frame(frame) async for frame in slow]
         assert rest[-1].kind is FrameKind.TRAILER
+
+
+async def test_a_hand_off_of_which_nothing_is_taken_is_ended_and_counted(
+    start_prefill, find_free_address, caplog
+):
+    no_window = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 8192)]
+    metrics = find_free_address()
+    async with (
+        start_prefill(
+            outgoing_bytes="16KiB",
+            max_running_prompts=1,
+            unread_seconds=0.5,
+            metrics_listen=metrics,
+        ) as node,
+        open_channel(node.address, ClientSettings()) as channel,
+        grpc.aio.insecure_channel(node.address, options=no_window) as unread,
+    ):
+        layout = await layout_of(channel)
+        stalled = [aiter(unread.unary_stream(METHOD)(request_of(layout, 2000))) for _ in range(3)]
+        for call in stalled:
+            await anext(call)
+        # Beside them: they have no place.
+        await frames_of(channel, request_of(layout, 300))
+        stub = handoff_pb2_grpc.PrefillNodeStub(channel)
+        while (await stub.GetPrefillLoad(handoff_pb2.GetPrefillLoadRequest())).pending_tokens:
+            pass
+        assert caplog.text.count("answer not taken method=/fluxion.v1.Handoff/Prefill") == 3
+        for call in stalled:
+            with pytest.raises(grpc.aio.AioRpcError) as failure:
+                async for _ in call:
+                    pass
+            assert failure.value.code() is grpc.StatusCode.ABORTED
+        text = await asyncio.to_thread(
+            lambda: urllib.request.urlopen(f"http://{metrics}/metrics", timeout=30).read().decode()
+        )
+        assert 'fluxion_unread_calls_total{kind="prefill"} 3.0' in text
+        assert 'fluxion_prefill_prompts_total{outcome="failed",status="ABORTED"} 3.0' in text
 
 
 async def test_a_cancelled_stream_ends_its_prompt(start_prefill):
