@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,9 +23,8 @@ from fluxion_core.geometry import BLOCK_SIZES, WindowSpec, ceil_div
 from fluxion_core.kernels import _native
 from fluxion_core.kernels.isa import native_layout
 from fluxion_core.kvstore.store import SequenceKv
-from fluxion_core.predictor.head_profile import BUDGETS
-from fluxion_core.predictor.prompt_estimate import blocks_of_budgets, needs_of_errors
-from fluxion_core.predictor.prompt_profile import NUM_KV_STATISTICS, PromptProfile
+from fluxion_core.predictor.prompt_estimate import blocks_of_budgets
+from fluxion_core.predictor.prompt_profile import PromptProfile, profile_shapes
 from fluxion_core.predictor.ranking import RADII
 from fluxion_core.scheduler.scheduler import WAKE_BYTES, CpuPool
 
@@ -78,10 +77,7 @@ class PromptProfiling:
             counts.data_ptr(),
             RADII,
         )
-        # Of one layer, as the native side writes them.
-        self._errors = torch.empty(rows, heads, len(BLOCK_SIZES), len(BUDGETS))
-        self._of_rows = torch.empty(4, rows, heads)
-        self._kv = torch.empty(geometry.num_kv_heads, NUM_KV_STATISTICS)
+        self._shapes = profile_shapes(heads, geometry.num_kv_heads)
         self.profiles: list[PromptProfile] = []
         """Of each layer that is done."""
         self._begin_layer()
@@ -120,17 +116,17 @@ class PromptProfiling:
         self._native.begin_layer(layer, self._queries[layer].data_ptr())
 
     def _end_layer(self) -> None:
-        results = [self._errors, *self._of_rows, self._kv]
-        self._native.finish_layer([result.data_ptr() for result in results])
-        whole = needs_of_errors(self._errors, *self._of_rows).summarize(1, self._kv[None])
-        parts = {field.name: getattr(whole, field.name)[0] for field in fields(PromptProfile)}
-        if not all(bool(torch.isfinite(part).all()) for part in parts.values()):
+        # NumPy's: torch would wake its own threads for it.
+        parts = {name: np.empty(shape, np.float32) for name, shape in self._shapes.items()}
+        self._native.finish_layer([part.ctypes.data for part in parts.values()])
+        if not all(np.isfinite(part).all() for part in parts.values()):
             raise FluxionError(
                 f"the prompt's profile holds values that are not finite in layer "
                 f"{len(self.profiles)}: its KV or its queries do"
             )
-        # Not views: the buffers are the next layer's.
-        self.profiles.append(PromptProfile(**{name: part.clone() for name, part in parts.items()}))
+        self.profiles.append(
+            PromptProfile(**{name: torch.from_numpy(part) for name, part in parts.items()})
+        )
         if not self.is_done:
             self._begin_layer()
 
@@ -139,7 +135,10 @@ _NEW_SHARE = 0.3
 """What the last time weighs in a mean."""
 
 _FIRST_WORK = 64
-"""Of the first slice, of which nobody knows how long it takes."""
+"""Of the first part of a slice, of which nobody knows how long it takes."""
+
+_LEAST_PARTS, _MOST_PARTS = 4, 8
+"""That a slice is done in: the more, the closer to its time it ends."""
 
 
 class ProfilePace:
@@ -155,8 +154,7 @@ class ProfilePace:
         self._clock = clock
         self._step_seconds: float | None = None
         self._chunk_seconds = 0.0
-        self._work_seconds: float | None = None
-        self._most_work = _FIRST_WORK
+        self._work = _FIRST_WORK
 
     def step_took(self, seconds: float) -> None:
         """A step, all its layers and the logits."""
@@ -173,15 +171,19 @@ class ProfilePace:
         return step / self._num_layers
 
     def advance(self, profiling: PromptProfiling) -> None:
-        """Do a slice of a profile; it may be at most twice as large as the one before."""
-        work = self._most_work
-        if self._work_seconds is not None:
-            work = min(2 * work, max(1, int(self.layer_seconds / self._work_seconds)))
-        started = self._clock()
-        done = profiling.advance(work)
-        self._most_work = work
-        if done:
-            self._work_seconds = _mean(self._work_seconds, (self._clock() - started) / done)
+        """Do a slice of a profile, in parts, until another one would take too long."""
+        limit = self.layer_seconds
+        started = now = self._clock()
+        while not profiling.is_done:
+            before = now
+            profiling.advance(self._work)
+            now = self._clock()
+            if now - before > limit / _LEAST_PARTS:
+                self._work = max(1, self._work // 2)
+            elif now - before < limit / _MOST_PARTS:
+                self._work *= 2
+            if now - started + limit / _LEAST_PARTS > limit:
+                return
 
 
 def _mean(before: float | None, new: float) -> float:

@@ -93,7 +93,7 @@ class PromptEstimator:
                 for head in range(kv_heads)
             ]
             parts.append([torch.cat(column, 1) for column in zip(*looks, strict=True)])
-        needs = needs_of_errors(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        needs = _needs(*(torch.cat(column) for column in zip(*parts, strict=True)))
         kv = kv_distribution(key[:, : self._num_tokens], value[:, : self._num_tokens])
         profile = needs.summarize(1, kv[None])
         return PromptProfile(*(getattr(profile, field.name)[0] for field in fields(PromptProfile)))
@@ -120,16 +120,10 @@ def blocks_of_budgets(totals: Tensor) -> Tensor:
     return torch.ceil(shares * totals[..., None] * (1 - 1e-6)).long()
 
 
-def needs_of_errors(
+def _needs(
     errors: Tensor, norms: Tensor, region_mass: Tensor, bound_lse: Tensor, bound_1st: Tensor
 ) -> QueryNeeds:
-    """What one layer's queries would have needed, from what they would have lost and seen.
-
-    Args:
-        errors: [rows, heads, levels, len(BUDGETS)]: |o_sparse - o_full|.
-        norms: [rows, heads]: |o_full|.
-        region_mass, bound_lse, bound_1st: [rows, heads], of QueryNeeds.
-    """
+    """From what `_look` gives, of all rows and heads."""
     largest = norms.amax(1).clamp(min=1e-20)[:, None, None, None]
     logs = 2 * torch.log((errors / largest).clamp(min=ERROR_FLOOR))
     return QueryNeeds(

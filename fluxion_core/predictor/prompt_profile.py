@@ -87,7 +87,8 @@ def join_needs(parts: Sequence[QueryNeeds]) -> QueryNeeds:
     )
 
 
-def _shapes(num_heads: int, num_kv_heads: int) -> dict[str, tuple[int, ...]]:
+def profile_shapes(num_heads: int, num_kv_heads: int) -> dict[str, tuple[int, ...]]:
+    """Of one layer's PromptProfile: its fields in order."""
     return {
         "log_squares": (num_heads, len(BLOCK_SIZES), len(BUDGETS)),
         "worst_log_squares": (num_heads, 2),
@@ -99,7 +100,7 @@ def _shapes(num_heads: int, num_kv_heads: int) -> dict[str, tuple[int, ...]]:
 
 def packed_bytes(num_layers: int, num_heads: int, num_kv_heads: int) -> int:
     """Bytes of a whole model's profile: 43 kB for SmolLM2-135M, 161 kB for Llama-3.1-8B."""
-    shapes = _shapes(num_heads, num_kv_heads).values()
+    shapes = profile_shapes(num_heads, num_kv_heads).values()
     return num_layers * sum(int(np.prod(shape)) for shape in shapes) * 4
 
 
@@ -128,7 +129,7 @@ def unpack(
     # NumPy's check wakes no threads: the caller is an event loop.
     if not np.isfinite(numbers).all():
         raise FrameFormatError("prompt profile holds values that are not finite")
-    shapes = _shapes(num_heads, num_kv_heads)
+    shapes = profile_shapes(num_heads, num_kv_heads)
     sizes = [int(np.prod(shape)) for shape in shapes.values()]
     profiles = []
     for layer in torch.from_numpy(numbers).view(num_layers, -1):

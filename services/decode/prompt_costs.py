@@ -31,11 +31,15 @@ OTHERS_SHARE = 0.1
 
 _ROWS_OF_A_READING = 16
 
+_ROWS_OF_A_PROFILE = 8
+"""A profile takes about half as long as the attention of its 16 queries in a chunk."""
+
 
 @dataclass(frozen=True)
 class ModelCosts:
     """What a model's shape says of computing a prompt's tokens, all layers together."""
 
+    num_layers: int
     weight_bytes: int
     """Read for every 16 rows of a chunk on this node."""
     kv_token_bytes: int
@@ -54,6 +58,7 @@ class ModelCosts:
             projections + 3 * config.hidden_size * config.intermediate_size
         )
         return ModelCosts(
+            num_layers=config.num_layers,
             weight_bytes=weights * weight_item_bytes,
             kv_token_bytes=geometry.token_bytes,
             dense_operations=2 * weights,
@@ -104,21 +109,27 @@ class LocalCosts:
             self.bytes_per_second += NEW_SHARE * (rate - self.bytes_per_second)
 
     def seconds(self, missing: int, stored: int, load: EngineLoad, *, wants_profile: bool) -> float:
-        """Until a prompt's first token, and a share of what others wait for it.
+        """Until a prompt is decoded, and a share of what others wait for it.
 
         Args:
             missing: its tokens that are not stored.
             stored: those that are.
             load: what the engine has to do beside.
-            wants_profile: whether one is made, which costs about as much as a chunk.
+            wants_profile: whether one is made. Beside streams that is done in slices of a layer of
+                a step, with a step after each.
         """
         middle = stored + missing // 2
         size = CHUNK_BESIDE_STREAMS if load.streams else CHUNK_ALONE
         rows = min(missing, size.at(middle))
         chunk = self._model.chunk_bytes(rows, middle) / self.bytes_per_second
-        chunks = math.ceil((missing + load.pending_tokens) / rows) + wants_profile
+        chunks = math.ceil((missing + load.pending_tokens) / rows)
         between = load.step_seconds if load.streams else 0.0
-        return chunks * (chunk + between + OTHERS_SHARE * load.streams * chunk)
+        seconds = chunks * (chunk + between + OTHERS_SHARE * load.streams * chunk)
+        if wants_profile:
+            kv_bytes = (stored + missing) * self._model.kv_token_bytes
+            profile = _ROWS_OF_A_PROFILE * kv_bytes / self.bytes_per_second
+            seconds += profile * (self._model.num_layers if load.streams else 1)
+        return seconds
 
 
 class HandoffCosts:

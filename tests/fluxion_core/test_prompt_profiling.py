@@ -201,46 +201,77 @@ def test_a_slice_does_no_more_than_it_is_given_and_a_piece_of_each_tile():
 
 
 class FakeProfiling:
-    """Takes `seconds` on the clock for each piece of work."""
+    """Takes `seconds` on the clock for each piece of work, of which there are so many."""
 
-    def __init__(self, seconds: float) -> None:
-        self.seconds, self.now, self.asked = seconds, 0.0, []
+    def __init__(self, seconds: float, pieces: int = 1 << 30) -> None:
+        self.seconds, self.pieces = seconds, pieces
+        self.now = 0.0
+        self.asked: list[int] = []
+
+    @property
+    def is_done(self) -> bool:
+        return self.pieces <= 0
 
     def advance(self, work: int) -> int:
         self.asked.append(work)
         self.now += work * self.seconds
+        self.pieces -= work
         return work
 
 
-def test_a_slice_is_what_takes_as_long_as_one_layer_of_a_step():
-    # By hand: a step of 30 layers takes 60 ms, a layer 2; a piece takes 5 us, so that 400 fit. The
-    # first slice is small, and each at most twice as large as the one before.
-    profiling = FakeProfiling(5e-6)
+def slice_of(pace: ProfilePace, profiling: FakeProfiling) -> list[int]:
+    """Parts of the next slice."""
+    before = len(profiling.asked)
+    pace.advance(profiling)
+    return profiling.asked[before:]
+
+
+def test_a_slice_ends_with_the_time_of_one_layer_of_a_step():
+    # By hand: a step of 30 layers takes 60 ms, a layer 2; 64 pieces of 1 us are less than an eighth
+    # of that, as 128 are. 256 are just more. A slice ends once a quarter might be too long.
+    profiling = FakeProfiling(1e-6)
     pace = ProfilePace(30, clock=lambda: profiling.now)
     pace.step_took(0.06)
-    for _ in range(6):
-        pace.advance(profiling)
-    assert profiling.asked == [64, 128, 256, 400, 400, 400]
-    # Steps that are longer make longer slices: 0.3 of 160 ms and 0.7 of 60 are 90 ms.
+    assert slice_of(pace, profiling) == [64, 128, 256, 256, 256, 256, 256, 256]
+    assert slice_of(pace, profiling) == [256] * 6
+    # Steps that are longer make longer slices: 0.3 of 160 ms and 0.7 of 60 are 90 ms, a layer 3.
     pace.step_took(0.16)
-    pace.advance(profiling)
-    assert profiling.asked[-1] == pytest.approx(600, abs=1)
+    assert slice_of(pace, profiling) == [256, 512, 512, 512, 512]
+
+
+def test_a_machine_that_became_slow_makes_smaller_slices():
+    # By hand: 256 pieces of 10 us take 2.56 ms of 2, and are halved until they are half a
+    # millisecond: a slice too many of 2.56 ms, one of 1.28 and 0.64, then four parts of 0.32.
+    profiling = FakeProfiling(1e-6)
+    pace = ProfilePace(30, clock=lambda: profiling.now)
+    pace.step_took(0.06)
+    slice_of(pace, profiling)
+    profiling.seconds = 1e-5
+    assert slice_of(pace, profiling) == [256]
+    assert slice_of(pace, profiling) == [128, 64]
+    assert slice_of(pace, profiling) == [32] * 5
 
 
 def test_before_the_first_step_a_slice_is_half_a_layer_of_the_last_chunk():
     profiling = FakeProfiling(1e-5)
     pace = ProfilePace(10, clock=lambda: profiling.now)
     pace.chunk_took(0.02)
-    for _ in range(3):
-        pace.advance(profiling)
-    # By hand: a millisecond is 100 pieces of 10 us.
-    assert profiling.asked == [64, pytest.approx(100, abs=1), pytest.approx(100, abs=1)]
+    # By hand: a millisecond is 100 pieces of 10 us; a quarter of it 25.
+    assert slice_of(pace, profiling) == [64, 32]
+    assert slice_of(pace, profiling) == [16] * 5
 
 
 def test_a_slow_machine_does_one_piece_at_a_time():
     profiling = FakeProfiling(1.0)
     pace = ProfilePace(10, clock=lambda: profiling.now)
     pace.step_took(1.0)
-    for _ in range(3):
-        pace.advance(profiling)
-    assert profiling.asked == [64, 1, 1]
+    slices = [slice_of(pace, profiling) for _ in range(8)]
+    assert slices == [[64], [32], [16], [8], [4], [2], [1], [1]]
+
+
+def test_a_slice_ends_with_the_profile():
+    profiling = FakeProfiling(1e-9, pieces=200)
+    pace = ProfilePace(10, clock=lambda: profiling.now)
+    pace.step_took(1.0)
+    assert slice_of(pace, profiling) == [64, 128, 256]
+    assert slice_of(pace, profiling) == []

@@ -45,6 +45,7 @@ struct PartialState {
 };
 
 constexpr int kTileRows = 16;  // queries of one KV head that go through a prompt's blocks together
+constexpr int kNeedsBlocks = 8;  // that they go through at a time: a block of the largest size
 constexpr uint8_t kWindowSlot = 0, kNoSlot = 255;
 
 // Rows of one KV head, and what they have drawn so far from a prompt's blocks, by slot.
@@ -153,7 +154,8 @@ struct KernelTable {
   // gated = silu(gate) * up, `num_panels` of each, taking turns in gate_up; rows so far apart.
   void (*gate_rows)(const float* gate_up, int64_t gate_up_stride, int32_t rows, int32_t num_panels,
                     float* gated, int64_t gated_stride);
-  // Go on through a prompt's blocks: the next of them, the first of which has this number.
+  // Go on through a prompt's blocks: the next ones, up to kNeedsBlocks, from this number on, which is
+  // a multiple of that.
   void (*need_blocks)(const NeedsTile& tile, const uint16_t* const* blocks, int32_t first_block,
                       int32_t num_blocks);
   // Add rows of bf16, [count][head_dim], and the squares of them all.

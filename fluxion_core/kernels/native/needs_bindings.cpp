@@ -32,10 +32,10 @@ void bind_needs(nb::module_& m) {
              nb::gil_scoped_release unlocked;
              return self.advance(pool, work, wake_bytes);
            })
-      .def("finish_layer", [](const PromptNeeds& self, const std::array<uintptr_t, 6>& to) {
+      .def("finish_layer", [](const PromptNeeds& self, const std::array<uintptr_t, 5>& to) {
         nb::gil_scoped_release unlocked;
         const auto at = [&](size_t i) { return reinterpret_cast<float*>(to[i]); };
-        self.finish_layer({at(0), at(1), at(2), at(3), at(4), at(5)});
+        self.finish_layer({at(0), at(1), at(2), at(3), at(4)});
       });
 }
 

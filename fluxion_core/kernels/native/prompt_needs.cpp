@@ -14,11 +14,14 @@ constexpr int32_t kProfilePhase = 13;
 
 constexpr int32_t kUnreadSlot = 1 + kNeedsBudgets;  // of blocks of 16 tokens that no budget reads
 constexpr int32_t kSlots = 2 + kLevels * kNeedsBudgets;
+constexpr size_t kErrors = size_t(kLevels) * (1 + kNeedsBudgets);
+constexpr int32_t kSmallBudget = 3;    // features.SMALL_BUDGET: 1/32, at block size 16
+constexpr float kErrorFloor = 1e-4f;   // head_profile.ERROR_FLOOR
 constexpr int32_t kScoredRows = 4;     // whose scores are held at a time
-constexpr int64_t kBlocksAtOnce = 8;   // read between two looks at what is left to do
 constexpr int64_t kRecordsAtOnce = 8;  // scored likewise
 // What costs as much as one block for 16 rows: scores of so many blocks for four, ordered scores.
 constexpr int64_t kScoresOfWork = 64, kOrderedOfWork = 512;
+constexpr int64_t kComparedWork = 2;  // of a row's sums
 
 constexpr float kTiny = 1e-37f, kClip = 60.0f, kLeastScale = 1e-20f;
 constexpr float kLn2 = 0.69314718055994530942f;
@@ -39,6 +42,22 @@ int32_t first_slot(int level) {
 int64_t level_tokens(int level) { return int64_t(kBlockTokens) << level; }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+constexpr int64_t kLanes = 16;
+
+// Of a head's output: how far the one from `sums` is from another. Lanes, so that it is vectorized.
+float distance(const float* sums, float scale, const float* other, int64_t count) {
+  float lanes[kLanes] = {};
+  for (int64_t first = 0; first < count; first += kLanes) {
+    for (int64_t i = 0; i < kLanes; ++i) {
+      const float away = sums[first + i] * scale - other[first + i];
+      lanes[i] += away * away;
+    }
+  }
+  float squared = 0.0f;
+  for (const float lane : lanes) squared += lane;
+  return std::sqrt(squared);
+}
 
 // Not std::clamp: what is not a number stays so, and is seen by whoever checks.
 float clip(float value) { return value > kClip ? kClip : value < -kClip ? -kClip : value; }
@@ -68,6 +87,10 @@ PromptNeeds::PromptNeeds(const SlabLayout& layout, const int64_t* slabs, int64_t
     region_start_ = region_end_ ? std::min(region_start_, start) : start;
     region_end_ = std::max(region_end_, end);
   }
+  for (std::vector<float>* of_rows : {&norms_, &masses_, &bound_lse_, &bound_1st_}) {
+    of_rows->resize(size_t(rows * heads));
+  }
+  errors_.resize(norms_.size() * kErrors);
   const int64_t per_head = rows * group_;
   for (int64_t head = 0; head < layout.kv_heads; ++head) {
     for (int64_t first = 0; first < per_head; first += kTileRows) {
@@ -146,14 +169,16 @@ void PromptNeeds::run(int32_t task, int32_t, int32_t) {
   while (tile.stage != Stage::kDone && tile.done < work_) tile.done += go_on(tile);
 }
 
-int64_t PromptNeeds::go_on(Tile& tile) const {
+int64_t PromptNeeds::go_on(Tile& tile) {
   switch (tile.stage) {
     case Stage::kScore:
       return score(tile);
     case Stage::kSelect:
       return select(tile);
-    default:
+    case Stage::kRead:
       return read(tile);
+    default:
+      return compare(tile);
   }
 }
 
@@ -233,8 +258,8 @@ int64_t PromptNeeds::select(Tile& tile) const {
 
 // The next blocks of the prompt.
 int64_t PromptNeeds::read(Tile& tile) const {
-  const int64_t count = std::min(kBlocksAtOnce, num_blocks_ - tile.block);
-  const uint16_t* blocks[kBlocksAtOnce];
+  const int64_t count = std::min(int64_t(kNeedsBlocks), num_blocks_ - tile.block);
+  const uint16_t* blocks[kNeedsBlocks];
   for (int64_t i = 0; i < count; ++i) {
     const int64_t block = tile.block + i;
     blocks[i] = reinterpret_cast<const uint16_t*>(
@@ -267,36 +292,28 @@ int64_t PromptNeeds::read(Tile& tile) const {
     }
   }
   tile.block += count;
-  if (tile.block == num_blocks_) tile.stage = Stage::kDone;
+  if (tile.block == num_blocks_) tile.stage = Stage::kCompare;
   return count;
 }
 
-void PromptNeeds::finish_layer(const Results& results) const {
-  for (const Tile& tile : tiles_) {
-    for (int32_t row = 0; row < tile.rows; ++row) write_row(tile, row, results);
-    if (tile.has_moments) write_moments(tile, results.kv + 5 * tile.kv_head);
-  }
-}
-
-void PromptNeeds::write_row(const Tile& tile, int32_t row, const Results& results) const {
+// What each budget would have lost of the next row's output, and what the row saw.
+int64_t PromptNeeds::compare(Tile& tile) {
   const int64_t dim = sums_stride_;
+  const int32_t row = tile.row;
   const float* masses = tile.masses.data() + row * kSlots;
   const float* sums = tile.sums.data() + row * kSlots * dim;
   const int64_t head = tile.kv_head * group_ + (tile.first_row + row) % group_;
-  const int64_t at = query_of(tile, row) * heads_ + head;
+  const size_t at = size_t(query_of(tile, row) * heads_ + head);
   std::vector<float> full(sums, sums + dim), part;
   float region_mass = 0.0f;
   for (int32_t slot = 1; slot <= kUnreadSlot; ++slot) {
     region_mass += masses[slot];
     for (int64_t i = 0; i < dim; ++i) full[size_t(i)] += sums[slot * dim + i];
   }
-  float norm = 0.0f;
-  for (float& value : full) {
-    value /= masses[kWindowSlot] + region_mass;
-    norm += value * value;
-  }
-  results.norms[at] = std::sqrt(norm);
-  float* errors = results.errors + at * kLevels * (1 + kNeedsBudgets);
+  for (float& value : full) value /= masses[kWindowSlot] + region_mass;
+  const std::vector<float> nothing(size_t(dim), 0.0f);
+  norms_[at] = distance(full.data(), 1.0f, nothing.data(), dim);
+  float* errors = errors_.data() + at * kErrors;
   for (int level = 0; level < kLevels; ++level) {
     part.assign(sums, sums + dim);
     float mass = masses[kWindowSlot];
@@ -306,21 +323,64 @@ void PromptNeeds::write_row(const Tile& tile, int32_t row, const Results& result
         mass += masses[slot];
         for (int64_t i = 0; i < dim; ++i) part[size_t(i)] += sums[slot * dim + i];
       }
-      float squared = 0.0f;
-      const float divisor = std::max(mass, kTiny);
-      for (int64_t i = 0; i < dim; ++i) {
-        const float away = part[size_t(i)] / divisor - full[size_t(i)];
-        squared += away * away;
-      }
-      *errors++ = std::sqrt(squared);
+      *errors++ = distance(part.data(), 1.0f / std::max(mass, kTiny), full.data(), dim);
     }
   }
   const float window_log = std::log(std::max(masses[kWindowSlot], kTiny));
   const float window_lse = window_log + tile.highest[size_t(row)] * kLn2;
-  results.region_mass[at] = clip(std::log(region_mass) - window_log);
-  results.bound_lse[at] = clip(tile.bound_lse[size_t(row)] - window_lse +
-                               std::log(float(level_tokens(kLevels - 1))));
-  results.bound_1st[at] = clip(tile.bound_1st[size_t(row)] - window_lse);
+  masses_[at] = clip(std::log(region_mass) - window_log);
+  bound_lse_[at] = clip(tile.bound_lse[size_t(row)] - window_lse +
+                        std::log(float(level_tokens(kLevels - 1))));
+  bound_1st_[at] = clip(tile.bound_1st[size_t(row)] - window_lse);
+  if (++tile.row == tile.rows) tile.stage = Stage::kDone;
+  return kComparedWork;
+}
+
+void PromptNeeds::finish_layer(const Results& results) const {
+  std::vector<float> largest(static_cast<size_t>(rows_), kLeastScale);
+  for (int64_t row = 0; row < rows_; ++row) {
+    for (int64_t head = 0; head < heads_; ++head) {
+      const float norm = norms_[size_t(row * heads_ + head)];
+      if (!(norm <= largest[size_t(row)])) largest[size_t(row)] = norm;
+    }
+  }
+  for (int64_t head = 0; head < heads_; ++head) write_head(head, largest, results);
+  for (const Tile& tile : tiles_) {
+    if (tile.has_moments) write_moments(tile, results.kv + 5 * tile.kv_head);
+  }
+}
+
+// Means and largest values over the rows. largest: [rows] norm of any head.
+void PromptNeeds::write_head(int64_t head, const std::vector<float>& largest,
+                             const Results& results) const {
+  float squares[kErrors] = {}, worst[2] = {};
+  float mass = 0.0f, bound = 0.0f, most_mass = -kClip, most_bound = -kClip;
+  for (int64_t row = 0; row < rows_; ++row) {
+    const size_t at = size_t(row * heads_ + head);
+    float square_of[kErrors];
+    for (size_t i = 0; i < kErrors; ++i) {
+      const float share = errors_[at * kErrors + i] / largest[size_t(row)];
+      // Not std::max, which would hide what is not a number.
+      const float error = share < kErrorFloor ? kErrorFloor : share;
+      square_of[i] = error * error;
+      squares[i] += square_of[i];
+    }
+    worst[0] = std::max(worst[0], square_of[0]);
+    worst[1] = std::max(worst[1], square_of[kSmallBudget]);
+    mass += masses_[at];
+    bound += bound_lse_[at];
+    most_mass = std::max(most_mass, masses_[at]);
+    most_bound = std::max(most_bound, bound_1st_[at]);
+  }
+  const float rows = float(rows_);
+  for (size_t i = 0; i < kErrors; ++i) {
+    results.log_squares[size_t(head) * kErrors + i] = std::log(squares[i] / rows);
+  }
+  for (int i = 0; i < 2; ++i) results.worst_log_squares[2 * head + i] = std::log(worst[i]);
+  results.region_mass[2 * head] = mass / rows;
+  results.region_mass[2 * head + 1] = most_mass;
+  results.bounds[2 * head] = bound / rows;
+  results.bounds[2 * head + 1] = most_bound;
 }
 
 void PromptNeeds::write_moments(const Tile& tile, float* to) const {

@@ -23,14 +23,13 @@ constexpr int kNeedsBudgets = 7;  // above 0: head_profile.BUDGETS without its f
 
 class PromptNeeds final : public Work {
  public:
-  // Where a layer's numbers go, float32.
+  // Where a layer's profile goes, float32: the fields of prompt_profile.PromptProfile.
   struct Results {
-    float* errors;       // [rows][heads][kLevels][1 + kNeedsBudgets] |o_sparse - o_full|
-    float* norms;        // [rows][heads] |o_full|
-    float* region_mass;  // [rows][heads] natural logarithm, of region mass / window mass
-    float* bound_lse;    // [rows][heads] minus the window's lse, without the blocks' size
-    float* bound_1st;    // [rows][heads] likewise
-    float* kv;           // [kv_heads][5] features.kv_distribution
+    float* log_squares;        // [heads][kLevels][1 + kNeedsBudgets]
+    float* worst_log_squares;  // [heads][2]
+    float* region_mass;        // [heads][2]
+    float* bounds;             // [heads][2]
+    float* kv;                 // [kv_heads][5]
   };
 
   //   slabs    addresses of the prompt's slabs in token order; they live as long as this
@@ -57,7 +56,7 @@ class PromptNeeds final : public Work {
   void close(int32_t) override {}
 
  private:
-  enum class Stage { kScore, kSelect, kRead, kDone };
+  enum class Stage { kScore, kSelect, kRead, kCompare, kDone };
 
   struct Tile {
     int64_t kv_head, first_row;  // of the rows [queries][group] of this KV head
@@ -83,11 +82,12 @@ class PromptNeeds final : public Work {
   int64_t query_of(const Tile& tile, int32_t row) const { return (tile.first_row + row) / group_; }
   Records records(int level) const;
   void begin_tile(Tile& tile, const float* query) const;
-  int64_t go_on(Tile& tile) const;
+  int64_t go_on(Tile& tile);
   int64_t score(Tile& tile) const;
   int64_t select(Tile& tile) const;
   int64_t read(Tile& tile) const;
-  void write_row(const Tile& tile, int32_t row, const Results& results) const;
+  int64_t compare(Tile& tile);
+  void write_head(int64_t head, const std::vector<float>& largest, const Results& results) const;
   void write_moments(const Tile& tile, float* to) const;
 
   SlabLayout layout_;
@@ -102,6 +102,13 @@ class PromptNeeds final : public Work {
   int64_t layer_ = 0, work_ = 0;
   std::vector<Tile> tiles_;
   std::vector<int32_t> going_on_;
+
+  // Of the layer, [rows][heads]; errors [rows][heads][kLevels][1 + kNeedsBudgets].
+  std::vector<float> errors_;     // |o_sparse - o_full|
+  std::vector<float> norms_;      // |o_full|
+  std::vector<float> masses_;     // natural logarithm, of region mass / window mass
+  std::vector<float> bound_lse_;  // minus the window's lse
+  std::vector<float> bound_1st_;  // likewise
 };
 
 }  // namespace fluxion

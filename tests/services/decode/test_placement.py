@@ -14,7 +14,11 @@ from services.decode.placement import Placed, Placement, Reason
 from services.decode.prompt_costs import HandoffCosts, LocalCosts, ModelCosts, PromptCosts
 
 MODEL = ModelCosts(
-    weight_bytes=1_000_000, kv_token_bytes=1000, dense_operations=2000, attention_operations=1
+    num_layers=3,
+    weight_bytes=1_000_000,
+    kv_token_bytes=1000,
+    dense_operations=2000,
+    attention_operations=1,
 )
 
 
@@ -40,6 +44,7 @@ def test_costs_are_those_of_a_models_shape():
     # 3 x 10 x 30 = 900; two layers have 5,640 weights of 2 B. K and V: 2 layers x 2 heads x 2 x 16.
     costs = ModelCosts.of(config, KvGeometry(2, 2, 16), 2)
     assert costs == ModelCosts(
+        num_layers=2,
         weight_bytes=11_280,
         kv_token_bytes=256,
         dense_operations=11_280,
@@ -66,9 +71,14 @@ def test_a_prompt_alone_comes_in_chunks_of_32():
     assert seconds == pytest.approx(2 * 34.512)
 
 
-def test_a_profile_counts_as_a_chunk():
+def test_a_profile_reads_all_for_eight_rows_and_waits_for_steps_beside_streams():
+    # By hand: 8 times 1,032 KB are 8.256 s; in slices of a third of a step, each with a step after
+    # it, three times that.
     seconds = costs_at(1e6).seconds(64, 968, EngineLoad(), wants_profile=True)
-    assert seconds == pytest.approx(3 * 34.512)
+    assert seconds == pytest.approx(2 * 34.512 + 8.256)
+    load = EngineLoad(streams=2, step_seconds=2.0)
+    seconds = costs_at(1e6).seconds(64, 968, load, wants_profile=True)
+    assert seconds == pytest.approx(4 * (17.128 + 2 + 0.2 * 17.128) + 3 * 8.256)
 
 
 def test_beside_streams_chunks_have_16_tokens_and_steps_between_them_and_others_count_a_tenth():

@@ -7,13 +7,19 @@
 
 namespace {
 
+inline void add_vector(float* to, const float* from, int32_t count) {
+  for (int32_t i = 0; i < count; i += F32::kLanes) store(to + i, add(load(to + i), load(from + i)));
+}
+
+inline void set_zero(float* to, int32_t count) {
+  for (int32_t i = 0; i < count; i += F32::kLanes) store(to + i, zero());
+}
+
 inline void add_to_slot(const fluxion::NeedsTile& tile, int row, uint8_t slot, float mass,
                         const float* weighted) {
   tile.masses[row * tile.num_slots + slot] += mass;
-  float* sums = tile.sums + (int64_t(row) * tile.num_slots + slot) * tile.sums_stride;
-  for (int32_t i = 0; i < padded_dim(tile.head_dim); i += F32::kLanes) {
-    store(sums + i, add(load(sums + i), load(weighted + i)));
-  }
+  add_vector(tile.sums + (int64_t(row) * tile.num_slots + slot) * tile.sums_stride, weighted,
+             padded_dim(tile.head_dim));
 }
 
 inline void scale_slots(const fluxion::NeedsTile& tile, int row, float factor) {
@@ -26,39 +32,91 @@ inline void scale_slots(const fluxion::NeedsTile& tile, int row, float factor) {
   }
 }
 
-template <int ROWS>
-inline void need_block(const fluxion::NeedsTile& tile, const float* const* queries, int first,
-                       int32_t index, const uint16_t* block, const uint16_t* next) {
-  float scores[ROWS][kTokens];
-  alignas(64) float weighted[ROWS * fluxion::kMaxHeadDim];
-  const uint16_t* values = block + int64_t(kTokens) * tile.head_dim;
-  Ahead ahead{reinterpret_cast<const char*>(values)};
-  block_scores<ROWS>(queries + first, block, tile.head_dim, ahead, scores);
-  float masses[ROWS];
-  float* sums[ROWS];
-  for (int i = 0; i < ROWS; ++i) {
-    const int row = first + i;
-    const int64_t seen = tile.seen[row] - int64_t(index) * kTokens;
-    for (int token = seen > 0 ? int(seen < kTokens ? seen : kTokens) : 0; token < kTokens; ++token) {
-      scores[i][token] = kMinusInfinity;
-    }
-    masses[i] = 0.0f;
-    const float factor = softmax_step(scores[i], tile.highest[row], masses[i]);
-    if (factor != 1.0f) scale_slots(tile, row, factor);
-    sums[i] = weighted + i * fluxion::kMaxHeadDim;
-    for (int32_t c = 0; c < padded_dim(tile.head_dim); c += F32::kLanes) store(sums[i] + c, zero());
+// Of a few blocks, one row's weights by the row's highest score so far.
+inline void weigh(const fluxion::NeedsTile& tile, int row, float* const* scores, int32_t count,
+                  float* masses) {
+  F32 tops = load(scores[0]);
+  for (int32_t b = 0; b < count; ++b) {
+    for (int i = 0; i < kTokens; i += F32::kLanes) tops = max(tops, load(scores[b] + i));
   }
-  ahead = {reinterpret_cast<const char*>(next)};
-  add_values<ROWS>(values, tile.head_dim, scores, ahead, sums);
-  for (int i = 0; i < ROWS; ++i) {
-    const int row = first + i;
-    const uint8_t slot = tile.slots[0][row * tile.slots_stride[0] + index];
-    add_to_slot(tile, row, slot, masses[i], sums[i]);
-    if (slot == fluxion::kWindowSlot) continue;
-    for (int level = 1; level < fluxion::kLevels; ++level) {
-      const uint8_t larger = tile.slots[level][row * tile.slots_stride[level] + (index >> level)];
-      if (larger != fluxion::kNoSlot) add_to_slot(tile, row, larger, masses[i], sums[i]);
+  const float before = tile.highest[row], top = highest(tops);
+  const float now = top > before ? top : before;
+  if (now != before) scale_slots(tile, row, __builtin_exp2f(before - now));
+  tile.highest[row] = now;
+  for (int32_t b = 0; b < count; ++b) {
+    F32 added = zero();
+    for (int i = 0; i < kTokens; i += F32::kLanes) {
+      const F32 weight = exp2_nonpositive(sub(load(scores[b] + i), broadcast(now)));
+      store(scores[b] + i, weight);
+      added = add(added, weight);
     }
+    masses[b] = sum(added);
+  }
+}
+
+// What one row draws from a few blocks, to the slots of all levels. The sums are used up.
+inline void add_to_levels(const fluxion::NeedsTile& tile, int row, int32_t index, int32_t count,
+                          float* masses, float** sums) {
+  const int32_t width = padded_dim(tile.head_dim);
+  const uint8_t* slots = tile.slots[0] + row * tile.slots_stride[0] + index;
+  for (int32_t b = 0; b < count; ++b) {
+    add_to_slot(tile, row, slots[b], masses[b], sums[b]);
+    if (slots[b] != fluxion::kWindowSlot) continue;
+    masses[b] = 0.0f;
+    set_zero(sums[b], width);
+  }
+  for (int level = 1; level < fluxion::kLevels; ++level) {
+    const int32_t pairs = (count + 1) / 2;
+    for (int32_t b = 0; b < pairs; ++b) {
+      if (2 * b + 1 < count) {
+        add_vector(sums[2 * b], sums[2 * b + 1], width);
+        masses[2 * b] += masses[2 * b + 1];
+      }
+      sums[b] = sums[2 * b];
+      masses[b] = masses[2 * b];
+      const uint8_t slot =
+          tile.slots[level][row * tile.slots_stride[level] + (index >> level) + b];
+      if (slot != fluxion::kNoSlot) add_to_slot(tile, row, slot, masses[b], sums[b]);
+    }
+    count = pairs;
+  }
+}
+
+template <int ROWS>
+inline void need_span(const fluxion::NeedsTile& tile, const float* const* queries, int first,
+                      int32_t index, const uint16_t* const* blocks, int32_t count) {
+  constexpr int kBlocks = fluxion::kNeedsBlocks;
+  alignas(64) float scores[kBlocks][ROWS][kTokens];
+  alignas(64) float weighted[kBlocks * ROWS * fluxion::kMaxHeadDim];
+  const int32_t width = padded_dim(tile.head_dim);
+  for (int32_t b = 0; b < count; ++b) {
+    const uint16_t* values = blocks[b] + int64_t(kTokens) * tile.head_dim;
+    Ahead ahead{reinterpret_cast<const char*>(values)};
+    block_scores<ROWS>(queries + first, blocks[b], tile.head_dim, ahead, scores[b]);
+    for (int i = 0; i < ROWS; ++i) {
+      const int64_t seen = tile.seen[first + i] - int64_t(index + b) * kTokens;
+      for (int64_t t = seen > 0 ? seen : 0; t < kTokens; ++t) scores[b][i][t] = kMinusInfinity;
+    }
+  }
+  float masses[ROWS][kBlocks];
+  for (int i = 0; i < ROWS; ++i) {
+    float* of_row[kBlocks];
+    for (int32_t b = 0; b < count; ++b) of_row[b] = scores[b][i];
+    weigh(tile, first + i, of_row, count, masses[i]);
+  }
+  float* sums[ROWS][kBlocks];
+  for (int32_t b = 0; b < count; ++b) {
+    float* of_block[ROWS];
+    for (int i = 0; i < ROWS; ++i) {
+      of_block[i] = sums[i][b] = weighted + (b * ROWS + i) * width;
+      set_zero(of_block[i], width);
+    }
+    Ahead ahead{reinterpret_cast<const char*>(blocks[b + 1 < count ? b + 1 : b])};
+    add_values<ROWS>(blocks[b] + int64_t(kTokens) * tile.head_dim, tile.head_dim, scores[b], ahead,
+                     of_block);
+  }
+  for (int i = 0; i < ROWS; ++i) {
+    add_to_levels(tile, first + i, index, count, masses[i], sums[i]);
   }
 }
 
@@ -70,22 +128,18 @@ void need_blocks(const fluxion::NeedsTile& tile, const uint16_t* const* blocks, 
   const float* queries[fluxion::kTileRows];
   for (int row = 0; row < tile.rows; ++row) {
     float* to = scaled + row * padded;
-    for (int32_t i = 0; i < padded; ++i) to[i] = 0.0f;
+    set_zero(to, padded);
     for (int32_t channel = 0; channel < tile.head_dim; ++channel) {
       to[place_of(channel)] = tile.query[int64_t(row) * tile.head_dim + channel] * scale;
     }
     queries[row] = to;
   }
-  for (int32_t b = 0; b < num_blocks; ++b) {
-    const uint16_t* block = blocks[b];
-    const uint16_t* next = b + 1 < num_blocks ? blocks[b + 1] : block;
-    const int32_t index = first_block + b;
-    int row = 0;
-    for (; tile.rows - row >= 4; row += 4) {
-      need_block<4>(tile, queries, row, index, block, next);
-      next = block;  // it is on its way
-    }
-    for (; row < tile.rows; ++row) need_block<1>(tile, queries, row, index, block, block);
+  int row = 0;
+  for (; tile.rows - row >= 4; row += 4) {
+    need_span<4>(tile, queries, row, first_block, blocks, num_blocks);
+  }
+  for (; row < tile.rows; ++row) {
+    need_span<1>(tile, queries, row, first_block, blocks, num_blocks);
   }
 }
 
