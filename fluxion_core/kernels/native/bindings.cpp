@@ -238,9 +238,12 @@ NB_MODULE(_native, m) {
                                    cpus);
   });
   nb::class_<TaskPool>(m, "TaskPool")
-      .def(nb::init<const std::vector<int>&, int, int64_t>(), nb::arg("cpus"),
-           nb::arg("max_helpers"), nb::arg("spin_ns"))
+      .def(nb::init<const std::vector<int>&, int, int64_t, int>(), nb::arg("cpus"),
+           nb::arg("max_helpers"), nb::arg("spin_ns"), nb::arg("strikes") = fluxion::kStrikes)
       .def_prop_ro("num_workers", &TaskPool::num_workers)
+      .def_prop_ro("stalls", &TaskPool::stalls)
+      .def_prop_ro("num_left_out", &TaskPool::num_left_out)
+      .def("set_max_helpers", &TaskPool::set_max_helpers)
       .def("wait", [](TaskPool& pool) { pool.wait(); }, nb::call_guard<nb::gil_scoped_release>())
       .def("claim", &TaskPool::claim, nb::arg("least") = 0, nb::arg("most") = INT64_MAX)
       .def("complete", &TaskPool::complete)

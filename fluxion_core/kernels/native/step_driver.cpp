@@ -32,7 +32,9 @@ void StepDriver::run(TaskPool& pool, LayerAttention& attention, GpuLane* lane, b
       attention.skip_layer(layer, layer_levels, layer_budgets);
       continue;
     }
+    const LostTime watch;
     await(layer, batch, step);
+    pool.caller_lost(watch.lost_ns());
     // Regions end before the new tokens: these are appended while others are at work, unless a plan
     // looks at the window first, or is still being made.
     const bool appends_first = attention.makes_plans() || takes_plans;

@@ -8,6 +8,12 @@
 // The thread that waits for the work helps with it, in place of the worker that is pinned to the CPU
 // it runs on: two threads on one CPU would take turns of milliseconds. No locks on the way, no
 // OpenMP, no Python. fluxion_core/scheduler/reference.py says the same in Python, as a simulator.
+//
+// A round is over when its work is done and no thread is at it any more; a thread that has lost its
+// CPU between two chunks holds nobody up. One that has lost it within a chunk does, for as long as
+// the other tenant of that CPU likes: cpu_watch.h tells it from a long chunk. It is moved, for this
+// chunk, to the CPU of the thread that waits for it. Where that happens again and again, the CPU is
+// left out, another taking its place if there is one, until its worker has it to itself for a while.
 #pragma once
 
 #include <atomic>
@@ -15,6 +21,8 @@
 #include <memory>
 #include <thread>
 #include <vector>
+
+#include "cpu_watch.h"
 
 namespace fluxion {
 
@@ -55,14 +63,26 @@ struct Span {
 
 class TaskPool {
  public:
-  // One worker for every entry of `cpus`, pinned to that CPU; at most `max_helpers` of them take part
-  // in a round. A worker without work looks for more during `spin_ns` before it sleeps.
-  TaskPool(const std::vector<int>& cpus, int max_helpers, int64_t spin_ns);
+  // One worker for every entry of `cpus`, pinned to that CPU. The first `max_helpers` of them whose
+  // CPU is neither the waiting thread's nor left out take part in a round. A worker without work
+  // looks for more during `spin_ns` before it sleeps.
+  // After so many `strikes` within 50 ms a CPU is left out; 0: nobody looks who holds up whom.
+  // Throws std::system_error if a thread cannot be started; then none is left.
+  TaskPool(const std::vector<int>& cpus, int max_helpers, int64_t spin_ns, int strikes = kStrikes);
   ~TaskPool();
   TaskPool(const TaskPool&) = delete;
   TaskPool& operator=(const TaskPool&) = delete;
 
   int num_workers() const { return int(threads_.size()); }
+
+  // How many helpers take part from the next round on. Between rounds only.
+  void set_max_helpers(int count);
+  // The thread that starts rounds, busy between two of them, has not run for so long: again and again,
+  // and its CPU is left out. In rounds the pool looks itself.
+  void caller_lost(int64_t lost_ns);
+  // Times that a thread held up the others, and CPUs left out now. From any thread.
+  int64_t stalls() const { return stalls_.load(std::memory_order_relaxed); }
+  int32_t num_left_out() const { return num_left_out_.load(std::memory_order_relaxed); }
 
   // Start a round: tasks 0 to bytes.size() - 1. One round at a time; `work` must live until `wait`
   // returns. Rounds of fewer bytes than `wake_bytes` wake nobody: the waiting thread does them.
@@ -87,8 +107,8 @@ class TaskPool {
   std::vector<Span> take_trace();
 
  private:
-  static constexpr uint32_t kNoCpu = 0xffffffffu;
   static constexpr int32_t kFree = 0, kPool = 1, kOther = 2;
+  static constexpr uint32_t kOutside = 0, kIdle = 1, kActive = 2;
 
   struct alignas(64) Task {
     std::atomic<int32_t> owner{kFree};
@@ -98,7 +118,37 @@ class TaskPool {
     std::atomic<bool> is_open{false};
   };
 
-  void worker_main(int worker, int cpu);
+  // One of the pool's threads.
+  struct alignas(64) Seat {
+    // In a round: whoever wants to touch its tasks goes from kIdle to kActive first. The waiting
+    // thread ends a round by moving those that are kIdle outside, and by waiting for the others.
+    std::atomic<uint32_t> place{kOutside};
+    // Odd while it takes part in rounds; a futex, which changes whenever a sleeper has to look.
+    std::atomic<uint32_t> call{0};
+    // Set by the thread that starts rounds, ended by the worker.
+    std::atomic<bool> is_left_out{false};
+    std::atomic<bool> is_moved{false};  // to that thread's CPU, for the chunk that it is at
+    ChunkClock chunks;                      // of this thread
+    int cpu = -1;
+    int64_t rest_ns = 0, back_ns = 0;  // the worker's: how long it rested last, and until when
+    Suspicion suspicion;               // of the thread that starts rounds
+  };
+
+  void worker_main(int worker);
+  bool looks_for_work(const Seat& seat, uint32_t seen);
+  void take_part(int worker, uint32_t round);
+  void sit_out(Seat& seat);
+  void stop();
+  void call_helpers(int cpu);
+  static bool is_outside(Seat& seat);
+  void look_for_stalls(bool* has_moved);
+  void strike(Seat& seat, int64_t now);
+  // Not to stay on the CPU that it is on, in this round.
+  static bool has_to_go(const Seat& seat) {
+    return seat.is_left_out.load(std::memory_order_relaxed) ||
+           seat.is_moved.load(std::memory_order_relaxed);
+  }
+  void keep_away_from_left_out();
   void help(int worker);
   bool help_with_a_chunk(int worker);
   bool take(int32_t place, int32_t owner);
@@ -109,8 +159,11 @@ class TaskPool {
   void open_next(int32_t task, int32_t phase);
 
   std::vector<std::thread> threads_;
+  std::unique_ptr<Seat[]> seats_;  // the waiting thread's is the last one
   int32_t max_helpers_;
   int64_t spin_ns_;
+  int strikes_;
+  bool is_oversubscribed_;  // workers share CPUs
 
   Work* work_ = nullptr;
   std::unique_ptr<Task[]> tasks_;
@@ -125,12 +178,16 @@ class TaskPool {
   // variable's mutex would let them wake one after the other only.
   alignas(64) std::atomic<uint32_t> round_{0};
   std::atomic<int32_t> sleepers_{0};
-  // Where the thread that starts rounds was last; its CPU's worker sleeps on this.
-  std::atomic<uint32_t> caller_cpu_{kNoCpu};
   std::atomic<bool> another_follows_{false};
-  std::atomic<int32_t> helpers_{0};  // that have entered this round
-  std::atomic<bool> stopping_{false};
-  alignas(64) std::atomic<int32_t> inside_{0};
+  std::atomic<uint32_t> stopping_{0};  // a futex
+
+  // Of the thread that starts rounds: where it was last, and what it may run on but for CPUs left out.
+  int caller_cpu_ = -1;
+  CallerCpus caller_;
+  std::atomic<uint32_t> left_out_changes_{0};
+  uint32_t changes_seen_ = 0;
+  std::atomic<int32_t> num_left_out_{0};
+  std::atomic<int64_t> stalls_{0};
 
   std::atomic<bool> tracing_{false};
   std::vector<std::vector<Span>> traces_;
