@@ -179,10 +179,12 @@ class ModelSettings(Section):
     """Where the dense part runs: cpu, cuda or cuda:N; auto is the first CUDA device, if there is
     one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of weights and activations; auto is float32 on a CPU, bfloat16 on a GPU."""
+    """Precision of weights and activations; auto is bfloat16 on a GPU, and on a CPU that has
+    instructions for it (AVX-512 BF16, AMX), else float32."""
     threads: Count = Field(default=0, le=4096)
-    """Threads of torch, which computes a prefill node's prompts on a CPU; 0 for one per core. A
-    decode node's own work has engine.attention_threads."""
+    """Threads of torch, which computes a prefill node's prompts on a CPU; 0 for one per usable
+    CPU, an eighth of them left to others from 4 CPUs on. A decode node's own work has
+    engine.attention_threads."""
 
 
 class LogSettings(Section):

@@ -38,10 +38,8 @@ class HostStep:
     def __init__(self, decoder: HostDecoder, attention: HybridAttention) -> None:
         self._decoder = decoder
         self._attention = attention
-        self.num_threads = attention.pool.num_threads
-        """That compute, the calling one included."""
         self.pool = attention.pool
-        """Whose threads are free between steps."""
+        """Whose threads compute, and are free between steps."""
         self._pace = ProfilePace(decoder.config.num_layers)
         self.span_source = PoolSpans(attention.pool)
         """For traces of steps."""

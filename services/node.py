@@ -14,12 +14,14 @@ import torch
 import uvloop
 
 from fluxion_core.config import ModelSettings, SettingsT, exit_on_config_error, load_settings
+from fluxion_core.cpus import has_bfloat16_instructions
 from fluxion_core.errors import ConfigError, DeviceError, FluxionError, ThreadLimitError
 from fluxion_core.generation.tokenizer import Tokenizer
 from fluxion_core.geometry import KvGeometry
 from fluxion_core.kvstream.handoff import KvLayout
 from fluxion_core.models.locate import default_models_dir, locate_model
 from fluxion_core.models.weights import LoadedModel, load_model
+from fluxion_core.scheduler.scheduler import default_threads
 from fluxion_core.telemetry import configure_logging, event
 from fluxion_core.threads import check_threads, thread_limit
 from services.loading import EndedWhileLoadingError
@@ -56,7 +58,7 @@ def load_node_model(settings: ModelSettings) -> NodeModel:
     started = time.perf_counter()
     path = locate_model(settings.model, settings.models_dir or default_models_dir())
     device = find_device(settings.device)
-    torch.set_num_threads(settings.threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(settings.threads or default_threads())
     tokenizer = Tokenizer.load(path)
     loaded = load_model(path, device=device, dtype=find_dtype(settings.dtype, device))
     tokenizer.check_fits(loaded.config.vocab_size)
@@ -113,7 +115,8 @@ def find_device(name: str) -> torch.device:
 def find_dtype(name: str, device: torch.device) -> torch.dtype:
     """Precision of weights and activations that the settings ask for."""
     if name == "auto":
-        name = "bfloat16" if device.type == "cuda" else "float32"
+        is_fast = device.type == "cuda" or has_bfloat16_instructions()
+        name = "bfloat16" if is_fast else "float32"
     return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
 
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fluxion_core.benchmark.prompt_kv import PromptKv
 from fluxion_core.benchmark.report import describe_machine, draw_bars
+from fluxion_core.cpus import usable_cpus
 from fluxion_core.errors import ConfigError
 from fluxion_core.geometry import KvGeometry, WindowSpec
 from fluxion_core.hybrid_attention import HybridAttention
@@ -35,7 +36,7 @@ from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.models.attention_port import AttentionPort
 from fluxion_core.models.decoder import Decoder
 from fluxion_core.models.host_decoder import HostDecoder
-from fluxion_core.scheduler.scheduler import CpuPool, usable_cpus
+from fluxion_core.scheduler.scheduler import CpuPool
 from fluxion_core.selector.planner import PlanNanoseconds, Planner, PlannerState
 from fluxion_core.selector.planner_weights import PlannerWeights
 from fluxion_core.selector.policy import Policy, PredictedPolicy, parse_policy

@@ -33,6 +33,7 @@ from fluxion_core.benchmark.model_shapes import fill_sequences, random_decoder, 
 from fluxion_core.benchmark.random_planner import blank_state, random_planner
 from fluxion_core.benchmark.recorded_plans import RecordedPlans
 from fluxion_core.benchmark.report import describe_machine
+from fluxion_core.cpus import usable_cpus
 from fluxion_core.decode_step import GivenPlan, StepRow
 from fluxion_core.errors import ConfigError
 from fluxion_core.geometry import KvGeometry, WindowSpec
@@ -42,7 +43,7 @@ from fluxion_core.kernels import _native
 from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.models.config import ModelConfig
 from fluxion_core.nvml import MIN_LOOK_SECONDS, open_nvml
-from fluxion_core.scheduler.scheduler import CpuPool, usable_cpus
+from fluxion_core.scheduler.thread_choice import make_pool
 from fluxion_core.selector.policy import (
     READ_NOTHING,
     ExactPolicy,
@@ -78,7 +79,7 @@ class GpuStepOptions:
     device_digests: bool = True
     """Whether the lane scans copies of digests on the device."""
     threads: int | None = None
-    """Of the CPU pool; None for one per CPU but one."""
+    """Of the CPU pool; None for as many as a node chooses."""
 
     @property
     def cases(self) -> list[tuple[int, ...]]:
@@ -198,7 +199,7 @@ class GpuStepBench:
                 self.decoder,
                 self.store,
                 self.window,
-                CpuPool(self.options.threads),
+                make_pool(self.options.threads)[0],
                 max_rows=len(self.sequences),
                 max_context_tokens=max(max(lengths) for lengths in self.options.cases) + 16,
                 lanes=_lanes(lanes),

@@ -27,12 +27,13 @@ from rich.table import Table
 from torch import Tensor
 
 from fluxion_core.benchmark.report import describe_machine, draw_bars, median_of
+from fluxion_core.cpus import usable_cpus
 from fluxion_core.geometry import BLOCK_SIZES, KvGeometry
 from fluxion_core.kernels import _native
 from fluxion_core.kernels.block_digest import cpu as block_digest
 from fluxion_core.kernels.isa import native_layout
 from fluxion_core.kvstore.store import HostKvStore
-from fluxion_core.scheduler.scheduler import CpuPool, usable_cpus
+from fluxion_core.scheduler.scheduler import CpuPool
 from fluxion_core.selector.policy import READ_ALL, READ_NOTHING, FixedPolicy
 
 

@@ -6,13 +6,12 @@ GIL and use no OpenMP. The thread that waits for a round works with them.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from fluxion_core.cpus import num_usable_cpus, usable_cpus
 from fluxion_core.errors import ConfigError
 from fluxion_core.kernels import _native
 
@@ -63,49 +62,68 @@ def task_spans(rows: npt.NDArray[np.void]) -> list[TaskSpan]:
     return [TaskSpan(*row) for row in rows.tolist()]
 
 
-def usable_cpus() -> list[int]:
-    """CPUs that this process may run on."""
-    return sorted(os.sched_getaffinity(0))
+def default_threads() -> int:
+    """One for each usable CPU; where there are 4 or more, an eighth of them, at least one, is left
+    to everything else: the event loop, what takes KV in, another node."""
+    count = num_usable_cpus()
+    return count if count < 4 else count - max(1, count // 8)
 
 
 class CpuPool:
     """Threads for the host part of attention. One round at a time, from one thread.
 
+    A worker stands ready on each usable CPU, so that another can take the place of one whose CPU
+    is wanted by somebody else. The thread that starts rounds is kept away from such CPUs.
+
     Args:
-        num_threads: that work on a round, the waiting one included; None for one per usable CPU,
-            but where there are 4 CPUs or more, one is left to everything else.
-        cpus: where workers are pinned, one to each; None for as many as there are threads. The
-            waiting thread takes the place of the worker whose CPU it runs on.
+        num_threads: that work on a round, the waiting one included; None for `default_threads`.
         spin_microseconds: before a worker sleeps; None to spin only if the pool leaves cores free.
+        watches: whether threads that have lost their CPU are looked for.
 
     Raises:
-        ConfigError: fewer than one thread, or too few CPUs named.
+        ConfigError: fewer than one thread.
+        RuntimeError: no further thread is to be had; see threads.thread_limit.
     """
 
     def __init__(
         self,
         num_threads: int | None = None,
         *,
-        cpus: Sequence[int] | None = None,
         spin_microseconds: float | None = None,
+        watches: bool = True,
     ) -> None:
         usable = usable_cpus()
-        spare = 1 if len(usable) >= 4 else 0
-        self.num_threads = len(usable) - spare if num_threads is None else num_threads
+        self.num_threads = default_threads() if num_threads is None else num_threads
+        """That work on a round, the waiting one included."""
         if self.num_threads < 1:
             raise ConfigError(f"{self.num_threads} attention threads; need at least 1")
-        if cpus is None:
-            # More workers than CPUs share them; that is asked for explicitly, and slower.
-            count = self.num_threads if self.num_threads > 1 else 0
-            cpus = [usable[i % len(usable)] for i in range(count)]
-        if len(cpus) < self.num_threads - 1:
-            raise ConfigError(f"{len(cpus)} CPUs for {self.num_threads - 1} attention workers")
+        # More workers than CPUs share them; that is asked for explicitly, and slower.
+        count = max(len(usable), self.num_threads) if self.num_threads > 1 else 0
         if spin_microseconds is None:
-            spin_microseconds = SPIN_MICROSECONDS if self.num_threads < len(usable) else 0.0
+            spares_cpus = self.num_threads < num_usable_cpus()
+            spin_microseconds = SPIN_MICROSECONDS if spares_cpus else 0.0
         self.native = _native.TaskPool(
-            list(cpus), self.num_threads - 1, int(spin_microseconds * 1000)
+            [usable[i % len(usable)] for i in range(count)],
+            self.num_threads - 1,
+            int(spin_microseconds * 1000),
+            *(() if watches else (0,)),
         )
         """The native pool, for those who submit rounds."""
+
+    def use_threads(self, num_threads: int) -> None:
+        """Have so many work on rounds from now on, no more than there are CPUs."""
+        self.num_threads = num_threads
+        self.native.set_max_helpers(num_threads - 1)
+
+    @property
+    def stalls(self) -> int:
+        """Times that a thread without its CPU held up the others. From any thread."""
+        return self.native.stalls
+
+    @property
+    def num_left_out(self) -> int:
+        """CPUs that no thread of the pool uses now, because others do. From any thread."""
+        return self.native.num_left_out
 
     def wait(self) -> None:
         """Work on the round that was submitted until all of it is done."""

@@ -17,7 +17,7 @@ from fluxion_core.host_step import HostStep
 from fluxion_core.hybrid_attention import HybridAttention
 from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.models.host_decoder import HostDecoder
-from fluxion_core.scheduler.scheduler import CpuPool
+from fluxion_core.scheduler.thread_choice import make_pool
 from fluxion_core.telemetry import event
 from fluxion_core.trace import TraceRecorder
 from fluxion_core.wire.channel import check_client
@@ -137,7 +137,7 @@ async def serve(settings: DecodeSettings, ending: asyncio.Event) -> None:
         metrics.loaded(
             model.loaded.name,
             str(device),
-            DecodeCollector(counters, admission, store, engine),
+            DecodeCollector(counters, admission, store, engine, step.pool),
             *nvml_collectors(device),
         )
         engine.start()
@@ -258,7 +258,7 @@ def make_costs(model: NodeModel, store: HostKvStore, step: HostStep | DeviceStep
     loaded = model.loaded
     item_bytes = loaded.decoder.embedding.dtype.itemsize
     # A step on a GPU computes no prompts.
-    threads = step.num_threads if isinstance(step, HostStep) else 1
+    threads = step.pool.num_threads if isinstance(step, HostStep) else 1
     return PromptCosts.of(ModelCosts.of(loaded.config, store.geometry, item_bytes), threads)
 
 
@@ -320,7 +320,8 @@ def make_step(
         CapacityError: the store's memory cannot be pinned.
     """
     decoder, lanes = model.loaded.decoder, settings.engine.lanes
-    pool = CpuPool(settings.engine.attention_threads)
+    pool, choice = make_pool(settings.engine.attention_threads)
+    _log.info(event("attention threads", threads=choice.num_threads, measured=choice.measured))
     device = decoder.embedding.device
     if device.type == "cpu":
         if lanes not in ("auto", "cpu"):

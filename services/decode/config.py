@@ -65,7 +65,8 @@ class EngineSettings(Section):
     if no prefill node is configured. Not on a GPU yet: there it is 0."""
     attention_threads: Count | None = Field(default=None, gt=0, le=4096)
     """Threads that attend over host KV and, where the model is on the CPU, compute the dense part;
-    one per usable CPU if not given, but one fewer from 4 CPUs on."""
+    if not given, one per usable CPU, an eighth of them (at least one) left to others from 4 CPUs
+    on; from 8 CPUs on a measurement at start may find fewer to be as fast, and the log says so."""
 
 
 class PrefillSettings(Section):

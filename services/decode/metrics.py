@@ -18,6 +18,7 @@ from fluxion_core.device_usage import DeviceUsage
 from fluxion_core.geometry import BLOCK_SIZES
 from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.metrics import MetricDefinition, PlainHistogram
+from fluxion_core.scheduler.scheduler import CpuPool
 from services.decode.admission import Admission
 from services.decode.engine import DecodeEngine, EngineStatistics
 from services.decode.read_totals import ReadTotals
@@ -186,6 +187,24 @@ GROUPS = MetricDefinition(
     "GQA groups by what they read of a region: nothing, everything, or blocks of 16 to 128 tokens.",
     ("reads",),
 )
+POOL_THREADS = MetricDefinition(
+    "fluxion_pool_threads",
+    "gauge",
+    "threads",
+    "Threads of the CPU pool that work on a round of attention, the engine's own included.",
+)
+POOL_STALLS = MetricDefinition(
+    "fluxion_pool_stalls_total",
+    "counter",
+    "stalls",
+    "Times that a thread of the CPU pool was found without its CPU while the others waited for it.",
+)
+POOL_LEFT_OUT = MetricDefinition(
+    "fluxion_pool_left_out_cpus",
+    "gauge",
+    "cpus",
+    "CPUs that the CPU pool does not use now, because its threads were kept waiting there.",
+)
 TASKS = MetricDefinition(
     "fluxion_tasks_total",
     "counter",
@@ -209,6 +228,7 @@ DECODE_DEFINITIONS = (
     *(HANDOFFS, HANDOFF_BYTES, HANDOFF_SECONDS, HANDOFF_FAILURES),
     *(STEPS, STEP_TOKENS, ENGINE_BUSY, ENGINE_IDLE),
     *(SCANNED, ATTENDED, REGION, STREAMING_HEADS, PLANNED_HEADS, GROUPS, TASKS),
+    *(POOL_THREADS, POOL_STALLS, POOL_LEFT_OUT),
 )
 
 
@@ -277,6 +297,7 @@ class DecodeCollector(Collector):
         admission: for the queue.
         store: for host memory.
         engine: for steps, reads and the GPU.
+        pool: the CPU threads that attend.
     """
 
     def __init__(
@@ -285,7 +306,9 @@ class DecodeCollector(Collector):
         admission: Admission,
         store: HostKvStore,
         engine: DecodeEngine,
+        pool: CpuPool,
     ) -> None:
+        self._pool = pool
         self._counters = counters
         self._admission = admission
         self._store = store
@@ -296,6 +319,9 @@ class DecodeCollector(Collector):
         yield from self._requests()
         yield from self._held_memory()
         yield from self.collect_engine()
+        yield POOL_THREADS.render_value(self._pool.num_threads)
+        yield POOL_STALLS.render_value(self._pool.stalls)
+        yield POOL_LEFT_OUT.render_value(self._pool.num_left_out)
 
     def collect_engine(self) -> Iterator[Metric]:
         """What the engine counts, and its GPU if it has one."""

@@ -145,7 +145,7 @@ def cluster(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     with running_cluster(
         smollm2_path,
         tmp_path_factory.mktemp("nodes"),
-        *("--device", "cpu"),
+        *("--device", "cpu", "--model.dtype", "float32"),
         decode_flags=("--engine.local-prefill-tokens", "0"),
     ) as nodes:
         yield nodes

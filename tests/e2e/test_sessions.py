@@ -26,7 +26,7 @@ def nodes(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     with running_cluster(
         smollm2_path,
         tmp_path_factory.mktemp("sessions"),
-        *("--device", "cpu"),
+        *("--device", "cpu", "--model.dtype", "float32"),
         decode_flags=("--engine.local-prefill-tokens", str(LOCAL_TOKENS)),
     ) as cluster:
         yield cluster

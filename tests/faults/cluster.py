@@ -192,7 +192,16 @@ def running_cluster(
     """
     (directory / "model").mkdir()
     model = write_model(directory / "model")
-    common = ["--model", str(model), "--device", "cpu", "--model.threads", "1"]
+    common = [
+        "--model",
+        str(model),
+        "--device",
+        "cpu",
+        "--model.dtype",
+        "float32",
+        "--model.threads",
+        "1",
+    ]
 
     def prefill(name: str, **changes: object) -> FaultNode:
         flags = [*common, "--engine.chunk-tokens", str(CHUNK_TOKENS)]

@@ -387,7 +387,16 @@ def make_nodes(directory: Path) -> tuple[Path, FaultNode, list[FaultNode]]:
     model = directory / "model"
     model.mkdir()
     write_toy_model(model, seed=3, num_layers=NUM_LAYERS, context_tokens=CONTEXT_TOKENS)
-    common = ["--model", str(model), "--device", "cpu", "--model.threads", "1"]
+    common = [
+        "--model",
+        str(model),
+        "--device",
+        "cpu",
+        "--model.dtype",
+        "float32",
+        "--model.threads",
+        "1",
+    ]
     chunks = ["--engine.chunk-tokens", str(CHUNK_TOKENS)]
     prefill = [
         FaultNode(

@@ -186,7 +186,7 @@ def prefill_settings(
 ) -> PrefillNodeSettings:
     return PrefillNodeSettings(
         server=server_settings(metrics_listen, unread_seconds),
-        model=ModelSettings(model=str(model), device="cpu", threads=1),
+        model=ModelSettings(model=str(model), device="cpu", dtype="float32", threads=1),
         engine=PrefillEngineSettings(**{"chunk_tokens": 64, **engine}),
     )
 
@@ -196,7 +196,7 @@ def decode_settings(
 ):
     return DecodeSettings(
         server=server_settings(metrics_listen),
-        model=ModelSettings(model=str(model), device="cpu", threads=1),
+        model=ModelSettings(model=str(model), device="cpu", dtype="float32", threads=1),
         store=StoreSettings(host_kv_bytes=store_bytes, slab_tokens=128),
         prefill=PrefillSettings(addresses=prefill),
         # What these tests look at is the hand-off, also of short prompts.

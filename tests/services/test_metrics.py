@@ -143,14 +143,14 @@ def test_gpu_metrics_are_there_with_a_gpu_and_absent_without():
         (None, set()),
     ):
         engine = _Engine(EngineStatistics(device=device))
-        collector = DecodeCollector(RequestCounters(), None, None, engine)  # type: ignore[arg-type]
+        collector = DecodeCollector(RequestCounters(), None, None, engine, None)  # type: ignore[arg-type]
         families = {
             one.name + ("_total" if one.type == "counter" else ""): one
             for one in collector.collect_engine()
         }
         assert {name for name in families if "gpu" in name or "pcie" in name} == gpu_names
     engine = _Engine(EngineStatistics(device=usage))
-    collector = DecodeCollector(RequestCounters(), None, None, engine)  # type: ignore[arg-type]
+    collector = DecodeCollector(RequestCounters(), None, None, engine, None)  # type: ignore[arg-type]
     families = {one.name: one for one in collector.collect_engine()}
     idle = {s.labels["cause"]: s.value for s in families["fluxion_gpu_idle_seconds"].samples}
     assert idle == {"host_attention": 2.0, "no_work": 0.0, "host_step": 0.0}

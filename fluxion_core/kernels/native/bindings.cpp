@@ -253,6 +253,12 @@ NB_MODULE(_native, m) {
         return nb::bytes(reinterpret_cast<const char*>(spans.data()),
                          spans.size() * sizeof(fluxion::Span));
       });
+  m.def("read_rounds", [](TaskPool& pool, uintptr_t buffer, int64_t buffer_bytes,
+                          int64_t round_bytes, int rounds) {
+    nb::gil_scoped_release unlocked;
+    return fluxion::read_rounds(pool, reinterpret_cast<const char*>(buffer), buffer_bytes,
+                                round_bytes, rounds);
+  });
   fluxion::bind_attention(m);
   fluxion::bind_dense(m);
   fluxion::bind_gpu(m);

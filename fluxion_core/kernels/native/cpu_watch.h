@@ -82,10 +82,9 @@ class CallerCpus {
 
   // Called by that thread, with the CPUs that are left out now.
   void keep_away_from(const cpu_set_t& left_out);
-
- private:
   void restore();
 
+ private:
   pid_t thread_ = 0;
   bool is_narrowed_ = false;
   cpu_set_t own_{};

@@ -68,7 +68,8 @@ void TaskPool::stop() {
 
 void TaskPool::set_max_helpers(int count) {
   max_helpers_ = count;
-  caller_cpu_ = -1;
+  caller_.restore();
+  changes_seen_ = left_out_changes_.load() - 1;  // the next round looks anew
 }
 
 void TaskPool::submit(Work* work, const std::vector<int64_t>& bytes, int64_t wake_bytes,

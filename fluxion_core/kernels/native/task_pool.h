@@ -75,7 +75,8 @@ class TaskPool {
 
   int num_workers() const { return int(threads_.size()); }
 
-  // How many helpers take part from the next round on. Between rounds only.
+  // How many helpers take part from the next round on. Between rounds only. The thread that started
+  // rounds so far may run on all its CPUs again.
   void set_max_helpers(int count);
   // The thread that starts rounds, busy between two of them, has not run for so long: again and again,
   // and its CPU is left out. In rounds the pool looks itself.

@@ -45,6 +45,36 @@ double seconds(int64_t count, int64_t batch_pieces, const std::vector<int>& cpus
 
 constexpr int64_t kBatchBytes = 256 << 10;
 
+// A round that reads memory: as many tasks as a layer of four sequences has.
+class ReadRound final : public Work {
+ public:
+  ReadRound(const char* memory, int64_t bytes)
+      : memory_(memory), chunks_(std::max<int64_t>(1, bytes / (kTasks * kBatchBytes))) {}
+  std::vector<int64_t> task_bytes() const {
+    return std::vector<int64_t>(kTasks, chunks_ * kBatchBytes);
+  }
+  int32_t num_phases() const override { return 1; }
+  int64_t layer() const override { return 0; }
+  int32_t open(int32_t, int32_t) override { return int32_t(chunks_); }
+  void run(int32_t task, int32_t, int32_t chunk) override {
+    constexpr int64_t kPieceBytes = 64 << 10;
+    const char* pieces[kBatchBytes / kPieceBytes];
+    const char* at = memory_ + (task * chunks_ + chunk) * kBatchBytes;
+    for (const char*& piece : pieces) {
+      piece = at;
+      at += kPieceBytes;
+    }
+    total_.fetch_add(kernels().read_pieces(pieces, kBatchBytes / kPieceBytes, kPieceBytes));
+  }
+  void close(int32_t) override {}
+
+ private:
+  static constexpr int64_t kTasks = 32;
+  const char* memory_;
+  int64_t chunks_;
+  std::atomic<uint64_t> total_{0};
+};
+
 int64_t batch_of(int64_t piece_bytes) { return std::max<int64_t>(1, kBatchBytes / piece_bytes); }
 
 }  // namespace
@@ -86,6 +116,20 @@ double attend_seconds(const float* query, int32_t group, int32_t head_dim,
                                          end < num_blocks ? runs[size_t(end)].blocks : nullptr,
                                          {sums, highest, highest + group});
                  });
+}
+
+std::vector<double> read_rounds(TaskPool& pool, const char* buffer, int64_t buffer_bytes,
+                                int64_t round_bytes, int rounds) {
+  std::vector<double> times;
+  const int64_t places = std::max<int64_t>(1, buffer_bytes / round_bytes);
+  for (int round = 0; round < rounds; ++round) {
+    ReadRound work(buffer + round % places * round_bytes, std::min(buffer_bytes, round_bytes));
+    const Clock::time_point start = Clock::now();
+    pool.submit(&work, work.task_bytes(), 0);
+    pool.wait();
+    times.push_back(std::chrono::duration<double>(Clock::now() - start).count());
+  }
+  return times;
 }
 
 }  // namespace fluxion

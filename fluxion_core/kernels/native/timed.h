@@ -1,11 +1,12 @@
-// One operation on several threads that start together, timed: for `fluxion bench kernels`.
-// The decode path does not come here.
+// One operation on several threads, timed: for `fluxion bench kernels`, and to choose how many threads a
+// pool has. The decode path does not come here.
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
 #include "kernel_table.h"
+#include "task_pool.h"
 
 namespace fluxion {
 
@@ -25,5 +26,10 @@ double score_seconds(int64_t digest_bits, const float* query, int32_t group, int
 double attend_seconds(const float* query, int32_t group, int32_t head_dim,
                       const uint16_t* const* blocks, int64_t num_blocks,
                       const std::vector<int>& cpus);
+
+// Rounds of reading as a decode step has them: seconds of each. Each reads the next `round_bytes` of a
+// buffer, in chunks as attention's.
+std::vector<double> read_rounds(TaskPool& pool, const char* buffer, int64_t buffer_bytes,
+                                int64_t round_bytes, int rounds);
 
 }  // namespace fluxion

@@ -177,5 +177,3 @@ def test_an_unclaimed_round_waits_for_the_other_consumer():
 def test_impossible_pools_are_refused():
     with pytest.raises(ConfigError):
         CpuPool(0)
-    with pytest.raises(ConfigError):
-        CpuPool(4, cpus=[0])
