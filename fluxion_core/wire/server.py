@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from fluxion_core.addresses import Address, is_loopback
@@ -23,6 +23,7 @@ from fluxion_core.wire.callers import Callers
 from fluxion_core.wire.channel import KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS
 from fluxion_core.wire.client_limits import ClientLimits
 from fluxion_core.wire.frame_limits import MAX_FRAME_PAYLOAD_BYTES, PREFIX_BYTES
+from fluxion_core.wire.node_health import NodeHealth
 from fluxion_core.wire.tls import server_credentials
 
 _log = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ class NodeServer:
         self._server = grpc.aio.server(
             handlers=(self._late,), interceptors=(self._guard,), options=_options(settings)
         )
-        self._health = health.aio.HealthServicer()
+        self._health = NodeHealth(unread_seconds=settings.unread_seconds)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = {*reflected, HEALTH_SERVICE, reflection.SERVICE_NAME}
         reflection.enable_server_reflection(sorted(names), self._server)
@@ -102,8 +103,8 @@ class NodeServer:
         address = _listen(self._server, self._settings.listen, self._credentials, "server.listen")
         if self._health_server is not None:
             _listen(self._health_server, self._settings.health_listen, None, "server.health_listen")
-        await self._set(self._service_name, is_serving=False)
-        await self._set("", is_serving=True)
+        self._health.set(self._service_name, is_serving=False)
+        self._health.set("", is_serving=True)
         await self._server.start()
         if self._health_server is not None:
             await self._health_server.start()
@@ -121,19 +122,14 @@ class NodeServer:
 
     async def set_serving(self, *, is_serving: bool) -> None:
         """What health says of the service; calls are taken or refused as before."""
-        await self._set(self._service_name, is_serving=is_serving)
+        self._health.set(self._service_name, is_serving=is_serving)
 
     async def stop(self, grace_seconds: float) -> None:
         """Take no new calls; running ones have `grace_seconds`, then are cancelled."""
-        await self._health.enter_graceful_shutdown()
+        self._health.end()
         await self._server.stop(grace_seconds)
         if self._health_server is not None:
             await self._health_server.stop(0)
-
-    async def _set(self, name: str, *, is_serving: bool) -> None:
-        statuses = health_pb2.HealthCheckResponse
-        status = statuses.SERVING if is_serving else statuses.NOT_SERVING
-        await self._health.set(name, status)
 
     def _warn_if_open(self, address: str) -> None:
         settings = self._settings
