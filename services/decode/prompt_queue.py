@@ -63,27 +63,23 @@ class FairTurns:
         try:
             await called
         except asyncio.CancelledError:
-            if called.cancelled():
-                self._leave(client, called)
-            else:
+            if not called.cancelled():
                 self._give()
             raise
 
-    def _leave(self, client: str, called: asyncio.Future[None]) -> None:
-        self._waiting[client].remove(called)
-        if not self._waiting[client]:
-            del self._waiting[client]
-
     def _give(self) -> None:
         """To the first call of the client whose last turn is longest ago."""
-        if not self._waiting:
-            self._is_taken = False
+        while self._waiting:
+            client = next(iter(self._waiting))
+            # Who was cancelled is still in its place.
+            calls = deque(call for call in self._waiting.pop(client) if not call.cancelled())
+            if not calls:
+                continue
+            calls.popleft().set_result(None)
+            if calls:
+                self._waiting[client] = calls
             return
-        client = next(iter(self._waiting))
-        calls = self._waiting.pop(client)
-        calls.popleft().set_result(None)
-        if calls:
-            self._waiting[client] = calls
+        self._is_taken = False
 
 
 class PromptQueue:

@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from fluxion_core.errors import CapacityError
-from services.decode.prompt_queue import PromptQueue, finish
+from services.decode.prompt_queue import FairTurns, PromptQueue, finish
 
 TURNS_OF_THE_LOOP = 20
 """For all that is ready to happen."""
@@ -71,6 +71,26 @@ async def test_who_is_cancelled_while_waiting_is_gone_at_once(queue):
     first.may_go_on.set()
     assert await running[2] == "third"
     assert notes == ["first", "third"]
+
+
+async def test_a_turn_is_not_lost_with_who_is_cancelled_as_it_is_given():
+    turns = FairTurns()
+    taken = turns.turn("a")
+    await taken.__aenter__()
+
+    async def take(client: str) -> str:
+        async with turns.turn(client):
+            return client
+
+    waiting = [asyncio.ensure_future(take(client)) for client in ("a", "b", "b")]
+    await asyncio.sleep(0)
+    # Cancelled, and not run since; then one that has been called already.
+    waiting[0].cancel()
+    await taken.__aexit__(None, None, None)
+    waiting[1].cancel()
+    assert await asyncio.wait_for(waiting[2], 60) == "b"
+    assert await asyncio.wait_for(take("c"), 60) == "c"
+    assert [one.cancelled() for one in waiting] == [True, True, False]
 
 
 async def test_who_is_cancelled_in_a_step_is_charged_until_it_is_over_and_has_no_other(queue):
