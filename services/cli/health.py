@@ -16,7 +16,8 @@ from fluxion_core.wire.status import error_from_rpc
 from services.cli.connection import connect
 
 DECODE_SERVICE = "fluxion.v1.Generation"
-"""Serving when a decode node has its model loaded and is not draining."""
+"""Serving when a decode node has its model loaded, is not draining, and a prefill node answers, if
+it has any."""
 PREFILL_SERVICE = "fluxion.v1.Handoff"
 """Serving when a prefill node has its model loaded and is not draining."""
 
