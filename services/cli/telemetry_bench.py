@@ -27,8 +27,9 @@ from services.cli.connection import connect
 from services.cli.demo import load_document
 from services.cli.http import get
 from services.cli.logs import LogPrinter
+from services.cli.node_plans import UpOptions, plan_nodes
 from services.cli.processes import NodeGroup, finished_before, stop_signals
-from services.cli.up import UpOptions, bring_up, plan_nodes
+from services.cli.up import bring_up
 
 _READY_SECONDS = 300.0
 _FETCH_SECONDS = 60.0

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from services.cli import demo, waiting
 from services.cli.health import DECODE_SERVICE, PREFILL_SERVICE
 from services.cli.main import app
-from services.cli.up import NodePlan
+from services.cli.node_plans import NodePlan
 
 
 def test_the_fact_stands_once_near_the_middle_of_the_document():

@@ -16,7 +16,8 @@ from services.cli import gateway
 from services.cli.addresses import choose_listen_address
 from services.cli.gateway import GatewayPlan, plan_gateway
 from services.cli.health import DECODE_SERVICE, PREFILL_SERVICE
-from services.cli.up import NodePlan, run_nodes
+from services.cli.node_plans import NodePlan
+from services.cli.up import run_nodes
 
 PlanFakeNode = Callable[..., NodePlan]
 
