@@ -28,6 +28,10 @@ constexpr int64_t kProbeNs = 12'000'000;  // longer than a scheduler's turn: thr
 int64_t own_cpu_ns();
 int64_t cpu_ns_of(pthread_t thread);
 
+// Whether those clocks follow a running thread within a fraction of kStallNs; where they go by ticks
+// of milliseconds (some sandboxes), nothing is proven by them. Found out once.
+bool has_fine_clocks();
+
 // Whether the calling thread, busy for kProbeNs, has its CPU to itself. Ends early, false, if
 // `stopping` is set.
 bool has_cpu_to_itself(const std::atomic<uint32_t>& stopping);
