@@ -15,7 +15,6 @@ from fluxion_core.generation.vocabulary import Vocabulary
 from fluxion_core.gguf_end_tokens import (
     UNKNOWN_TOKEN,
     USER_DEFINED_TOKEN,
-    EndTokens,
     read_end_tokens,
     special_token_id,
     token_types,
@@ -47,7 +46,6 @@ def read_gguf(path: Path) -> Vocabulary:
     GGUF_TOKENIZER.check(entries, path, prefix=PREFIX)
     cutting = read_cutting(file)
     ends = read_end_tokens(file)
-    backend = _read_backend(file, cutting, ends)
     tokens = file.strings("tokenizer.ggml.tokens")
     bos, eos = special_token_id(file, "bos"), special_token_id(file, "eos")
     named = {
@@ -58,14 +56,20 @@ def read_gguf(path: Path) -> Vocabulary:
         if (token_id := special_token_id(file, key)) is not None:
             named[name] = tokens[token_id]
     prefix = _added(file, "bos", bos, default=cutting.begins_with_bos)
+    # Written out at the beginning of a prompt, it must be recognised whatever its type.
+    backend = _read_backend(file, cutting, ends.control_ids | {*prefix})
     # In llama.cpp a conversation begins with that token once, whatever its template writes.
     begins_with = named["bos_token"] if prefix else ""
     chosen, without = choose_template(_templates(file), named, begins_with=begins_with)
     suffix = _added(file, "eos", eos, default=False)
-    return Vocabulary(backend, chosen, without, bos, ends.end_ids, prefix, suffix)
+    return Vocabulary(
+        backend, chosen, without, bos, ends.end_ids, prefix, suffix, stored_size=len(tokens)
+    )
 
 
-def _read_backend(file: GgufFile, cutting: Cutting, ends: EndTokens) -> tokenizers.Tokenizer:
+def _read_backend(
+    file: GgufFile, cutting: Cutting, control_ids: frozenset[int]
+) -> tokenizers.Tokenizer:
     """A byte-level BPE tokenizer."""
     kind = file.text("tokenizer.ggml.model")
     if kind != "gpt2":
@@ -94,7 +98,7 @@ def _read_backend(file: GgufFile, cutting: Cutting, ends: EndTokens) -> tokenize
     special = [
         token
         for index, token in enumerate(tokens)
-        if index in ends.control_ids or types[index] == UNKNOWN_TOKEN
+        if index in control_ids or types[index] == UNKNOWN_TOKEN
     ]
     known = set(special)
     user = [

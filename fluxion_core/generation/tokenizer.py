@@ -34,6 +34,7 @@ class Tokenizer:
         prefix_ids: Sequence[int] = (),
         suffix_ids: Sequence[int] = (),
         without_template: str = NO_TEMPLATE,
+        stored_size: int | None = None,
     ) -> None:
         self._backend = backend
         self.chat_template = chat_template
@@ -46,6 +47,7 @@ class Tokenizer:
         vocabulary = sorted(backend.get_vocab(with_added_tokens=True).items())
         self.vocab_size: int = max((token_id for _, token_id in vocabulary), default=-1) + 1
         """Ids are below this; there may be gaps."""
+        self._stored_size = self.vocab_size if stored_size is None else stored_size
         self.is_byte_level = isinstance(backend.decoder, decoders.ByteLevel)
         """Whether every token stands for bytes of UTF-8, see `token_bytes`."""
         added = backend.get_added_tokens_decoder()
@@ -73,6 +75,7 @@ class Tokenizer:
             prefix_ids=found.prefix_ids,
             suffix_ids=found.suffix_ids,
             without_template=found.without_template,
+            stored_size=found.stored_size,
         )
 
     @property
@@ -191,10 +194,12 @@ class Tokenizer:
 
     def check_fits(self, model_vocab_size: int) -> None:
         """Raise ModelFileError if this vocabulary has ids that the model's embedding lacks."""
-        if self.vocab_size > model_vocab_size:
+        # A token that only a config names, as for padding, does no harm: a prompt with it is
+        # refused, and the model cannot make it.
+        if self._stored_size > model_vocab_size:
             raise ModelFileError(
-                f"wrong tokenizer: it has {self.vocab_size} tokens, the model {model_vocab_size}; "
-                f"use the tokenizer that came with the model"
+                f"wrong tokenizer: it has {self._stored_size} tokens, the model "
+                f"{model_vocab_size}; use the tokenizer that came with the model"
             )
 
 

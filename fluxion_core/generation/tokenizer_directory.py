@@ -65,7 +65,8 @@ def read_directory(directory: Path) -> Vocabulary:
     backend.no_truncation()
     backend.no_padding()
     special = _special_tokens(directory, config)
-    _add(special, backend)
+    stored_size = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
+    _add(special, backend, directory)
     texts = special.texts
     TOKENIZER_CONFIG.check(
         {name: value for name, value in config.items() if name not in texts}, directory / _CONFIG
@@ -79,7 +80,7 @@ def read_directory(directory: Path) -> Vocabulary:
         (bos,) = prefix
     template, without = read_chat_template(directory, config, texts)
     ends = _end_token_ids(directory, texts, backend)
-    return Vocabulary(backend, template, without, bos, ends, prefix, suffix)
+    return Vocabulary(backend, template, without, bos, ends, prefix, suffix, stored_size)
 
 
 def _frame(backend: tokenizers.Tokenizer, path: Path) -> Frame:
@@ -156,7 +157,7 @@ def _special_tokens(directory: Path, config: Mapping[str, object]) -> _SpecialTo
     return _SpecialTokens(named, tokens, by_id, path)
 
 
-def _add(special: _SpecialTokens, backend: tokenizers.Tokenizer) -> None:
+def _add(special: _SpecialTokens, backend: tokenizers.Tokenizer, directory: Path) -> None:
     """Make these tokens added tokens, as far as tokenizer.json does not say so already.
 
     Raises:
@@ -172,6 +173,9 @@ def _add(special: _SpecialTokens, backend: tokenizers.Tokenizer) -> None:
         token = known.get(str(said), said)
         if repr(token) != repr(stored.get(str(token))):
             missing.setdefault(str(token), token)
+    if new := [text for text in missing if backend.token_to_id(text) is None]:
+        words = ", ".join(new[:8])
+        _log.warning(event("tokens that tokenizer.json lacks", file=directory, tokens=words))
     backend.add_tokens(list(missing.values()))
     for token_id, token in special.by_id.items():
         found = backend.token_to_id(str(token))

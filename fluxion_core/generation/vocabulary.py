@@ -25,3 +25,5 @@ class Vocabulary:
     """Tokens before every text."""
     suffix_ids: tuple[int, ...]
     """Tokens after every text."""
+    stored_size: int
+    """Ids below this are the vocabulary's own; tokens that only other files name are behind."""

@@ -305,6 +305,13 @@ def test_a_conversation_begins_once_with_what_every_text_begins_with(write_gguf,
     assert prompt == ("<|bos|>hi" if written or added else "hi")
 
 
+def test_a_conversations_first_token_is_recognised_whatever_its_type(write_gguf):
+    path = write_gguf(chat_template="{{ bos_token }}h", add_bos_token=True, token_type=None)
+    tokenizer = Tokenizer.load(path)
+    prompt = tokenizer.render_chat([ChatMessage("user", "x")])
+    assert tokenizer.encode(prompt, add_special_tokens=False) == tokenizer.encode("h")
+
+
 def test_tokens_without_a_text_have_one_of_their_own(write_gguf):
     tokens = [*byte_vocabulary(), "", ""]
     path = write_gguf(tokens=tokens, token_type=[3, 3, 4] + [1] * (len(tokens) - 3))

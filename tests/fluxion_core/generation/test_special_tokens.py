@@ -229,6 +229,19 @@ def test_add_bos_token_against_the_post_processor_is_said(tmp_path, caplog):
     assert "add_bos_token True" in caplog.text
 
 
+def test_a_token_that_only_a_config_names_is_said_and_does_no_harm(tmp_path, caplog):
+    backend = backend_of()
+    size = backend.get_vocab_size()
+    files: Files = {"tokenizer_config.json": {"pad_token": "<|new|>"}}
+    tokenizer = Tokenizer.load(write(tmp_path, backend, files))
+    assert "tokens=<|new|>" in caplog.text
+    assert tokenizer.encode("<|new|>") == [size]
+    # The embedding may well have no row for it, as transformers' need not.
+    tokenizer.check_fits(size)
+    with pytest.raises(ModelFileError, match="wrong tokenizer"):
+        tokenizer.check_fits(size - 1)
+
+
 def test_an_unknown_entry_is_said(tmp_path, caplog):
     files: Files = {"tokenizer_config.json": {"cuts_words_backwards": True, "legacy": False}}
     with caplog.at_level(logging.WARNING):
