@@ -510,8 +510,7 @@ class SequenceKv:
                 f"KV of tokens from {self.exact_tokens} on is approximate, and the sequence was "
                 f"reserved for exact KV; name its approximation in `reserve`"
             )
-        if not self._publish_full(stored):
-            return
+        self._publish_full(stored)
         rest = stored[len(self._keys) * self._store.geometry.slab_tokens :]
         if len(rest):
             tag = self._tag(len(stored))
@@ -527,12 +526,9 @@ class SequenceKv:
         self._tail = None
         self._store.withdraw(self._slabs)
 
-    def _publish_full(self, tokens: TokenArray) -> bool:
-        """Publish slabs that these tokens, all stored, fill and that are not published yet.
-
-        Returns:
-            Whether all of them are; not those that follow a slab that was withdrawn.
-        """
+    def _publish_full(self, tokens: TokenArray) -> None:
+        """Publish slabs that these tokens, all stored, fill and that are not published yet; none
+        that follows a slab that was withdrawn."""
         size = self._store.geometry.slab_tokens
         for ordinal in range(len(self._keys), len(tokens) // size):
             end = (ordinal + 1) * size
@@ -541,11 +537,10 @@ class SequenceKv:
             previous = self._slabs[ordinal - 1] if ordinal else None
             slab = self._store.publish(self._slabs[ordinal], key, previous, self._last_key)
             if slab is None:
-                return False
+                return
             self._keys.append(key)
             self._slabs[ordinal] = slab
             self.slab_table[ordinal] = self._store.slab_address(slab)
-        return True
 
     @property
     def _last_key(self) -> bytes:

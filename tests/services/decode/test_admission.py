@@ -126,12 +126,16 @@ async def test_a_full_queue_of_one_client_has_a_place_for_another(admission, req
         await requests.ask(f"a{number}", client="a")
     assert admission.statistics().waiting == 3
     await requests.ask("b0", client="b")
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert requests._tasks["a4"].done()
     with pytest.raises(CapacityError, match="request queue: need 1 places"):
         await requests.outcome("a4")
     # Now a has two in the line and b one: another of b's would only turn that round.
+    await requests.ask("b1", client="b")
+    assert requests._tasks["b1"].done()
     with pytest.raises(CapacityError, match="3 requests wait already"):
-        async with admission.admit([1], 1, client="b"):
-            pass
+        await requests.outcome("b1")
     for name in ("a0", "b0", "a1", "a2"):
         await requests.end(name)
     assert requests.order == ["a0", "a1", "b0", "a2", "a3"]
