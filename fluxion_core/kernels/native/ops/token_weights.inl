@@ -111,21 +111,28 @@ void bucket_logits(const float* logits, int32_t count, fluxion::Buckets buckets,
 
 int32_t list_between(const float* logits, int32_t count, float least, float below, int32_t first,
                      int32_t* places) {
-  int32_t found = 0, listed = 0, i = 0;
-  Whole32 hits = {};
-  for (; i + kFloatsAtOnce <= count; i += kFloatsAtOnce) {
-    Floats32 some;
-    __builtin_memcpy(&some, logits + i, sizeof some);
-    hits -= (some >= least) & (some < below);
+  constexpr int32_t kPiece = 64;
+  int32_t listed = 0;
+  for (int32_t begin = 0; begin < count; begin += kPiece) {
+    const int32_t end = count - begin < kPiece ? count : begin + kPiece;
+    int32_t left = 0, i = begin;
+    Whole32 hits = {};
+    for (; i + kFloatsAtOnce <= end; i += kFloatsAtOnce) {
+      Floats32 some;
+      __builtin_memcpy(&some, logits + i, sizeof some);
+      hits -= (some >= least) & (some < below);
+    }
+    for (int32_t lane = 0; lane < kFloatsAtOnce; ++lane) left += hits[lane];
+    for (; i < end; ++i) left += (logits[i] >= least) & (logits[i] < below);
+    // Without a branch for each: which side of `least` a logit is on cannot be predicted.
+    for (i = begin; left > 0; ++i) {
+      const int32_t is_hit = (logits[i] >= least) & (logits[i] < below);
+      places[listed] = first + i;
+      listed += is_hit;
+      left -= is_hit;
+    }
   }
-  for (int32_t lane = 0; lane < kFloatsAtOnce; ++lane) found += hits[lane];
-  for (; i < count; ++i) found += (logits[i] >= least) & (logits[i] < below);
-  // Without a branch for each: which side of `least` a logit is on cannot be predicted.
-  for (i = 0; listed < found; ++i) {
-    places[listed] = first + i;
-    listed += (logits[i] >= least) & (logits[i] < below);
-  }
-  return found;
+  return listed;
 }
 
 }  // namespace
