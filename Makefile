@@ -36,6 +36,7 @@ bench: $(VENV)/.installed  ## figures of this machine
 	$(BIN)/fluxion bench handoff
 	$(BIN)/fluxion bench kernels
 	$(BIN)/fluxion bench decode-step
+	$(BIN)/python -m fluxion_core.benchmark.sampling
 
 asan: $(VENV)/.tested  ## the kernels' tests under AddressSanitizer
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --disable-pip-version-check -q cmake ninja nanobind

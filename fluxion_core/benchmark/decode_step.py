@@ -5,6 +5,10 @@ transformers (where it is installed) from an ordinary cache that holds the same 
 turns, token by token, so that a noisy machine is noisy for all. Beside each figure stands its
 limit: the step without attention, plus the bytes it read at the rate at which this machine reads
 memory.
+
+A step samples its row as a served one does (`STEP_SAMPLING`), within its time. The text goes on
+with the likeliest token all the same, so that all ways decode the same one; transformers takes that
+and samples nothing.
 """
 
 from __future__ import annotations
@@ -26,8 +30,10 @@ from torch import Tensor
 
 from fluxion_core.benchmark.prompt_kv import PromptKv
 from fluxion_core.benchmark.report import describe_machine, draw_bars
+from fluxion_core.benchmark.sampling import STEP_SAMPLING, step_samplers
 from fluxion_core.cpus import usable_cpus
 from fluxion_core.errors import ConfigError
+from fluxion_core.generation.sampling import sample_rows
 from fluxion_core.geometry import KvGeometry, WindowSpec
 from fluxion_core.hybrid_attention import HybridAttention
 from fluxion_core.kernels import _native
@@ -65,6 +71,8 @@ class StepFigure:
     """Scanning the coarsest digests for the prediction, summed over threads."""
     region_share: float = 0.0
     """Bytes read of the region's, per token."""
+    sampling_milliseconds: float = 0.0
+    """Of the step, for sampling its row; median. 0 where nothing is sampled."""
 
     @property
     def plan_share(self) -> float:
@@ -117,6 +125,7 @@ def run_decode_step_bench(
         "machine": machine | {"omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "unset")},
         "tokens": len(token_ids),
         "steps": steps,
+        "sampling": STEP_SAMPLING,
         "planner": bench.planner.mode,
         "read_gigabytes_per_second": bench.read_rate / 1e9,
         "figures": [asdict(figure) | {"plan_share": figure.plan_share} for figure in figures],
@@ -149,6 +158,7 @@ class _Turn:
     window_bytes: int = 0
     region_bytes: int = 0
     plan: PlanNanoseconds = field(default_factory=PlanNanoseconds)
+    sampling_seconds: float = 0.0
 
 
 class _Bench:
@@ -204,6 +214,7 @@ class _Bench:
             planner=self.planner,
         )
         self.decoder = HostDecoder(decoder, self.pool)
+        self.samplers = step_samplers(1)
         self.read_rate = self._measure_read()
 
     def step(self, row: int, policy: Policy, token_id: int) -> _Turn:
@@ -212,33 +223,43 @@ class _Bench:
         position = sequence.num_tokens
         start = time.perf_counter()
         self.attention.begin_step([sequence], [policy], [self.states[row]])
-        token = self._forward(token_id, position, self.attention)
+        logits = self._forward(token_id, position, self.attention)
         reads = self.attention.end_step()[0]
+        sampling_seconds = self._sample(logits)
         seconds = time.perf_counter() - start
         outside = position + 1 - len(self.window.retrieval_region(position + 1))
         return _Turn(
             seconds,
-            token,
+            int(logits.argmax()),
             reads.total_bytes,
             outside * self.geometry.token_bytes,
             reads.region_bytes,
             self.attention.plan_nanoseconds,
+            sampling_seconds,
         )
 
     def step_without_attention(self, token_id: int) -> _Turn:
         """The same step with attention that does nothing."""
         start = time.perf_counter()
-        token = self._forward(token_id, self.num_prompt_tokens, _NoAttention())
-        return _Turn(time.perf_counter() - start, token)
+        logits = self._forward(token_id, self.num_prompt_tokens, _NoAttention())
+        sampling_seconds = self._sample(logits)
+        seconds = time.perf_counter() - start
+        return _Turn(seconds, int(logits.argmax()), sampling_seconds=sampling_seconds)
 
-    def _forward(self, token_id: int, position: int, attention: AttentionPort) -> int:
+    def _sample(self, logits: Tensor) -> float:
+        start = time.perf_counter()
+        sample_rows(logits, self.samplers, self.pool)
+        return time.perf_counter() - start
+
+    def _forward(self, token_id: int, position: int, attention: AttentionPort) -> Tensor:
+        """[1, vocab] logits."""
         with torch.inference_mode():
             hidden = self.decoder(
                 torch.tensor([token_id]),
                 torch.tensor([position]),
                 attention,
             )
-            return int(self.decoder.logits(hidden).argmax())
+            return self.decoder.logits(hidden)
 
     def _measure_read(self) -> float:
         """Bytes per second of all CPUs over the store's KV."""
@@ -331,6 +352,7 @@ def _figures(
                 median(turn.plan.select for turn in own) / 1e6,
                 median(turn.plan.scan for turn in own) / 1e6,
                 read / max(1, median(turn.region_bytes for turn in own)),
+                median(turn.sampling_seconds for turn in own) * 1e3,
             )
         )
     return figures
@@ -407,6 +429,12 @@ def _print(console: Console, report: dict[str, object], figures: list[StepFigure
             f"{figure.plan_share * 100:.1f} %" if plans else "",
         )
     console.print(table)
+    sampled = max(figure.sampling_milliseconds for figure in figures)
+    console.print(
+        f"each step samples its row ({report['sampling']}): up to {sampled:.2f} ms of it; the text "
+        f"goes on with the likeliest token, and transformers takes that alone",
+        highlight=False,
+    )
     equal = report["tokens_equal"]
     if equal is not None:
         console.print(f"tokens of exact and of transformers: {'equal' if equal else 'DIFFERENT'}")

@@ -8,7 +8,8 @@ Weights are random, KV is synthetic and fills its own memory. A policy is one of
 file of recorded plans. Beside each figure is its limit: the dense step alone in a CUDA graph
 (dense_step.py) plus the bytes that were read, at the sum of the rates at which CPUs and GPU read
 host memory, all measured in the same run. With recorded plans, plans are made and waited for all
-the same, by a network of the shipped one's size, and the recorded ones followed.
+the same, by a network of the shipped one's size, and the recorded ones followed. A step samples its
+rows as a served one does (`STEP_SAMPLING`), within its time; the dense step alone does not.
 """
 
 from __future__ import annotations
@@ -33,9 +34,11 @@ from fluxion_core.benchmark.model_shapes import fill_sequences, random_decoder, 
 from fluxion_core.benchmark.random_planner import blank_state, random_planner
 from fluxion_core.benchmark.recorded_plans import RecordedPlans
 from fluxion_core.benchmark.report import describe_machine
+from fluxion_core.benchmark.sampling import STEP_SAMPLING, step_samplers
 from fluxion_core.cpus import usable_cpus
 from fluxion_core.decode_step import GivenPlan, StepRow
 from fluxion_core.errors import ConfigError
+from fluxion_core.generation.sampling import sample_rows
 from fluxion_core.geometry import KvGeometry, WindowSpec
 from fluxion_core.gpu.device_step import DeviceStep, Lanes
 from fluxion_core.gpu.uva_rate import launch_read, measure_uva
@@ -116,6 +119,8 @@ class GpuStepFigure:
     """To the GPU, per step, as counted here: what the lane read, and attention states."""
     nvml_pcie_bytes: float
     """To the GPU, per step, as the card counted; 0 where it does not."""
+    sampling_milliseconds: float
+    """Of the step, on the CPU pool, once the logits are there."""
 
     @property
     def over_limit(self) -> float:
@@ -244,10 +249,11 @@ class GpuStepBench:
 
     def _time(
         self, step: DeviceStep, slots: Sequence[int], lengths: tuple[int, ...], way: _Way
-    ) -> list[tuple[float, float, float, int, int, int, int, int]]:
+    ) -> list[tuple[float, float, float, int, int, int, int, int, float]]:
         chosen = self.sequences[: len(lengths)]
         regions = [self.window.retrieval_region(length + 1) for length in lengths]
         turns = []
+        samplers = step_samplers(len(chosen))
         received = 0
         for number in range(WARM_UP_STEPS + self.options.steps):
             if number == WARM_UP_STEPS:
@@ -262,8 +268,11 @@ class GpuStepBench:
                     StepRow(sequence, slots[index], token, way.policy, self.states[index], given)
                 )
             start = time.perf_counter()
-            _, reads = step.run(rows)
-            seconds = time.perf_counter() - start
+            logits, reads = step.run(rows)
+            sampling = time.perf_counter()
+            sample_rows(logits, samplers, step.pool)
+            now = time.perf_counter()
+            seconds, sampling_seconds = now - start, now - sampling
             times = step.times()
             on_device = sum(read.device_scanned_bytes for read in reads)
             of_lane = times.lane_digest_bytes if step.digests_on_device else 0
@@ -278,6 +287,7 @@ class GpuStepBench:
                     on_device + of_lane,
                     times.lane_tasks,
                     groups,
+                    sampling_seconds,
                 )
             )
         self.card_bytes = (self._received() - received) / self.options.steps
@@ -292,12 +302,12 @@ class GpuStepBench:
 
     def _figure(
         self,
-        turns: Sequence[tuple[float, float, float, int, int, int, int, int]],
+        turns: Sequence[tuple[float, float, float, int, int, int, int, int, float]],
         lengths: tuple[int, ...],
         policy: str,
         lanes: str,
     ) -> GpuStepFigure:
-        seconds, gpu, idle, read, lane, on_device, tasks, groups = (
+        seconds, gpu, idle, read, lane, on_device, tasks, groups, sampling = (
             median(column) for column in zip(*turns, strict=True)
         )
         dense = self.dense_milliseconds[len(lengths)]
@@ -317,6 +327,7 @@ class GpuStepBench:
             limit,
             lane + len(lengths) * self.config.num_layers * self.state_bytes,
             self.card_bytes,
+            sampling * 1e3,
         )
 
     def _measure_cpu(self, repeats: int = 41) -> float:
@@ -353,6 +364,7 @@ class GpuStepBench:
         self._note(
             f"{figure.batch_name:14s}  {figure.policy:24s} {figure.lanes:5s} "
             f"{figure.milliseconds:8.2f} ms  idle {figure.idle_milliseconds:7.2f}  "
+            f"sampling {figure.sampling_milliseconds:5.2f}  "
             f"read {figure.read_bytes / 1e9:6.2f} GB  by GPU {figure.lane_bytes / 1e9:6.2f}  "
             f"tasks {figure.lane_task_share:5.2f}  limit {figure.limit_milliseconds:7.2f}  "
             f"x{figure.over_limit:4.2f}  PCIe {figure.counted_pcie_bytes / 1e9:6.3f} GB, "
@@ -390,6 +402,7 @@ def run_gpu_step_bench(console: Console, options: GpuStepOptions) -> dict[str, o
     report: dict[str, object] = {
         "machine": describe_machine() | {"gpu": torch.cuda.get_device_name()},
         "options": asdict(options),
+        "sampling": STEP_SAMPLING,
         "host_read_gigabytes_per_second": bench.cpu_rate / 1e9,
         "uva_gigabytes_per_second": bench.uva_rate / 1e9,
         "host_read_beside_uva_gigabytes_per_second": bench.rates_together[0] / 1e9,
@@ -400,8 +413,9 @@ def run_gpu_step_bench(console: Console, options: GpuStepOptions) -> dict[str, o
             for figure in figures
         ],
     }
+    console.print(f"steps sample their rows: {STEP_SAMPLING}", highlight=False)
     table = Table(box=None, pad_edge=False)
-    for column in ("batch", "policy", "lanes", "ms", "idle ms", "x limit"):
+    for column in ("batch", "policy", "lanes", "ms", "of it sampling", "idle ms", "x limit"):
         table.add_column(column)
     for figure in figures:
         table.add_row(
@@ -409,6 +423,7 @@ def run_gpu_step_bench(console: Console, options: GpuStepOptions) -> dict[str, o
             figure.policy,
             figure.lanes,
             f"{figure.milliseconds:.2f}",
+            f"{figure.sampling_milliseconds:.2f}",
             f"{figure.idle_milliseconds:.2f}",
             f"{figure.over_limit:.2f}",
         )

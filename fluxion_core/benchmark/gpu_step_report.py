@@ -46,6 +46,7 @@ def markdown(name: str, report: dict[str, Any]) -> list[str]:
         "policy",
         "lanes",
         "ms",
+        "sampling ms",
         "GPU idle ms",
         "GB read",
         "of it by the GPU",
@@ -61,7 +62,8 @@ def markdown(name: str, report: dict[str, Any]) -> list[str]:
         f"{machine['gpu']}, {machine['processor']} ({machine['isa']}), Python {machine['python']}, "
         f"torch {machine['torch']}, commit {machine['commit']}; medians of {options['steps']} "
         f"steps. Host read {rates['host_read']:.0f} GB/s, UVA {rates['uva']:.1f}; at the same time "
-        f"{rates['host_read_beside_uva']:.0f} and {rates['uva_beside_host_read']:.1f}.",
+        f"{rates['host_read_beside_uva']:.0f} and {rates['uva_beside_host_read']:.1f}. "
+        f"Steps sample their rows: {report.get('sampling', 'no')}.",
         "",
         f"| {' | '.join(columns)} |",
         f"|{'---|' * len(columns)}",
@@ -69,7 +71,8 @@ def markdown(name: str, report: dict[str, Any]) -> list[str]:
     for figure in report["figures"]:
         lines.append(
             f"| {figure['batch']} | {figure['policy']} | {figure['lanes']} | "
-            f"{figure['milliseconds']:.1f} | {figure['idle_milliseconds']:.1f} | "
+            f"{figure['milliseconds']:.1f} | {_sampling(figure)} | "
+            f"{figure['idle_milliseconds']:.1f} | "
             f"{figure['read_bytes'] / 1e9:.2f} | {figure['lane_bytes'] / 1e9:.2f} | "
             f"{figure['limit_milliseconds']:.1f} | {figure['over_limit']:.2f} | "
             f"{figure['milliseconds'] / _limit(figure, together):.2f} | "
@@ -77,6 +80,12 @@ def markdown(name: str, report: dict[str, Any]) -> list[str]:
         )
     lines += ["", *_claims(report["figures"]), "", f"![{name}]({name}.png)", ""]
     return lines
+
+
+def _sampling(figure: dict[str, Any]) -> str:
+    """Milliseconds of sampling, of runs whose steps did."""
+    milliseconds = figure.get("sampling_milliseconds")
+    return "" if milliseconds is None else f"{milliseconds:.2f}"
 
 
 def _limit(figure: dict[str, Any], gigabytes_per_second: float) -> float:

@@ -15,7 +15,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -40,6 +40,10 @@ STEP_LIMIT_MS = 2.0
 """16 rows of 152K tokens, on 16 cores."""
 
 STEP_PARAMS = SamplingParams(temperature=0.7, top_p=0.9)
+"""What benches of steps sample with, this one and those of whole steps."""
+
+STEP_SAMPLING = f"temperature {STEP_PARAMS.temperature:g}, top_p {STEP_PARAMS.top_p:g}"
+"""The same in words."""
 
 _GENERATED = 4000
 """Tokens that a sequence with penalties has behind it."""
@@ -50,7 +54,7 @@ _REST_SECONDS = 0.003
 _ROWS: dict[str, SamplingParams] = {
     "greedy": SamplingParams(),
     "temperature 0.7": SamplingParams(temperature=0.7),
-    "temperature 0.7, top_p 0.9": STEP_PARAMS,
+    STEP_SAMPLING: STEP_PARAMS,
     "temperature 1, top_p 0.95, top_k 50": SamplingParams(temperature=1.0, top_p=0.95, top_k=50),
     "temperature 0.7, min_p 0.05": SamplingParams(temperature=0.7, min_p=0.05),
 }
@@ -86,6 +90,11 @@ class SamplingFigure:
     logits: str
     milliseconds: float
     limit_milliseconds: float | None = None
+
+
+def step_samplers(rows: int) -> list[TokenSampler]:
+    """Of sequences that have just begun, each with noise of its own."""
+    return [TokenSampler(replace(STEP_PARAMS, seed=row)) for row in range(rows)]
 
 
 def run_sampling_bench(console: Console, options: SamplingOptions) -> dict[str, object]:
@@ -172,10 +181,7 @@ def _step_figures(
         limit = STEP_LIMIT_MS if count <= 16 else None
         for kind, row in logits.items():
             rows = row.repeat(count, 1)
-            samplers = [
-                TokenSampler(SamplingParams(temperature=0.7, top_p=0.9, seed=seed))
-                for seed in range(count)
-            ]
+            samplers = step_samplers(count)
             for name, rest in (("", 0.0), (" after a rest", _REST_SECONDS)):
                 milliseconds = _median_ms(
                     partial(sample_rows, rows, samplers, pool),
@@ -183,7 +189,7 @@ def _step_figures(
                     options.repeats,
                     rest_seconds=rest,
                 )
-                what = f"a step of {count} rows: temperature 0.7, top_p 0.9{name}"
+                what = f"a step of {count} rows: {STEP_SAMPLING}{name}"
                 figures.append(SamplingFigure(what, kind, milliseconds, limit))
     return figures
 

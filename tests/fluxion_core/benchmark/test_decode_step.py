@@ -108,6 +108,9 @@ def test_the_bench_decodes_the_tokens_of_plain_attention(decoder, token_ids, mon
     assert figures["fixed(16, 100 %)"]["read_bytes"] > figures["exact"]["read_bytes"]
     assert 0 < figures["fixed(64, 5 %)"]["read_bytes"] < figures["exact"]["read_bytes"]
     assert report["tokens_equal"] is None
+    assert report["sampling"] == "temperature 0.7, top_p 0.9"
+    for figure in figures.values():
+        assert 0 < figure["sampling_milliseconds"] < figure["milliseconds"]
 
 
 @pytest.mark.parametrize("mode", ["network", "training-free"])

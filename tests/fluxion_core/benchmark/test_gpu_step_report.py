@@ -27,6 +27,7 @@ def _figure(policy: str, lanes: str, milliseconds: float, read_gigabytes: float)
         "over_limit": milliseconds / 20,
         "counted_pcie_bytes": 0.0,
         "nvml_pcie_bytes": 0.0,
+        "sampling_milliseconds": 0.25,
     }
 
 
@@ -53,7 +54,18 @@ def test_ratios_are_those_of_the_figures():
     assert "marginal(1), recorded 2.00 times faster than fixed(16, 5 %)" in text
     assert "streaming 1.10 of the dense step alone (10.00 ms), 1.00 from its first kernel" in text
     row = next(line for line in text.splitlines() if "| fixed(16, 5 %) | both |" in line)
-    assert row.split(" | ")[8:10] == ["1.50", "1.50"]
+    assert row.split(" | ")[4] == "0.25"
+    assert row.split(" | ")[9:11] == ["1.50", "1.50"]
+
+
+def test_runs_whose_steps_did_not_sample_say_so():
+    report = _report()
+    assert "Steps sample their rows: no." in "\n".join(markdown("run", report))
+    for figure in report["figures"]:
+        del figure["sampling_milliseconds"]
+    text = "\n".join(markdown("run", report | {"sampling": "temperature 1"}))
+    assert "Steps sample their rows: temperature 1." in text
+    assert "| fixed(16, 5 %) | both | 30.0 |  | 2.0 |" in text
 
 
 def test_the_picture_is_drawn(tmp_path: Path):
