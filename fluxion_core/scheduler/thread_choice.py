@@ -1,9 +1,10 @@
-"""How many threads the CPU pool has: asked for, or the fewest that read memory as fast as any.
+"""How many threads the CPU pool has: asked for, or all but an eighth, or fewer if they are faster.
 
-Attention over host KV is bound by reading it. A few threads fewer than there are CPUs read as fast
-as all of them; what is left over serves the event loop, what takes KV in, and the machine's other
-node. On a machine whose CPUs are taken away now and then, fewer may even be faster. So rounds of
-reading, as a step has them, are timed for a moment at start.
+Attention over host KV is bound by reading it, and more threads read more, up to a point. On a
+machine whose CPUs its host takes away now and then, all of them wait for the one that is away, and
+fewer are much faster. So rounds of reading, as a step has them, are timed for a moment at start.
+What comes of the same number differs by some percent from one moment to the next: only what is
+clearly faster counts.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ _ROUND_BYTES = 64 << 20
 _ROUNDS = 24
 """Of each number of threads; each reads the next part of the buffer."""
 
-_AS_FAST = 1.03
-"""Times within this of each other are the same."""
+_AS_FAST = 1.1
+"""Times within this of each other are the same: medians of the same number of threads differ by so
+much on a shared machine."""
 
 
 @dataclass(frozen=True)
@@ -57,16 +59,16 @@ def make_pool(num_threads: int | None) -> tuple[CpuPool, ThreadChoice]:
     if num_threads is not None or num_usable_cpus() < _MEASURED_FROM_CPUS:
         return pool, ThreadChoice({}, pool.num_threads)
     seconds = _measure(pool)
-    chosen = fewest_as_fast(seconds)
+    chosen = most_as_fast(seconds)
     pool.use_threads(chosen)
     rates = {threads: _ROUND_BYTES / time / 1e9 for threads, time in seconds.items()}
     return pool, ThreadChoice(rates, chosen)
 
 
-def fewest_as_fast(seconds: dict[int, float]) -> int:
-    """The least number of threads whose time is that of the best."""
+def most_as_fast(seconds: dict[int, float]) -> int:
+    """The largest number of threads whose time is that of the best."""
     limit = min(seconds.values()) * _AS_FAST
-    return min(threads for threads, time in seconds.items() if time <= limit)
+    return max(threads for threads, time in seconds.items() if time <= limit)
 
 
 def _measure(pool: CpuPool) -> dict[int, float]:

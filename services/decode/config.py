@@ -66,7 +66,7 @@ class EngineSettings(Section):
     attention_threads: Count | None = Field(default=None, gt=0, le=4096)
     """Threads that attend over host KV and, where the model is on the CPU, compute the dense part;
     if not given, one per usable CPU, an eighth of them (at least one) left to others from 4 CPUs
-    on; from 8 CPUs on a measurement at start may find fewer to be as fast, and the log says so."""
+    on; from 8 CPUs on a measurement at start may find fewer to be faster, and the log says so."""
 
 
 class PrefillSettings(Section):
