@@ -41,8 +41,9 @@ from services.metrics import NODE_READY
 HERE = Path(__file__).parent
 DEPLOY = HERE.parent
 RECORDED = DEPLOY.parent / "fluxion_core" / "benchmark" / "results" / "gpu-step-h100"
-PAGES = ("overview", "overlap", "traffic")
-WIDTH, HEIGHT = 1200, 1250
+PAGES = {"overview": 1250, "overlap": 1470, "traffic": 1250}
+"""By name: their heights in pixels."""
+WIDTH = 1200
 SCRAPE_SECONDS = 2
 PHASE_SECONDS = 80
 LINK_BYTES_PER_SECOND = 63e9
@@ -166,7 +167,7 @@ def take(page: str, port: int, minutes: int, scratch: str) -> None:
             *("chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic"),
             *("--no-first-run", "--disable-background-networking", "--disable-component-update"),
             *("--disable-sync", "--hide-scrollbars", f"--user-data-dir={scratch}/browser-{page}"),
-            *(f"--window-size={WIDTH},{HEIGHT}", "--virtual-time-budget=8000"),
+            *(f"--window-size={WIDTH},{PAGES[page]}", "--virtual-time-budget=8000"),
             f"--screenshot={HERE / page}.png",
             f"http://127.0.0.1:{port}/consoles/{page}.html?minutes={minutes}",
         ],
