@@ -45,7 +45,7 @@ asan: $(VENV)/.tested  ## the kernels' tests under AddressSanitizer
 	$(BIN)/cmake --build build/asan
 	FLUXION_NATIVE=$$(ls build/asan/_native*.so) LD_PRELOAD=$$(c++ -print-file-name=libasan.so):$$(c++ -print-file-name=libstdc++.so) \
 	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest tests/fluxion_core/kernels tests/fluxion_core/scheduler \
-	  tests/fluxion_core/test_hybrid_attention.py tests/fluxion_core/test_predicted_policies.py \
+	  tests/fluxion_core/test_hybrid_attention.py tests/fluxion_core/test_predicted_policies.py tests/fluxion_core/test_prompt_profiling.py \
 	  tests/fluxion_core/generation/test_sampling.py --deselect tests/fluxion_core/kernels/test_isa.py
 
 fuzz: $(VENV)/.tested  ## a million hand-off frames, 100,000 model headers, 20,000 requests; resumes
