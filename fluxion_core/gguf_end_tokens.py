@@ -6,15 +6,12 @@ and takes for control tokens what bad conversions typed otherwise, or not at all
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import cast
 
 from fluxion_core.errors import ModelFileError
 from fluxion_core.gguf_index import GgufFile
-from fluxion_core.telemetry import event
 
-_log = logging.getLogger(__name__)
 NORMAL_TOKEN, UNKNOWN_TOKEN, CONTROL_TOKEN, USER_DEFINED_TOKEN = 1, 2, 3, 4
 _KEY = "tokenizer.ggml.{}_token_id"
 
@@ -68,6 +65,8 @@ class EndTokens:
     end_ids: frozenset[int]
     control_ids: frozenset[int]
     """Control tokens, by type or by text."""
+    by_text: tuple[str, ...]
+    """Those whose type says otherwise."""
 
 
 def read_end_tokens(file: GgufFile) -> EndTokens:
@@ -78,7 +77,7 @@ def read_end_tokens(file: GgufFile) -> EndTokens:
     """
     if file.optional("tokenizer.ggml.tokens") is None:
         named = (file.optional_integer(_KEY.format(name)) for name in ("eos", "eot", "eom"))
-        return EndTokens(frozenset(each for each in named if each is not None), frozenset())
+        return EndTokens(frozenset(each for each in named if each is not None), frozenset(), ())
     tokens, types = file.strings("tokenizer.ggml.tokens"), token_types(file)
     given = {name: special_token_id(file, name) for name in ("eos", "eot", "eom", *_FILL_ENDS)}
     ends = {each for each in given.values() if each is not None}
@@ -96,12 +95,8 @@ def read_end_tokens(file: GgufFile) -> EndTokens:
             looking |= found
             ends |= found if name in _FILL_ENDS else set()
     ends -= _not_ends(by_text)
-    if overridden := sorted(looking - control):
-        words = ", ".join(tokens[index] for index in overridden[:8])
-        _log.warning(
-            event("tokens taken for control tokens by their text", file=file.path, tokens=words)
-        )
-    return EndTokens(frozenset(ends), frozenset(control | looking))
+    overridden = tuple(tokens[index] for index in sorted(looking - control))
+    return EndTokens(frozenset(ends), frozenset(control | looking), overridden)
 
 
 def token_types(file: GgufFile) -> list[int]:

@@ -71,6 +71,21 @@ class ChatTemplate:
         except (jinja2.TemplateError, SyntaxError, *_PROGRAM_ERRORS) as error:
             raise ModelFileError(f"chat template does not compile: {error}") from None
 
+    @property
+    def portable_source(self) -> str:
+        """The template for programs that put nothing before a prompt: it writes the start too."""
+        if not self._begins_with:
+            return self.source
+        try:
+            is_written = self._template.render(
+                dict(self.special_tokens),
+                messages=[{"role": "user", "content": ""}],
+                add_generation_prompt=True,
+            ).startswith(self._begins_with)
+        except (jinja2.TemplateError, *_PROGRAM_ERRORS):
+            is_written = True
+        return self.source if is_written else f"{{{{ {self._begins_with!r} }}}}{self.source}"
+
     def render(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = True) -> str:
         """The prompt of a conversation.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import tokenizers
@@ -20,7 +21,9 @@ from fluxion_core.gguf_end_tokens import (
     token_types,
 )
 from fluxion_core.gguf_index import GgufFile, open_gguf
+from fluxion_core.telemetry import event
 
+_log = logging.getLogger(__name__)
 # What templates call them, and what GGUF does.
 _TEMPLATE_TOKENS = {
     "unk_token": "unknown",
@@ -46,6 +49,9 @@ def read_gguf(path: Path) -> Vocabulary:
     GGUF_TOKENIZER.check(entries, path, prefix=PREFIX)
     cutting = read_cutting(file)
     ends = read_end_tokens(file)
+    if ends.by_text:
+        words = ", ".join(ends.by_text[:8])
+        _log.warning(event("tokens taken for control tokens by text", file=path, tokens=words))
     tokens = file.strings("tokenizer.ggml.tokens")
     bos, eos = special_token_id(file, "bos"), special_token_id(file, "eos")
     named = {

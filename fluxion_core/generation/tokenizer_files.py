@@ -24,7 +24,7 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:
     }
     if (template := tokenizer.chat_template) is not None:
         config |= {name: text for name, text in template.special_tokens.items() if text}
-        config["chat_template"] = template.source
+        config["chat_template"] = template.portable_source
     return {
         "tokenizer.json": tokenizer.to_json(),
         "tokenizer_config.json": json.dumps(config, ensure_ascii=False),

@@ -33,7 +33,7 @@ _DTYPES = ("F32", "F16", "BF16")
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Old exporters store what a config says already.
 _FREQUENCIES = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
-_COMPARED_ROWS = 4096
+_COMPARED_ROWS = 512
 
 
 class SafetensorsWeights:

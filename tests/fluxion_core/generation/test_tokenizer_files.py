@@ -70,3 +70,14 @@ def test_a_suffix_and_split_special_tokens_are_read_back(byte_backend, tmp_path:
     assert again.encode(TEXT) == tokenizer.encode(TEXT)
     assert again.encode(TEXT)[:2] == [0, 2]
     assert len(again.encode("<|im_end|>", add_special_tokens=False)) > 1
+
+
+@pytest.mark.parametrize("source", ["{{ bos_token }}hi", "hi", "{{ raise_exception('no') }}"])
+def test_a_conversation_begins_elsewhere_as_it_does_here(byte_backend, tmp_path: Path, source: str):
+    template = ChatTemplate(source, {"bos_token": "<|bos|>"}, begins_with="<|bos|>")
+    tokenizer = Tokenizer(byte_backend, template, bos_token_id=0, eos_token_ids=[1])
+    for name, text in tokenizer_files(tokenizer).items():
+        (tmp_path / name).write_text(text)
+    if "raise" not in source:
+        again = Tokenizer.load(tmp_path)
+        assert again.render_chat([ChatMessage("user", "x")]) == "<|bos|>hi"
