@@ -24,7 +24,8 @@
     ├── ModelError                  a model cannot be used
     │   ├── ModelNotFoundError      no such file, directory or name
     │   ├── ModelFileError          truncated or malformed file
-    │   └── UnsupportedModelError   an architecture or option that is not implemented
+    │   ├── UnsupportedModelError   an architecture or option that is not implemented
+    │   └── NonFiniteLogitsError    no token can be drawn: what the model makes is NaN or infinite
     ├── ConfigError                 a setting is missing or wrong
     └── ShapeError                  tensors disagree; a bug in the calling code
 
@@ -214,6 +215,14 @@ class ModelFileError(ModelError):
 
 class UnsupportedModelError(ModelError):
     """The model is well formed, but asks for something not implemented."""
+
+
+class NonFiniteLogitsError(ModelError):
+    """No token can be drawn from a row of logits. Another node may have sound weights."""
+
+    def __init__(self, largest: float) -> None:
+        self.largest = largest
+        super().__init__(f"the model's largest logit is {largest}; its weights may be damaged")
 
 
 class ConfigError(FluxionError):

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fluxion_core.errors import ModelError, SamplingError, ShapeError
+from fluxion_core.errors import NonFiniteLogitsError, SamplingError, ShapeError
 from fluxion_core.kernels import _native
 from fluxion_core.scheduler.scheduler import WAKE_BYTES, CpuPool
 
@@ -125,17 +125,17 @@ class TokenSampler:
             A token id; of equally likely ones, greedy takes the first.
 
         Raises:
-            ModelError: the largest logit is no number, or not finite.
+            NonFiniteLogitsError: the largest logit is no number, or not finite.
         """
         (token,) = sample_rows(logits[None], [self])
-        if isinstance(token, ModelError):
+        if isinstance(token, NonFiniteLogitsError):
             raise token
         return token
 
 
 def sample_rows(
     logits: Tensor, samplers: Sequence[TokenSampler], pool: CpuPool | None = None
-) -> list[int | ModelError]:
+) -> list[int | NonFiniteLogitsError]:
     """The next token of every row of a step; each sampler counts its own.
 
     Args:
@@ -176,12 +176,7 @@ def sample_rows(
         logits.shape[1],
         WAKE_BYTES,
     )
-    return [
-        token
-        if token >= 0
-        else ModelError(f"the model's largest logit is {largest}; its weights may be damaged")
-        for token, largest in choices
-    ]
+    return [token if token >= 0 else NonFiniteLogitsError(largest) for token, largest in choices]
 
 
 def sample(
@@ -202,7 +197,7 @@ def sample(
         position: of its noise: number of tokens generated before this one.
 
     Raises:
-        ModelError: the largest logit is no number, or not finite.
+        NonFiniteLogitsError: the largest logit is no number, or not finite.
     """
     sampler = TokenSampler(params, prompt_token_ids, generated_token_ids, position=position)
     return sampler.sample(logits)

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from fluxion_core.decode_step import StepReads, StepRow
 from fluxion_core.device_usage import DeviceUsage, UsageClock
-from fluxion_core.errors import DeviceError, FluxionError, ModelError
+from fluxion_core.errors import DeviceError, FluxionError, NonFiniteLogitsError
 from fluxion_core.generation.sampling import SamplingParams, TokenSampler, sample_rows
 from fluxion_core.geometry import WindowSpec
 from fluxion_core.kvstore.store import SequenceKv
@@ -488,12 +488,12 @@ class DecodeEngine:
         return finished
 
     def _take_token(
-        self, sequence: DecodeSequence, token: int | ModelError, reads: StepReads
+        self, sequence: DecodeSequence, token: int | NonFiniteLogitsError, reads: StepReads
     ) -> bool:
         """Deliver a sequence's next token, unless none could be drawn; whether to go on."""
         if sequence.kv.damage is not None:
             raise sequence.kv.damage
-        if isinstance(token, ModelError):
+        if isinstance(token, NonFiniteLogitsError):
             raise token
         sequence.generated_token_ids.append(token)
         sequence.reads.add(reads)

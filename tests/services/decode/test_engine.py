@@ -12,7 +12,7 @@ import torch
 
 from fluxion_core.decode_step import StepReads, StepRow
 from fluxion_core.device_usage import DeviceUsage
-from fluxion_core.errors import CapacityError, DeviceError, FluxionError, ModelError
+from fluxion_core.errors import CapacityError, DeviceError, FluxionError, NonFiniteLogitsError
 from fluxion_core.generation.sampling import SamplingParams, sample
 from fluxion_core.scheduler.scheduler import CpuPool
 from fluxion_core.selector.policy import ExactPolicy, ThresholdPolicy
@@ -204,7 +204,7 @@ def raises(error: Exception):
     [
         ("join", CapacityError),
         ("room", FluxionError),
-        ("logits", ModelError),
+        ("logits", NonFiniteLogitsError),
         ("delivery", ConnectionError),
     ],
 )

@@ -16,7 +16,7 @@ import grpc
 import pytest
 
 from fluxion_core.config import ClientSettings
-from fluxion_core.errors import DrainingError
+from fluxion_core.errors import DrainingError, NonFiniteLogitsError
 from fluxion_core.kvstream.handoff import Frame, FrameKind
 from fluxion_core.predictor.prompt_profile import packed_bytes
 from fluxion_core.selector.planner_weights import TRAINING_FREE_LEVELS
@@ -24,6 +24,7 @@ from fluxion_core.wire import codec
 from fluxion_core.wire.channel import open_channel
 from fluxion_core.wire.status import sent_metadata
 from fluxion_proto.v1 import generate_pb2, generate_pb2_grpc, handoff_pb2
+from services.prefill import engine as prefill_engine
 from services.prefill.service import HandoffService
 
 Levels = generate_pb2.QualityLevel
@@ -545,6 +546,33 @@ async def test_kv_that_is_not_finite_is_asked_of_another_prefill_node(
             assert await tokens_of(stub, request) == await tokens_of(other, request)
         # Each of the two was first once.
         assert (len(bad.requests), len(good.requests)) == (1, 2)
+
+
+async def test_a_first_token_that_one_prefill_node_cannot_draw_another_one_draws(
+    start_prefill, start_decode, open_stub, monkeypatch: pytest.MonkeyPatch
+):
+    draw, drawn = prefill_engine.sample, []
+
+    def failing_first(*arguments, **options):
+        drawn.append(None if drawn else NonFiniteLogitsError(math.nan))
+        if drawn[-1] is not None:
+            raise drawn[-1]
+        return draw(*arguments, **options)
+
+    request = request_of("y" * 200, ignore_eos=True)
+    async with (
+        start_prefill() as one,
+        start_prefill() as two,
+        start_decode(one.address, two.address) as node,
+        open_stub(node.address) as stub,
+        start_decode(two.address) as fresh,
+        open_stub(fresh.address) as other,
+    ):
+        expected = await tokens_of(other, request)
+        with monkeypatch.context() as patch:
+            patch.setattr(prefill_engine, "sample", failing_first)
+            assert await tokens_of(stub, request) == expected
+        assert len(drawn) == 2
 
 
 @pytest.mark.parametrize("damage", ["NaN in a key", "infinite value"])
