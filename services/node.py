@@ -163,6 +163,12 @@ def run_node(
     except FluxionError as error:
         _log.error(event("cannot run", error=str(error)))
         return 1
+    except OSError as error:
+        # A file or directory that a setting names; anything else is a bug.
+        if error.filename is None:
+            raise
+        _log.error(event("cannot run", error=f"{error.filename}: {error.strerror}"))
+        return 1
     except RuntimeError as error:
         if (limit := thread_limit(error)) is None:
             raise

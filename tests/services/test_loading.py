@@ -78,6 +78,24 @@ def test_a_node_that_may_not_start_its_threads_says_so_before_libraries_do(monke
     assert "pids.max 20" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (PermissionError(13, "Permission denied", "/models/x"), "/models/x: Permission denied"),
+        (RuntimeError("can't start new thread"), "no further thread can be started"),
+        (ConfigError("no such device"), "no such device"),
+    ],
+)
+def test_what_keeps_a_node_from_running_is_one_line(monkeypatch, caplog, error, words: str):
+    async def serve(settings, ending) -> None:
+        raise error
+
+    monkeypatch.setattr(node, "configure_logging", lambda *_: None)
+    assert node.run_node("prefill", PrefillNodeSettings, [], serve) == 1
+    assert words in caplog.text
+    assert "Traceback" not in caplog.text
+
+
 NODE = """
 import sys, threading
 from services.loading import load
