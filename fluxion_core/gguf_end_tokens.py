@@ -82,6 +82,7 @@ def read_end_tokens(file: GgufFile) -> EndTokens:
     given = {name: special_token_id(file, name) for name in ("eos", "eot", "eom", *_FILL_ENDS)}
     ends = {each for each in given.values() if each is not None}
     control = {index for index, kind in enumerate(types) if kind == CONTROL_TOKEN}
+    marked = control | {index for index, kind in enumerate(types) if kind == USER_DEFINED_TOKEN}
     looking: set[int] = set()
     by_text = {text: index for index, text in enumerate(tokens)}
     for text in _ENDS & by_text.keys():
@@ -92,6 +93,8 @@ def read_end_tokens(file: GgufFile) -> EndTokens:
         # The file's own word counts more than the text.
         if special_token_id(file, name) is None:
             found = {by_text[text] for text in texts & by_text.keys()}
+            # llama.cpp takes one of several: no plain word, where there is a marked one.
+            found = found & marked or found
             looking |= found
             ends |= found if name in _FILL_ENDS else set()
     ends -= _not_ends(by_text)

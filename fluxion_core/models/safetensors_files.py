@@ -183,4 +183,6 @@ def _read_index(directory: Path) -> dict[str, str]:
         raise ModelFileError(f"{path}: has no weight_map")
     if not all(isinstance(name, str) for name in weight_map.values()):
         raise ModelFileError(f"{path}: weight_map names files that are no text")
-    return {tensor: Path(name).name for tensor, name in weight_map.items()}
+    if elsewhere := next((name for name in weight_map.values() if Path(name).name != name), None):
+        raise ModelFileError(f"{path}: weight_map names {elsewhere!r:.60}, which lies elsewhere")
+    return weight_map

@@ -213,6 +213,17 @@ def test_filling_in_the_middle_ends_where_another_file_begins(write_gguf):
     assert 1 not in Tokenizer.load(named).eos_token_ids
 
 
+def test_a_word_like_a_mark_is_none_beside_the_mark_itself(write_gguf):
+    changes = typed(["<|fim_pad|>", "<PAD>"], 3)
+    kinds = changes["token_type"]
+    assert isinstance(kinds, list)
+    kinds[1] = 1
+    tokenizer = Tokenizer.load(write_gguf(**changes))
+    assert 0 in tokenizer.eos_token_ids
+    assert 1 not in tokenizer.eos_token_ids
+    assert tokenizer.decode([1]) == "<PAD>"
+
+
 def test_ends_that_the_file_names_count_beside_those_known_by_text(write_gguf):
     changes = {"eos_token_id": 9, "eot_token_id": 10, "eom_token_id": 11}
     # 1 is <|im_end|>.

@@ -167,3 +167,12 @@ def test_several_files_without_an_index_are_refused(llama_dir):
     save_file({"other": torch.ones(1)}, llama_dir / "model-00002-of-00002.safetensors")
     with pytest.raises(ModelFileError, match=r"but no model\.safetensors\.index\.json"):
         load(llama_dir)
+
+
+@pytest.mark.parametrize(
+    "name", ["../model.safetensors", "sub/model.safetensors", "/etc/passwd", ""]
+)
+def test_an_index_of_files_elsewhere_is_refused(llama_dir, name):
+    index_of(llama_dir, {"model.norm.weight": name})
+    with pytest.raises(ModelFileError, match=r"which lies elsewhere|lacks|of other files"):
+        load(llama_dir)
