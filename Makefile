@@ -12,7 +12,7 @@ define patiently
   $(2); status=$$?; kill $$dots; echo >&2; exit $$status
 endef
 
-.PHONY: demo test lint format bench asan fuzz faults protos dashboards compose-test native clean
+.PHONY: demo test lint format bench asan tsan fuzz faults protos dashboards compose-test native clean
 
 demo: $(VENV)/.installed  ## ask a question about a 7,000-token document, through two processes
 	$(BIN)/fluxion demo
@@ -47,6 +47,9 @@ asan: $(VENV)/.tested  ## the kernels' tests under AddressSanitizer
 	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest tests/fluxion_core/kernels tests/fluxion_core/scheduler \
 	  tests/fluxion_core/test_hybrid_attention.py tests/fluxion_core/test_predicted_policies.py tests/fluxion_core/test_prompt_profiling.py \
 	  tests/fluxion_core/generation/test_sampling.py --deselect tests/fluxion_core/kernels/test_isa.py
+
+tsan: $(VENV)/.tested  ## the CPU pool's threads under ThreadSanitizer
+	$(BIN)/python -m pytest tests/fluxion_core/scheduler/test_task_pool_threads.py
 
 fuzz: $(VENV)/.tested  ## a million hand-off frames, 100,000 model headers, 20,000 requests; resumes
 	nice -n 15 $(BIN)/python -m tests.fuzz --journal build/fuzz.json

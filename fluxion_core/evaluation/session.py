@@ -7,13 +7,13 @@ overlaps with decoding.
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
+from fluxion_core.cpus import num_usable_cpus
 from fluxion_core.errors import ConfigError, ContextLengthError
 from fluxion_core.evaluation.case import Case, PromptEncoder
 from fluxion_core.evaluation.journal import Journal
@@ -74,7 +74,7 @@ class EvaluationModel:
             ConfigError: the weights cannot.
         """
         path = locate_model(options.model, options.models_dir or default_models_dir())
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        torch.set_num_threads(num_usable_cpus())
         tokenizer = Tokenizer.load(path)
         device = torch.device(options.device_name)
         loaded = load_model(path, device=torch.device("cpu"), dtype=torch.float32)
