@@ -68,9 +68,13 @@ def _home(path: str) -> Path:
 
 def _model_at(path: Path) -> Path | None:
     """The file itself, a safetensors directory, or the one GGUF file of a directory."""
-    if path.is_file() or (path / "config.json").is_file():
+    if path.is_file():
         return path
     files = sorted(path.glob("*.gguf")) if path.is_dir() else []
+    # GGUF files are published with the config.json of the model that they were made from.
+    is_beside = bool(files) and not any(path.glob("*.safetensors"))
+    if (path / "config.json").is_file() and not is_beside:
+        return path
     if len(files) > 1:
         names = ", ".join(file.name for file in files)
         raise ModelNotFoundError(f"{path} holds several GGUF files ({names}); name one by its path")

@@ -84,3 +84,13 @@ def test_models_lie_in_the_users_data_directory(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delenv("XDG_DATA_HOME")
     monkeypatch.setenv("HOME", "/home/someone")
     assert default_models_dir() == Path("/home/someone/.local/share/fluxion/models")
+
+
+@pytest.mark.parametrize("with_weights", [True, False])
+def test_a_config_beside_a_gguf_file_is_of_the_weights_that_are_there(tmp_path, with_weights):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    if with_weights:
+        (tmp_path / "model.safetensors").write_bytes(b"")
+    expected = tmp_path if with_weights else tmp_path / "model.gguf"
+    assert locate_model(str(tmp_path), tmp_path) == expected
