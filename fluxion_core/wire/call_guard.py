@@ -12,9 +12,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+import traceback
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import aclosing, contextmanager
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import grpc
@@ -44,6 +46,9 @@ PUSHBACK_KEY = "grpc-retry-pushback-ms"
 """Trailing metadata by which gRPC's own retries know how long to wait."""
 
 _NOT_READY = "this node is not ready: it is starting or draining"
+
+SMALL_MESSAGE_BYTES = 64 << 10
+"""Who may have such a message kept after its call."""
 
 _Reader = Callable[[bytes], object]
 
@@ -128,35 +133,46 @@ class CallGuard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 with self._entered(context, name):
                     raise PeerUnavailableError(_NOT_READY)
             except Exception as error:
-                await _abort(context, error, name, None)
+                await _abort(context, error, _Call(name))
 
         return grpc.stream_unary_rpc_method_handler(refuse)
 
     def _guarded(self, handler: Any, name: str) -> grpc.RpcMethodHandler:
         async def guarded(requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> None:
-            message = None
+            call = _Call(name)
             try:
                 with self._entered(context, name):
                     try:
-                        if handler.stream_stream is not None:
-                            responses = handler.stream_stream(self._in_time(requests), context)
-                        else:
-                            message = await self._only(requests, handler.request_deserializer)
-                            if handler.unary_unary is not None:
-                                answer = await handler.unary_unary(message, context)
-                                return await self._write(answer, context)
-                            responses = handler.unary_stream(message, context)
-                        await self._write_all(responses, context)
+                        await self._serve(handler, requests, context, call)
                     except UnreadAnswerError as error:
                         self._note_unread(context, name)
                         # Sent behind what is not taken: the call is its client's until then.
-                        await _abort(context, error, name, message)
+                        await _abort(context, error, call)
             except Exception as error:
-                await _abort(context, error, name, message)
+                await _abort(context, error, call)
 
-        # Of a call with one message it is read above, of any other by grpc.
+        # Of a call with one message it is read by `_only`, of any other by grpc.
         read = None if handler.stream_stream is None else handler.request_deserializer
         return grpc.stream_stream_rpc_method_handler(guarded, read, handler.response_serializer)
+
+    async def _serve(
+        self,
+        handler: Any,
+        requests: AsyncIterator[Any],
+        context: grpc.aio.ServicerContext,
+        call: _Call,
+    ) -> None:
+        """From the message to the last of the answer."""
+        if handler.stream_stream is not None:
+            responses = handler.stream_stream(self._in_time(requests), context)
+        else:
+            message = await self._only(requests, handler.request_deserializer)
+            call.request_id = getattr(message, "request_id", "")
+            if handler.unary_unary is not None:
+                await self._write(await handler.unary_unary(message, context), context)
+                return
+            responses = handler.unary_stream(message, context)
+        await self._write_all(responses, context)
 
     async def _write_all(
         self, responses: AsyncGenerator[object, None], context: grpc.aio.ServicerContext
@@ -206,12 +222,24 @@ class CallGuard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             InvalidRequestError: there is none, or it is not what the method takes.
             DeadlineError: it does not come.
         """
-        async for raw in self._in_time(requests):
-            try:
-                return raw if read is None else read(raw)
-            except DecodeError as error:
-                raise InvalidRequestError(f"the message cannot be read: {error}") from None
-        raise InvalidRequestError("the call has no message")
+        try:
+            raw = await self._next(requests)
+        except StopAsyncIteration:
+            raise InvalidRequestError("the call has no message") from None
+        if len(raw) > SMALL_MESSAGE_BYTES:
+            # grpc keeps the last message of some calls that are over, unless it has seen the end.
+            await self._see_the_end(requests)
+        try:
+            return raw if read is None else read(raw)
+        except DecodeError as error:
+            raise InvalidRequestError(f"the message cannot be read: {error}") from None
+
+    async def _see_the_end(self, requests: AsyncIterator[bytes]) -> None:
+        try:
+            await self._next(requests)
+        except StopAsyncIteration:
+            return
+        raise InvalidRequestError("the call has a second message")
 
     async def _in_time(self, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
         """The messages of a call, each of which has its time to arrive.
@@ -221,21 +249,32 @@ class CallGuard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         """
         while True:
             try:
-                async with asyncio.timeout(self._request_seconds):
-                    message = await anext(requests)
+                message = await self._next(requests)
             except StopAsyncIteration:
                 return
-            except TimeoutError:
-                raise DeadlineError(
-                    f"the call's message did not come within {self._request_seconds:g} s "
-                    f"(server.request_seconds)"
-                ) from None
             yield message
 
+    async def _next(self, requests: AsyncIterator[Any]) -> Any:
+        try:
+            async with asyncio.timeout(self._request_seconds):
+                return await anext(requests)
+        except TimeoutError:
+            raise DeadlineError(
+                f"the call's message did not come within {self._request_seconds:g} s "
+                f"(server.request_seconds)"
+            ) from None
 
-async def _abort(
-    context: grpc.aio.ServicerContext, error: Exception, method: str, request: object
-) -> NoReturn:
+
+@dataclass
+class _Call:
+    """What is known of a call when it fails."""
+
+    method: str
+    request_id: str = ""
+    """The client's."""
+
+
+async def _abort(context: grpc.aio.ServicerContext, error: Exception, call: _Call) -> NoReturn:
     """End the call with the error's status; never returns."""
     if isinstance(error, grpc.aio.AbortError):
         raise error
@@ -243,9 +282,12 @@ async def _abort(
     status = status_of(error) if isinstance(error, FluxionError) else grpc.StatusCode.INTERNAL
     details = str(error)
     if status is grpc.StatusCode.INTERNAL:
-        request_id = _request_id(request)
-        _log.error(event("call failed", method=method, request_id=request_id), exc_info=error)
+        request_id = _printable(call.request_id)
+        _log.error(event("call failed", method=call.method, request_id=request_id), exc_info=error)
         details = f"internal error; request id {request_id}"
+    # Its frames hold the message, of up to 16 MiB, and grpc holds the call until the collector of
+    # cycles comes by.
+    traceback.clear_frames(error.__traceback__)
     try:
         await context.abort(status, details, _trailing_metadata(error))
     except grpc.aio.InternalError:
@@ -260,7 +302,7 @@ def _trailing_metadata(error: Exception) -> tuple[tuple[str, str], ...]:
     return (sent,) if seconds is None else (sent, (PUSHBACK_KEY, str(round(seconds * 1000))))
 
 
-def _request_id(request: object) -> str:
+def _printable(request_id: str) -> str:
     """The client's, if it can be printed as it is, else a new one."""
-    given = getattr(request, "request_id", "")
-    return given if 0 < len(given) <= 128 and given.isprintable() else uuid.uuid4().hex
+    is_printable = 0 < len(request_id) <= 128 and request_id.isprintable()
+    return request_id if is_printable else uuid.uuid4().hex

@@ -141,6 +141,8 @@ class Generation:
             answering.result()
         finally:
             await _end(answering)
+            # See `failure` below.
+            del answering
 
     async def _answer(
         self,
@@ -216,6 +218,8 @@ class Generation:
             raise
         finally:
             self._ended(client, request, failure, time.perf_counter() - arrived)
+            # Its traceback holds this frame, which would hold it, and the message with them.
+            failure = None
 
     def _ended(
         self,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import socket
 import ssl
+import weakref
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
@@ -24,7 +26,7 @@ from fluxion_core.config import (
     ServerSettings,
     ServerTlsSettings,
 )
-from fluxion_core.errors import CapacityError, ConfigError
+from fluxion_core.errors import CapacityError, ConfigError, InvalidRequestError
 from fluxion_core.wire.channel import open_channel
 from fluxion_core.wire.server import NodeServer
 from fluxion_proto.v1 import generate_pb2, generate_pb2_grpc
@@ -32,6 +34,10 @@ from tests.certificates import Authority, write_secret
 
 SERVICE = "fluxion.v1.Generation"
 ALICE, BOB = "alice-0123456789abcdef", "bob-0123456789abcdef"
+
+
+class Held:
+    """What a service has in its hands as it fails."""
 
 
 class Service(generate_pb2_grpc.GenerationServicer):
@@ -47,6 +53,10 @@ class Service(generate_pb2_grpc.GenerationServicer):
         self.calls += 1
         yield generate_pb2.GenerateResponse(text=self.server.callers.client_of(context))
         match request.text:
+            case "hold":
+                held = Held()
+                self.held = weakref.ref(held)
+                raise InvalidRequestError("no")
             case "wait":
                 await self.may_end.wait()
             case "flood":
@@ -316,6 +326,26 @@ async def test_an_address_that_is_taken_is_told_in_the_systems_words():
         with pytest.raises(ConfigError) as failure:
             await NodeServer(ServerSettings(listen=address), SERVICE).start()
     assert str(failure.value) == f"server.listen {address}: Address already in use"
+
+
+async def test_a_failed_call_keeps_nothing_of_what_it_held():
+    gc.disable()
+    try:
+        async with serving() as (address, service), calling(address) as stub:
+            assert (await refusal(stub, "hold")).code() == grpc.StatusCode.INVALID_ARGUMENT
+            assert service.held() is None
+    finally:
+        gc.enable()
+
+
+async def test_a_large_message_is_the_only_one_of_its_call():
+    message = generate_pb2.TokenizeRequest(text="x" * (1 << 20)).SerializeToString()
+    async with serving() as (address, service), grpc.aio.insecure_channel(address) as channel:
+        call = channel.stream_unary(f"/{SERVICE}/Tokenize")
+        assert await call(iter([message]))
+        with pytest.raises(grpc.aio.AioRpcError, match="a second message"):
+            await call(iter([message, message]))
+        assert service.calls == 1
 
 
 async def test_before_it_is_ready_a_node_answers_health_alone():
