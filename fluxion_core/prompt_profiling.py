@@ -28,6 +28,10 @@ from fluxion_core.predictor.prompt_profile import PromptProfile, profile_shapes
 from fluxion_core.predictor.ranking import RADII
 from fluxion_core.scheduler.scheduler import WAKE_BYTES, CpuPool
 
+_MOST_OF_A_TILE = 128
+"""Work of a tile in one round of the pool: some tenths of a millisecond. The pool takes a thread
+that is much longer at something for one that has lost its CPU."""
+
 
 class PromptProfiling:
     """One prompt's profile, in the making. The thread of the pool's rounds only.
@@ -104,7 +108,7 @@ class PromptProfiling:
         """
         done = 0
         while done < work and not self.is_done:
-            share = max(1, (work - done) // self.num_tiles)
+            share = min(_MOST_OF_A_TILE, max(1, (work - done) // self.num_tiles))
             part = self._native.advance(self._pool.native, share, WAKE_BYTES)
             done += part
             if not part:

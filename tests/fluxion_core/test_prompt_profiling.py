@@ -200,6 +200,26 @@ def test_a_slice_does_no_more_than_it_is_given_and_a_piece_of_each_tile():
     assert len(slices) > 132 * 2 * 6 / (60 + 6 * 8)
 
 
+def test_no_round_of_the_pool_is_long():
+    # By hand: six tiles that may do all at once do 128 at a time, and end a piece of up to 8.
+    profiling = Prompt(2100).profiling()
+    rounds: list[int] = []
+    native = profiling._native
+
+    class Watched:
+        def __getattr__(self, name: str):
+            return getattr(native, name)
+
+        def advance(self, *arguments) -> int:
+            rounds.append(native.advance(*arguments))
+            return rounds[-1]
+
+    profiling._native = Watched()
+    profiling.advance(1 << 30)
+    assert profiling.is_done
+    assert max(rounds) <= 6 * (128 + 8)
+
+
 class FakeProfiling:
     """Takes `seconds` on the clock for each piece of work, of which there are so many."""
 
