@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import cast
@@ -43,10 +44,6 @@ SPLIT_MARKS = r"[\p{P}\$\+<=>\^~\|]+"
 
 PIECE_CHARACTERS = 16 << 10
 """A piece ends at the first place behind so many: some milliseconds, and some MiB of memory."""
-
-MAX_PIECE_BYTES = 1 << 20
-"""A text without a place to cut for so long is refused: its cutting cannot be interrupted, and
-takes a hundred bytes of memory a byte."""
 
 _KNOWN_SPLITS = frozenset({SPLIT_GPT2, SPLIT_LLAMA3, SPLIT_QWEN2, SPLIT_TEKKEN})
 _WITHIN_PLACES = frozenset({SPLIT_NUMBER, SPLIT_NUMBERS, SPLIT_THREE_DIGITS, SPLIT_MARKS})
@@ -97,19 +94,19 @@ class TextPieces:
         """A text with so many of them has at least so many tokens."""
         return 0 if self.bytes_a_token is None else ceil_div(bytes_with_tokens, self.bytes_a_token)
 
-    def cut(self, text: str) -> Iterator[str]:
+    def cut(self, text: str, *, max_piece_bytes: int = sys.maxsize) -> Iterator[str]:
         """Pieces of a text, whose tokens one after another are the whole text's; at least one.
 
         Raises:
-            InvalidRequestError: a piece would be too large.
+            InvalidRequestError: a piece would be larger than allowed.
         """
         start = 0
         while True:
-            end = self._end_of_piece(text, start)
+            end = self._end_of_piece(text, start, min(len(text), start + max_piece_bytes + 1))
             piece = text[start:end]
-            if len(piece) > MAX_PIECE_BYTES // 4 and len(piece.encode()) > MAX_PIECE_BYTES:
+            if len(piece) > max_piece_bytes // 4 and len(piece.encode()) > max_piece_bytes:
                 raise InvalidRequestError(
-                    f"the text has more than {MAX_PIECE_BYTES} B in one piece, from character "
+                    f"the text has more than {max_piece_bytes} B in one piece, from character "
                     f"{start} on, that the model's tokenizer cannot take bit by bit; break it with "
                     f"spaces or lines, or send token_ids"
                 )
@@ -118,16 +115,15 @@ class TextPieces:
             if start >= len(text):
                 return
 
-    def _end_of_piece(self, text: str, start: int) -> int:
+    def _end_of_piece(self, text: str, start: int, last: int) -> int:
+        """Where the piece from `start` on ends; `last` if it has no end before."""
         at = start + PIECE_CHARACTERS
-        # Behind this a piece is too large anyway.
-        last = start + MAX_PIECE_BYTES + 1
         while self.has_places and (found := _PLACE.search(text, at, last)):
             at = found.start()
             if not any(self._reaches_across(token, text, at) for token in self.bridges):
                 return at
             at += 1
-        return min(len(text), last)
+        return last
 
     @staticmethod
     def _reaches_across(token: str, text: str, at: int) -> bool:

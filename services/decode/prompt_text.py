@@ -18,6 +18,10 @@ from services.decode.prompt_queue import Steps
 MAX_CHAT_MESSAGES = 16 << 10
 """Of a conversation: each costs memory and time, however little it says."""
 
+MAX_PIECE_BYTES = 1 << 20
+"""A text without a place to cut for so long is refused: its cutting cannot be interrupted, and
+takes a hundred bytes of memory a byte."""
+
 _RENDERED_A_STEP = 256
 """Pieces that a chat template writes, each a few words or one message."""
 
@@ -94,7 +98,9 @@ def _text_tokens(
     pieces = tokenizer.pieces
     room.check(pieces.fewest_tokens(pieces.bytes_with_tokens(text)), is_all=False)
     token_ids: list[int] = []
-    for piece in tokenizer.encode_pieces(text, add_special_tokens=add_special_tokens):
+    for piece in tokenizer.encode_pieces(
+        text, add_special_tokens=add_special_tokens, max_piece_bytes=MAX_PIECE_BYTES
+    ):
         room.check(len(token_ids), is_all=False)
         token_ids += piece
         yield

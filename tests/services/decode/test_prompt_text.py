@@ -11,6 +11,7 @@ from fluxion_core.generation import text_pieces
 from fluxion_core.generation.chat import ChatTemplate
 from fluxion_core.generation.tokenizer import Tokenizer
 from fluxion_proto.v1 import generate_pb2
+from services.decode import prompt_text
 from services.decode.prompt_queue import finish
 from services.decode.prompt_text import (
     MAX_CHAT_MESSAGES,
@@ -59,6 +60,12 @@ def test_a_text_is_cut_a_piece_a_step_and_no_further_than_it_fits(tokenizer):
     endless = prompt_token_ids(of_text("123456789 " * 1000), tokenizer, ROOM)
     # By hand: 9 + 9 x 10 are too many, and that shows before the next piece.
     assert num_steps(endless) == 10
+
+
+def test_a_text_that_cannot_be_cut_in_time_is_refused(tokenizer, monkeypatch):
+    monkeypatch.setattr(prompt_text, "MAX_PIECE_BYTES", 50)
+    with pytest.raises(InvalidRequestError, match="more than 50 B in one piece"):
+        finish(prompt_token_ids(of_text("words and " + "x" * 60), tokenizer, ROOM))
 
 
 def test_a_refusal_says_whether_the_prompt_was_cut_to_its_end(tokenizer):
