@@ -130,14 +130,15 @@ class SharedCpusBench:
         variants = [Variant("default", None)]
         variants += [Variant(f"{count} threads", count) for count in self.options.threads]
         for count in self.options.busy:
-            # Where workers are, the first CPUs but one: no interrupts, no event loop of its own.
-            busy = tuple(cpus[1 : 1 + count])
+            # Where workers are: the first CPUs, that of most interrupts last.
+            busy = tuple((cpus[1:] + cpus[:1])[:count])
             name = f"{count} busy"
             variants += [
                 Variant(f"{name}: default", None, busy),
-                Variant(f"{name}: CPUs not used", None, busy, keeps_off=True),
                 Variant(f"{name}: not watched", None, busy, watches=False),
             ]
+            if count < len(cpus):
+                variants.append(Variant(f"{name}: CPUs not used", None, busy, keeps_off=True))
         for _ in range(self.options.passes):
             for variant in variants:
                 with _busy_processes(variant.busy), _affinity(variant):
