@@ -239,7 +239,7 @@ NB_MODULE(_native, m) {
   });
   nb::class_<TaskPool>(m, "TaskPool")
       .def(nb::init<const std::vector<int>&, int, int64_t, int>(), nb::arg("cpus"),
-           nb::arg("max_helpers"), nb::arg("spin_ns"), nb::arg("strikes") = fluxion::kStrikes)
+           nb::arg("max_helpers"), nb::arg("spin_ns"), nb::arg("strikes") = TaskPool::kWorthIt)
       .def_prop_ro("num_workers", &TaskPool::num_workers)
       .def_prop_ro("stalls", &TaskPool::stalls)
       .def_prop_ro("num_left_out", &TaskPool::num_left_out)

@@ -18,11 +18,19 @@ namespace fluxion {
 
 constexpr int64_t kStallNs = 200'000;          // a wait that is worth a look at clocks
 constexpr int64_t kLongStallNs = 1'000'000;    // one that needs no proof but the kind's usual time
-constexpr int kStrikes = 3;  // so many stalls within kStrikesNs: the CPU is left out
-constexpr int64_t kStrikesNs = 50'000'000;
+constexpr int64_t kStrikesNs = 50'000'000;     // stalls so near to each other are one trouble
 constexpr int64_t kLeastRestNs = 20'000'000;   // that a CPU is left out before it is tried again
 constexpr int64_t kMostRestNs = 1'000'000'000;
 constexpr int64_t kProbeNs = 12'000'000;  // longer than a scheduler's turn: three ticks of 250 Hz
+
+// How many stalls within kStrikesNs are worth leaving a CPU out that one of so many threads has. A CPU
+// that another tenant wants all the time still gives half a thread's work; a stall costs everybody some
+// 0.35 ms. Two threads are better off with a CPU and a half than with one, sixteen are not with 15.5.
+constexpr int strikes_worth_it(int threads) {
+  constexpr int64_t kStallCostNs = 350'000;
+  const int64_t worth = kStrikesNs / (2 * threads) / kStallCostNs;
+  return worth > 3 ? int(worth) : 3;
+}
 
 // CPU time that this thread has had. Another's: -1 if it has ended.
 int64_t own_cpu_ns();

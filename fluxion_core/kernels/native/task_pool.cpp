@@ -174,7 +174,8 @@ void TaskPool::look_for_stalls(bool* has_moved) {
 // already, which is not the exception any more.
 void TaskPool::strike(Seat& seat, int64_t now) {
   stalls_.fetch_add(1, std::memory_order_relaxed);
-  if (seat.suspicion.strike(now) < strikes_ || 2 * (num_left_out() + 1) > num_workers()) return;
+  const int most = strikes_ == kWorthIt ? strikes_worth_it(max_helpers_ + 1) : strikes_;
+  if (seat.suspicion.strike(now) < most || 2 * (num_left_out() + 1) > num_workers()) return;
   num_left_out_.fetch_add(1);
   seat.is_left_out.store(true);
   // It may sleep because it was not called.

@@ -63,12 +63,15 @@ struct Span {
 
 class TaskPool {
  public:
+  static constexpr int kWorthIt = -1;  // see strikes_worth_it
+
   // One worker for every entry of `cpus`, pinned to that CPU. The first `max_helpers` of them whose
   // CPU is neither the waiting thread's nor left out take part in a round. A worker without work
   // looks for more during `spin_ns` before it sleeps.
-  // After so many `strikes` within 50 ms a CPU is left out; 0: nobody looks who holds up whom.
+  // After so many `strikes` within 50 ms a CPU is left out: as many as are worth it, unless given;
+  // 0: nobody looks who holds up whom.
   // Throws std::system_error if a thread cannot be started; then none is left.
-  TaskPool(const std::vector<int>& cpus, int max_helpers, int64_t spin_ns, int strikes = kStrikes);
+  TaskPool(const std::vector<int>& cpus, int max_helpers, int64_t spin_ns, int strikes = kWorthIt);
   ~TaskPool();
   TaskPool(const TaskPool&) = delete;
   TaskPool& operator=(const TaskPool&) = delete;
