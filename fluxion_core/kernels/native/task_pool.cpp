@@ -111,18 +111,21 @@ void TaskPool::wait(Consumer* consumer) {
   const bool is_open_to_pool = round_.load(std::memory_order_relaxed) % 2 == 1;
   const LostTime watch;
   bool has_moved = false;
+  int64_t idle_since = 0;
   for (int idle = 1; remaining_.load(std::memory_order_acquire) > 0; ++idle) {
-    if (consumer != nullptr) {
-      consumer->poll();
-      if (is_open_to_pool && help_with_a_chunk(self)) continue;
-    } else {
-      help(self);
-    }
+    if (consumer != nullptr) consumer->poll();
+    const bool has_helped = consumer == nullptr ? help(self)
+                                                : is_open_to_pool && help_with_a_chunk(self);
+    if (has_helped) idle_since = 0;
+    if (has_helped && consumer != nullptr) continue;
     if (idle % kPausesBeforeYield) {
       pause();
       continue;
     }
-    look_for_stalls(&has_moved);
+    // Not sooner than that: each look takes lines that the threads at work write.
+    const int64_t now = now_ns();
+    if (idle_since == 0) idle_since = now;
+    if (now - idle_since > kStallNs / 2) look_for_stalls(now, &has_moved);
     if (consumer == nullptr || has_moved) sched_yield();
   }
   round_.fetch_add(round_.load() % 2);  // even: nobody comes in any more
@@ -130,7 +133,7 @@ void TaskPool::wait(Consumer* consumer) {
     for (int pauses = 1; !is_outside(seats_[i]); ++pauses) {
       pause();
       if (pauses % kPausesBeforeYield) continue;
-      look_for_stalls(&has_moved);
+      look_for_stalls(now_ns(), &has_moved);
       sched_yield();
     }
   }
@@ -141,15 +144,17 @@ void TaskPool::wait(Consumer* consumer) {
 
 // Whether a thread is out of the round; one that is in it and at nothing is moved out.
 bool TaskPool::is_outside(Seat& seat) {
-  uint32_t place = kIdle;
-  return seat.place.compare_exchange_strong(place, kOutside, std::memory_order_acq_rel) ||
+  // Most have left by themselves: a look costs less than an exchange.
+  uint32_t place = seat.place.load();
+  if (place == kActive) return false;
+  return place == kOutside ||
+         seat.place.compare_exchange_strong(place, kOutside, std::memory_order_acq_rel) ||
          place == kOutside;
 }
 
 // For who waits with nothing to do: somebody may have lost its CPU within a chunk.
-void TaskPool::look_for_stalls(bool* has_moved) {
+void TaskPool::look_for_stalls(int64_t now, bool* has_moved) {
   if (strikes_ == 0) return;
-  const int64_t now = now_ns();
   for (size_t i = 0; i < threads_.size(); ++i) {
     Seat& seat = seats_[i];
     const int64_t since = seat.chunks.since_ns();
@@ -346,18 +351,21 @@ void TaskPool::sit_out(Seat& seat) {
   left_out_changes_.fetch_add(1);
 }
 
-void TaskPool::help(int worker) {
+bool TaskPool::help(int worker) {
   const Seat& seat = seats_[size_t(worker)];
+  bool has_helped = false;
   int32_t task;
   while (!has_to_go(seat) && (task = claim_for_pool()) >= 0) {
     begin(worker, task);
-    run_chunks(worker, task);
+    has_helped |= run_chunks(worker, task);
   }
   // Nothing left to claim: chunks of what others have claimed, the largest first.
   for (int32_t i = 0; i < num_tasks_; ++i) {
     const int32_t other = order_[size_t(i)];
-    if (tasks_[other].owner.load(std::memory_order_acquire) == kPool) run_chunks(worker, other);
+    if (tasks_[other].owner.load(std::memory_order_acquire) != kPool) continue;
+    has_helped |= run_chunks(worker, other);
   }
+  return has_helped;
 }
 
 // One chunk of a task that others are at already, or else of a new one; false if there is none.

@@ -145,7 +145,7 @@ class TaskPool {
   void stop();
   void call_helpers(int cpu);
   static bool is_outside(Seat& seat);
-  void look_for_stalls(bool* has_moved);
+  void look_for_stalls(int64_t now, bool* has_moved);
   void strike(Seat& seat, int64_t now);
   // Not to stay on the CPU that it is on, in this round.
   static bool has_to_go(const Seat& seat) {
@@ -153,7 +153,7 @@ class TaskPool {
            seat.is_moved.load(std::memory_order_relaxed);
   }
   void keep_away_from_left_out();
-  void help(int worker);
+  bool help(int worker);  // whether there was anything to do
   bool help_with_a_chunk(int worker);
   bool take(int32_t place, int32_t owner);
   int32_t claim_for_pool();
