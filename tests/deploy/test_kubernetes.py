@@ -452,6 +452,8 @@ def test_containers_may_do_no_more_than_they_need(manifests, component):
     assert pod["automountServiceAccountToken"] is False
     # A service called fluxion would otherwise look like settings.
     assert pod["enableServiceLinks"] is False
+    # Process 1 would not hear SIGTERM while Python imports.
+    assert pod["shareProcessNamespace"] is True
     for container in pod["initContainers"] + pod["containers"]:
         assert container["securityContext"] == {
             "allowPrivilegeEscalation": False,
