@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from fluxion_core.errors import ContextLengthError, InvalidRequestError
 from fluxion_core.generation.chat import ChatMessage
+from fluxion_core.generation.text_pieces import TextPieces
 from fluxion_core.generation.tokenizer import Tokenizer
 from fluxion_proto.v1 import generate_pb2
 from services.decode.prompt_queue import Steps
@@ -21,6 +22,9 @@ MAX_CHAT_MESSAGES = 16 << 10
 MAX_PIECE_BYTES = 1 << 20
 """A text without a place to cut for so long is refused: its cutting cannot be interrupted, and
 takes a hundred bytes of memory a byte."""
+
+_LOOK_CHARACTERS = 256 << 10
+"""Of a text that are counted at a time, a millisecond's worth."""
 
 _RENDERED_A_STEP = 256
 """Pieces that a chat template writes, each a few words or one message."""
@@ -95,8 +99,7 @@ def _check_chat(chat: generate_pb2.Chat) -> None:
 def _text_tokens(
     text: str, tokenizer: Tokenizer, room: PromptRoom, *, add_special_tokens: bool = True
 ) -> Steps[list[int]]:
-    pieces = tokenizer.pieces
-    room.check(pieces.fewest_tokens(pieces.bytes_with_tokens(text)), is_all=False)
+    yield from _refuse_too_long(text, tokenizer.pieces, room)
     token_ids: list[int] = []
     for piece in tokenizer.encode_pieces(
         text, add_special_tokens=add_special_tokens, max_piece_bytes=MAX_PIECE_BYTES
@@ -106,6 +109,16 @@ def _text_tokens(
         yield
     room.check(len(token_ids))
     return token_ids
+
+
+def _refuse_too_long(text: str, pieces: TextPieces, room: PromptRoom) -> Steps[None]:
+    """Refuse a text of which already a beginning is too long: a look at all of 16 MiB would keep
+    the interpreter from everybody else for 30 ms."""
+    num_bytes = 0
+    for start in range(0, len(text), _LOOK_CHARACTERS):
+        num_bytes += pieces.bytes_with_tokens(text[start : start + _LOOK_CHARACTERS])
+        room.check(pieces.fewest_tokens(num_bytes), is_all=False)
+        yield
 
 
 def _rendered(

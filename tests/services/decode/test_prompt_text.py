@@ -58,8 +58,18 @@ def test_a_text_is_cut_a_piece_a_step_and_no_further_than_it_fits(tokenizer):
     steps = prompt_token_ids(of_text("123456789 " * 9), tokenizer, ROOM)
     assert len(finish(steps)) == 90
     endless = prompt_token_ids(of_text("123456789 " * 1000), tokenizer, ROOM)
-    # By hand: 9 + 9 x 10 are too many, and that shows before the next piece.
-    assert num_steps(endless) == 10
+    # By hand: one look at the text, and 9 + 9 x 10 are too many, which shows before the next piece.
+    assert num_steps(endless) == 11
+
+
+def test_of_a_text_that_cannot_fit_only_the_beginning_is_looked_at(tokenizer, monkeypatch):
+    # By hand: of two bytes a token at most, 182 bytes are 91 tokens: too many behind 10 new ones.
+    tokenizer.pieces = text_pieces.TextPieces(True, bridges=(), bytes_a_token=2, silent_bytes=b"")
+    monkeypatch.setattr(prompt_text, "_LOOK_CHARACTERS", 100)
+    steps = prompt_token_ids(of_text("123456789 " * 1000), tokenizer, ROOM)
+    # 100 characters are 50 tokens, 200 are 100.
+    with pytest.raises(ContextLengthError, match="at least 100 tokens"):
+        finish(steps)
 
 
 def test_a_text_that_cannot_be_cut_in_time_is_refused(tokenizer, monkeypatch):
