@@ -35,6 +35,7 @@ from fluxion_core.cpus import usable_cpus
 from fluxion_core.decode_step import StepRow
 from fluxion_core.errors import ConfigError
 from fluxion_core.geometry import KvGeometry, WindowSpec
+from fluxion_core.gpu.device_step import DeviceStep
 from fluxion_core.host_step import HostStep
 from fluxion_core.hybrid_attention import HybridAttention
 from fluxion_core.kvstore.store import HostKvStore
@@ -171,7 +172,7 @@ class SharedCpusBench:
             del step
             gc.collect()
 
-    def _make_step(self, pool: CpuPool):  # type: ignore[no-untyped-def]
+    def _make_step(self, pool: CpuPool) -> HostStep | DeviceStep:
         config = self.config
         if self.device.type == "cpu":
             attention = HybridAttention(
@@ -184,8 +185,6 @@ class SharedCpusBench:
             # Packing takes its weights: each pool has its own.
             decoder, self.decoder = self.decoder, self._new_decoder()
             return HostStep(HostDecoder(decoder, pool), attention)
-        from fluxion_core.gpu.device_step import DeviceStep
-
         step = DeviceStep(
             self.decoder,
             self.store,
@@ -201,9 +200,9 @@ class SharedCpusBench:
                 sequence.slab_table = sequence.slab_table.pin_memory()
         return step
 
-    def _time(  # type: ignore[no-untyped-def]
+    def _time(
         self,
-        step,
+        step: HostStep | DeviceStep,
         slots: Sequence[int],
         context: int,
         name: str,
