@@ -36,7 +36,7 @@ bench: $(VENV)/.installed  ## figures of this machine
 	$(BIN)/fluxion bench handoff
 	$(BIN)/fluxion bench kernels
 	$(BIN)/fluxion bench decode-step
-	$(BIN)/python -m fluxion_core.benchmark.sampling
+	$(BIN)/python -m fluxion_core.lab.benchmark.sampling
 
 asan: $(VENV)/.tested  ## the kernels' tests under AddressSanitizer
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --disable-pip-version-check -q cmake ninja nanobind
@@ -44,12 +44,12 @@ asan: $(VENV)/.tested  ## the kernels' tests under AddressSanitizer
 	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DCMAKE_CXX_FLAGS="-fsanitize=address -fno-omit-frame-pointer -g1" >/dev/null
 	$(BIN)/cmake --build build/asan
 	FLUXION_NATIVE=$$(ls build/asan/_native*.so) LD_PRELOAD=$$(c++ -print-file-name=libasan.so):$$(c++ -print-file-name=libstdc++.so) \
-	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest tests/fluxion_core/kernels tests/fluxion_core/scheduler \
-	  tests/fluxion_core/test_hybrid_attention.py tests/fluxion_core/test_predicted_policies.py tests/fluxion_core/test_prompt_profiling.py \
+	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest tests/fluxion_core/kernels tests/fluxion_core/pool \
+	  tests/fluxion_core/decode/host/test_attention.py tests/fluxion_core/decode/host/test_predicted_policies.py tests/fluxion_core/decode/host/test_profiling.py \
 	  tests/fluxion_core/generation/test_sampling.py --deselect tests/fluxion_core/kernels/test_isa.py
 
 tsan: $(VENV)/.tested  ## the CPU pool's threads under ThreadSanitizer
-	$(BIN)/python -m pytest tests/fluxion_core/scheduler/test_task_pool_threads.py
+	$(BIN)/python -m pytest tests/fluxion_core/pool/test_task_pool_threads.py
 
 fuzz: $(VENV)/.tested  ## a million hand-off frames, 100,000 model headers, 20,000 requests; resumes
 	nice -n 15 $(BIN)/python -m tests.fuzz --journal build/fuzz.json

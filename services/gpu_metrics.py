@@ -10,12 +10,12 @@ from typing import TypeVar
 import torch
 from prometheus_client.metrics_core import Metric
 
-from fluxion_core.device_usage import DeviceUsage
 from fluxion_core.errors import FluxionError
-from fluxion_core.metrics import MetricDefinition
-from fluxion_core.nvml import NvmlReader, open_nvml
-from fluxion_core.telemetry import event
-from fluxion_core.threads import start_thread
+from fluxion_core.machine.threads import start_thread
+from fluxion_core.observe.device_usage import DeviceUsage
+from fluxion_core.observe.log import event
+from fluxion_core.observe.metrics import MetricDefinition
+from fluxion_core.observe.nvml import NvmlReader, open_nvml
 from services.metrics import WatchingCollector
 
 _log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ import contextlib
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from fluxion_core.threads import start_thread
+from fluxion_core.machine.threads import start_thread
 
 ResultT = TypeVar("ResultT")
 

@@ -9,9 +9,9 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from fluxion_core.errors import FluxionError, RequestCancelledError
-from fluxion_core.metrics import MetricDefinition
-from fluxion_core.trace import Trace
-from fluxion_core.trace_events import trace_pieces
+from fluxion_core.observe.metrics import MetricDefinition
+from fluxion_core.observe.trace import Trace
+from fluxion_core.observe.trace_events import trace_pieces
 from fluxion_core.wire.status import status_of
 
 SECONDS_BOUNDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500)

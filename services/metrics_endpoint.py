@@ -24,10 +24,10 @@ from wsgiref.simple_server import ServerHandler, WSGIRequestHandler, WSGIServer
 
 from prometheus_client import CollectorRegistry, ProcessCollector, make_wsgi_app
 
-from fluxion_core.addresses import Address
+from fluxion_core.config.addresses import Address
 from fluxion_core.errors import ConfigError, FluxionError, ThreadLimitError
-from fluxion_core.telemetry import event
-from fluxion_core.threads import start_thread
+from fluxion_core.machine.threads import start_thread
+from fluxion_core.observe.log import event
 from services.metrics import NodeMetrics
 
 if TYPE_CHECKING:

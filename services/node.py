@@ -13,17 +13,22 @@ from dataclasses import dataclass
 import torch
 import uvloop
 
-from fluxion_core.config import ModelSettings, SettingsT, exit_on_config_error, load_settings
-from fluxion_core.cpus import has_bfloat16_instructions
+from fluxion_core.config.settings import (
+    ModelSettings,
+    SettingsT,
+    exit_on_config_error,
+    load_settings,
+)
 from fluxion_core.errors import ConfigError, DeviceError, FluxionError, ThreadLimitError
 from fluxion_core.generation.tokenizer import Tokenizer
 from fluxion_core.geometry import KvGeometry
 from fluxion_core.kvstream.handoff import KvLayout
+from fluxion_core.machine.cpus import has_bfloat16_instructions
+from fluxion_core.machine.threads import check_threads, thread_limit
 from fluxion_core.models.locate import default_models_dir, locate_model
 from fluxion_core.models.weights import LoadedModel, load_model
-from fluxion_core.scheduler.scheduler import default_threads
-from fluxion_core.telemetry import configure_logging, event
-from fluxion_core.threads import check_threads, thread_limit
+from fluxion_core.observe.log import configure_logging, event
+from fluxion_core.pool.cpu_pool import default_threads
 from services.loading import EndedWhileLoadingError
 
 _log = logging.getLogger(__name__)

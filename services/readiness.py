@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from fluxion_core.telemetry import event
+from fluxion_core.observe.log import event
 from fluxion_core.wire.server import NodeServer
 from services.metrics import NodeMetrics
 

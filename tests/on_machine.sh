@@ -6,7 +6,7 @@
 #   OUT           takes reports and journals (.)
 #   PYTEST        arguments of pytest; "none" for no tests
 #   SANITIZE      pytest arguments for one more run under compute-sanitizer's memcheck; unset for none
-#   GPU_STEP      options of fluxion_core.benchmark.gpu_step, separated by spaces; unset for no timing
+#   GPU_STEP      options of fluxion_core.lab.benchmark.gpu_step, separated by spaces; unset for no timing
 #   PLANS         files of recorded plans that are timed beside fixed(16, 5 %), separated by semicolons
 #   WEIGHTS       predictor weights in place of the package's
 #   POLICIES      separated by semicolons
@@ -28,7 +28,7 @@ if [ "${PYTEST:-}" != none ]; then
   # shellcheck disable=SC2086
   # Without this project's own pytest settings: they name plug-ins that may be missing here.
   "$python" -m pytest -c /dev/null --rootdir=. --import-mode=importlib -q -x -p no:cacheprovider \
-    ${PYTEST:-tests/fluxion_core/kernels tests/fluxion_core/gpu tests/fluxion_core/kvstore} 2>&1 | tail -15
+    ${PYTEST:-tests/fluxion_core/kernels tests/fluxion_core/decode/device tests/fluxion_core/kvstore} 2>&1 | tail -15
   status=${PIPESTATUS[0]}
 fi
 if [ -n "${SANITIZE:-}" ]; then
@@ -40,12 +40,12 @@ if [ -n "${SANITIZE:-}" ]; then
 fi
 if [ -n "${GPU_STEP:-}" ]; then
   # shellcheck disable=SC2086
-  "$python" -m fluxion_core.benchmark.gpu_step $GPU_STEP "policies=fixed(16, 5 %)${PLANS:+;$PLANS}" json="$out/gpu-step.json" || status=1
-  "$python" -m fluxion_core.benchmark.offloaded_cache || status=1
+  "$python" -m fluxion_core.lab.benchmark.gpu_step $GPU_STEP "policies=fixed(16, 5 %)${PLANS:+;$PLANS}" json="$out/gpu-step.json" || status=1
+  "$python" -m fluxion_core.lab.benchmark.offloaded_cache || status=1
 fi
 if [ -n "${MODEL:-}" ]; then
   evaluate() {
-    "$python" -m fluxion_core.evaluation "$@" model="$MODEL" ${WEIGHTS:+weights="$WEIGHTS"} policies="$policies" ||
+    "$python" -m fluxion_core.lab.evaluation "$@" model="$MODEL" ${WEIGHTS:+weights="$WEIGHTS"} policies="$policies" ||
       status=1
   }
   mkdir -p "$out/prose" "$out/unseen"

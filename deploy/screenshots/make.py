@@ -27,7 +27,7 @@ import yaml
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.metrics_core import Metric
 
-from fluxion_core.device_usage import DeviceUsage
+from fluxion_core.observe.device_usage import DeviceUsage
 from services.cli.addresses import choose_listen_address
 from services.gpu_metrics import (
     NVML_ACTIVITY,

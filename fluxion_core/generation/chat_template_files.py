@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fluxion_core.errors import ModelFileError
 from fluxion_core.generation.chat import ChatTemplate
-from fluxion_core.telemetry import event
+from fluxion_core.observe.log import event
 
 _log = logging.getLogger(__name__)
 _DEFAULT = "default"

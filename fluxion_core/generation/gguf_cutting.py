@@ -22,8 +22,8 @@ from fluxion_core.generation.text_pieces import (
     SPLIT_TEKKEN,
     SPLIT_THREE_DIGITS,
 )
-from fluxion_core.gguf_index import GgufFile
-from fluxion_core.telemetry import event
+from fluxion_core.models.gguf_index import GgufFile
+from fluxion_core.observe.log import event
 
 _log = logging.getLogger(__name__)
 _KEY = "tokenizer.ggml.pre"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fluxion_core.model_entries import EntryRules, Only
+from fluxion_core.models.entry_rules import EntryRules, Only
 
 PREFIX = "tokenizer."
 CHAT_TEMPLATE = "tokenizer.chat_template"

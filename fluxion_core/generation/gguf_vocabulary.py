@@ -13,15 +13,15 @@ from fluxion_core.generation.chat_template_files import choose_template
 from fluxion_core.generation.gguf_cutting import Cutting, read_cutting
 from fluxion_core.generation.gguf_entries import CHAT_TEMPLATE, GGUF_TOKENIZER, PREFIX
 from fluxion_core.generation.vocabulary import Vocabulary
-from fluxion_core.gguf_end_tokens import (
+from fluxion_core.models.gguf_end_tokens import (
     UNKNOWN_TOKEN,
     USER_DEFINED_TOKEN,
     read_end_tokens,
     special_token_id,
     token_types,
 )
-from fluxion_core.gguf_index import GgufFile, open_gguf
-from fluxion_core.telemetry import event
+from fluxion_core.models.gguf_index import GgufFile, open_gguf
+from fluxion_core.observe.log import event
 
 _log = logging.getLogger(__name__)
 # What templates call them, and what GGUF does.

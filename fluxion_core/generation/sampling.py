@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fluxion_core.errors import NonFiniteLogitsError, SamplingError, ShapeError
 from fluxion_core.kernels import _native
-from fluxion_core.scheduler.scheduler import WAKE_BYTES, CpuPool
+from fluxion_core.pool.cpu_pool import WAKE_BYTES, CpuPool
 
 MAX_SEED = 2**64 - 1
 
@@ -152,7 +152,7 @@ def sample_rows(
         ShapeError: shape, dtype or device are others.
 
     Cost: a row of 152K tokens takes 0.02 ms greedily, 0.05 with penalties, 0.1 to 0.5 with a
-    temperature (benchmark/sampling.py).
+    temperature (lab/benchmark/sampling.py).
     """
     rows = len(samplers)
     if (

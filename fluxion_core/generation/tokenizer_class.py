@@ -16,7 +16,7 @@ import tokenizers
 from tokenizers import decoders, pre_tokenizers
 
 from fluxion_core.errors import ModelFileError
-from fluxion_core.json_files import flag
+from fluxion_core.models.json_files import flag
 
 _LLAMA = "LlamaTokenizer"
 _END = "<|endoftext|>"

@@ -23,8 +23,8 @@ from fluxion_core.generation.post_processor import Frame, frame_of
 from fluxion_core.generation.tokenizer_class import apply_class, class_of, default_names
 from fluxion_core.generation.tokenizer_entries import NAMED_TOKENS, TOKENIZER_CONFIG
 from fluxion_core.generation.vocabulary import Vocabulary
-from fluxion_core.json_files import flag, read_json_if_there, token_ids
-from fluxion_core.telemetry import event
+from fluxion_core.models.json_files import flag, read_json_if_there, token_ids
+from fluxion_core.observe.log import event
 
 _log = logging.getLogger(__name__)
 _CONFIG = "tokenizer_config.json"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fluxion_core.model_entries import EntryRules, Only
+from fluxion_core.models.entry_rules import EntryRules, Only
 
 NAMED_TOKENS = (
     *("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"),

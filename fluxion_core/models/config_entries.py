@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fluxion_core.model_entries import EntryRules, Only
+from fluxion_core.models.entry_rules import EntryRules, Only
 
 _NO: tuple[object, ...] = (False, 0)
 _NONE_GIVEN: tuple[object, ...] = ([], {}, "")

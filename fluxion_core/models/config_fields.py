@@ -7,7 +7,7 @@ from math import isfinite
 from pathlib import Path
 
 from fluxion_core.errors import ModelFileError
-from fluxion_core.json_files import flag
+from fluxion_core.models.json_files import flag
 
 _NUMBER_LIMIT = 1 << 63
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fluxion_core.errors import UnsupportedModelError
-from fluxion_core.model_entries import EntryRules, Only
+from fluxion_core.models.entry_rules import EntryRules, Only
 
 _NO: tuple[object, ...] = (False, 0)
 _SCALED = "hidden states, scores or logits multiplied by a factor"

@@ -16,8 +16,6 @@ import torch
 from torch import Tensor
 
 from fluxion_core.errors import ModelFileError, UnsupportedModelError
-from fluxion_core.gguf_end_tokens import read_end_tokens
-from fluxion_core.gguf_index import GgufFile, GgufTensor
 from fluxion_core.models.config import (
     Architecture,
     FactorScaling,
@@ -25,8 +23,10 @@ from fluxion_core.models.config import (
     ModelConfig,
     RopeConfig,
 )
+from fluxion_core.models.gguf_end_tokens import read_end_tokens
 from fluxion_core.models.gguf_entries import check_entries, suggested_sampling
-from fluxion_core.telemetry import event
+from fluxion_core.models.gguf_index import GgufFile, GgufTensor
+from fluxion_core.observe.log import event
 
 _log = logging.getLogger(__name__)
 _LAYER_PARTS = {

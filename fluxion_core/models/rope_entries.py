@@ -14,7 +14,7 @@ from pathlib import Path
 from fluxion_core.errors import ModelFileError, UnsupportedModelError
 from fluxion_core.models.config import LinearScaling, Llama3Scaling, RopeConfig
 from fluxion_core.models.config_fields import Fields
-from fluxion_core.telemetry import event
+from fluxion_core.observe.log import event
 
 _log = logging.getLogger(__name__)
 _DEFAULT_THETA = 10_000.0

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fluxion_core.errors import ModelFileError, UnsupportedModelError
-from fluxion_core.json_files import read_json, read_json_if_there, token_ids
 from fluxion_core.models.config import Architecture, ModelConfig
 from fluxion_core.models.config_entries import (
     GENERATION_CONFIG,
@@ -21,8 +20,9 @@ from fluxion_core.models.config_entries import (
     SAMPLING_SUGGESTIONS,
 )
 from fluxion_core.models.config_fields import Fields
+from fluxion_core.models.json_files import read_json, read_json_if_there, token_ids
 from fluxion_core.models.rope_entries import read_rope
-from fluxion_core.telemetry import event
+from fluxion_core.observe.log import event
 
 _log = logging.getLogger(__name__)
 _SILU = ("silu", "swish")

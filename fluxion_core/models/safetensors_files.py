@@ -18,10 +18,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fluxion_core.errors import ModelFileError, UnsupportedModelError
-from fluxion_core.json_files import read_json
 from fluxion_core.models.config import ModelConfig
+from fluxion_core.models.json_files import read_json
 from fluxion_core.models.rope import inverse_frequencies
-from fluxion_core.telemetry import event
+from fluxion_core.observe.log import event
 
 _log = logging.getLogger(__name__)
 _ONE_FILE = "model.safetensors"

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from fluxion_core.errors import ModelFileError, ModelNotFoundError
-from fluxion_core.gguf_index import open_gguf
 from fluxion_core.models import gguf_file
 from fluxion_core.models.config import ModelConfig
 from fluxion_core.models.decoder import Decoder, tensor_shapes
+from fluxion_core.models.gguf_index import open_gguf
 from fluxion_core.models.safetensors_dir import read_config
 from fluxion_core.models.safetensors_files import SafetensorsWeights, weight_files
 

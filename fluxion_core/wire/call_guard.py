@@ -31,8 +31,8 @@ from fluxion_core.errors import (
     PeerUnavailableError,
     UnreadAnswerError,
 )
-from fluxion_core.telemetry import event
-from fluxion_core.threads import thread_limit
+from fluxion_core.machine.threads import thread_limit
+from fluxion_core.observe.log import event
 from fluxion_core.wire.callers import Callers
 from fluxion_core.wire.client_limits import ClientLimits
 from fluxion_core.wire.status import sent_metadata, status_of

@@ -6,7 +6,7 @@ from urllib.parse import unquote
 
 import grpc
 
-from fluxion_core.config import ServerSettings
+from fluxion_core.config.settings import ServerSettings
 from fluxion_core.errors import AuthenticationError
 from fluxion_core.wire.credential_files import WatchedFiles
 from fluxion_core.wire.tokens import read_token_table

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import grpc
 
-from fluxion_core.addresses import is_loopback
-from fluxion_core.config import ClientSettings
+from fluxion_core.config.addresses import is_loopback
+from fluxion_core.config.settings import ClientSettings
 from fluxion_core.errors import ConfigError
 from fluxion_core.wire.credential_files import WatchedFiles
 from fluxion_core.wire.frame_limits import MAX_FRAME_PAYLOAD_BYTES, PREFIX_BYTES

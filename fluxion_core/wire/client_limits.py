@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from fluxion_core.config import ClientLimitSettings
+from fluxion_core.config.settings import ClientLimitSettings
 from fluxion_core.errors import CapacityError
 
 WINDOW_SECONDS = 60.0

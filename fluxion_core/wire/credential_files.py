@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from fluxion_core.errors import ConfigError
-from fluxion_core.telemetry import event
+from fluxion_core.observe.log import event
 
 _log = logging.getLogger(__name__)
 

@@ -14,10 +14,10 @@ import grpc
 from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from fluxion_core.addresses import Address, is_loopback
-from fluxion_core.config import ServerSettings
+from fluxion_core.config.addresses import Address, is_loopback
+from fluxion_core.config.settings import ServerSettings
 from fluxion_core.errors import ConfigError
-from fluxion_core.telemetry import event
+from fluxion_core.observe.log import event
 from fluxion_core.wire.call_guard import HEALTH_SERVICE, CallGuard
 from fluxion_core.wire.callers import Callers
 from fluxion_core.wire.channel import KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from fluxion_core.config import ClientTlsSettings, ServerTlsSettings
+from fluxion_core.config.settings import ClientTlsSettings, ServerTlsSettings
 from fluxion_core.errors import ConfigError
 from fluxion_core.wire.credential_files import WatchedFiles, read_public, read_secret
 

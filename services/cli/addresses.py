@@ -6,7 +6,7 @@ import random
 import socket
 from collections.abc import Collection
 
-from fluxion_core.addresses import Address, address_of
+from fluxion_core.config.addresses import Address, address_of
 from fluxion_core.errors import ConfigError
 
 DEFAULT_DECODE_ADDRESS = "127.0.0.1:7420"

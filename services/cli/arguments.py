@@ -7,8 +7,8 @@ from typing import Any
 
 from typer.core import TyperCommand
 
+from fluxion_core.config.setting_types import MAX_SECONDS
 from fluxion_core.errors import ConfigError, InvalidRequestError
-from fluxion_core.setting_types import MAX_SECONDS
 
 
 class CheckedCommand(TyperCommand):

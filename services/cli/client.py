@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import grpc
 
-from fluxion_core.config import ClientSettings
+from fluxion_core.config.settings import ClientSettings
 from fluxion_core.errors import StreamTruncatedError
 from fluxion_core.wire.status import error_from_rpc
 from fluxion_proto.v1 import generate_pb2, generate_pb2_grpc

@@ -13,10 +13,10 @@ from pathlib import Path
 import grpc
 from pydantic import ValidationError
 
-from fluxion_core.addresses import Address, address_of
-from fluxion_core.config import ClientSettings, ClientTlsSettings
+from fluxion_core.config.addresses import Address, address_of
+from fluxion_core.config.setting_errors import problems_of
+from fluxion_core.config.settings import ClientSettings, ClientTlsSettings
 from fluxion_core.errors import AuthenticationError, ConfigError, PeerUnavailableError
-from fluxion_core.setting_errors import problems_of
 from fluxion_core.wire.channel import check_client, open_channel
 
 

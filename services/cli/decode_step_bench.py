@@ -1,6 +1,6 @@
 """`fluxion bench decode-step`: the model, the prompt and transformers for the benchmark.
 
-What is measured, and how: fluxion_core/benchmark/decode_step.py.
+What is measured, and how: fluxion_core/lab/benchmark/decode_step.py.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from fluxion_core.benchmark.decode_step import run_decode_step_bench
 from fluxion_core.errors import ConfigError, InvalidRequestError
 from fluxion_core.generation.tokenizer import Tokenizer
+from fluxion_core.lab.benchmark.decode_step import run_decode_step_bench
 from fluxion_core.models.locate import default_models_dir, locate_model
 from fluxion_core.models.weights import load_model
-from fluxion_core.selector.planner_weights import load_planner_weights, shipped_planner_weights
+from fluxion_core.planning.planner_weights import load_planner_weights, shipped_planner_weights
 from services.cli.demo import load_document
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from fluxion_core.config import ClientSettings
+from fluxion_core.config.settings import ClientSettings
 from fluxion_core.errors import FluxionError, ModelNotFoundError
 from fluxion_proto.v1 import generate_pb2
 from services.cli.client import (

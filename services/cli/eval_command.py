@@ -1,4 +1,4 @@
-"""`fluxion eval`: quality of policies on benchmarks; work in fluxion_core/evaluation."""
+"""`fluxion eval`: quality of policies on benchmarks; work in fluxion_core/lab/evaluation."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fluxion_core.errors import ConfigError
-from fluxion_core.evaluation.evaluate import evaluate
-from fluxion_core.evaluation.options import EvaluationOptions
-from fluxion_core.evaluation.work import Answer
+from fluxion_core.lab.evaluation.evaluate import evaluate
+from fluxion_core.lab.evaluation.options import EvaluationOptions
+from fluxion_core.lab.evaluation.work import Answer
 
 
 def run_evaluation(options: EvaluationOptions, console: Console, progress_console: Console) -> None:

@@ -9,7 +9,7 @@ from typing import TextIO
 from rich.console import Console
 from rich.table import Table
 
-from fluxion_core.config import ClientSettings
+from fluxion_core.config.settings import ClientSettings
 from fluxion_core.errors import InvalidRequestError
 from fluxion_proto.v1 import generate_pb2
 from services.cli.arguments import check_text

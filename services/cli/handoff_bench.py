@@ -1,6 +1,6 @@
 """The three ways of `fluxion bench handoff`: raw socket, bare gRPC stream, hand-off.
 
-What they are and how they are compared: fluxion_core/benchmark/handoff.py.
+What they are and how they are compared: fluxion_core/lab/benchmark/handoff.py.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from multiprocessing.connection import Connection
 
 import grpc
 
-from fluxion_core.benchmark.handoff import Clock, Shape, Transfer
-from fluxion_core.config import ClientSettings
+from fluxion_core.config.settings import ClientSettings
 from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.kvstream.assembler import HandoffAssembler
 from fluxion_core.kvstream.handoff import Frame, FrameKind, Header, Trailer, frame_tokens
+from fluxion_core.lab.benchmark.handoff import Clock, Shape, Transfer
 from fluxion_core.wire import codec
 from fluxion_core.wire.channel import open_channel
 

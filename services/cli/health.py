@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fluxion_core.config import ClientSettings
+from fluxion_core.config.settings import ClientSettings
 from fluxion_core.errors import FluxionError, PeerUnavailableError
 from fluxion_core.wire.status import error_from_rpc
 from services.cli.connection import connect

@@ -12,7 +12,7 @@ NODE_COLOURS = {"prefill": "magenta", "decode": "cyan", "gateway": "green"}
 
 _LEVEL_COLOURS = {"DEBUG": "dim", "WARNING": "yellow", "ERROR": "red", "CRITICAL": "bold red"}
 _NAME_WIDTH = max(map(len, NODE_COLOURS))
-# `2026-01-31T12:00:00.123Z INFO decode request finished tokens=64`, see fluxion_core/telemetry.py.
+# `2026-01-31T12:00:00.123Z INFO decode request finished tokens=64`: fluxion_core/observe/log.py.
 _LOG_LINE = re.compile(
     r"\d{4}-\d\d-\d\dT(?P<time>\d\d:\d\d:\d\d\.\d{3})Z (?P<level>[A-Z]+) \S+ (?P<message>.*)"
 )

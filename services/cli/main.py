@@ -364,8 +364,8 @@ def bench_handoff(
     """KV hand-off beside a bare gRPC stream and a raw socket, on this machine."""
     from rich.console import Console
 
-    from fluxion_core.benchmark.handoff import run_handoff_bench
-    from fluxion_core.benchmark.report import write_json
+    from fluxion_core.lab.benchmark.handoff import run_handoff_bench
+    from fluxion_core.lab.benchmark.report import write_json
     from services.cli.handoff_bench import sending
 
     report = run_handoff_bench(Console(), sending, repeats=repeats)
@@ -383,8 +383,8 @@ def bench_kernels(
     """CPU kernels beside this machine's read limits."""
     from rich.console import Console
 
-    from fluxion_core.benchmark.kernels import plot, run_kernel_bench
-    from fluxion_core.benchmark.report import write_json
+    from fluxion_core.lab.benchmark.kernels import plot, run_kernel_bench
+    from fluxion_core.lab.benchmark.report import write_json
 
     report = run_kernel_bench(Console(), repeats=repeats)
     if json_path is not None:
@@ -438,8 +438,8 @@ def bench_serve(
     """Load a decode node: latencies by percentile, throughput, goodput."""
     from rich.console import Console
 
-    from fluxion_core.benchmark.report import write_json
-    from fluxion_core.benchmark.serve import Length, Load, Objectives, plot
+    from fluxion_core.lab.benchmark.report import write_json
+    from fluxion_core.lab.benchmark.serve import Length, Load, Objectives, plot
     from services.cli.connection import client_settings
     from services.cli.serve_bench import ServeOptions, bench_serve
 
@@ -480,7 +480,7 @@ def bench_prefill(
     """Prefill on a GPU: what it costs that KV leaves while the prompt is computed."""
     from rich.console import Console
 
-    from fluxion_core.benchmark.report import write_json
+    from fluxion_core.lab.benchmark.report import write_json
     from services.cli.prefill_bench import bench_prefill
 
     report = bench_prefill(Console(), shape, tokens, chunk_tokens=chunk_tokens, repeats=repeats)
@@ -516,8 +516,8 @@ def bench_decode_step(
     """Time per output token on the CPU, policies and transformers side by side."""
     from rich.console import Console
 
-    from fluxion_core.benchmark.decode_step import plot
-    from fluxion_core.benchmark.report import write_json
+    from fluxion_core.lab.benchmark.decode_step import plot
+    from fluxion_core.lab.benchmark.report import write_json
     from services.cli.decode_step_bench import bench_decode_step
 
     report = bench_decode_step(
@@ -551,7 +551,7 @@ def bench_telemetry(
     """What scrapes and traces cost a node's decode steps, against steps that nobody watches."""
     from rich.console import Console
 
-    from fluxion_core.benchmark.report import write_json
+    from fluxion_core.lab.benchmark.report import write_json
     from services.cli import telemetry_bench
 
     options = telemetry_bench.TelemetryBenchOptions(
@@ -631,7 +631,7 @@ def evaluate(
     """Quality of policies: scores and agreement against exact, and what they read for it."""
     from rich.console import Console
 
-    from fluxion_core.evaluation.options import EvaluationOptions
+    from fluxion_core.lab.evaluation.options import EvaluationOptions
     from services.cli.eval_command import run_evaluation, split_numbers, split_policies
 
     options = EvaluationOptions(
@@ -700,8 +700,8 @@ def train(
     import torch
     from rich.console import Console
 
+    from fluxion_core.lab.training.pipeline import DEFAULT_LEVELS, TrainOptions
     from fluxion_core.models.locate import default_models_dir, locate_model
-    from fluxion_core.training.pipeline import DEFAULT_LEVELS, TrainOptions
     from services.cli.train_command import parse_levels, run_training
 
     if device not in ("auto", "cpu", "cuda"):

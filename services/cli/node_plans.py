@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from fluxion_core.addresses import Address
-from fluxion_core.config import (
+from fluxion_core.config.addresses import Address
+from fluxion_core.config.setting_sources import variables_of
+from fluxion_core.config.settings import (
     ClientSettings,
     NodeSettings,
     ServerSettings,
@@ -21,7 +22,6 @@ from fluxion_core.config import (
     load_settings,
 )
 from fluxion_core.errors import ConfigError
-from fluxion_core.setting_sources import variables_of
 from services.cli.addresses import DEFAULT_DECODE_ADDRESS, choose_listen_address
 from services.cli.health import DECODE_SERVICE, PREFILL_SERVICE, wait_until_ready
 from services.decode.config import DecodeSettings

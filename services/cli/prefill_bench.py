@@ -16,14 +16,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fluxion_core.benchmark.model_shapes import random_decoder, shape_named
-from fluxion_core.benchmark.report import describe_machine
 from fluxion_core.errors import ConfigError
 from fluxion_core.geometry import KvGeometry
-from fluxion_core.gpu.kv_outbox import DeviceOutbox
 from fluxion_core.kvstream.handoff import Frame, max_frame_payload_bytes
+from fluxion_core.lab.benchmark.model_shapes import random_decoder, shape_named
+from fluxion_core.lab.benchmark.report import describe_machine
 from fluxion_core.models.decoder import Decoder
-from services.prefill.kv_capture import KvCapture
+from fluxion_core.prompt.capture import KvCapture
+from fluxion_core.prompt.outbox import DeviceOutbox
 
 STAYS, BESIDE, BETWEEN = "KV stays", "KV leaves beside", "KV leaves between layers"
 WAYS = (STAYS, BESIDE, BETWEEN)

@@ -1,7 +1,8 @@
 """`fluxion bench serve`: sends a workload to a decode node and times what comes back.
 
 Prompts are pieces of the demo's document with random first tokens, so that no two share a prefix
-but for what `shared_tokens` asks for. What is measured, and how: fluxion_core/benchmark/serve.py.
+but for what `shared_tokens` asks for. What is measured, and how:
+fluxion_core/lab/benchmark/serve.py.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from itertools import pairwise
 import grpc
 from rich.console import Console
 
-from fluxion_core.benchmark.report import describe_machine
-from fluxion_core.benchmark.serve import (
+from fluxion_core.config.settings import ClientSettings
+from fluxion_core.errors import ConfigError
+from fluxion_core.lab.benchmark.report import describe_machine
+from fluxion_core.lab.benchmark.serve import (
     OK,
     Length,
     Load,
@@ -29,8 +32,6 @@ from fluxion_core.benchmark.serve import (
     plan_requests,
     print_table,
 )
-from fluxion_core.config import ClientSettings
-from fluxion_core.errors import ConfigError
 from fluxion_core.wire.status import error_from_rpc
 from fluxion_proto.v1 import generate_pb2, generate_pb2_grpc
 from services.cli.connection import connect

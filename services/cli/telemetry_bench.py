@@ -1,6 +1,6 @@
 """`fluxion bench telemetry`: two nodes, a long stream, and somebody who watches now and then.
 
-What is measured, and how: fluxion_core/benchmark/telemetry.py.
+What is measured, and how: fluxion_core/lab/benchmark/telemetry.py.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from pathlib import Path
 import grpc
 from rich.console import Console
 
-from fluxion_core.benchmark.recording import measure_recording, recording_report
-from fluxion_core.benchmark.telemetry import Kind, Window, telemetry_report, unwatched_step
-from fluxion_core.config import ClientSettings
+from fluxion_core.config.settings import ClientSettings
 from fluxion_core.errors import FluxionError
 from fluxion_core.generation.tokenizer import Tokenizer
+from fluxion_core.lab.benchmark.recording import measure_recording, recording_report
+from fluxion_core.lab.benchmark.telemetry import Kind, Window, telemetry_report, unwatched_step
 from fluxion_core.models.locate import default_models_dir, locate_model
 from fluxion_core.wire.status import error_from_rpc
 from fluxion_proto.v1 import generate_pb2, generate_pb2_grpc

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from fluxion_core.addresses import address_of
+from fluxion_core.config.addresses import address_of
 from fluxion_core.errors import PeerUnavailableError
 from services.cli.http import get, reason_of
 

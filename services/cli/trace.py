@@ -1,7 +1,7 @@
 """`fluxion trace`: the next steps of a decode node, as a file for Perfetto and as a picture.
 
-The node records and writes the file (fluxion_core/trace.py, trace_events.py); this asks for it,
-keeps it, and says how busy each lane was.
+The node records and writes the file (fluxion_core/observe/trace.py, trace_events.py); this asks for
+it, keeps it, and says how busy each lane was.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from urllib.error import HTTPError
 from rich.console import Console
 from rich.table import Table
 
-from fluxion_core.addresses import address_of
+from fluxion_core.config.addresses import address_of
 from fluxion_core.errors import ConfigError, FluxionError, PeerUnavailableError
-from fluxion_core.trace_events import TraceEvent, TraceFile, lanes_of
-from fluxion_core.trace_plot import draw_trace
+from fluxion_core.lab.plots.trace import draw_trace
+from fluxion_core.observe.trace_events import TraceEvent, TraceFile, lanes_of
 from services.cli.http import get, reason_of
 
 _GRACE_SECONDS = 30.0

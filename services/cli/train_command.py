@@ -1,4 +1,4 @@
-"""`fluxion train`: fit predictor weights to a model; work in fluxion_core/training."""
+"""`fluxion train`: fit predictor weights to a model; work in fluxion_core/lab/training."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from rich.progress import (
 )
 
 from fluxion_core.errors import ConfigError
-from fluxion_core.training import corpus
-from fluxion_core.training.pipeline import Training, TrainOptions
-from fluxion_core.training.report import write_card, write_plots
+from fluxion_core.lab.training import corpus
+from fluxion_core.lab.training.pipeline import Training, TrainOptions
+from fluxion_core.lab.training.report import write_card, write_plots
 
 
 def run_training(options: TrainOptions, console: Console, *, plots: bool) -> Path:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from fluxion_core.addresses import Address
+from fluxion_core.config.addresses import Address
 from fluxion_core.errors import PeerUnavailableError
 from services.cli.addresses import DEFAULT_DECODE_ADDRESS
 from services.cli.gateway import GatewayPlan, plan_gateway

@@ -11,15 +11,15 @@ from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from fluxion_core.decode.host.attention import HybridAttention
+from fluxion_core.decode.host.decoder import HostDecoder
+from fluxion_core.decode.host.step import HostStep
 from fluxion_core.errors import ConfigError, RequestCancelledError
 from fluxion_core.geometry import WindowSpec
-from fluxion_core.host_step import HostStep
-from fluxion_core.hybrid_attention import HybridAttention
 from fluxion_core.kvstore.store import HostKvStore
-from fluxion_core.models.host_decoder import HostDecoder
-from fluxion_core.scheduler.thread_choice import make_pool
-from fluxion_core.telemetry import event
-from fluxion_core.trace import TraceRecorder
+from fluxion_core.observe.log import event
+from fluxion_core.observe.trace import TraceRecorder
+from fluxion_core.pool.thread_choice import make_pool
 from fluxion_core.wire.channel import check_client
 from fluxion_core.wire.client_limits import ClientLimits
 from fluxion_core.wire.server import NodeServer
@@ -47,7 +47,7 @@ from services.node import DeviceFailure, NodeModel, load_node_model, run_node
 from services.readiness import Readiness
 
 if TYPE_CHECKING:
-    from fluxion_core.gpu.device_step import DeviceStep
+    from fluxion_core.decode.device.step import DeviceStep
 
 _log = logging.getLogger(__name__)
 
@@ -337,7 +337,7 @@ def make_step(
             planner=planning.planner,
         )
         return HostStep(HostDecoder(decoder, pool), attention)
-    from fluxion_core.gpu.device_step import DeviceStep
+    from fluxion_core.decode.device.step import DeviceStep
 
     return DeviceStep(
         decoder,

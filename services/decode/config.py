@@ -1,4 +1,4 @@
-"""Settings of a decode node. Read by `services.decode.__main__`; see fluxion_core/config.py."""
+"""Settings of a decode node. Read by `services.decode.__main__`; see config/settings.py."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from fluxion_core.config import ClientSettings, NodeSettings, Section
-from fluxion_core.setting_types import ByteCount, Count, PeerAddresses, Seconds
+from fluxion_core.config.setting_types import ByteCount, Count, PeerAddresses, Seconds
+from fluxion_core.config.settings import ClientSettings, NodeSettings, Section
 from services.decode.cache_domain import Sharing
 
 DEFAULT_LOCAL_PREFILL_TOKENS = 256

@@ -31,21 +31,21 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fluxion_core.decode_step import StepReads, StepRow
-from fluxion_core.device_usage import DeviceUsage, UsageClock
+from fluxion_core.decode.host.chunk import PromptEnd, next_chunk_tokens
+from fluxion_core.decode.host.profiling import PromptProfiling
+from fluxion_core.decode.work import StepReads, StepRow
 from fluxion_core.errors import DeviceError, FluxionError, NonFiniteLogitsError
 from fluxion_core.generation.sampling import SamplingParams, TokenSampler, sample_rows
 from fluxion_core.geometry import WindowSpec
 from fluxion_core.kvstore.store import SequenceKv
-from fluxion_core.predictor.prompt_profile import PromptProfile
-from fluxion_core.prompt_chunk import PromptEnd, next_chunk_tokens
-from fluxion_core.prompt_profiling import PromptProfiling
-from fluxion_core.scheduler.scheduler import CpuPool
-from fluxion_core.selector.planner import Planner, PlannerState
-from fluxion_core.selector.policy import Policy
-from fluxion_core.telemetry import event
-from fluxion_core.threads import start
-from fluxion_core.trace import ENGINE_LANE, TraceRecorder
+from fluxion_core.machine.threads import start
+from fluxion_core.observe.device_usage import DeviceUsage, UsageClock
+from fluxion_core.observe.log import event
+from fluxion_core.observe.trace import ENGINE_LANE, TraceRecorder
+from fluxion_core.planning.planner import Planner, PlannerState
+from fluxion_core.planning.policy import Policy
+from fluxion_core.planning.prompt_profile import PromptProfile
+from fluxion_core.pool.cpu_pool import CpuPool
 from services.decode.read_totals import ReadTotals
 
 _log = logging.getLogger(__name__)
@@ -175,7 +175,7 @@ class CurrentStep:
 
 
 class DecodeStep(Protocol):
-    """What runs a step: gpu.device_step.DeviceStep or host_step.HostStep. One thread only."""
+    """What runs a step: decode.device.step or decode.host.step. One thread only."""
 
     @property
     def usage(self) -> DeviceUsage | None:
@@ -197,7 +197,7 @@ class DecodeStep(Protocol):
 
 
 class PromptComputer(Protocol):
-    """What computes prompts on this node: host_step.HostStep. The step's thread only."""
+    """What computes prompts on this node: decode.host.step.HostStep. The step's thread only."""
 
     def compute_chunk(
         self, sequence: SequenceKv, token_ids: Sequence[int], profile_window: WindowSpec | None

@@ -32,10 +32,10 @@ from fluxion_core.geometry import WindowSpec
 from fluxion_core.kvstore.store import SequenceKv
 from fluxion_core.kvstream.assembler import HandoffAssembler
 from fluxion_core.kvstream.handoff import FrameKind, KvLayout, Trailer
-from fluxion_core.predictor import prompt_profile
-from fluxion_core.predictor.prompt_profile import PromptProfile
-from fluxion_core.telemetry import event
-from fluxion_core.trace import TraceRecorder
+from fluxion_core.observe.log import event
+from fluxion_core.observe.trace import TraceRecorder
+from fluxion_core.planning import prompt_profile
+from fluxion_core.planning.prompt_profile import PromptProfile
 from fluxion_core.wire import codec
 from fluxion_core.wire.status import RemoteCapacityError, RemoteError, error_from_rpc
 from fluxion_proto.v1 import handoff_pb2

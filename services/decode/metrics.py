@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from fluxion_core.device_usage import DeviceUsage
 from fluxion_core.geometry import BLOCK_SIZES
 from fluxion_core.kvstore.store import HostKvStore
-from fluxion_core.metrics import MetricDefinition, PlainHistogram
-from fluxion_core.scheduler.scheduler import CpuPool
+from fluxion_core.observe.device_usage import DeviceUsage
+from fluxion_core.observe.metrics import MetricDefinition, PlainHistogram
+from fluxion_core.pool.cpu_pool import CpuPool
 from services.decode.admission import Admission
 from services.decode.engine import DecodeEngine, EngineStatistics
 from services.decode.read_totals import ReadTotals

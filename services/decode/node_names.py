@@ -10,8 +10,8 @@ import socket
 from collections.abc import Callable
 from dataclasses import replace
 
-from fluxion_core.addresses import Address
-from fluxion_core.telemetry import event
+from fluxion_core.config.addresses import Address
+from fluxion_core.observe.log import event
 
 _log = logging.getLogger(__name__)
 

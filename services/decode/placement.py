@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
-from fluxion_core.telemetry import event
+from fluxion_core.observe.log import event
 from services.decode.config import DEFAULT_LOCAL_PREFILL_TOKENS
 from services.decode.engine import EngineLoad
 from services.decode.kv_ingest import Prefilled

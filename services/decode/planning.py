@@ -15,22 +15,22 @@ from pathlib import Path
 from fluxion_core.errors import ConfigError
 from fluxion_core.geometry import WindowSpec
 from fluxion_core.models.weights import LoadedModel
-from fluxion_core.selector.cost_model import digest_share
-from fluxion_core.selector.planner import Planner
-from fluxion_core.selector.planner_weights import (
+from fluxion_core.observe.log import event
+from fluxion_core.planning.cost_model import digest_share
+from fluxion_core.planning.planner import Planner
+from fluxion_core.planning.planner_weights import (
     LEVEL_NAMES,
     PlannerWeights,
     load_planner_weights,
     shipped_planner_weights,
 )
-from fluxion_core.selector.policy import (
+from fluxion_core.planning.policy import (
     ExactPolicy,
     FixedPolicy,
     Policy,
     PredictedPolicy,
     parse_policy,
 )
-from fluxion_core.telemetry import event
 
 _log = logging.getLogger(__name__)
 

@@ -22,9 +22,9 @@ from contextlib import asynccontextmanager
 
 import grpc
 
-from fluxion_core.addresses import Address
-from fluxion_core.config import ClientSettings
-from fluxion_core.telemetry import event
+from fluxion_core.config.addresses import Address
+from fluxion_core.config.settings import ClientSettings
+from fluxion_core.observe.log import event
 from fluxion_core.wire.channel import open_channel
 from fluxion_core.wire.status import error_from_rpc
 from fluxion_core.wire.tls import watched_channel_credentials

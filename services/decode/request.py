@@ -15,7 +15,7 @@ from fluxion_core.generation.sampling import MAX_SEED, SamplingParams
 from fluxion_core.generation.stopping import StopSettings
 from fluxion_core.generation.tokenizer import Tokenizer
 from fluxion_core.models.config import ModelConfig
-from fluxion_core.selector.policy import Policy, parse_policy
+from fluxion_core.planning.policy import Policy, parse_policy
 from fluxion_core.wire import codec
 from fluxion_proto.v1 import generate_pb2
 from services.decode.planning import Planning

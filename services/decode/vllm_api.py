@@ -26,7 +26,7 @@ from smg_grpc_proto.generated import common_pb2, vllm_engine_pb2, vllm_engine_pb
 from fluxion_core.errors import InvalidRequestError, UnsupportedCallError
 from fluxion_core.generation.tokenizer_files import tokenizer_archive
 from fluxion_core.kvstore.store import HostKvStore
-from fluxion_core.telemetry import event
+from fluxion_core.observe.log import event
 from fluxion_core.wire.callers import Callers
 from fluxion_core.wire.server import NodeServer
 from fluxion_proto.v1 import generate_pb2

@@ -15,8 +15,8 @@ import threading
 import time
 from collections.abc import Callable
 
-from fluxion_core.telemetry import event
-from fluxion_core.threads import start_thread
+from fluxion_core.machine.threads import start_thread
+from fluxion_core.observe.log import event
 from services.decode.engine import DecodeEngine
 
 _log = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ import logging
 import sys
 from functools import partial
 
-from fluxion_core.telemetry import event
+from fluxion_core.observe.log import event
 from fluxion_core.wire.server import NodeServer
 from fluxion_proto.v1 import handoff_pb2_grpc
 from services.gpu_metrics import nvml_collectors

@@ -1,11 +1,11 @@
-"""Settings of a prefill node. Read by `services.prefill.__main__`; see fluxion_core/config.py."""
+"""Settings of a prefill node. Read by `services.prefill.__main__`; see config/settings.py."""
 
 from __future__ import annotations
 
 from pydantic import Field
 
-from fluxion_core.config import NodeSettings, Section
-from fluxion_core.setting_types import ByteCount, Count
+from fluxion_core.config.setting_types import ByteCount, Count
+from fluxion_core.config.settings import NodeSettings, Section
 
 CPU_CHUNK_TOKENS = 512
 GPU_CHUNK_TOKENS = 4096

@@ -23,7 +23,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fluxion_core.device_usage import DeviceUsage, UsageClock
 from fluxion_core.errors import (
     CapacityError,
     DeviceError,
@@ -33,14 +32,15 @@ from fluxion_core.errors import (
 )
 from fluxion_core.generation.sampling import SamplingParams, sample
 from fluxion_core.geometry import BLOCK_TOKENS, KvGeometry, WindowSpec
-from fluxion_core.gpu.kv_outbox import DeviceOutbox
-from fluxion_core.gpu.stopwatch import Stopwatch
 from fluxion_core.kvstream.handoff import Frame, Trailer, max_frame_payload_bytes
+from fluxion_core.machine.stopwatch import Stopwatch
+from fluxion_core.machine.threads import start
 from fluxion_core.models.decoder import Decoder
-from fluxion_core.predictor import prompt_profile
-from fluxion_core.telemetry import event
-from fluxion_core.threads import start
-from services.prefill.kv_capture import KvCapture
+from fluxion_core.observe.device_usage import DeviceUsage, UsageClock
+from fluxion_core.observe.log import event
+from fluxion_core.planning import prompt_profile
+from fluxion_core.prompt.capture import KvCapture
+from fluxion_core.prompt.outbox import DeviceOutbox
 
 _log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from fluxion_core.metrics import MetricDefinition, PlainHistogram
+from fluxion_core.observe.metrics import MetricDefinition, PlainHistogram
 from services.gpu_metrics import device_families
 from services.metrics import SECONDS_BOUNDS, USUAL_ENDS, outcome_of
 from services.prefill.engine import PrefillEngine, Prompt

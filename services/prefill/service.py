@@ -17,7 +17,7 @@ from google.protobuf.message import DecodeError
 from fluxion_core.errors import ContextLengthError, FluxionError, InvalidRequestError
 from fluxion_core.geometry import BLOCK_TOKENS
 from fluxion_core.kvstream.handoff import Frame, Header, KvLayout, Trailer
-from fluxion_core.telemetry import event
+from fluxion_core.observe.log import event
 from fluxion_core.wire import codec
 from fluxion_core.wire.callers import Callers
 from fluxion_proto.v1 import handoff_pb2, handoff_pb2_grpc

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fluxion_core.setting_types import parse_bytes
+from fluxion_core.config.setting_types import parse_bytes
 
 ROOT = Path(__file__).parents[2]
 NODES = ("prefill", "decode", "prefill-gpu", "decode-gpu")

@@ -19,7 +19,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from fluxion_core.config import load_settings
+from fluxion_core.config.settings import load_settings
 from services.cli.health import DECODE_SERVICE, PREFILL_SERVICE
 from services.decode.config import DecodeSettings
 from services.prefill.config import PrefillNodeSettings

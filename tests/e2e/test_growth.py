@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from fluxion_core.decode.host.attention import HybridAttention
 from fluxion_core.generation.chat import ChatMessage
 from fluxion_core.generation.tokenizer import Tokenizer
 from fluxion_core.geometry import KvGeometry, WindowSpec
-from fluxion_core.hybrid_attention import HybridAttention
 from fluxion_core.kvstore.store import HostKvStore, SequenceKv
 from fluxion_core.models.decoder import Decoder
 from fluxion_core.models.weights import load_model
-from fluxion_core.scheduler.scheduler import CpuPool
-from fluxion_core.selector.policy import FixedPolicy
-from services.prefill.kv_capture import KvCapture
+from fluxion_core.planning.policy import FixedPolicy
+from fluxion_core.pool.cpu_pool import CpuPool
+from fluxion_core.prompt.capture import KvCapture
 
 FACT = "The access code for the plate vault is 7402958."
 ASKED = (

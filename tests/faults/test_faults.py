@@ -35,7 +35,7 @@ WALL_CLOCK_CALLS = {("time", "time"), ("time", "time_ns"), ("datetime", "now"), 
 MAY_LOOK_AT_THE_WALL_CLOCK = {
     "services/decode/vllm_api.py": "a timestamp in an answer",
     "fluxion_core/generation/chat.py": "the date, for chat templates",
-    "fluxion_core/training/collect.py": "an instant that other processes understand; offline",
+    "fluxion_core/lab/training/collect.py": "an instant that other processes understand; offline",
     "fluxion_core/wire/tls.py": "whether certificates have expired",
 }
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from fluxion_core.predictor.features import NUM_FEATURES
-from fluxion_core.predictor.mlp import HeadProfileMlp
-from fluxion_core.predictor.prompt_profile import PromptProfile
-from fluxion_core.selector.cost_model import CostModel
-from fluxion_core.selector.planner import Planner
-from fluxion_core.selector.planner_weights import PlannerWeights
+from fluxion_core.planning.cost_model import CostModel
+from fluxion_core.planning.features import NUM_FEATURES
+from fluxion_core.planning.network import HeadProfileMlp
+from fluxion_core.planning.planner import Planner
+from fluxion_core.planning.planner_weights import PlannerWeights
+from fluxion_core.planning.prompt_profile import PromptProfile
 
 
 def random_network(seed: int) -> HeadProfileMlp:

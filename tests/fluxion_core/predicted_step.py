@@ -12,14 +12,14 @@ from fluxion_core.geometry import BLOCK_SIZES, BLOCK_TOKENS, KvGeometry, WindowS
 from fluxion_core.kernels.block_score import cpu as block_score
 from fluxion_core.kvstore.digest_index import gather_kv
 from fluxion_core.kvstore.store import HostKvStore, SequenceKv
-from fluxion_core.predictor.features import StepMemory, features
-from fluxion_core.predictor.head_profile import log_squared_errors
-from fluxion_core.predictor.layer_step import LayerStep, no_memory
-from fluxion_core.predictor.prompt_profile import PromptProfile
-from fluxion_core.predictor.ranking import RADII
-from fluxion_core.selector.planner import Planner, PlannerState
-from fluxion_core.selector.policy import MarginalPolicy, Policy, ThresholdPolicy
-from fluxion_core.selector.reference import GroupPlans, by_price, by_threshold
+from fluxion_core.planning.choice_reference import GroupPlans, by_price, by_threshold
+from fluxion_core.planning.features import StepMemory, features
+from fluxion_core.planning.head_profile import log_squared_errors
+from fluxion_core.planning.layer_step import LayerStep, no_memory
+from fluxion_core.planning.planner import Planner, PlannerState
+from fluxion_core.planning.policy import MarginalPolicy, Policy, ThresholdPolicy
+from fluxion_core.planning.prompt_profile import PromptProfile
+from fluxion_core.planning.ranking import RADII
 from tests.fluxion_core.planner_fixtures import random_profile
 
 LAYERS, HEADS, KV_HEADS, DIM = 2, 6, 2, 32

@@ -15,7 +15,7 @@ from fluxion_core.geometry import BLOCK_TOKENS, KvGeometry
 from fluxion_core.kvstore.store import HostKvStore, SequenceKv
 from fluxion_core.kvstream.assembler import HandoffAssembler
 from fluxion_core.kvstream.handoff import Frame, FrameKind, Header, KvLayout, Trailer
-from fluxion_core.predictor import prompt_profile
+from fluxion_core.planning import prompt_profile
 from fluxion_core.wire import codec
 from fluxion_proto.v1 import handoff_pb2
 from tests.fuzz.harness import Outcome, ViolationError

@@ -15,7 +15,7 @@ from random import Random
 
 import grpc
 
-from fluxion_core.config import ClientSettings
+from fluxion_core.config.settings import ClientSettings
 from fluxion_core.generation.sampling import SamplingParams
 from fluxion_core.kvstream.handoff import KvLayout
 from fluxion_core.wire import codec

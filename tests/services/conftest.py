@@ -17,7 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from fluxion_core.config import ModelSettings, ServerSettings
+from fluxion_core.config.settings import ModelSettings, ServerSettings
 from fluxion_proto.v1 import generate_pb2, generate_pb2_grpc
 from services.decode import __main__ as decode_node
 from services.decode.config import DecodeSettings, PrefillSettings, StoreSettings

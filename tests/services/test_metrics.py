@@ -14,12 +14,12 @@ import grpc
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from fluxion_core.device_usage import DeviceUsage
 from fluxion_core.errors import CapacityError, ConfigError, DeadlineError, RequestCancelledError
-from fluxion_core.metrics import definitions_table
-from fluxion_core.nvml import NvmlReadings
-from fluxion_core.spans import Span
-from fluxion_core.trace import Trace
+from fluxion_core.observe.device_usage import DeviceUsage
+from fluxion_core.observe.metrics import definitions_table
+from fluxion_core.observe.nvml import NvmlReadings
+from fluxion_core.observe.spans import Span
+from fluxion_core.observe.trace import Trace
 from fluxion_proto.v1 import generate_pb2
 from services.decode.engine import EngineStatistics
 from services.decode.metrics import DECODE_DEFINITIONS, DecodeCollector, RequestCounters

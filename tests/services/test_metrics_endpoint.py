@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from fluxion_core.addresses import Address
+from fluxion_core.config.addresses import Address
 from fluxion_core.errors import ThreadLimitError
 from services import metrics_endpoint
 from services.metrics import NodeMetrics

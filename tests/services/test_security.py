@@ -21,7 +21,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from typer.testing import CliRunner
 
-from fluxion_core.config import ClientSettings, ClientTlsSettings
+from fluxion_core.config.settings import ClientSettings, ClientTlsSettings
 from fluxion_core.wire.channel import open_channel
 from fluxion_proto.v1 import generate_pb2, generate_pb2_grpc
 from services.cli.main import app

@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import pytest
 
-from fluxion_core.trace_events import TraceEvent, TraceFile, lanes_of
+from fluxion_core.observe.trace_events import TraceEvent, TraceFile, lanes_of
 from fluxion_proto.v1 import generate_pb2
 
 STEPS = 5

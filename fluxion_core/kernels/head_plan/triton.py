@@ -11,11 +11,10 @@
 Each layer streams the model's weights through the GPU's caches, so that kernels find their own
 instructions there no more. What is written as a loop is one so that they are few.
 
-The arithmetic is that of predictor/features.py, predictor/mlp.py and selector/reference.py, which
-are its oracles; the CPU's is kernels/native/layer_plan.h. A program that finds a row of mode 0 has
-nothing to do. What a sequence's last step saw, its slot remembers.
-
-Shapes: `HEAD_ROWS` is a power of two of the layer's heads; `PARTS` programs scan a KV head.
+The arithmetic is that of planning/features.py, planning/network.py and
+planning/choice_reference.py, which are its oracles; the CPU's is kernels/native/layer_plan.h. A
+program that finds a row of mode 0 has nothing to do. What a sequence's last step saw, its slot
+remembers.
 """
 
 from __future__ import annotations

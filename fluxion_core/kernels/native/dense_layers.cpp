@@ -8,7 +8,7 @@
 namespace fluxion {
 namespace {
 
-// After those of attention and plans; fluxion_core/scheduler/pool_spans.py has their names.
+// After those of attention and plans; fluxion_core/pool/spans.py has their names.
 enum Phase : int32_t { kOutput = 8, kGateUp, kDown, kQkv, kHead, kPhases };
 
 constexpr int64_t kChunkBytes = 64 << 10;

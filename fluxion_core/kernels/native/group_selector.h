@@ -1,5 +1,5 @@
 // From head profiles to group plans: one block size per GQA group, one budget per query head.
-// fluxion_core/selector/reference.py says the same in torch.
+// fluxion_core/planning/choice_reference.py says the same in torch.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +24,7 @@ constexpr int kCoarseLevel = kLevels - 1;
 constexpr float kBudgetShares[kBudgets + 1] = {0.0f,   1.0f / 128, 1.0f / 64, 1.0f / 32, 1.0f / 16,
                                                1.0f / 8, 1.0f / 4,   1.0f / 2,  1.0f};
 
-// Costs are shares of the bytes of the group's KV in the region; see selector/cost_model.py.
+// Costs are shares of the bytes of the group's KV in the region; see planning/cost_model.py.
 struct PlanCosts {
   float scan[kLevels];    // of scoring the group's blocks, 0 at the coarsest level
   float spread[kLevels];  // of the union, over its largest part

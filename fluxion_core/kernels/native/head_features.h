@@ -1,5 +1,5 @@
 // The features of query heads at one layer of a decode step, as the network takes them. What each is:
-// fluxion_core/predictor/features.py, whose order and arithmetic this follows.
+// fluxion_core/planning/features.py, whose order and arithmetic this follows.
 #pragma once
 
 #include <cstdint>

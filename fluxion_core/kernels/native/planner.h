@@ -58,7 +58,7 @@ struct Planner {
 
 // Of one sequence.
 struct PlannerState {
-  // profile: as predictor/prompt_profile.py packs it.
+  // profile: as planning/prompt_profile.py packs it.
   PlannerState(const Planner& planner, const float* profile);
 
   const HeadEstimate& estimate(int64_t layer, int64_t head) const {

@@ -9,7 +9,7 @@
 namespace fluxion {
 namespace {
 
-// After those of attention, plans and the dense part; fluxion_core/scheduler/pool_spans.py has its name.
+// After those of attention, plans and the dense part; fluxion_core/pool/spans.py has its name.
 constexpr int32_t kProfilePhase = 13;
 
 constexpr int32_t kUnreadSlot = 1 + kNeedsBudgets;  // of blocks of 16 tokens that no budget reads

@@ -1,6 +1,6 @@
 // What a prompt's last queries would have needed of each head's KV, one layer at a time, in slices.
 //
-// The numbers are those of fluxion_core/predictor/prompt_estimate.py. A query's blocks are ranked by
+// The numbers are those of fluxion_core/planning/prompt_estimate.py. A query's blocks are ranked by
 // their digests, in every block size; budgets are nested, so that each block has one place in a block
 // size's order and its weighted values are added once to that place's sum, whatever budgets there are.
 // K and V are read in place, once for 16 queries of a KV head (a tile).

@@ -3,7 +3,7 @@
 // Layer by layer, without Python: wait until the GPU has published its queries, keys and values in
 // pinned memory, append keys and values to the store, have the host part of attention done by the CPU
 // pool and the GPU lane, and answer with a flag. Every flag has one writer, and takes the number of
-// the step. fluxion_core/gpu/device_step.py makes the board and the graph that is the other side.
+// the step. fluxion_core/decode/device/step.py makes the board and the graph that is the other side.
 #pragma once
 
 #include <cstdint>

@@ -7,7 +7,7 @@
 //
 // The thread that waits for the work helps with it, in place of the worker that is pinned to the CPU
 // it runs on: two threads on one CPU would take turns of milliseconds. No locks on the way, no
-// OpenMP, no Python. fluxion_core/scheduler/reference.py says the same in Python, as a simulator.
+// OpenMP, no Python. fluxion_core/pool/simulator.py says the same in Python, as a simulator.
 //
 // A round is over when its work is done and no thread is at it any more; a thread that has lost its
 // CPU between two chunks holds nobody up. One that has lost it within a chunk does, for as long as
@@ -55,7 +55,7 @@ class Consumer {
 };
 
 // One chunk that was run, for traces and tests. phase -1: the task was claimed. Python reads these as
-// they lie here (fluxion_core/scheduler/scheduler.py).
+// they lie here (fluxion_core/pool/cpu_pool.py).
 struct Span {
   int32_t worker, task, phase, chunk;
   int64_t start_ns, end_ns, layer;

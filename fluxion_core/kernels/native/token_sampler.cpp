@@ -8,7 +8,7 @@ namespace fluxion {
 namespace {
 
 // After those of attention, plans, the dense part and profiles. It has its name in
-// fluxion_core/scheduler/pool_spans.py.
+// fluxion_core/pool/spans.py.
 constexpr int32_t kSamplePhase = 14;
 
 // The first number that Philox 4x64 (Salmon et al., SC 2011) gives for a key and a counter, as

@@ -1,7 +1,7 @@
 """Attention of one GQA group over listed blocks in host memory, in place. Native.
 
 The decode step does the same, for all sequences and KV heads at once, with the blocks that it
-chooses itself: see hybrid_attention.py.
+chooses itself: see decode/host/attention.py.
 """
 
 from __future__ import annotations

@@ -36,8 +36,8 @@ from fluxion_core.generation.sampling import (
 )
 from fluxion_core.generation.sampling_reference import choose, keep_likely, noise_of, penalise
 from fluxion_core.kernels import _native, isa
-from fluxion_core.scheduler.pool_spans import PoolSpans
-from fluxion_core.scheduler.scheduler import CpuPool
+from fluxion_core.pool.cpu_pool import CpuPool
+from fluxion_core.pool.spans import PoolSpans
 
 VOCAB = 1000
 ALMOST_ONE = 1.0 - 2.0**-53

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from fluxion_core.decode.host.decoder import HostDecoder
 from fluxion_core.kernels.packed_weight import PANEL_COLUMNS, pack, packed_rows, padded
 from fluxion_core.models.config import ModelConfig, RopeConfig
 from fluxion_core.models.decoder import Decoder
-from fluxion_core.models.host_decoder import HostDecoder
-from fluxion_core.scheduler.scheduler import CpuPool
+from fluxion_core.pool.cpu_pool import CpuPool
 
 # Nothing here fills whole panels, and the products are large enough to wake a second thread.
 ODD = ModelConfig(

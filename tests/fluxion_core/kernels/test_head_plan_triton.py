@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from fluxion_core.decode.device.pinned import RegisteredStore
+from fluxion_core.decode.device.planner import pack_weights
+from fluxion_core.decode.device.windows import DeviceWindows
 from fluxion_core.errors import ShapeError
 from fluxion_core.geometry import KvGeometry, WindowSpec
-from fluxion_core.gpu.device_planner import pack_weights
-from fluxion_core.gpu.pinned import RegisteredStore
 from fluxion_core.kernels.block_digest import reference as digests
 from fluxion_core.kernels.block_score import reference as block_score
 from fluxion_core.kernels.dense_attention.triton import WindowAttention
@@ -26,19 +27,18 @@ from fluxion_core.kernels.head_plan.launch import (
     copy_coarse,
 )
 from fluxion_core.kvstore.store import HostKvStore, StepAppend
-from fluxion_core.kvstore.window import DeviceWindows
-from fluxion_core.predictor.head_profile import log_squared_errors
-from fluxion_core.predictor.layer_step import LayerStep
-from fluxion_core.predictor.ranking import RADII
-from fluxion_core.selector.planner import Planner, native_policy
-from fluxion_core.selector.policy import (
+from fluxion_core.planning.choice_reference import blocks_of, by_price, by_threshold
+from fluxion_core.planning.head_profile import log_squared_errors
+from fluxion_core.planning.layer_step import LayerStep
+from fluxion_core.planning.planner import Planner, native_policy
+from fluxion_core.planning.policy import (
     READ_ALL,
     READ_NOTHING,
     MarginalPolicy,
     PredictedPolicy,
     ThresholdPolicy,
 )
-from fluxion_core.selector.reference import blocks_of, by_price, by_threshold
+from fluxion_core.planning.ranking import RADII
 from tests.fluxion_core.planner_fixtures import make_planner, random_network
 from tests.fluxion_core.predicted_step import (
     DIM,

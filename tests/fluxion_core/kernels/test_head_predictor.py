@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from fluxion_core.kernels import _native
-from fluxion_core.predictor.features import FEATURES, StepMemory, StepObservation, features
-from fluxion_core.predictor.layer_step import no_memory
-from fluxion_core.predictor.prompt_profile import PromptProfile
-from fluxion_core.selector.planner import Planner
+from fluxion_core.planning.features import FEATURES, StepMemory, StepObservation, features
+from fluxion_core.planning.layer_step import no_memory
+from fluxion_core.planning.planner import Planner
+from fluxion_core.planning.prompt_profile import PromptProfile
 from tests.fluxion_core.planner_fixtures import make_planner, random_network, random_profile
 
 LAYERS, DIM = 3, 48

@@ -14,9 +14,9 @@ import torch
 import transformers
 
 from fluxion_core.errors import ModelError, ModelFileError, UnsupportedModelError
-from fluxion_core.gguf_index import open_gguf
 from fluxion_core.models.config import FactorScaling, LinearScaling, ModelConfig, RopeConfig
 from fluxion_core.models.gguf_file import read_config
+from fluxion_core.models.gguf_index import open_gguf
 from tests.fluxion_core.models.test_weights import load, write_gguf
 
 Edit = Callable[[gguf.GGUFWriter], object]

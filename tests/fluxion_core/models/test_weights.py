@@ -22,10 +22,10 @@ from fluxion_core.errors import (
     ModelNotFoundError,
     UnsupportedModelError,
 )
-from fluxion_core.gguf_index import open_gguf
 from fluxion_core.models import gguf_file
 from fluxion_core.models.attention_port import AttentionPort
 from fluxion_core.models.decoder import tensor_shapes
+from fluxion_core.models.gguf_index import open_gguf
 from fluxion_core.models.weights import LoadedModel, load_model
 
 CPU = torch.device("cpu")

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fluxion_core.config import AuthSettings, ServerSettings
+from fluxion_core.config.settings import AuthSettings, ServerSettings
 from fluxion_core.errors import AuthenticationError
 from fluxion_core.wire.callers import Callers
 from tests.certificates import write_secret

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fluxion_core.config import ClientLimitSettings
+from fluxion_core.config.settings import ClientLimitSettings
 from fluxion_core.errors import CapacityError
 from fluxion_core.wire.client_limits import ClientLimits
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fluxion_core.config import (
+from fluxion_core.config.settings import (
     ClientSettings,
     ClientTlsSettings,
     ServerTlsSettings,

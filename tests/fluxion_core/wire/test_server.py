@@ -18,7 +18,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from fluxion_core.config import (
+from fluxion_core.config.settings import (
     AuthSettings,
     ClientLimitSettings,
     ClientSettings,

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from fluxion_core.evaluation.options import EvaluationOptions
-from fluxion_core.evaluation.session import OnAnswer
-from fluxion_core.evaluation.work import Answer
+from fluxion_core.lab.evaluation.options import EvaluationOptions
+from fluxion_core.lab.evaluation.session import OnAnswer
+from fluxion_core.lab.evaluation.work import Answer
 from services.cli import eval_command
 from services.cli.eval_command import split_policies
 from services.cli.main import app

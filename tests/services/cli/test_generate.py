@@ -13,7 +13,7 @@ import grpc
 import pytest
 from typer.testing import CliRunner
 
-from fluxion_core.config import ClientSettings
+from fluxion_core.config.settings import ClientSettings
 from fluxion_core.errors import InvalidRequestError
 from fluxion_proto.v1 import generate_pb2
 from services.cli.client import GenerationOptions, progress_text, stream_generation

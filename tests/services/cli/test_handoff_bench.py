@@ -8,8 +8,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fluxion_core.benchmark import handoff
-from fluxion_core.benchmark.report import write_json
+from fluxion_core.lab.benchmark import handoff
+from fluxion_core.lab.benchmark.report import write_json
 from services.cli.handoff_bench import sending
 
 TINY = handoff.Shape("tiny", num_layers=2, num_kv_heads=2, head_dim=16, num_tokens=300)

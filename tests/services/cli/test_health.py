@@ -8,7 +8,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 from typer.testing import CliRunner
 
-from fluxion_core.config import ClientSettings
+from fluxion_core.config.settings import ClientSettings
 from fluxion_core.errors import PeerUnavailableError
 from services.cli.health import DECODE_SERVICE, PREFILL_SERVICE, wait_until_ready
 from services.cli.main import app

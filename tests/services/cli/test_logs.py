@@ -7,7 +7,7 @@ import logging
 
 from rich.console import Console
 
-from fluxion_core.telemetry import KeyValueFormatter
+from fluxion_core.observe.log import KeyValueFormatter
 from services.cli.logs import LogPrinter, render_log_line
 
 

@@ -7,9 +7,9 @@ import io
 import pytest
 from rich.console import Console
 
-from fluxion_core.benchmark.serve import Length, Load, plot
-from fluxion_core.config import ClientSettings
+from fluxion_core.config.settings import ClientSettings
 from fluxion_core.errors import ConfigError, FluxionError
+from fluxion_core.lab.benchmark.serve import Length, Load, plot
 from fluxion_proto.v1 import generate_pb2
 from services.cli.serve_bench import ServeOptions, bench_serve
 

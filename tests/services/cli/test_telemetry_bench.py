@@ -9,8 +9,8 @@ import time
 import pytest
 
 from fluxion_core.errors import FluxionError
-from fluxion_core.spans import Span
-from fluxion_core.trace import Trace
+from fluxion_core.observe.spans import Span
+from fluxion_core.observe.trace import Trace
 from services.cli.telemetry_bench import Stream, Watcher
 from services.metrics import NodeMetrics
 from services.metrics_endpoint import MetricsEndpoint

@@ -10,9 +10,9 @@ import pytest
 from typer.testing import CliRunner
 
 from fluxion_core.errors import FluxionError
-from fluxion_core.spans import Span
-from fluxion_core.trace import Trace
-from fluxion_core.trace_events import lanes_of
+from fluxion_core.observe.spans import Span
+from fluxion_core.observe.trace import Trace
+from fluxion_core.observe.trace_events import lanes_of
 from services.cli.main import app
 from services.metrics import NodeMetrics
 from services.metrics_endpoint import MetricsEndpoint

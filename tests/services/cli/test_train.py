@@ -11,10 +11,10 @@ import pytest
 from rich.console import Console
 
 from fluxion_core.errors import ConfigError
-from fluxion_core.selector.planner_weights import load_planner_weights
-from fluxion_core.selector.policy import MarginalPolicy
-from fluxion_core.training import pieces
-from fluxion_core.training.pipeline import TrainOptions
+from fluxion_core.lab.training import pieces
+from fluxion_core.lab.training.pipeline import TrainOptions
+from fluxion_core.planning.planner_weights import load_planner_weights
+from fluxion_core.planning.policy import MarginalPolicy
 from services.cli.train_command import parse_levels, run_training
 
 

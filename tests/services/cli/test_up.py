@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from fluxion_core.config import ClientSettings, ClientTlsSettings
+from fluxion_core.config.settings import ClientSettings, ClientTlsSettings
 from fluxion_core.errors import ConfigError, PeerUnavailableError
 from services.cli.client import GenerationOptions, stream_generation
 from services.cli.health import DECODE_SERVICE, PREFILL_SERVICE

@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from fluxion_core.config import AuthSettings
+from fluxion_core.config.settings import AuthSettings
 from services.decode.cache_domain import cache_domain
 from tests.certificates import write_secret
 from tests.services.conftest import decode_node, decode_settings, generation_stub, running_node

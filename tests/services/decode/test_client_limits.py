@@ -7,7 +7,7 @@ import asyncio
 import grpc
 import pytest
 
-from fluxion_core.config import AuthSettings, ClientLimitSettings
+from fluxion_core.config.settings import AuthSettings, ClientLimitSettings
 from fluxion_proto.v1 import generate_pb2
 from tests.certificates import write_secret
 from tests.services.conftest import decode_node, decode_settings, generation_stub, running_node

@@ -10,12 +10,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fluxion_core.decode_step import StepReads, StepRow
-from fluxion_core.device_usage import DeviceUsage
+from fluxion_core.decode.work import StepReads, StepRow
 from fluxion_core.errors import CapacityError, DeviceError, FluxionError, NonFiniteLogitsError
 from fluxion_core.generation.sampling import SamplingParams, sample
-from fluxion_core.scheduler.scheduler import CpuPool
-from fluxion_core.selector.policy import ExactPolicy, ThresholdPolicy
+from fluxion_core.observe.device_usage import DeviceUsage
+from fluxion_core.planning.policy import ExactPolicy, ThresholdPolicy
+from fluxion_core.pool.cpu_pool import CpuPool
 from services.decode.engine import DecodeEngine, DecodeSequence
 from services.decode.read_totals import ReadTotals
 

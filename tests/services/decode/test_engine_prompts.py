@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fluxion_core.decode.host.chunk import PromptEnd
 from fluxion_core.errors import FluxionError
 from fluxion_core.geometry import WindowSpec
-from fluxion_core.prompt_chunk import PromptEnd
-from fluxion_core.selector.policy import ExactPolicy, ThresholdPolicy
+from fluxion_core.planning.policy import ExactPolicy, ThresholdPolicy
 from services.decode.engine import (
     CHUNK_ALONE,
     CHUNK_BESIDE_STREAMS,

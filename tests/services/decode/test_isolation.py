@@ -9,7 +9,7 @@ import grpc
 import pytest
 import torch
 
-from fluxion_core.host_step import HostStep
+from fluxion_core.decode.host.step import HostStep
 from fluxion_core.kvstore.store import SequenceKv, StepAppend
 from fluxion_proto.v1 import generate_pb2
 from services.decode.engine import DecodeEngine

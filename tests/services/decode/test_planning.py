@@ -11,10 +11,10 @@ import torch
 from fluxion_core.errors import ConfigError
 from fluxion_core.geometry import WindowSpec
 from fluxion_core.models.weights import LoadedModel, load_model
-from fluxion_core.predictor.mlp import HeadProfileMlp
-from fluxion_core.selector.cost_model import CostModel
-from fluxion_core.selector.planner_weights import PlannerWeights
-from fluxion_core.selector.policy import ExactPolicy, MarginalPolicy, ThresholdPolicy
+from fluxion_core.planning.cost_model import CostModel
+from fluxion_core.planning.network import HeadProfileMlp
+from fluxion_core.planning.planner_weights import PlannerWeights
+from fluxion_core.planning.policy import ExactPolicy, MarginalPolicy, ThresholdPolicy
 from services.decode.planning import Planning, make_planning
 
 WINDOW = WindowSpec()

@@ -8,7 +8,7 @@ import socket
 import grpc
 import pytest
 
-from fluxion_core.config import ClientSettings, ClientTlsSettings
+from fluxion_core.config.settings import ClientSettings, ClientTlsSettings
 from fluxion_proto.v1 import handoff_pb2, handoff_pb2_grpc
 from services.decode.prefill_nodes import PrefillNodes
 from tests.certificates import Authority

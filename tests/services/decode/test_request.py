@@ -10,7 +10,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from fluxion_core.errors import InvalidRequestError
 from fluxion_core.generation.tokenizer import Tokenizer
-from fluxion_core.selector.policy import parse_policy
+from fluxion_core.planning.policy import parse_policy
 from fluxion_proto.v1 import generate_pb2
 from services.decode.prompt_queue import finish
 from services.decode.request import GenerationRequest, read_request

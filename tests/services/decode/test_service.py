@@ -15,11 +15,11 @@ from pathlib import Path
 import grpc
 import pytest
 
-from fluxion_core.config import ClientSettings
+from fluxion_core.config.settings import ClientSettings
 from fluxion_core.errors import DrainingError, NonFiniteLogitsError
 from fluxion_core.kvstream.handoff import Frame, FrameKind
-from fluxion_core.predictor.prompt_profile import packed_bytes
-from fluxion_core.selector.planner_weights import TRAINING_FREE_LEVELS
+from fluxion_core.planning.planner_weights import TRAINING_FREE_LEVELS
+from fluxion_core.planning.prompt_profile import packed_bytes
 from fluxion_core.wire import codec
 from fluxion_core.wire.channel import open_channel
 from fluxion_core.wire.status import sent_metadata
@@ -729,7 +729,7 @@ async def test_who_does_not_read_keeps_neither_memory_nor_place(
 async def test_a_step_that_fails_is_an_internal_error_with_a_request_id_only(
     start_prefill, start_decode, open_stub, monkeypatch: pytest.MonkeyPatch
 ):
-    from fluxion_core.hybrid_attention import HybridAttention
+    from fluxion_core.decode.host.attention import HybridAttention
 
     def broken(self, layer, query, key, value):
         raise ZeroDivisionError("secret detail")

@@ -8,8 +8,8 @@ import logging
 import grpc
 import pytest
 
+from fluxion_core.decode.host.step import HostStep
 from fluxion_core.errors import ConfigError
-from fluxion_core.host_step import HostStep
 from fluxion_proto.v1 import generate_pb2
 from services.decode.__main__ import local_prefill_limit
 from services.decode.config import DecodeSettings, EngineSettings

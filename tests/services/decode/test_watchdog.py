@@ -8,7 +8,7 @@ import threading
 from types import SimpleNamespace
 
 from fluxion_core.generation.sampling import SamplingParams
-from fluxion_core.selector.policy import ExactPolicy
+from fluxion_core.planning.policy import ExactPolicy
 from services.decode.engine import DecodeEngine, DecodeSequence
 from services.decode.watchdog import StepWatchdog
 

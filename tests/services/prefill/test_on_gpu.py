@@ -8,10 +8,10 @@ from torch import Tensor
 
 from fluxion_core.errors import RequestCancelledError
 from fluxion_core.geometry import KvGeometry, WindowSpec
-from fluxion_core.gpu.kv_outbox import DeviceOutbox
 from fluxion_core.kvstream.handoff import Frame, max_frame_payload_bytes
-from fluxion_core.predictor.prompt_profile import PromptProfile, pack
-from services.prefill.kv_capture import KvCapture
+from fluxion_core.planning.prompt_profile import PromptProfile, pack
+from fluxion_core.prompt.capture import KvCapture
+from fluxion_core.prompt.outbox import DeviceOutbox
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

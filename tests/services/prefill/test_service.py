@@ -9,13 +9,13 @@ import urllib.request
 import grpc
 import pytest
 
-from fluxion_core.config import ClientSettings
+from fluxion_core.config.settings import ClientSettings
 from fluxion_core.kvstream.handoff import FrameKind
-from fluxion_core.predictor.prompt_profile import unpack
+from fluxion_core.planning.prompt_profile import unpack
+from fluxion_core.prompt.capture import KvCapture
 from fluxion_core.wire import codec
 from fluxion_core.wire.channel import open_channel
 from fluxion_proto.v1 import handoff_pb2, handoff_pb2_grpc
-from services.prefill.kv_capture import KvCapture
 
 METHOD = "/fluxion.v1.Handoff/Prefill"
 

@@ -1,0 +1,269 @@
+"""The planner on the device: its weights, and what it keeps for the sequence in each slot.
+
+Plans are made within the step's graph from what is on the device already: the window's attention
+and copies of the digests. The host would read both from its own memory, which is what limits a
+step. What the host knows alone, what the last step's heads read and what that weighed, it writes
+into pinned memory, which each step copies once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fluxion_core.decode.device.digests import CoarseDigests
+from fluxion_core.decode.device.pinned import pinned
+from fluxion_core.decode.work import StepRow, Told
+from fluxion_core.errors import FluxionError
+from fluxion_core.geometry import KvGeometry, WindowSpec
+from fluxion_core.kernels.dense_attention.triton import WindowStates
+from fluxion_core.kernels.head_plan.launch import (
+    HeadPlan,
+    PlanScratch,
+    PlanWeights,
+    SlotMemory,
+)
+from fluxion_core.kernels.head_plan.triton import (
+    BY_PRICE,
+    BY_THRESHOLD,
+    FEATURE_COLUMNS,
+    IS_KNOWN,
+    MODE,
+    NUMBER,
+    OUTPUT_COLUMNS,
+    PRIOR_WORDS,
+    REGION_BEGIN,
+    REGION_END,
+    ROW_WORDS,
+    SLAB_TABLE,
+    TILE,
+)
+from fluxion_core.kvstore.store import SequenceKv
+from fluxion_core.planning.planner import Planner, PlannerState, native_policy
+from fluxion_core.planning.policy import PredictedPolicy
+from fluxion_core.planning.ranking import RADII
+
+
+class DevicePlanner:
+    """Makes the plans of up to `capacity` sequences.
+
+    Args:
+        planner: with a network.
+        geometry: of the store.
+        window: which tokens every head always attends to.
+        num_splits: partial states of the window's attention per head.
+        digests: of the store's 128-token blocks, on the device.
+        max_context_tokens: of a sequence.
+        capacity: sequences of a step, and slots.
+        device: where the dense part runs.
+
+    Raises:
+        ShapeError: no kernel takes the model's heads.
+    """
+
+    def __init__(
+        self,
+        planner: Planner,
+        geometry: KvGeometry,
+        window: WindowSpec,
+        *,
+        num_splits: int,
+        digests: CoarseDigests,
+        max_context_tokens: int,
+        capacity: int,
+        device: torch.device,
+    ) -> None:
+        self._digests = digests
+        self._weights = pack_weights(planner, device)
+        self._plan = HeadPlan(
+            geometry,
+            window,
+            planner.num_heads,
+            num_splits,
+            digests.place,
+            geometry.slabs_for(max_context_tokens + 1),
+            self._weights.biases[0].shape[0],
+        )
+        self._memory = self._plan.make_memory(capacity, device)
+        self._told = pinned(*self._memory.told.shape, dtype=torch.float32)
+        self._input = pinned(capacity, ROW_WORDS.value, dtype=torch.int64)
+        self._states: list[PlannerState | None] = [None] * capacity
+        """By slot: whose estimates it holds."""
+        self._is_known = [False] * capacity
+        """By slot: whether it remembers a step."""
+
+    def leave(self, slot: int) -> None:
+        """Forget the sequence in a slot."""
+        self._states[slot] = None
+        self._is_known[slot] = False
+
+    def write_input(
+        self,
+        rows: Sequence[StepRow],
+        states: Sequence[PlannerState | None],
+        regions: Sequence[range],
+    ) -> list[Told | None] | None:
+        """Say what the next step has to plan; what it needs is copied on the current stream.
+
+        Args:
+            rows: of the step.
+            states: of those whose plans are predicted.
+            regions: retrieval regions of all.
+
+        Returns:
+            By row, where the host tells what was read; None if there is nothing to plan.
+        """
+        if not any(states):
+            return None
+        words = np.zeros((len(rows), ROW_WORDS.value), dtype=np.int64)
+        told: list[Told | None] = [None] * len(rows)
+        for index, (row, state, region) in enumerate(zip(rows, states, regions, strict=True)):
+            if state is None or not region:
+                continue
+            self._take_slot(row.slot, state, row.sequence)
+            self._digests.follow(row.slot, row.sequence, region.stop)
+            assert isinstance(row.policy, PredictedPolicy)
+            by_price, number = native_policy(row.policy)
+            words[index, MODE.value] = BY_PRICE.value if by_price else BY_THRESHOLD.value
+            words[index, NUMBER.value] = np.float32(number).view(np.int32)
+            words[index, REGION_BEGIN.value] = region.start
+            words[index, REGION_END.value] = region.stop
+            words[index, IS_KNOWN.value] = self._is_known[row.slot]
+            words[index, SLAB_TABLE.value] = row.sequence.slab_table.data_ptr()
+            self._is_known[row.slot] = True
+            told[index] = Told(self._told[0, row.slot].data_ptr(), self._told.stride(0))
+        if not any(told):
+            return None
+        to = self._input.numpy()
+        to[: len(rows)] = words
+        to[len(rows) :] = 0
+        return told
+
+    def new_layers(self, size: int) -> LayerPlans:
+        """Launches of a graph for `size` rows."""
+        return LayerPlans(self._plan, self._weights, self._memory, self._input, self._told, size)
+
+    def take_copied_bytes(self) -> int:
+        """Digests that went over the link since the last call."""
+        return self._digests.take_copied_bytes()
+
+    @property
+    def told_bytes(self) -> int:
+        """That go over the link in each step that plans."""
+        return self._told.nbytes
+
+    def _take_slot(self, slot: int, state: PlannerState, sequence: SequenceKv) -> None:
+        if self._states[slot] is state:
+            return
+        if self._states[slot] is not None:
+            raise FluxionError(f"slot {slot} has another sequence's planner state")
+        estimates = state.estimates()
+        self._memory.estimates[:, slot, :, : estimates.shape[-1]].copy_(estimates)
+        self._states[slot] = state
+        self._is_known[slot] = False
+        self._digests.join(slot, sequence, 0)
+
+
+class LayerPlans:
+    """What a graph launches for the plans of its rows; scratch of its own.
+
+    Args:
+        plan: the shape.
+        weights: of the model.
+        memory: of the sequences in all slots.
+        input_rows: [capacity, 8] int64, pinned: what to plan, of which the first `size` are read.
+        told: pinned; what the host says of the last step.
+        size: rows.
+    """
+
+    def __init__(
+        self,
+        plan: HeadPlan,
+        weights: PlanWeights,
+        memory: SlotMemory,
+        input_rows: Tensor,
+        told: Tensor,
+        size: int,
+    ) -> None:
+        device = memory.query.device
+        self._plan, self._weights, self._memory = plan, weights, memory
+        self._input, self._told = input_rows[:size], told
+        self._rows = torch.zeros_like(self._input, device=device)
+        self._scratch: PlanScratch = plan.make_scratch(size, device)
+
+    def begin(self) -> None:
+        """Once a step, before its layers."""
+        self._rows.copy_(self._input, non_blocking=True)
+        self._memory.told.copy_(self._told, non_blocking=True)
+        self._plan.list_slabs(self._rows, self._scratch)
+
+    def launch(
+        self,
+        layer: int,
+        slots: Tensor,
+        lengths: Tensor,
+        query: Tensor,
+        window_key: Tensor,
+        states: WindowStates,
+        levels: Tensor,
+        budgets: Tensor,
+        planned: Tensor,
+        step: Tensor,
+    ) -> None:
+        """A layer's plans; see HeadPlan.launch."""
+        self._plan.launch(
+            layer,
+            self._rows,
+            slots,
+            lengths,
+            query,
+            window_key,
+            states,
+            self._weights,
+            self._memory,
+            self._scratch,
+            levels,
+            budgets,
+            planned,
+            step,
+        )
+
+
+def pack_weights(planner: Planner, device: torch.device) -> PlanWeights:
+    """A planner's weights as the kernels take them."""
+    network = planner.weights.network
+    assert network is not None, "a planner without a network plans once, on the host"
+    linear = [layer for layer in network.layers if isinstance(layer, torch.nn.Linear)]
+    hidden = -(-linear[0].out_features // TILE.value) * TILE.value
+    inputs = (FEATURE_COLUMNS.value, hidden, hidden)
+    outputs = (hidden, hidden, OUTPUT_COLUMNS.value)
+
+    def padded(tensor: Tensor, *shape: int) -> Tensor:
+        room = torch.zeros(shape)
+        room[tuple(slice(size) for size in tensor.shape)] = tensor.detach().float().cpu()
+        return room.to(device)
+
+    biases = [layer.bias.detach() for layer in linear]
+    biases[2] = biases[2] + network.output_mean
+    standards = torch.stack((network.feature_mean, network.feature_scale))
+    cost, priors = planner.weights.cost, planner.weights.priors
+    costs = [(cost.scan(level), spread, 1 - spread) for level, spread in enumerate(cost.spread)]
+    first, second, third = (
+        padded(layer.weight.T, rows, columns)
+        for layer, rows, columns in zip(linear, inputs, outputs, strict=True)
+    )
+    of_first, of_second, of_third = (
+        padded(bias, columns) for bias, columns in zip(biases, outputs, strict=True)
+    )
+    return PlanWeights(
+        padded(standards, 2, FEATURE_COLUMNS.value),
+        (first, second, third),
+        (of_first, of_second, of_third),
+        padded(priors, planner.num_layers, planner.num_heads, PRIOR_WORDS.value),
+        padded(planner.weights.head_weights, planner.num_layers, planner.num_heads),
+        torch.tensor(costs, dtype=torch.float32, device=device),
+        RADII[-1],
+    )

@@ -1,0 +1,180 @@
+"""What a step with a GPU did, as spans: CPU workers, the GPU's dense part and tasks, PCIe.
+
+The GPU stamps its kernels with a clock of its own. The CPU's spans say how far it is from the
+host's: a layer's tasks begin after the GPU has published the layer, and end before the GPU sees the
+answer. What is left between the two, some microseconds, is halved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from fluxion_core.decode.device.times import LaneSpan
+from fluxion_core.observe.device_usage import PcieDirection
+from fluxion_core.observe.spans import Span
+from fluxion_core.observe.trace import TakenSpans
+from fluxion_core.pool.cpu_pool import CpuPool
+from fluxion_core.pool.spans import PoolSpans, pool_spans
+
+DENSE_LANE = "gpu"
+NUM_TASK_LANES = 3
+"""As many as tasks are on the GPU at a time."""
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What a step has left. Times of the GPU's clock, ns."""
+
+    stamps: npt.NDArray[np.int64]
+    """[layers, 3]: published, began to wait, was answered."""
+    skip: npt.NDArray[np.int32]
+    """[layers]: not 0 where the GPU did not wait."""
+    tasks: npt.NDArray[np.int64]
+    """[tasks, 6] of the GPU lane, any order; columns as in LaneSpan."""
+    digests_on_device: bool
+    """Whether tasks scan copies of digests there: then only KV comes over PCIe."""
+    published_bytes: int
+    """Queries, keys and values that a layer sends to the host."""
+    answered_bytes: int
+    """Attention states that come back for a layer."""
+
+
+class RecordedStep(Protocol):
+    """A DeviceStep, as far as it is needed here."""
+
+    def record(self) -> StepRecord:
+        """What the last step has left."""
+        ...
+
+
+class DeviceSpans:
+    """Source of a trace: steps of a GPU and of the CPU pool that works with it.
+
+    Args:
+        step: runs them.
+        pool: attends beside the GPU.
+    """
+
+    def __init__(self, step: RecordedStep, pool: CpuPool) -> None:
+        self._step, self._pool = step, pool
+        self.lanes = [
+            *PoolSpans(pool).lanes,
+            DENSE_LANE,
+            *map(_task_lane, range(NUM_TASK_LANES)),
+            _pcie_lane("host_to_device"),
+            _pcie_lane("device_to_host"),
+        ]
+
+    def record(self, *, on: bool) -> None:
+        """See SpanSource."""
+        self._pool.record(on=on)
+
+    def take(self, start_ns: int, end_ns: int) -> TakenSpans:
+        """See SpanSource."""
+        rows = self._pool.take_rows()
+        if end_ns == 0:
+            return TakenSpans(0, tuple)
+        record = self._step.record()
+        count = len(rows) + 4 * len(record.stamps) + 2 * len(record.tasks)
+        return TakenSpans(count, partial(_spans, record, rows, start_ns, end_ns))
+
+
+def device_spans(record: StepRecord, host_minus_gpu_ns: int) -> list[Span]:
+    """A step's spans on the GPU's lanes and PCIe's.
+
+    The dense part of a layer begins where the one before it was answered; of the first layer, and
+    of the logits, nothing is stamped.
+    """
+
+    def span(lane: str, name: str, begin: int, end: int, **args: int) -> Span:
+        return Span(lane, name, begin + host_minus_gpu_ns, end + host_minus_gpu_ns, args)
+
+    spans = []
+    to_device, to_host = _pcie_lane("host_to_device"), _pcie_lane("device_to_host")
+    begin = int(record.stamps[0, 0])
+    for layer, (published, waits, answered) in enumerate(record.stamps.tolist()):
+        moved = record.published_bytes
+        spans.append(span(to_host, "publish", published, published, layer=layer, bytes=moved))
+        spans.append(span(DENSE_LANE, "dense", begin, waits, layer=layer))
+        if not record.skip[layer]:
+            spans.append(span(DENSE_LANE, "wait for host", waits, answered, layer=layer))
+            moved = record.answered_bytes
+            spans.append(span(to_device, "states", answered, answered, layer=layer, bytes=moved))
+        begin = answered
+    tasks = sorted(map(LaneSpan._make, record.tasks.tolist()), key=lambda task: task.begin_ns)
+    free_from: list[int] = []
+    for task in tasks:
+        slot = next((i for i, end in enumerate(free_from) if end <= task.begin_ns), len(free_from))
+        free_from[slot : slot + 1] = [task.end_ns]
+        spans.append(
+            span(
+                _task_lane(slot),
+                "task",
+                task.begin_ns,
+                task.end_ns,
+                layer=task.layer,
+                task=task.task,
+                bytes=task.digest_bytes + task.kv_bytes,
+            )
+        )
+    for begin, end, moved in _reads(tasks, digests=not record.digests_on_device):
+        spans.append(span(to_device, "read in place", begin, end, bytes=moved))
+    return spans
+
+
+def clock_difference(
+    record: StepRecord, rows: npt.NDArray[np.void], start_ns: int, end_ns: int
+) -> int:
+    """Host's clock minus the GPU's, ns; see the head of this file.
+
+    Args:
+        record: of a step.
+        rows: of the CPU pool, see CpuPool.take_rows.
+        start_ns: of the step on the host's clock: all that is known where the CPU did nothing.
+        end_ns: likewise.
+    """
+    least = end_ns - int(record.stamps[-1, 2])
+    most = start_ns - int(record.stamps[0, 0])
+    layers = np.unique(rows["layer"])
+    if len(layers):
+        of_layer = [rows[rows["layer"] == layer] for layer in layers]
+        begins = np.array([own["start_ns"].min() for own in of_layer])
+        ends = np.array([own["end_ns"].max() for own in of_layer])
+        most = int((begins - record.stamps[layers, 0]).min())
+        least = int((ends - record.stamps[layers, 2]).max())
+    return (least + most) // 2
+
+
+def _spans(
+    record: StepRecord, rows: npt.NDArray[np.void], start_ns: int, end_ns: int
+) -> Iterator[Span]:
+    difference = clock_difference(record, rows, start_ns, end_ns)
+    yield from pool_spans(rows)
+    yield from device_spans(record, difference)
+
+
+def _reads(tasks: Sequence[LaneSpan], *, digests: bool) -> list[tuple[int, int, int]]:
+    """When tasks, sorted by their beginning, read host memory: begin, end, bytes."""
+    reads: list[tuple[int, int, int]] = []
+    for task in tasks:
+        begin, end = task.begin_ns, task.end_ns
+        moved = task.kv_bytes + (task.digest_bytes if digests else 0)
+        if reads and begin <= reads[-1][1]:
+            before = reads.pop()
+            begin, end, moved = before[0], max(before[1], end), before[2] + moved
+        reads.append((begin, end, moved))
+    return reads
+
+
+def _task_lane(slot: int) -> str:
+    return f"{DENSE_LANE} tasks {slot}"
+
+
+def _pcie_lane(direction: PcieDirection) -> str:
+    return f"pcie {direction}"

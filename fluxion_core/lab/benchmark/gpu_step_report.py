@@ -1,0 +1,179 @@
+"""What `gpu_step` measured, as Markdown tables and a picture, from its JSON files.
+
+    python -m fluxion_core.lab.benchmark.gpu_step_report FILE.json… OUT_DIRECTORY
+
+Writes tables.md and, for each file, a PNG of its name: step times of every batch, policy and lane,
+with their limits.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fluxion_core.errors import ConfigError
+
+BASELINE = "fixed(16, 5 %)"
+_COLOURS = {"both": "#1b6ca8", "cpu": "#9dbad5", "gpu": "#d8a48f"}
+_NOT_A_POLICY = ("all heads streaming", "planning alone")
+
+
+def main() -> None:
+    """The command."""
+    *files, folder = (Path(word) for word in sys.argv[1:])
+    if not files or not folder.is_dir():
+        raise ConfigError("give JSON files of gpu_step, then the directory to write to")
+    reports = [(file.stem, json.loads(file.read_text())) for file in files]
+    lines = ["# Decode steps on a GPU machine", ""]
+    for name, report in reports:
+        lines += markdown(name, report)
+        draw(report, folder / f"{name}.png")
+    (folder / "tables.md").write_text("\n".join(lines).rstrip() + "\n")
+
+
+def markdown(name: str, report: dict[str, Any]) -> list[str]:
+    """Lines of one run."""
+    machine, options = report["machine"], report["options"]
+    rates = {
+        name: report[f"{name}_gigabytes_per_second"]
+        for name in ("host_read", "uva", "host_read_beside_uva", "uva_beside_host_read")
+    }
+    columns = (
+        "batch",
+        "policy",
+        "lanes",
+        "ms",
+        "sampling ms",
+        "GPU idle ms",
+        "GB read",
+        "of it by the GPU",
+        "limit ms",
+        "over it",
+        "over it, rates at the same time",
+        "PCIe GB, counted / card",
+    )
+    together = rates["host_read_beside_uva"] + rates["uva_beside_host_read"]
+    lines = [
+        f"## {options['shape']}: {name}.json",
+        "",
+        f"{machine['gpu']}, {machine['processor']} ({machine['isa']}), Python {machine['python']}, "
+        f"torch {machine['torch']}, commit {machine['commit']}; medians of {options['steps']} "
+        f"steps. Host read {rates['host_read']:.0f} GB/s, UVA {rates['uva']:.1f}; at the same time "
+        f"{rates['host_read_beside_uva']:.0f} and {rates['uva_beside_host_read']:.1f}. "
+        f"Steps sample their rows: {report.get('sampling', 'no')}.",
+        "",
+        f"| {' | '.join(columns)} |",
+        f"|{'---|' * len(columns)}",
+    ]
+    for figure in report["figures"]:
+        lines.append(
+            f"| {figure['batch']} | {figure['policy']} | {figure['lanes']} | "
+            f"{figure['milliseconds']:.1f} | {_sampling(figure)} | "
+            f"{figure['idle_milliseconds']:.1f} | "
+            f"{figure['read_bytes'] / 1e9:.2f} | {figure['lane_bytes'] / 1e9:.2f} | "
+            f"{figure['limit_milliseconds']:.1f} | {figure['over_limit']:.2f} | "
+            f"{figure['milliseconds'] / _limit(figure, together):.2f} | "
+            f"{figure['counted_pcie_bytes'] / 1e9:.2f} / {figure['nvml_pcie_bytes'] / 1e9:.2f} |"
+        )
+    lines += ["", *_claims(report["figures"]), "", f"![{name}]({name}.png)", ""]
+    return lines
+
+
+def _sampling(figure: dict[str, Any]) -> str:
+    """Milliseconds of sampling, of runs whose steps did."""
+    milliseconds = figure.get("sampling_milliseconds")
+    return "" if milliseconds is None else f"{milliseconds:.2f}"
+
+
+def _limit(figure: dict[str, Any], gigabytes_per_second: float) -> float:
+    """Milliseconds: the dense step alone, and what was read at this rate."""
+    read = figure["read_bytes"] / gigabytes_per_second / 1e6
+    return float(figure["dense_milliseconds"] + read)
+
+
+def _claims(figures: Sequence[dict[str, Any]]) -> list[str]:
+    """How many times faster than what, batch by batch."""
+    lines = []
+    for batch in dict.fromkeys(figure["batch"] for figure in figures):
+        ms = {
+            (figure["policy"], figure["lanes"]): figure["milliseconds"]
+            for figure in figures
+            if figure["batch"] == batch
+        }
+        dense = next(f["dense_milliseconds"] for f in figures if f["batch"] == batch)
+        parts = []
+        if (_NOT_A_POLICY[0], "both") in ms:
+            streaming = ms[_NOT_A_POLICY[0], "both"]
+            on_gpu = next(
+                f["gpu_milliseconds"]
+                for f in figures
+                if f["batch"] == batch and f["policy"] == _NOT_A_POLICY[0]
+            )
+            parts.append(
+                f"streaming {streaming / dense:.2f} of the dense step alone ({dense:.2f} ms), "
+                f"{on_gpu / dense:.2f} from its first kernel to its last"
+            )
+        baseline = ms.get((BASELINE, "both"))
+        alone = [ms[BASELINE, lane] for lane in ("cpu", "gpu") if (BASELINE, lane) in ms]
+        if baseline and alone:
+            parts.append(
+                f"{BASELINE} {min(alone) / baseline:.2f} times faster than the better device"
+            )
+        for (policy, lane), value in ms.items():
+            if baseline and lane == "both" and policy not in (BASELINE, *_NOT_A_POLICY):
+                parts.append(f"{policy} {baseline / value:.2f} times faster than {BASELINE}")
+        lines.append(f"- {batch}: {'; '.join(parts)}.")
+    return lines
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Bars of step times, a panel for each batch; limits as dashes, the dense step as a line.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError("plots need matplotlib: pip install 'fluxion[plots]'") from None
+    figures = [f for f in report["figures"] if f["policy"] not in _NOT_A_POLICY]
+    batches = list(dict.fromkeys(figure["batch"] for figure in figures))
+    picture = Figure(figsize=(4.2 * len(batches), 4.4), layout="constrained")
+    panels = picture.subplots(1, len(batches), squeeze=False)[0]
+    for axes, batch in zip(panels, batches, strict=True):
+        of_batch = [figure for figure in figures if figure["batch"] == batch]
+        policies = list(dict.fromkeys(figure["policy"] for figure in of_batch))
+        lanes = [lane for lane in _COLOURS if any(f["lanes"] == lane for f in of_batch)]
+        width = 0.8 / len(lanes)
+        for figure in of_batch:
+            lane = lanes.index(figure["lanes"])
+            place = policies.index(figure["policy"]) - 0.4 + (lane + 0.5) * width
+            first = figure["policy"] == policies[0]
+            axes.bar(
+                place,
+                figure["milliseconds"],
+                width * 0.92,
+                color=_COLOURS[figure["lanes"]],
+                label=figure["lanes"] if first else None,
+            )
+            limit = figure["limit_milliseconds"]
+            axes.hlines(limit, place - width / 2, place + width / 2, "black", linewidth=1.2)
+        axes.axhline(
+            of_batch[0]["dense_milliseconds"], color="#888888", linestyle="--", linewidth=0.8
+        )
+        names = [policy.replace(", recorded", "") for policy in policies]
+        axes.set_xticks(range(len(policies)), names, rotation=20, ha="right", fontsize=8)
+        axes.set_title(batch.replace(" + ", "+"), fontsize=9 if len(batch) < 30 else 6)
+        axes.grid(visible=True, axis="y", alpha=0.3)
+    panels[0].set_ylabel("ms a step; black: limit, dashed: dense step alone")
+    panels[0].legend()
+    shape, gpu = report["options"]["shape"], report["machine"]["gpu"]
+    picture.suptitle(f"{shape}, {gpu}", fontsize=10)
+    picture.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""A follow-up's profile beside a stream: how long each slice keeps the stream from its next token.
+
+python -m fluxion_core.lab.benchmark.prompt_profile --shape llama-3.1-8b --layers 2 --tokens 32768
+
+A stream with `exact` decodes on the CPU, as long as the prompt that is profiled between its steps,
+as the decode engine does it. Weights, KV and queries are random. Beside it, what the estimator of
+prefill nodes takes for a layer, with a copy of the KV in float32, on one thread of torch. CPU
+seconds are the process's, all threads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from fluxion_core.decode.host.attention import HybridAttention
+from fluxion_core.decode.host.decoder import HostDecoder
+from fluxion_core.decode.host.profiling import PromptProfiling
+from fluxion_core.decode.host.step import HostStep
+from fluxion_core.decode.work import StepRow
+from fluxion_core.geometry import KvGeometry, WindowSpec
+from fluxion_core.kvstore.digest_index import gather_kv
+from fluxion_core.kvstore.store import HostKvStore, SequenceKv
+from fluxion_core.lab.benchmark.model_shapes import (
+    SHAPES,
+    fill_sequences,
+    random_decoder,
+    shape_named,
+)
+from fluxion_core.lab.machine import describe_machine
+from fluxion_core.models.config import ModelConfig
+from fluxion_core.planning.policy import ExactPolicy
+from fluxion_core.planning.prompt_estimate import PromptEstimator, padded_tokens
+from fluxion_core.planning.prompt_profile import PROFILED_QUERIES
+from fluxion_core.pool.cpu_pool import CpuPool
+
+VOCABULARY = 2048
+"""In place of the model's: logits would be half of a step that has few layers."""
+
+_WARM_UPS = 3
+
+
+@dataclass(frozen=True)
+class ProfileFigures:
+    """One profile between a stream's steps."""
+
+    shape: str
+    num_layers: int
+    tokens: int
+    threads: int
+    step_layer_ms: float
+    """Of a step while there is no profile, median, over its layers."""
+    slices: int
+    slice_ms: float
+    """Median."""
+    longest_slice_ms: float
+    gap_before_ms: float
+    """From one token of the stream to the next without a profile, median."""
+    gap_beside_ms: float
+    """The same while there is one."""
+    cpu_seconds: float
+    """Of all slices."""
+    layer_cpu_seconds: float
+    """Of a layer."""
+    estimator_layer_cpu_seconds: float
+    """Of a layer, by the estimator."""
+
+
+def run_profile(
+    config: ModelConfig, shape: str, *, tokens: int, steps: int, threads: int | None = None
+) -> ProfileFigures:
+    """Measure one shape at one length.
+
+    Args:
+        config: the shape.
+        shape: its name.
+        tokens: of the prompt and of the stream; a multiple of 16.
+        steps: of the stream, before there is a profile.
+        threads: of the pool; None for its default.
+    """
+    pool = CpuPool(threads)
+    window = WindowSpec()
+    geometry = KvGeometry(config.num_layers, config.num_kv_heads, config.head_dim)
+    new_tokens = 4096
+    slabs = 2 * geometry.slabs_for(tokens + new_tokens)
+    store = HostKvStore(geometry, (slabs + 1) * (geometry.slab_bytes + 4096), model_key=b"")
+    prompt, stream = fill_sequences(store, [tokens, tokens], new_tokens, threads=2)
+    decoder = HostDecoder(random_decoder(config, torch.device("cpu")), pool)
+    attention = HybridAttention(store, window, num_heads=config.num_heads, pool=pool)
+    step = HostStep(decoder, attention)
+    row = StepRow(stream, step.join(stream), 1, ExactPolicy())
+
+    def run_step() -> float:
+        started = time.perf_counter()
+        step.run([row])
+        return time.perf_counter() - started
+
+    before = [run_step() for _ in range(_WARM_UPS + steps)][_WARM_UPS:]
+    shape_of_queries = (config.num_layers, PROFILED_QUERIES, config.num_heads, config.head_dim)
+    queries = torch.randn(shape_of_queries, generator=torch.Generator().manual_seed(1))
+    profiling = PromptProfiling(prompt, window, list(queries), pool)
+    slices: list[float] = []
+    gaps: list[float] = []
+    cpu = 0.0
+    while not profiling.is_done:
+        started, cpu_then = time.perf_counter(), time.process_time()
+        step.advance_profile(profiling)
+        slices.append(time.perf_counter() - started)
+        cpu += time.process_time() - cpu_then
+        gaps.append(slices[-1] + run_step())
+    return ProfileFigures(
+        shape=shape,
+        num_layers=config.num_layers,
+        tokens=tokens,
+        threads=pool.num_threads,
+        step_layer_ms=median(before) / config.num_layers * 1e3,
+        slices=len(slices),
+        slice_ms=median(slices) * 1e3,
+        longest_slice_ms=max(slices) * 1e3,
+        gap_before_ms=median(before) * 1e3,
+        gap_beside_ms=median(gaps) * 1e3,
+        cpu_seconds=cpu,
+        layer_cpu_seconds=cpu / config.num_layers,
+        estimator_layer_cpu_seconds=_estimator_seconds(prompt, queries[0], window),
+    )
+
+
+def _estimator_seconds(prompt: SequenceKv, query: torch.Tensor, window: WindowSpec) -> float:
+    """CPU seconds of one layer's profile with everything at hand in float32."""
+    tokens = prompt.num_prompt_tokens
+    room = padded_tokens(tokens) - tokens
+    heads = range(prompt.store.geometry.num_kv_heads)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        started = time.process_time()
+        stored = [torch.stack(gather_kv(prompt, 0, head)).float() for head in heads]
+        kv = torch.nn.functional.pad(torch.stack(stored, 1), (0, 0, 0, room))
+        PromptEstimator(tokens, window).estimate(query, *kv)
+        return time.process_time() - started
+    finally:
+        torch.set_num_threads(threads)
+
+
+def main() -> None:
+    """Measure what the command line asks for, and print it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-3.1-8b")
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768])
+    parser.add_argument("--steps", type=int, default=20, help="before there is a profile")
+    parser.add_argument("--threads", type=int, help="of the pool")
+    parser.add_argument("--json", type=Path, help="keep the figures here")
+    asked = parser.parse_args()
+    machine = describe_machine()
+    print("  ".join(f"{name} {value}" for name, value in machine.items()))
+    config = replace(shape_named(asked.shape, asked.layers), vocab_size=VOCABULARY)
+    figures = []
+    for tokens in asked.tokens:
+        one = run_profile(
+            config, asked.shape, tokens=tokens, steps=asked.steps, threads=asked.threads
+        )
+        figures.append(asdict(one))
+        print(
+            f"{one.shape}, {one.num_layers} layers, {one.tokens} tokens, {one.threads} threads: "
+            f"a layer of a step {one.step_layer_ms:.2f} ms; {one.slices} slices of "
+            f"{one.slice_ms:.2f} ms (longest {one.longest_slice_ms:.2f}); a stream's tokens "
+            f"{one.gap_beside_ms:.1f} ms apart, {one.gap_before_ms:.1f} without a profile; "
+            f"{one.layer_cpu_seconds:.3f} CPU s a layer, by the estimator "
+            f"{one.estimator_layer_cpu_seconds:.3f}",
+            flush=True,
+        )
+    if asked.json:
+        asked.json.write_text(json.dumps({"machine": machine, "figures": figures}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

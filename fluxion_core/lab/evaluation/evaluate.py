@@ -1,0 +1,91 @@
+"""Run one evaluation and write what it showed: JSON, Markdown, a picture."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+from fluxion_core.lab.evaluation import render
+from fluxion_core.lab.evaluation.agreement import run_agreement
+from fluxion_core.lab.evaluation.files_run import run_files
+from fluxion_core.lab.evaluation.options import EvaluationOptions
+from fluxion_core.lab.evaluation.ruler_run import run_ruler
+from fluxion_core.lab.evaluation.session import EvaluationModel, OnAnswer, Session
+from fluxion_core.lab.machine import describe_machine
+
+_TITLES = {
+    "ruler": "RULER",
+    "longbench": "LongBench",
+    "leval": "L-Eval",
+    "agreement": "Greedy agreement with exact",
+}
+
+
+def evaluate(options: EvaluationOptions, on_answer: OnAnswer) -> str:
+    """Run it; writes the files that the options name.
+
+    Returns:
+        The report in Markdown.
+
+    Raises:
+        FluxionError: something that is asked for is not there or cannot be used.
+    """
+    started = time.perf_counter()
+    _check_writable(options.json, options.markdown, options.plot)
+    model = EvaluationModel.load(options)
+    title = f"{_TITLES[options.benchmark]}, {model.loaded.name}"
+    if options.benchmark == "agreement":
+        rows, session = run_agreement(model, options, on_answer)
+        settings = describe(session, started)
+        text = render.agreement_markdown(title, rows, settings, session.notes)
+        draw = partial(render.draw_agreement, title, rows)
+        content: dict[str, object] = {"rows": [asdict(row) for row in rows], "notes": session.notes}
+    else:
+        run = run_ruler if options.benchmark == "ruler" else run_files
+        report, session = run(model, options, on_answer)
+        settings = describe(session, started)
+        text = render.markdown(title, report, settings)
+        draw = partial(render.draw, title, report)
+        content = {"report": asdict(report)}
+    if options.json:
+        whole = {"title": title, "settings": settings, **content}
+        options.json.write_text(json.dumps(whole, indent=2) + "\n")
+    if options.markdown:
+        options.markdown.write_text(text, encoding="utf-8")
+    if options.plot:
+        draw(options.plot)
+    return text
+
+
+def describe(session: Session, started: float) -> dict[str, str]:
+    """What a reader must know of a run.
+
+    Args:
+        session: that has run.
+        started: time.perf_counter() at its start.
+    """
+    machine = describe_machine()
+    done = session.statistics
+    steps, tokens = sum(s.steps for s in done), sum(s.tokens for s in done)
+    prefills, prefill_seconds = sum(s.prefills for s in done), sum(s.prefill_seconds for s in done)
+    return session.settings | {
+        "machine": ", ".join(f"{name} {value}" for name, value in machine.items()),
+        "prompts computed on": session.options.device_name,
+        "policies": ", ".join(
+            way.name if way.name == str(way.policy) else f"{way.name} = {way.policy}"
+            for way in session.ways
+        ),
+        "lengths": "prompt and answer together have at most that many of the model's tokens",
+        "this run": f"{time.perf_counter() - started:.0f} s: {tokens} tokens in {steps} steps of "
+        f"{sum(s.step_seconds for s in done):.0f} s, {prefills} prompts in {prefill_seconds:.0f} s",
+    }
+
+
+def _check_writable(*paths: Path | None) -> None:
+    """Make folders now: a run of hours must not end without its report."""
+    for path in paths:
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)

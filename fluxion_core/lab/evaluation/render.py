@@ -1,0 +1,166 @@
+"""Reports as Markdown and as pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from fluxion_core.errors import ConfigError
+from fluxion_core.lab.evaluation.agreement import AgreementRow
+from fluxion_core.lab.evaluation.report import Interval, Report
+from fluxion_core.lab.evaluation.work import EXACT
+
+
+def markdown(title: str, report: Report, settings: Mapping[str, str]) -> str:
+    """Scores, differences, bytes and notes."""
+    lines = [f"# {title}", "", *(f"- {name}: {value}" for name, value in settings.items()), ""]
+    others = [way for way in report.ways if way != EXACT]
+    head = ["task", "length", "cases", *report.ways]
+    rows = []
+    for row in report.rows:
+        mark = "" if row.is_able else " (cannot)"
+        cells = [f"{row.task}{mark}", str(row.length or "own"), str(row.cases)]
+        for way in report.ways:
+            if way not in row.scores:
+                cells.append("not run")
+            elif way == EXACT:
+                cells.append(f"{row.scores[way]:.1f}")
+            else:
+                cells.append(f"{row.scores[way]:.1f} ({_points(row.differences[way])})")
+        rows.append(cells)
+    if report.average_scores:
+        able = sum(row.is_able for row in report.rows)
+        cells = [f"average of {able}", "", ""]
+        for way in report.ways:
+            difference = report.average_differences.get(way)
+            more = f" ({_points(difference)})" if difference else ""
+            cells.append(f"{report.average_scores[way]:.2f}{more}")
+        rows.append(cells)
+    lines += table(head, rows)
+    lines += ["", "In brackets: points against exact, paired, with 95 % bootstrap interval.", ""]
+    if report.bytes_read:
+        lines += ["## Bytes read of the retrieval region, per token", ""]
+        head = ["policy", "scanned MB", "attended MB", "of exact", "of fixed(16, 5 %)", "streaming"]
+        lines += table(
+            head,
+            [
+                [
+                    way,
+                    f"{read.scanned / 1e6:.2f}",
+                    f"{read.attended / 1e6:.2f}",
+                    f"{read.of_exact:.3f}",
+                    "not run" if read.of_fixed is None else f"{read.of_fixed:.2f}",
+                    f"{read.streaming_share:.0%}",
+                ]
+                for way, read in report.bytes_read.items()
+            ],
+        )
+        lines.append("")
+    elif others:
+        lines += ["No task counts, so no bytes are compared.", ""]
+    lines += [f"- {note}" for note in report.notes]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def agreement_markdown(
+    title: str, rows: Sequence[AgreementRow], settings: Mapping[str, str], notes: Sequence[str]
+) -> str:
+    """Agreement with `exact`, per length and policy."""
+    lines = [f"# {title}", "", *(f"- {name}: {value}" for name, value in settings.items()), ""]
+    head = ["length", "documents", "policy", "same token, fed exact's", "equal before the first"]
+    head += ["first difference after", "documents without one", "bytes of exact", "streaming"]
+    lines += table(
+        head,
+        [
+            [
+                str(row.length),
+                str(row.documents),
+                row.way,
+                _share(row.forced_share),
+                _share(row.equal_share),
+                f"{row.first_divergence:.1f}",
+                f"{row.fully_equal:.0%}",
+                f"{row.of_exact:.3f}",
+                f"{row.streaming_share:.0%}",
+            ]
+            for row in rows
+        ],
+    )
+    lines += ["", "In brackets: 95 % bootstrap interval over documents.", ""]
+    return "\n".join([*lines, *(f"- {note}" for note in notes)]).rstrip() + "\n"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table."""
+    return [
+        f"| {' | '.join(head)} |",
+        f"|{'|'.join('---' for _ in head)}|",
+        *(f"| {' | '.join(row)} |" for row in rows),
+    ]
+
+
+def draw(title: str, report: Report, path: Path) -> None:
+    """Average score against bytes per token relative to `exact`, a point for each policy.
+
+    Raises:
+        ConfigError: matplotlib is not installed, or no task counts.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError("plots need matplotlib: pip install 'fluxion[plots]'") from None
+    if not report.bytes_read:
+        raise ConfigError("nothing to draw: there is no task that exact can do")
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.axhline(report.average_scores[EXACT], color="#888888", linewidth=0.8, linestyle="--")
+    for way, read in report.bytes_read.items():
+        score = report.average_scores[way]
+        interval = report.average_differences.get(way)
+        error = None
+        if interval is not None:
+            error = [[interval.mean - interval.low], [interval.high - interval.mean]]
+        axes.errorbar(read.of_exact, score, yerr=error, fmt="o", capsize=3)
+        axes.annotate(way, (read.of_exact, score), xytext=(6, 5), textcoords="offset points")
+    axes.set_xscale("log")
+    axes.set_xlabel("bytes read of the retrieval region, share of exact")
+    axes.set_ylabel("average score; bars: 95 % of the difference to exact")
+    axes.set_title(title)
+    figure.savefig(path, dpi=120)
+
+
+def draw_agreement(title: str, rows: Sequence[AgreementRow], path: Path) -> None:
+    """Share of steps with the same token against bytes relative to `exact`.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError("plots need matplotlib: pip install 'fluxion[plots]'") from None
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for row in rows:
+        share = row.forced_share
+        error = [[share.mean - share.low], [share.high - share.mean]]
+        axes.errorbar(row.of_exact, share.mean, yerr=error, fmt="o", capsize=3)
+        axes.annotate(
+            f"{row.way}, {row.length}",
+            (row.of_exact, share.mean),
+            xytext=(6, 5),
+            textcoords="offset points",
+        )
+    axes.set_xscale("log")
+    axes.set_xlabel("bytes read of the retrieval region, share of exact")
+    axes.set_ylabel("steps with exact's token, fed its tokens; bars: 95 %")
+    axes.set_title(title)
+    figure.savefig(path, dpi=120)
+
+
+def _share(interval: Interval) -> str:
+    return f"{interval.mean:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
+
+
+def _points(difference: Interval) -> str:
+    return f"{difference.mean:+.1f} [{difference.low:+.1f}, {difference.high:+.1f}]"

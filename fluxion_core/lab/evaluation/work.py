@@ -1,0 +1,109 @@
+"""What is asked of a runner, what it keeps while it works on it, and what it hands back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fluxion_core.errors import ConfigError
+from fluxion_core.kvstore.store import SequenceKv
+from fluxion_core.lab.evaluation.case import Case
+from fluxion_core.planning.planner import PlannerState
+from fluxion_core.planning.policy import Policy
+
+EXACT = "exact"
+"""Name of the way that all others are held against."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to answer a case."""
+
+    name: str
+    """Of the policy, as reports call it."""
+    policy: Policy
+    is_forced: bool = False
+    """Fed with the tokens that `exact` generated, whatever it would have said itself."""
+
+    @property
+    def key(self) -> str:
+        """What the journal knows it by."""
+        return f"{self.name}, forced" if self.is_forced else self.name
+
+
+@dataclass(frozen=True)
+class Work:
+    """A case and how it is to be answered."""
+
+    case: Case
+    ways: tuple[Way, ...]
+    exact_token_ids: tuple[int, ...] | None = None
+    """What `exact` generated, where that is known already; else a forced way needs an exact one."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one way made of one case."""
+
+    case_name: str
+    task: str
+    length: int
+    way: str
+    token_ids: tuple[int, ...]
+    """Generated; the most likely ones where the way is forced."""
+    text: str
+    score: float | None
+    """0 to 100; None where the case is not scored."""
+    steps: int
+    """Decode steps: the first token comes from prefill."""
+    scanned_bytes: int
+    """Digests read of the retrieval region, all steps."""
+    attended_bytes: int
+    """K and V read of it, all steps."""
+    region_bytes: int
+    """K and V of the region, all steps: what `exact` reads."""
+    streaming_share: float
+    """Heads that read nothing of the region, mean over the steps that have one."""
+
+
+@dataclass(eq=False)
+class Track:
+    """Tokens that `exact` makes of a case; forced ways follow them."""
+
+    token_ids: list[int]
+    is_ended: bool
+
+
+@dataclass(eq=False)
+class Branch:
+    """One sequence between prefill and its answer."""
+
+    work: Work
+    way: Way
+    kv: SequenceKv
+    state: PlannerState | None
+    token_ids: list[int]
+    track: Track | None
+    """To follow, if the way is forced; to write, if it is `exact`."""
+    steps: int = 0
+    scanned_bytes: int = 0
+    attended_bytes: int = 0
+    region_bytes: int = 0
+    streaming_heads: int = 0
+    planned_heads: int = 0
+
+    @property
+    def next_input(self) -> int | None:
+        """The token to feed; None: `exact` has not made it yet."""
+        if not (self.way.is_forced and self.track):
+            return self.token_ids[-1]
+        made, place = self.track.token_ids, len(self.token_ids) - 1
+        return made[place] if place < len(made) else None
+
+
+def check_ways(work: Work) -> None:
+    """Raise ConfigError if a forced way has nothing to follow."""
+    is_known = work.exact_token_ids is not None
+    has_exact = any(way.name == EXACT and not way.is_forced for way in work.ways)
+    for way in work.ways:
+        if way.is_forced and not (is_known or has_exact):
+            raise ConfigError(f"{work.case.name}: {way.key} needs the way `{EXACT}` beside it")

@@ -1,0 +1,70 @@
+"""A trace as a picture: one row a lane, one colour a kind of work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fluxion_core.errors import ConfigError
+from fluxion_core.observe.trace_events import TraceEvent, TraceFile, lanes_of
+
+_HEIGHT = 0.8
+"""Of a span; of one that lies in another, this much of that one's."""
+
+_LINE = 0.4
+"""Around spans, points: what lasts less than a pixel is seen too."""
+
+
+def draw_trace(file: TraceFile, path: Path, *, title: str) -> None:
+    """Draw it, milliseconds from left to right, lanes from top to bottom.
+
+    Args:
+        file: as `fluxion trace` writes it.
+        path: PNG or SVG, by its suffix.
+        title: above the lanes.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+        FluxionError: this is no trace of ours.
+    """
+    try:
+        from matplotlib import colormaps
+        from matplotlib.figure import Figure
+        from matplotlib.patches import Patch
+    except ImportError:
+        raise ConfigError("--png needs matplotlib: pip install 'fluxion[plots]'") from None
+    lanes = lanes_of(file)
+    spans = {
+        lane: [event for event in events if event["ph"] == "X"] for lane, events in lanes.items()
+    }
+    names = sorted({event["name"] for events in spans.values() for event in events})
+    palette = colormaps["tab20"]
+    colors = {name: palette(index % palette.N) for index, name in enumerate(names)}
+    figure = Figure(figsize=(14, 1.4 + 0.45 * len(lanes)), layout="constrained")
+    axes = figure.subplots()
+    for row, events in enumerate(spans.values()):
+        for (depth, name), bars in _bars(events).items():
+            height = _HEIGHT ** (2 * depth + 1)
+            axes.broken_barh(bars, (row - height / 2, height), color=colors[name], linewidth=_LINE)
+    axes.set_yticks(range(len(lanes)), labels=list(lanes))
+    axes.set_ylim(len(lanes) - 0.5, -0.5)
+    axes.set_xlabel("ms")
+    axes.set_title(title)
+    axes.legend(
+        handles=[Patch(color=colors[name], label=name) for name in names],
+        loc="center left",
+        bbox_to_anchor=(1, 0.5),
+    )
+    figure.savefig(path, dpi=110)
+
+
+def _bars(events: list[TraceEvent]) -> dict[tuple[int, str], list[tuple[float, float]]]:
+    """Begin and length, ms, of a lane's spans by how many others they lie in, and by name."""
+    bars: dict[tuple[int, str], list[tuple[float, float]]] = {}
+    ends: list[float] = []
+    for event in events:
+        begin, length = event["ts"], event["dur"]
+        while ends and ends[-1] <= begin:
+            ends.pop()
+        bars.setdefault((len(ends), event["name"]), []).append((begin / 1e3, length / 1e3))
+        ends.append(begin + length)
+    return dict(sorted(bars.items()))

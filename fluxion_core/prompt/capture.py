@@ -1,0 +1,182 @@
+"""The attention port of prefill: causal attention over the prompt so far, and its KV as frames.
+
+K and V are rounded to bfloat16 before anything attends to them, so that the decode node, which gets
+the rounded values, continues from exactly what prefill saw.
+
+On a GPU the KV of a chunk leaves through an outbox while the next layers are computed;
+`finish_chunk` waits for the rest of it.
+
+If the receiver wants a profile of the prompt, its last queries are kept, and each layer's profile
+is made once that layer's KV is whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fluxion_core.errors import RequestCancelledError
+from fluxion_core.geometry import BLOCK_TOKENS, KvGeometry, WindowSpec, ceil_div
+from fluxion_core.kernels.dense_attention import cpu as dense_attention
+from fluxion_core.kvstream.handoff import Frame, FrameKind, frame_tokens
+from fluxion_core.machine.stopwatch import Stopwatch
+from fluxion_core.planning.prompt_estimate import (
+    PromptEstimator,
+    padded_tokens,
+    profiled_positions,
+)
+from fluxion_core.planning.prompt_profile import PromptProfile
+
+
+class Outbox(Protocol):
+    """What KV leaves a device through: see prompt/outbox.py."""
+
+    def put(self, payload: Tensor, take: Callable[[bytes], None]) -> None:
+        """Copy a piece out; `take` gets its bytes, in this or a later call."""
+
+    def drain(self) -> None:
+        """Hand on all pieces."""
+
+
+class KvCapture:
+    """Holds one prompt's KV and hands each layer's new KV out as soon as it is computed.
+
+    Args:
+        geometry: of the model's KV.
+        num_tokens: of the prompt.
+        kv_from_token: first token whose KV the receiver wants; a multiple of 16.
+        emit: takes each CHUNK frame, in order.
+        is_cancelled: asked before every layer.
+        device: of the model.
+        outbox: that KV leaves through; None on a CPU.
+        profile_window: the receiver's default window, if it wants a profile of the prompt.
+    """
+
+    def __init__(
+        self,
+        geometry: KvGeometry,
+        *,
+        num_tokens: int,
+        kv_from_token: int,
+        emit: Callable[[Frame], None],
+        is_cancelled: Callable[[], bool],
+        device: torch.device,
+        outbox: Outbox | None = None,
+        profile_window: WindowSpec | None = None,
+    ) -> None:
+        self._geometry = geometry
+        self._kv_from_token = kv_from_token
+        self._emit = emit
+        self._is_cancelled = is_cancelled
+        self._outbox = outbox
+        self._attend_chunk = _attention_on(device)
+        self._first_token = 0
+        self._frame_tokens = frame_tokens(geometry)
+        self._num_tokens = num_tokens
+        room = padded_tokens(num_tokens)
+        shape = (geometry.num_layers, 2, geometry.num_kv_heads, room, geometry.head_dim)
+        self._kv = torch.empty(shape, dtype=torch.bfloat16, device=device)
+        self._kv[:, :, :, num_tokens:] = 0
+        self._estimator = (
+            None if profile_window is None else PromptEstimator(num_tokens, profile_window)
+        )
+        self._last_queries: list[list[Tensor]] = [[] for _ in range(geometry.num_layers)]
+        self.profiles: list[PromptProfile] = []
+        """Of each layer, once its last token is through; stays empty if none is wanted."""
+        self._profiling: list[Stopwatch] = []
+
+    def begin_chunk(self, first_token: int) -> None:
+        """The next calls of `attend` are for tokens from this one on; a multiple of 16."""
+        self._first_token = first_token
+
+    def finish_chunk(self) -> None:
+        """Hand out what is still under way of the chunk's KV."""
+        if self._outbox is not None:
+            self._outbox.drain()
+
+    @property
+    def profile_seconds(self) -> float:
+        """Spent on profiles."""
+        return sum(stopwatch.seconds for stopwatch in self._profiling)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """See AttentionPort; the tokens are the prompt's next ones.
+
+        Raises:
+            RequestCancelledError: the receiver went away.
+        """
+        if self._is_cancelled():
+            raise RequestCancelledError("the receiver ended the hand-off")
+        first, end = self._first_token, self._first_token + key.shape[0]
+        kv = self._kv[layer]
+        kv[0, :, first:end] = key.transpose(0, 1)
+        kv[1, :, first:end] = value.transpose(0, 1)
+        self._emit_frames(layer, max(first, self._kv_from_token), end)
+        wants_profile = self._estimator is not None and end == self._num_tokens
+        attended = self._attend_chunk(query, kv[0, :, :end], kv[1, :, :end])
+        if self._estimator is not None:
+            self._keep_queries(layer, query, first)
+        if wants_profile:
+            self._make_profile(layer)
+        return attended
+
+    def _keep_queries(self, layer: int, query: Tensor, first: int) -> None:
+        """Those of [tokens, heads, head_dim] that the profile is made from."""
+        kept = query[max(0, profiled_positions(self._num_tokens).start - first) :]
+        if len(kept):
+            self._last_queries[layer].append(kept.to(torch.float32, copy=True))
+
+    def _make_profile(self, layer: int) -> None:
+        stopwatch = Stopwatch(self._kv.device)
+        assert self._estimator is not None
+        query = torch.cat(self._last_queries[layer])
+        self._last_queries[layer] = []
+        key, value = self._kv[layer, :, :, : padded_tokens(self._num_tokens)].float()
+        self.profiles.append(self._estimator.estimate(query, key, value))
+        stopwatch.stop()
+        self._profiling.append(stopwatch)
+
+    def _emit_frames(self, layer: int, first: int, end: int) -> None:
+        while first < end:
+            count = min(self._frame_tokens, end - first)
+            payload = self._payload(layer, first, count)
+            emit = partial(self._emit_chunk, layer, first, count)
+            if self._outbox is not None:
+                self._outbox.put(payload, emit)
+            else:
+                emit(payload.numpy().tobytes())
+            first += count
+
+    def _emit_chunk(self, layer: int, first: int, count: int, payload: bytes) -> None:
+        self._emit(Frame(FrameKind.CHUNK, payload, layer, first, count))
+
+    def _payload(self, layer: int, first: int, count: int) -> Tensor:
+        """[bytes] uint8: `[kv_head][block][K 16 x D | V 16 x D]`, the last block zero padded."""
+        geometry = self._geometry
+        blocks = ceil_div(count, BLOCK_TOKENS)
+        kv = self._kv[layer, :, :, first : first + count]
+        if count % BLOCK_TOKENS:
+            kv = torch.nn.functional.pad(kv, (0, 0, 0, blocks * BLOCK_TOKENS - count))
+        blocked = kv.view(2, geometry.num_kv_heads, blocks, BLOCK_TOKENS, geometry.head_dim)
+        ordered = blocked.permute(1, 2, 0, 3, 4).contiguous()
+        return ordered.view(torch.uint8).flatten()
+
+
+def _attention_on(device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Attention of a chunk: [tokens, heads, head_dim] query, [kv_heads, tokens, head_dim] bfloat16
+    keys and values; gives what is like the query."""
+
+    def on_cpu(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        attended = dense_attention.attend_chunk(query.float(), key.float(), value.float())
+        return attended.to(query.dtype)
+
+    def on_gpu(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        from fluxion_core.kernels.dense_attention import cuda
+
+        return cuda.attend_chunk(query, key.to(query.dtype), value.to(query.dtype))
+
+    return on_gpu if device.type == "cuda" else on_cpu

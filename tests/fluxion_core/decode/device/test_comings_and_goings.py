@@ -1,0 +1,75 @@
+"""A long life of steps with sequences that come and go leaves nothing behind."""
+
+from __future__ import annotations
+
+import gc
+import random
+
+import pytest
+import torch
+
+from fluxion_core.decode.work import StepRow
+from fluxion_core.kvstore.store import HostKvStore
+from fluxion_core.planning.policy import parse_policy
+from fluxion_core.pool.cpu_pool import CpuPool
+from tests.fluxion_core.decode.device.small_step import (
+    WINDOW,
+    random_decoder,
+    random_sequence,
+    store_for,
+)
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+STEPS = 2000
+ROWS = 4
+LONGEST_LIFE = 40
+POLICIES = ("exact", "fixed(16, 10 %)", "fixed(64, 25 %)")
+
+
+def _held(store: HostKvStore, windows: int) -> tuple[int, ...]:
+    """Bytes and slots in use, on both sides."""
+    torch.cuda.synchronize()
+    gc.collect()
+    held = store.statistics()
+    device = (torch.cuda.memory_allocated(), torch.cuda.memory_reserved())
+    return (held.used_bytes, held.reserved_bytes, held.sequences, windows, *device)
+
+
+def test_two_thousand_steps_leave_no_byte_and_no_slot_behind() -> None:
+    from fluxion_core.decode.device.step import DeviceStep
+
+    rng, generator = random.Random(5), torch.Generator().manual_seed(5)
+    store = store_for(16)
+    step = DeviceStep(
+        random_decoder("cuda"), store, WINDOW, CpuPool(2), max_rows=ROWS, max_context_tokens=8192
+    )
+    try:
+        at_start = _held(store, step.windows.num_free)
+        joined = 0
+        rows: list[StepRow] = []
+        lives: list[int] = []
+        for _ in range(STEPS):
+            while len(rows) < ROWS and (not rows or rng.random() < 0.3):
+                life, length = rng.randint(1, LONGEST_LIFE), rng.randint(40, 2000)
+                joined += 1
+                sequence = random_sequence(store, length, life + 1, generator, first=joined)
+                policy = parse_policy(rng.choice(POLICIES))
+                rows.append(StepRow(sequence, step.join(sequence), joined % 512, policy))
+                lives.append(life)
+            logits, _ = step.run(rows)
+            assert torch.isfinite(logits).all()
+            lives = [life - 1 for life in lives]
+            for row in [row for row, life in zip(rows, lives, strict=True) if not life]:
+                step.leave(row.slot)
+                row.sequence.release()
+            rows = [row for row, life in zip(rows, lives, strict=True) if life]
+            lives = [life for life in lives if life]
+        for row in rows:
+            step.leave(row.slot)
+            row.sequence.release()
+        assert joined > STEPS // LONGEST_LIFE
+        del rows, logits
+        assert _held(store, step.windows.num_free) == at_start
+    finally:
+        step.close()

@@ -1,0 +1,85 @@
+"""What is said of a run of `gpu_step` follows from its figures; which batches are asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fluxion_core.errors import ConfigError
+from fluxion_core.lab.benchmark.gpu_step import options_from
+from fluxion_core.lab.benchmark.gpu_step_report import draw, markdown
+
+
+def _figure(policy: str, lanes: str, milliseconds: float, read_gigabytes: float) -> dict[str, Any]:
+    return {
+        "batch": "4 x 1,024",
+        "policy": policy,
+        "lanes": lanes,
+        "milliseconds": milliseconds,
+        "gpu_milliseconds": milliseconds - 1,
+        "idle_milliseconds": 2.0,
+        "read_bytes": read_gigabytes * 1e9,
+        "lane_bytes": 0.0,
+        "dense_milliseconds": 10.0,
+        "limit_milliseconds": 20.0,
+        "over_limit": milliseconds / 20,
+        "counted_pcie_bytes": 0.0,
+        "nvml_pcie_bytes": 0.0,
+        "sampling_milliseconds": 0.25,
+    }
+
+
+def _report() -> dict[str, Any]:
+    rates = {"host_read": 90.0, "uva": 40.0, "host_read_beside_uva": 70.0}
+    rates["uva_beside_host_read"] = 30.0
+    return {
+        "machine": dict.fromkeys(("gpu", "processor", "isa", "python", "torch", "commit"), "x"),
+        "options": {"shape": "s", "steps": 3},
+        "figures": [
+            _figure("all heads streaming", "both", 11.0, 0.0),
+            _figure("fixed(16, 5 %)", "both", 30.0, 1.0),
+            _figure("fixed(16, 5 %)", "cpu", 45.0, 1.0),
+            _figure("fixed(16, 5 %)", "gpu", 60.0, 1.0),
+            _figure("marginal(1), recorded", "both", 15.0, 0.5),
+        ],
+    } | {f"{name}_gigabytes_per_second": rate for name, rate in rates.items()}
+
+
+def test_ratios_are_those_of_the_figures():
+    # By hand: 45 / 30, 30 / 15, 11 / 10; 1 GB at 100 GB/s and the dense step are 20 ms.
+    text = "\n".join(markdown("run", _report()))
+    assert "fixed(16, 5 %) 1.50 times faster than the better device" in text
+    assert "marginal(1), recorded 2.00 times faster than fixed(16, 5 %)" in text
+    assert "streaming 1.10 of the dense step alone (10.00 ms), 1.00 from its first kernel" in text
+    row = next(line for line in text.splitlines() if "| fixed(16, 5 %) | both |" in line)
+    assert row.split(" | ")[4] == "0.25"
+    assert row.split(" | ")[9:11] == ["1.50", "1.50"]
+
+
+def test_runs_whose_steps_did_not_sample_say_so():
+    report = _report()
+    assert "Steps sample their rows: no." in "\n".join(markdown("run", report))
+    for figure in report["figures"]:
+        del figure["sampling_milliseconds"]
+    text = "\n".join(markdown("run", report | {"sampling": "temperature 1"}))
+    assert "Steps sample their rows: temperature 1." in text
+    assert "| fixed(16, 5 %) | both | 30.0 |  | 2.0 |" in text
+
+
+def test_the_picture_is_drawn(tmp_path: Path):
+    draw(_report(), tmp_path / "run.png")
+    assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_batches_are_of_one_length_or_mixed():
+    options, path = options_from(
+        ["contexts=64,32", "batches=1,2", "mixed=16+48,32", "json=out.json", "device_digests=no"]
+    )
+    assert options.cases == [(64,), (64, 64), (32,), (32, 32), (48, 16), (32,)]
+    assert path == Path("out.json")
+    assert not options.device_digests
+    for word in ("context=64", "device_digests=maybe"):
+        with pytest.raises(ConfigError):
+            options_from([word])

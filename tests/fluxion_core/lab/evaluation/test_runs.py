@@ -1,0 +1,218 @@
+"""Whole runs of a toy model: pilots, resumption, agreement, what is written."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fluxion_core.errors import ConfigError
+from fluxion_core.generation.tokenizer import Tokenizer
+from fluxion_core.lab.evaluation import evaluate as evaluate_module
+from fluxion_core.lab.evaluation.__main__ import main, parse_arguments
+from fluxion_core.lab.evaluation.agreement import run_agreement
+from fluxion_core.lab.evaluation.case import PromptEncoder
+from fluxion_core.lab.evaluation.evaluate import evaluate
+from fluxion_core.lab.evaluation.files_run import run_files
+from fluxion_core.lab.evaluation.options import EvaluationOptions
+from fluxion_core.lab.evaluation.ruler_run import run_ruler
+from fluxion_core.lab.evaluation.session import EvaluationModel
+from fluxion_core.lab.evaluation.work import Answer
+from fluxion_core.models.decoder import Decoder
+from fluxion_core.models.weights import LoadedModel
+from fluxion_core.planning.planner import Planner
+from fluxion_core.planning.planner_weights import PlannerWeights
+
+OPTIONS = EvaluationOptions(
+    "ruler",
+    lengths=(900,),
+    cases=2,
+    tasks=("niah_single_1", "vt"),
+    policies=("exact", "fixed(16, 5 %)", "balanced"),
+    pilot_cases=0,
+    batch=4,
+)
+
+
+def ignore(done: int, total: int, answer: Answer) -> None:
+    """Progress that nobody watches."""
+
+
+@pytest.fixture
+def model(decoder: Decoder, tokenizer: Tokenizer) -> EvaluationModel:
+    config = decoder.config
+    weights = PlannerWeights.training_free(config.num_layers, config.num_heads)
+    planner = Planner(
+        weights,
+        num_layers=config.num_layers,
+        num_kv_heads=config.num_kv_heads,
+        num_heads=config.num_heads,
+        head_dim=config.head_dim,
+    )
+    loaded = LoadedModel("toy", decoder, config, "0" * 64)
+    encoder = PromptEncoder(tokenizer, is_chat=False)
+    return EvaluationModel(loaded, decoder, tokenizer, encoder, weights, planner)
+
+
+def test_all_policies_answer_all_cases_and_a_hopeless_model_is_said_so(model: EvaluationModel):
+    report, session = run_ruler(model, OPTIONS, ignore)
+    assert report.ways == ("exact", "fixed(16, 5 %)", "balanced")
+    assert len(session.journal.answers) == 2 * 2 * 3
+    assert not any(row.is_able for row in report.rows)
+    assert report.average_scores == {}
+    balanced = session.journal.answers["vt/900/0", "balanced"]
+    assert balanced.attended_bytes > 0
+    assert 0 <= balanced.streaming_share < 1
+
+
+def test_a_hopeless_task_is_given_up_after_its_pilot(model: EvaluationModel):
+    report, session = run_ruler(model, replace(OPTIONS, pilot_cases=1), ignore)
+    assert {way for _, way in session.journal.answers} == {"exact"}
+    assert len(session.journal.answers) == 2
+    assert "vt at 900: given up after a pilot of 1 cases of exact" in report.notes
+
+
+def test_tasks_that_need_a_file_are_reported(model: EvaluationModel):
+    report, _ = run_ruler(model, replace(OPTIONS, tasks=("qa_1", "vt"), cases=1), ignore)
+    assert "qa_1 needs a file (setting `squad_file`); not run" in report.notes
+
+
+def test_a_task_that_does_not_fit_is_reported(model: EvaluationModel):
+    report, _ = run_ruler(model, replace(OPTIONS, tasks=("cwe", "vt"), cases=1), ignore)
+    assert any(note.startswith("cwe does not fit 900 tokens") for note in report.notes)
+    assert [row.task for row in report.rows] == ["vt"]
+
+
+def test_a_resumed_run_answers_only_what_is_missing(model: EvaluationModel, tmp_path: Path):
+    journal = tmp_path / "journal.jsonl"
+    whole = replace(OPTIONS, journal=journal)
+    complete, _ = run_ruler(model, whole, ignore)
+    lines = journal.read_text().splitlines(keepends=True)
+    journal.write_text("".join(lines[:6]))
+    made: list[str] = []
+    again, _ = run_ruler(
+        model, replace(whole, resume=True), lambda done, total, answer: made.append(answer.way)
+    )
+    assert len(made) == 12 - 5
+    assert again == complete
+
+
+def test_a_journal_of_other_weights_is_refused(model: EvaluationModel, tmp_path: Path):
+    options = replace(OPTIONS, tasks=("vt",), cases=1, journal=tmp_path / "journal.jsonl")
+    run_ruler(model, options, ignore)
+    heavier = replace(model.weights, head_weights=model.weights.head_weights * 2)
+    other = replace(model, weights=heavier)
+    with pytest.raises(ConfigError, match="planner was"):
+        run_ruler(other, replace(options, resume=True), ignore)
+
+
+def test_a_run_that_is_out_of_time_begins_no_case_and_says_so(model: EvaluationModel):
+    report, session = run_ruler(model, replace(OPTIONS, stop_after_seconds=1e-9), ignore)
+    assert not session.journal.answers
+    assert "stopped after 1e-09 s with 4 cases to do: resume" in report.notes
+
+
+def test_progress_counts_to_the_total(model: EvaluationModel):
+    seen: list[tuple[int, int]] = []
+    run_ruler(model, OPTIONS, lambda done, total, answer: seen.append((done, total)))
+    assert seen == [(count, 12) for count in range(1, 13)]
+
+
+@pytest.mark.parametrize(
+    ("policies", "message"),
+    [
+        (("fixed(16, 5 %)",), "exact is what they are held against"),
+        (("exact", "fast", "FAST"), "named twice"),
+        (("exact", "best"), "policy 'best'"),
+    ],
+)
+def test_policies_are_checked(model: EvaluationModel, policies: tuple[str, ...], message: str):
+    with pytest.raises(ConfigError, match=message):
+        run_ruler(model, replace(OPTIONS, policies=policies), ignore)
+
+
+def test_agreement_continues_each_document_freely_and_forced(
+    model: EvaluationModel, tmp_path: Path
+):
+    for number in range(3):
+        text = " ".join(f"word{number * i % 97}" for i in range(200))
+        (tmp_path / f"{number}.txt").write_text(text)
+    (tmp_path / "short.txt").write_text("too short")
+    options = replace(
+        OPTIONS, benchmark="agreement", data=tmp_path, lengths=(800,), cases=4, new_tokens=8
+    )
+    rows, session = run_agreement(model, options, ignore)
+    assert [(row.way, row.documents) for row in rows] == [("fixed(16, 5 %)", 3), ("balanced", 3)]
+    assert all(0 <= row.forced_share.mean <= 1 for row in rows)
+    assert 0 < rows[0].of_exact < 0.5
+    assert any("3 of 4 documents have the 792 tokens" in note for note in session.notes)
+
+
+def test_agreement_without_documents_is_refused(model: EvaluationModel, tmp_path: Path):
+    options = replace(OPTIONS, benchmark="agreement", data=tmp_path)
+    with pytest.raises(ConfigError, match="holds no text files"):
+        run_agreement(model, options, ignore)
+    with pytest.raises(ConfigError, match="no directory"):
+        run_agreement(model, replace(options, data=None), ignore)
+
+
+def test_longbench_runs_from_files(model: EvaluationModel, tmp_path: Path):
+    record = {"input": "What?", "context": "text " * 120, "answers": ["this"]}
+    (tmp_path / "hotpotqa.jsonl").write_text(json.dumps(record) + "\n")
+    options = replace(OPTIONS, benchmark="longbench", data=tmp_path, tasks=("hotpotqa",))
+    report, _ = run_files(model, options, ignore)
+    assert [(row.task, row.cases) for row in report.rows] == [("hotpotqa", 1)]
+    with pytest.raises(ConfigError, match=r"musique\.jsonl is not there"):
+        run_files(model, replace(options, tasks=("musique",)), ignore)
+
+
+def test_the_files_that_are_asked_for_are_written(
+    model: EvaluationModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(evaluate_module.EvaluationModel, "load", lambda options: model)
+    options = replace(
+        OPTIONS, cases=1, json=tmp_path / "new" / "report.json", markdown=tmp_path / "report.md"
+    )
+    text = evaluate(options, ignore)
+    assert (tmp_path / "report.md").read_text() == text
+    content = json.loads((tmp_path / "new" / "report.json").read_text())
+    assert content["title"] == "RULER, toy"
+    assert content["settings"]["policies"].endswith("balanced = threshold(0.1)")
+    assert content["report"]["rows"][0]["task"] == "niah_single_1"
+
+
+def test_arguments_become_options():
+    pairs = ["lengths=1024,2048", "policies=exact; fixed(16, 5 %)", "chat=false", "cases=7"]
+    pairs += ["journal=a.jsonl", "resume=true", "tasks=vt", "host_kv_gib=1.5"]
+    options = parse_arguments(["ruler", *pairs])
+    assert options.lengths == (1024, 2048)
+    assert options.policies == ("exact", "fixed(16, 5 %)")
+    assert (options.chat, options.resume) == (False, True)
+    assert (options.journal, options.cases) == (Path("a.jsonl"), 7)
+    assert (options.tasks, options.host_kv_gib) == (("vt",), 1.5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no benchmark"),
+        (["ruler", "cases"], "NAME=VALUE"),
+        (["ruler", "speed=3"], "one of: batch"),
+        (["ruler", "cases=many"], "no int"),
+        (["riddles"], "one of ruler, longbench, leval, agreement"),
+        (["ruler", "cases=0"], "at least 1"),
+        (["ruler", "resume=true"], "resume needs the journal"),
+    ],
+)
+def test_wrong_arguments_are_one_sentence_and_status_1(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+):
+    assert main(arguments) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_model_that_is_not_there_is_status_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["ruler", f"model={tmp_path / 'absent.gguf'}"]) == 1
+    assert "does not exist" in capsys.readouterr().err

@@ -1,0 +1,140 @@
+"""A prompt's profile against the plain steps that define it, and its bytes on the wire."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pytest
+import torch
+from torch import Tensor
+
+from fluxion_core.errors import FrameFormatError, ShapeError
+from fluxion_core.geometry import WindowSpec
+from fluxion_core.planning import prompt_profile
+from fluxion_core.planning.features import CLIP
+from fluxion_core.planning.head_profile import ERROR_FLOOR
+from fluxion_core.planning.layer_step import LayerStep, profile_prompts
+from fluxion_core.planning.prompt_estimate import (
+    PromptEstimator,
+    padded_tokens,
+    profiled_positions,
+)
+from fluxion_core.planning.prompt_profile import PromptProfile
+
+KV_HEADS, GROUP, HEAD_DIM = 2, 3, 16
+WINDOW = WindowSpec(sink_tokens=32, recent_tokens=128)
+
+
+def random_layer(num_tokens: int, loudness: float = 2.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries of the prompt's end, and its keys and values, padded with zeros."""
+    generator = torch.Generator().manual_seed(num_tokens)
+    rows = len(profiled_positions(num_tokens))
+    query = torch.randn(rows, KV_HEADS * GROUP, HEAD_DIM, generator=generator) * loudness
+    shape = (2, KV_HEADS, padded_tokens(num_tokens), HEAD_DIM)
+    key, value = torch.randn(shape, generator=generator).bfloat16().float()
+    key[:, num_tokens:], value[:, num_tokens:] = 0, 0
+    return query, key, value
+
+
+def by_plain_steps(query: Tensor, key: Tensor, value: Tensor, num_tokens: int) -> PromptProfile:
+    positions = torch.tensor(list(profiled_positions(num_tokens)))
+    own_key, own_value = key[:, positions].transpose(0, 1), value[:, positions].transpose(0, 1)
+    step = LayerStep(key, value, query, own_key, own_value, positions, WINDOW)
+    profile = profile_prompts(step, 1, key, value, [num_tokens])
+    return PromptProfile(*(getattr(profile, f.name)[0] for f in fields(PromptProfile)))
+
+
+def assert_close(found: PromptProfile, expected: PromptProfile) -> None:
+    for field in fields(PromptProfile):
+        torch.testing.assert_close(
+            getattr(found, field.name), getattr(expected, field.name), atol=2e-4, rtol=1e-4
+        )
+
+
+# 1,000 ends within a block and 1,008 with one; 175 and 176 have a region of none and of one block
+# for some of the queries; the others have no region, or fewer tokens than queries.
+@pytest.mark.parametrize("num_tokens", [1, 5, 16, 100, 175, 176, 177, 190, 1000, 1008, 1024])
+def test_it_is_what_plain_steps_say(num_tokens: int):
+    layer = random_layer(num_tokens)
+    found = PromptEstimator(num_tokens, WINDOW).estimate(*layer)
+    assert_close(found, by_plain_steps(*layer, num_tokens))
+
+
+def test_a_few_queries_at_a_time_say_the_same():
+    layer = random_layer(600)
+    found = PromptEstimator(600, WINDOW, part_bytes=1).estimate(*layer)
+    assert_close(found, PromptEstimator(600, WINDOW).estimate(*layer))
+
+
+def test_a_second_layer_does_not_see_the_first_ones_numbers():
+    first, second = random_layer(600), random_layer(600, loudness=0.3)
+    estimator = PromptEstimator(600, WINDOW)
+    before = estimator.estimate(*first)
+    kept = prompt_profile.pack([before])
+    assert_close(estimator.estimate(*second), PromptEstimator(600, WINDOW).estimate(*second))
+    assert prompt_profile.pack([before]) == kept
+
+
+def test_without_a_region_nothing_is_needed():
+    # By hand: no budget changes anything, so errors are at their floor and masses at the clip.
+    profile = PromptEstimator(160, WINDOW).estimate(*random_layer(160))
+    floor = 2 * torch.log(torch.tensor(ERROR_FLOOR))
+    assert (profile.log_squares - floor).abs().max() < 1e-4
+    assert (profile.region_mass == -CLIP).all()
+    assert (profile.bounds == -CLIP).all()
+
+
+def test_a_window_without_weight_is_finite():
+    # One key of the region outweighs everything by more than float32 can tell.
+    query, key, value = random_layer(600)
+    key[:] = 0
+    key[:, 300] = 1e3
+    query = query.abs() + 1
+    profile = PromptEstimator(600, WINDOW).estimate(query, key, value)
+    for field in fields(PromptProfile):
+        assert torch.isfinite(getattr(profile, field.name)).all(), field.name
+    assert (profile.region_mass == CLIP).all()
+
+
+def test_the_region_ends_where_the_receivers_window_begins():
+    query, key, value = random_layer(600)
+    wide = PromptEstimator(600, WindowSpec(32, 256)).estimate(query, key, value)
+    narrow = PromptEstimator(600, WINDOW).estimate(query, key, value)
+    assert (wide.region_mass < narrow.region_mass).all()
+
+
+def test_fewer_queries_are_those_of_the_last_tokens():
+    # The last 5 queries alone: means over them, and the largest of all 16 is no smaller.
+    query, key, value = random_layer(600)
+    whole = PromptEstimator(600, WINDOW).estimate(query, key, value)
+    last = PromptEstimator(600, WINDOW).estimate(query[-5:], key, value)
+    singles = [
+        PromptEstimator(600, WINDOW).estimate(query[-5 + n :], key, value) for n in range(1, 5)
+    ]
+    assert (last.worst_log_squares <= whole.worst_log_squares + 1e-5).all()
+    for single in singles:
+        assert (single.worst_log_squares <= last.worst_log_squares + 1e-5).all()
+
+
+def test_more_queries_than_the_last_are_refused():
+    query, key, value = random_layer(600)
+    estimator = PromptEstimator(600, WINDOW)
+    for rows in (torch.cat([query, query[:1]]), query[:0]):
+        with pytest.raises(ShapeError, match="need up to 16 queries and 640 keys"):
+            estimator.estimate(rows, key, value)
+    with pytest.raises(ShapeError, match="need up to 16 queries and 640 keys"):
+        estimator.estimate(query, key[:, :600], value)
+
+
+def test_a_profile_survives_the_wire():
+    profiles = [PromptEstimator(600, WINDOW).estimate(*random_layer(600, n)) for n in (1.0, 3.0)]
+    packed = prompt_profile.pack(profiles)
+    shape = {"num_layers": 2, "num_heads": KV_HEADS * GROUP, "num_kv_heads": KV_HEADS}
+    assert len(packed) == prompt_profile.packed_bytes(**shape)
+    for found, sent in zip(prompt_profile.unpack(packed, **shape), profiles, strict=True):
+        for field in fields(PromptProfile):
+            assert torch.equal(getattr(found, field.name), getattr(sent, field.name))
+    with pytest.raises(FrameFormatError, match="need"):
+        prompt_profile.unpack(packed[:-4], **shape)
+    with pytest.raises(FrameFormatError, match="not finite"):
+        prompt_profile.unpack(packed[:-4] + b"\x00\x00\x80\x7f", **shape)
