@@ -12,7 +12,7 @@ define patiently
   $(2); status=$$?; kill $$dots; echo >&2; exit $$status
 endef
 
-.PHONY: demo test lint format bench asan tsan fuzz faults protos dashboards compose-test native clean
+.PHONY: demo test lint format bench asan tsan fuzz faults protos dashboards docs compose-test native clean
 
 demo: $(VENV)/.installed  ## ask a question about a 7,000-token document, through two processes
 	$(BIN)/fluxion demo
@@ -20,13 +20,14 @@ demo: $(VENV)/.installed  ## ask a question about a 7,000-token document, throug
 test: $(VENV)/.tested  ## the whole test suite
 	$(BIN)/python -m pytest
 
-lint: $(VENV)/.tested  ## formatting, lint, types, import contract, stubs and dashboards fresh
+lint: $(VENV)/.tested  ## formatting, lint, types, import contract, stubs and dashboards fresh, the site
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python protos/regenerate.py --check
 	$(BIN)/python deploy/grafana/generate.py --check
+	$(MAKE) docs
 
 format: $(VENV)/.tested
 	$(BIN)/ruff format .
@@ -57,6 +58,9 @@ fuzz: $(VENV)/.tested  ## a million hand-off frames, 100,000 model headers, 20,0
 dashboards: $(VENV)/.tested  ## Grafana dashboards and console pages from deploy/grafana/panels.py
 	$(BIN)/python deploy/grafana/generate.py
 
+docs: $(VENV)/.tested  ## the site, into build/site; a broken link or anchor is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 compose-test: $(VENV)/.tested  ## bring docker-compose.yml up for real: serve, lose a node, be scraped, go
 	$(BIN)/python deploy/compose_test.py
 
@@ -78,7 +82,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt $(NATIVE) | $(VENV)/bin/pytho
 
 $(VENV)/.tested: $(VENV)/.installed
 	$(call patiently,Installing what tests need into $(VENV),PIP_CONSTRAINT=constraints.txt \
-	  $(BIN)/python -m pip install --disable-pip-version-check -q -e '.[test]')
+	  $(BIN)/python -m pip install --disable-pip-version-check -q -e '.[test,docs]')
 	@touch $@
 
 clean:
