@@ -1,4 +1,4 @@
-"""Spans: what was done from when to when, on which lane. The common form of all step traces."""
+"""Spans: what was done from when to when, on which track. The common form of all step traces."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Span:
-    """One piece of work on one lane.
+    """One piece of work on one track.
 
-    Lanes are named by what works there: "engine" for the step loop; "cpu 0", "cpu 1", … for
-    attention workers; "gpu" for the GPU's dense part and "gpu tasks 0", … for the slots of its
-    lane; "pcie host_to_device" and "pcie device_to_host"; "handoff HOST:PORT REQUEST" for a
-    hand-off stream. Spans of one lane do not overlap, except where one holds the other whole.
+    Tracks are named by what works there: "engine" for the step loop; "cpu 0", "cpu 1", … for
+    attention workers; "gpu" for the GPU's dense part and "gpu tasks 0", … for tasks of its lane
+    that run side by side; "pcie host_to_device" and "pcie device_to_host"; "handoff HOST:PORT
+    REQUEST" for a hand-off stream. Spans of one track do not overlap, except where one holds the
+    other whole.
     """
 
-    lane: str
+    track: str
     name: str
     start_ns: int
     """On the system's monotonic clock (time.monotonic_ns), like end_ns."""

@@ -24,7 +24,7 @@ from fluxion_core.observe.spans import Span
 MAX_SPANS = 200_000
 """Of a trace: some 30 MB as a file. A trace ends with the step that reaches it."""
 
-ENGINE_LANE = "engine"
+ENGINE_TRACK = "engine"
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class SpanSource(Protocol):
     """Whoever keeps spans of steps. Called on the engine's thread, except where it says so."""
 
     @property
-    def lanes(self) -> Sequence[str]:
-        """Its lanes, in the order in which they are shown. Any thread."""
+    def tracks(self) -> Sequence[str]:
+        """Its tracks, in the order in which they are shown. Any thread."""
 
     def record(self, *, on: bool) -> None:
         """Keep spans from now on, or no longer. Any thread."""
@@ -58,7 +58,7 @@ class Trace:
     """From the sources."""
     added: Sequence[Span]
     """By the engine and by others."""
-    lanes: Sequence[str]
+    tracks: Sequence[str]
     """In the order in which they are shown; some may have no span."""
     steps: int
     """That were recorded whole."""
@@ -117,10 +117,12 @@ class TraceRecorder:
         if (session := self._session) is not None:
             session.add(span)
 
-    def span(self, lane: str, name: str, **args: int | float | str) -> AbstractContextManager[None]:
+    def span(
+        self, track: str, name: str, **args: int | float | str
+    ) -> AbstractContextManager[None]:
         """Around a piece of work, which becomes a span if a trace is being recorded."""
         session = self._session
-        return _NOTHING if session is None else _timed(session, Span(lane, name, 0, 0, args))
+        return _NOTHING if session is None else _timed(session, Span(track, name, 0, 0, args))
 
     def step(self, sequences: int) -> AbstractContextManager[None]:
         """Around a step of the engine, on its thread."""
@@ -152,7 +154,7 @@ class TraceRecorder:
         return Trace(
             taken=session.taken,
             added=session.spans,
-            lanes=self._lanes(session.spans),
+            tracks=self._tracks(session.spans),
             steps=session.steps,
             ended_by=("steps" if session.steps >= steps else "spans") if in_time else "time",
             start_ns=session.start_ns,
@@ -183,7 +185,7 @@ class TraceRecorder:
             if session.over.is_set():
                 return
             args = {"step": session.steps, "sequences": sequences}
-            session.add(Span(ENGINE_LANE, "step", start_ns, end_ns, args))
+            session.add(Span(ENGINE_TRACK, "step", start_ns, end_ns, args))
             for source in self._sources:
                 taken = source.take(start_ns, end_ns)
                 session.taken.append(taken)
@@ -192,9 +194,9 @@ class TraceRecorder:
             if session.steps >= session.steps_wanted or session.count >= MAX_SPANS:
                 session.over.set()
 
-    def _lanes(self, added: Sequence[Span]) -> list[str]:
-        known = [ENGINE_LANE, *(lane for source in self._sources for lane in source.lanes)]
-        return list(dict.fromkeys((*known, *(span.lane for span in added))))
+    def _tracks(self, added: Sequence[Span]) -> list[str]:
+        known = [ENGINE_TRACK, *(track for source in self._sources for track in source.tracks)]
+        return list(dict.fromkeys((*known, *(span.track for span in added))))
 
 
 _NOTHING = nullcontext()
@@ -206,4 +208,4 @@ def _timed(session: _Session, empty: Span) -> Iterator[None]:
     try:
         yield
     finally:
-        session.add(Span(empty.lane, empty.name, start_ns, time.monotonic_ns(), empty.args))
+        session.add(Span(empty.track, empty.name, start_ns, time.monotonic_ns(), empty.args))

@@ -1,6 +1,6 @@
 """A trace as a file: the Trace Event Format that Perfetto (ui.perfetto.dev) and Chrome read.
 
-One process, one thread for each lane. Times are microseconds from the beginning of the recording,
+One process, one thread for each track. Times are microseconds from the beginning of the recording,
 with the nanoseconds behind the point. Work is a complete event (ph X), a moment an instant one (ph
 i). The file is made in small pieces: who makes it inside a node pauses between them, so that the
 engine's thread does not wait for the interpreter.
@@ -46,7 +46,7 @@ class TraceFile(TypedDict):
 
 
 def trace_pieces(trace: Trace, name: str, about: Mapping[str, str] | None = None) -> Iterator[str]:
-    """Every span of a trace, and the names of its lanes, as JSON in pieces.
+    """Every span of a trace, and the names of its tracks, as JSON in pieces.
 
     Args:
         trace: what was recorded.
@@ -59,26 +59,26 @@ def trace_pieces(trace: Trace, name: str, about: Mapping[str, str] | None = None
         "ended_by": trace.ended_by,
         "origin_monotonic_ns": trace.start_ns,
     }
-    threads = {lane: number for number, lane in enumerate(trace.lanes, start=1)}
+    threads = {track: number for number, track in enumerate(trace.tracks, start=1)}
     yield f'{{"displayTimeUnit": "ms", "otherData": {json.dumps(other)},\n"traceEvents": [\n'
     yield json.dumps(_named("process_name", 0, name=name))
     for spans in _batches(trace.spans()):
         events = [
-            _event(span, threads.setdefault(span.lane, len(threads) + 1), trace.start_ns)
+            _event(span, threads.setdefault(span.track, len(threads) + 1), trace.start_ns)
             for span in spans
         ]
         yield f",\n{json.dumps(events)[1:-1]}"
-    for lane, thread in threads.items():
+    for track, thread in threads.items():
         for event in (
-            _named("thread_name", thread, name=lane),
+            _named("thread_name", thread, name=track),
             _named("thread_sort_index", thread, sort_index=thread),
         ):
             yield f",\n{json.dumps(event)}"
     yield "\n]}\n"
 
 
-def lanes_of(file: TraceFile) -> dict[str, list[TraceEvent]]:
-    """The events of every named lane, in the order of lanes and time; lanes without events too.
+def tracks_of(file: TraceFile) -> dict[str, list[TraceEvent]]:
+    """The events of every named track, in the order of tracks and time; tracks without events too.
 
     Raises:
         FluxionError: this is no trace of ours.
@@ -89,16 +89,16 @@ def lanes_of(file: TraceFile) -> dict[str, list[TraceEvent]]:
             for event in file["traceEvents"]
             if event["ph"] == "M" and event["name"] == "thread_name"
         }
-        lanes: dict[str, list[TraceEvent]] = {lane: [] for lane in threads.values()}
+        tracks: dict[str, list[TraceEvent]] = {track: [] for track in threads.values()}
         for event in file["traceEvents"]:
             if event["ph"] != "M":
-                lanes[threads[event["tid"]]].append(event)
-        for events in lanes.values():
+                tracks[threads[event["tid"]]].append(event)
+        for events in tracks.values():
             # Who holds another comes first.
             events.sort(key=lambda event: (event["ts"], -event.get("dur", 0.0)))
     except (KeyError, TypeError) as error:
         raise FluxionError(f"not a trace of a Fluxion node: {error!r}") from None
-    return lanes
+    return tracks
 
 
 def _batches(spans: Iterator[Span]) -> Iterator[list[Span]]:
@@ -113,7 +113,7 @@ def _named(kind: str, thread: int, **args: int | float | str) -> TraceEvent:
 def _event(span: Span, thread: int, origin: int) -> TraceEvent:
     event: TraceEvent = {
         "name": span.name,
-        "cat": span.lane.split(" ")[0],
+        "cat": span.track.split(" ")[0],
         "ph": "X",
         "pid": _PROCESS,
         "tid": thread,

@@ -130,7 +130,7 @@ class CpuPool:
         self.native.wait()
 
     @property
-    def num_lanes(self) -> int:
+    def num_tracks(self) -> int:
         """Threads that may record spans: the pinned workers, and the one that waits."""
         return self.native.num_workers + 1
 

@@ -1,4 +1,4 @@
-"""What the CPU pool did in a step, as spans: one lane for each of its threads."""
+"""What the CPU pool did in a step, as spans: one track for each of its threads."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class PoolSpans:
 
     def __init__(self, pool: CpuPool) -> None:
         self._pool = pool
-        self.lanes = [_lane(worker) for worker in range(pool.num_lanes)]
+        self.tracks = [_track(worker) for worker in range(pool.num_tracks)]
         """The last one is the thread that waits for the others."""
 
     def record(self, *, on: bool) -> None:
@@ -53,7 +53,7 @@ def pool_spans(rows: npt.NDArray[np.void]) -> Iterator[Span]:
     for first in range(0, len(rows), _AT_ONCE):
         for one in task_spans(rows[first : first + _AT_ONCE]):
             yield Span(
-                _lane(one.worker),
+                _track(one.worker),
                 PHASES[one.phase] if one.phase >= 0 else "claim",
                 one.start_ns,
                 one.end_ns,
@@ -61,5 +61,5 @@ def pool_spans(rows: npt.NDArray[np.void]) -> Iterator[Span]:
             )
 
 
-def _lane(worker: int) -> str:
+def _track(worker: int) -> str:
     return f"cpu {worker}"

@@ -1,7 +1,7 @@
 """`fluxion trace`: the next steps of a decode node, as a file for Perfetto and as a picture.
 
 The node records and writes the file (fluxion_core/observe/trace.py, trace_events.py); this asks for
-it, keeps it, and says how busy each lane was.
+it, keeps it, and says how busy each track was.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from rich.table import Table
 from fluxion_core.config.addresses import address_of
 from fluxion_core.errors import ConfigError, FluxionError, PeerUnavailableError
 from fluxion_core.lab.plots.trace import draw_trace
-from fluxion_core.observe.trace_events import TraceEvent, TraceFile, lanes_of
+from fluxion_core.observe.trace_events import TraceEvent, TraceFile, tracks_of
 from services.cli.http import get, reason_of
 
 _GRACE_SECONDS = 30.0
@@ -28,7 +28,7 @@ _GRACE_SECONDS = 30.0
 def run_trace(
     address: str, steps: int, seconds: float, out: Path, png: Path | None, console: Console
 ) -> None:
-    """Have a trace recorded, write it, draw it, and print what its lanes did.
+    """Have a trace recorded, write it, draw it, and print what its tracks did.
 
     Raises:
         PeerUnavailableError: nothing answers there, or it is no decode node's metrics endpoint.
@@ -80,8 +80,8 @@ def fetch_trace(address: str, steps: int, seconds: float) -> str:
 
 
 def _print(file: TraceFile, wanted: int, console: Console) -> None:
-    lanes = lanes_of(file)
-    work = [event for events in lanes.values() for event in events if event["ph"] == "X"]
+    tracks = tracks_of(file)
+    work = [event for events in tracks.values() for event in events if event["ph"] == "X"]
     begin = min(event["ts"] for event in work)
     length = max(event["ts"] + event["dur"] for event in work) - begin
     steps, ended_by = file["otherData"]["steps"], file["otherData"]["ended_by"]
@@ -90,16 +90,18 @@ def _print(file: TraceFile, wanted: int, console: Console) -> None:
         f"{steps} of {wanted} steps in {length / 1e3:.1f} ms{why[str(ended_by)]}", highlight=False
     )
     table = Table(box=None, pad_edge=False)
-    for heading in ("lane", "spans", "busy ms", "of the time"):
-        table.add_column(heading, justify="left" if heading == "lane" else "right")
-    for lane, events in lanes.items():
+    for heading in ("track", "spans", "busy ms", "of the time"):
+        table.add_column(heading, justify="left" if heading == "track" else "right")
+    for track, events in tracks.items():
         busy = busy_microseconds(events)
-        table.add_row(lane, f"{len(events):,}", f"{busy / 1e3:.1f}", f"{busy / length * 100:.0f} %")
+        table.add_row(
+            track, f"{len(events):,}", f"{busy / 1e3:.1f}", f"{busy / length * 100:.0f} %"
+        )
     console.print(table)
 
 
 def busy_microseconds(events: list[TraceEvent]) -> float:
-    """What the spans of a lane cover; those that lie in others count once."""
+    """What the spans of a track cover; those that lie in others count once."""
     busy, reached = 0.0, float("-inf")
     for event in events:
         if event["ph"] == "X":

@@ -41,7 +41,7 @@ from fluxion_core.kvstore.store import SequenceKv
 from fluxion_core.machine.threads import start
 from fluxion_core.observe.device_usage import DeviceUsage, UsageClock
 from fluxion_core.observe.log import event
-from fluxion_core.observe.trace import ENGINE_LANE, TraceRecorder
+from fluxion_core.observe.trace import ENGINE_TRACK, TraceRecorder
 from fluxion_core.planning.planner import Planner, PlannerState
 from fluxion_core.planning.policy import Policy
 from fluxion_core.planning.prompt_profile import PromptProfile
@@ -397,7 +397,7 @@ class DecodeEngine:
         """Work for one sequence that is not decoding yet: its time counts, its failure ends it."""
         started = time.perf_counter()
         self._current = CurrentStep(self._statistics.steps + 1, started, (sequence.request_id,))
-        with self._alone(sequence, what), self._trace.span(ENGINE_LANE, what):
+        with self._alone(sequence, what), self._trace.span(ENGINE_TRACK, what):
             yield
         self._current = None
         seconds = time.perf_counter() - started
@@ -474,9 +474,9 @@ class DecodeEngine:
     @torch.inference_mode()
     def _run_step(self, rows: dict[DecodeSequence, StepRow]) -> list[DecodeSequence]:
         """One token for every sequence of the step; returns those that are finished."""
-        with self._trace.span(ENGINE_LANE, "forward"):
+        with self._trace.span(ENGINE_TRACK, "forward"):
             logits, reads = self._step.run(list(rows.values()))
-        with self._trace.span(ENGINE_LANE, "sample"):
+        with self._trace.span(ENGINE_TRACK, "sample"):
             tokens = sample_rows(logits, [sequence.sampler for sequence in rows], self._pool)
         finished = []
         for sequence, token, read in zip(rows, tokens, reads, strict=True):

@@ -86,7 +86,7 @@ class KvIngest:
         num_heads: query heads of the model, each of which a prompt profile describes.
         stall_seconds: a node that is silent for longer is given up.
         counters: count what was handed off, and what failed.
-        trace: takes a span for each frame, on a lane for each stream.
+        trace: takes a span for each frame, on a track for each stream.
     """
 
     def __init__(
@@ -208,7 +208,7 @@ class KvIngest:
     async def _attempt(
         self,
         address: str,
-        lane: str,
+        track: str,
         channel: grpc.aio.Channel,
         request: bytes,
         sequence: SequenceKv,
@@ -235,7 +235,7 @@ class KvIngest:
                 async for message in call:
                     heard()
                     has_heard = True
-                    with self._trace.span(lane, "frame", bytes=len(message)):
+                    with self._trace.span(track, "frame", bytes=len(message)):
                         kind = codec.take_message(assembler, message)
                     if kind is FrameKind.CHUNK and first_chunk is None:
                         first_chunk = time.perf_counter()

@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import pytest
 
-from fluxion_core.observe.trace_events import TraceEvent, TraceFile, lanes_of
+from fluxion_core.observe.trace_events import TraceEvent, TraceFile, tracks_of
 from fluxion_proto.v1 import generate_pb2
 
 STEPS = 5
@@ -55,30 +55,30 @@ async def recorded(start_prefill, start_decode, open_stub, find_free_address):
             yield await tracing, prefill.address
 
 
-async def test_everybody_who_works_has_a_lane(recorded):
+async def test_everybody_who_works_has_a_track(recorded):
     file, prefill = recorded
-    lanes = lanes_of(file)
+    tracks = tracks_of(file)
     assert file["otherData"]["steps"] == STEPS
     assert file["otherData"]["device"] == "cpu"
-    streams = [lane for lane in lanes if lane.startswith("handoff ")]
-    assert [lane for lane in lanes if lane not in streams] == [
+    streams = [track for track in tracks if track.startswith("handoff ")]
+    assert [track for track in tracks if track not in streams] == [
         *("engine", "cpu 0", "cpu 1", "cpu 2", "cpu 3"),
     ]
-    assert all(re.fullmatch(rf"handoff {prefill} \d{{8}}", lane) for lane in streams)
+    assert all(re.fullmatch(rf"handoff {prefill} \d{{8}}", track) for track in streams)
     # K and V, 2 layers, 2 heads of 16 channels in bf16, of 704 tokens.
     payload = 704 * 2 * 2 * 2 * 16 * 2
-    received = [sum(event["args"]["bytes"] for event in lanes[lane]) for lane in streams]
+    received = [sum(event["args"]["bytes"] for event in tracks[track]) for track in streams]
     assert max(received) > payload
 
 
 async def test_spans_lie_where_they_belong(recorded):
     file, _ = recorded
-    lanes = lanes_of(file)
-    steps = [event for event in lanes["engine"] if event["name"] == "step"]
-    forwards = [event for event in lanes["engine"] if event["name"] == "forward"]
+    tracks = tracks_of(file)
+    steps = [event for event in tracks["engine"] if event["name"] == "step"]
+    forwards = [event for event in tracks["engine"] if event["name"] == "forward"]
     assert [step["args"]["step"] for step in steps] == list(range(STEPS))
     assert all(lies_in(forward, step) for forward, step in zip(forwards, steps, strict=True))
-    work = [event for lane, events in lanes.items() if lane[:3] == "cpu" for event in events]
+    work = [event for track, events in tracks.items() if track[:3] == "cpu" for event in events]
     for event in work:
         assert sum(lies_in(event, forward) for forward in forwards) == 1
     # By hand: 2 layers of 2 KV heads, each attended to in every step. The dense part has a task
@@ -89,7 +89,7 @@ async def test_spans_lie_where_they_belong(recorded):
             *((0, 0), (0, 0), (0, 0), (0, 1)),
             *((1, 0), (1, 0), (1, 0), (1, 1)),
         ]
-    for events in lanes.values():
+    for events in tracks.values():
         for earlier, later in pairwise(event for event in events if event["ph"] == "X"):
             apart = later["ts"] >= earlier["ts"] + earlier["dur"] - 5e-4
             assert apart or lies_in(later, earlier)

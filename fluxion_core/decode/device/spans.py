@@ -22,8 +22,8 @@ from fluxion_core.observe.trace import TakenSpans
 from fluxion_core.pool.cpu_pool import CpuPool
 from fluxion_core.pool.spans import PoolSpans, pool_spans
 
-DENSE_LANE = "gpu"
-NUM_TASK_LANES = 3
+DENSE_TRACK = "gpu"
+NUM_TASK_TRACKS = 3
 """As many as tasks are on the GPU at a time."""
 
 
@@ -63,12 +63,12 @@ class DeviceSpans:
 
     def __init__(self, step: RecordedStep, pool: CpuPool) -> None:
         self._step, self._pool = step, pool
-        self.lanes = [
-            *PoolSpans(pool).lanes,
-            DENSE_LANE,
-            *map(_task_lane, range(NUM_TASK_LANES)),
-            _pcie_lane("host_to_device"),
-            _pcie_lane("device_to_host"),
+        self.tracks = [
+            *PoolSpans(pool).tracks,
+            DENSE_TRACK,
+            *map(_task_track, range(NUM_TASK_TRACKS)),
+            _pcie_track("host_to_device"),
+            _pcie_track("device_to_host"),
         ]
 
     def record(self, *, on: bool) -> None:
@@ -86,35 +86,35 @@ class DeviceSpans:
 
 
 def device_spans(record: StepRecord, host_minus_gpu_ns: int) -> list[Span]:
-    """A step's spans on the GPU's lanes and PCIe's.
+    """A step's spans on the tracks of the GPU and of PCIe.
 
     The dense part of a layer begins where the one before it was answered; of the first layer, and
     of the logits, nothing is stamped.
     """
 
-    def span(lane: str, name: str, begin: int, end: int, **args: int) -> Span:
-        return Span(lane, name, begin + host_minus_gpu_ns, end + host_minus_gpu_ns, args)
+    def span(track: str, name: str, begin: int, end: int, **args: int) -> Span:
+        return Span(track, name, begin + host_minus_gpu_ns, end + host_minus_gpu_ns, args)
 
     spans = []
-    to_device, to_host = _pcie_lane("host_to_device"), _pcie_lane("device_to_host")
+    to_device, to_host = _pcie_track("host_to_device"), _pcie_track("device_to_host")
     begin = int(record.stamps[0, 0])
     for layer, (published, waits, answered) in enumerate(record.stamps.tolist()):
         moved = record.published_bytes
         spans.append(span(to_host, "publish", published, published, layer=layer, bytes=moved))
-        spans.append(span(DENSE_LANE, "dense", begin, waits, layer=layer))
+        spans.append(span(DENSE_TRACK, "dense", begin, waits, layer=layer))
         if not record.skip[layer]:
-            spans.append(span(DENSE_LANE, "wait for host", waits, answered, layer=layer))
+            spans.append(span(DENSE_TRACK, "wait for host", waits, answered, layer=layer))
             moved = record.answered_bytes
             spans.append(span(to_device, "states", answered, answered, layer=layer, bytes=moved))
         begin = answered
     tasks = sorted(map(LaneSpan._make, record.tasks.tolist()), key=lambda task: task.begin_ns)
     free_from: list[int] = []
     for task in tasks:
-        slot = next((i for i, end in enumerate(free_from) if end <= task.begin_ns), len(free_from))
-        free_from[slot : slot + 1] = [task.end_ns]
+        place = next((i for i, end in enumerate(free_from) if end <= task.begin_ns), len(free_from))
+        free_from[place : place + 1] = [task.end_ns]
         spans.append(
             span(
-                _task_lane(slot),
+                _task_track(place),
                 "task",
                 task.begin_ns,
                 task.end_ns,
@@ -172,9 +172,9 @@ def _reads(tasks: Sequence[LaneSpan], *, digests: bool) -> list[tuple[int, int, 
     return reads
 
 
-def _task_lane(slot: int) -> str:
-    return f"{DENSE_LANE} tasks {slot}"
+def _task_track(place: int) -> str:
+    return f"{DENSE_TRACK} tasks {place}"
 
 
-def _pcie_lane(direction: PcieDirection) -> str:
+def _pcie_track(direction: PcieDirection) -> str:
     return f"pcie {direction}"

@@ -1,11 +1,11 @@
-"""A trace as a picture: one row a lane, one colour a kind of work."""
+"""A trace as a picture: one row a track, one colour a kind of work."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from fluxion_core.errors import ConfigError
-from fluxion_core.observe.trace_events import TraceEvent, TraceFile, lanes_of
+from fluxion_core.observe.trace_events import TraceEvent, TraceFile, tracks_of
 
 _HEIGHT = 0.8
 """Of a span; of one that lies in another, this much of that one's."""
@@ -15,12 +15,12 @@ _LINE = 0.4
 
 
 def draw_trace(file: TraceFile, path: Path, *, title: str) -> None:
-    """Draw it, milliseconds from left to right, lanes from top to bottom.
+    """Draw it, milliseconds from left to right, tracks from top to bottom.
 
     Args:
         file: as `fluxion trace` writes it.
         path: PNG or SVG, by its suffix.
-        title: above the lanes.
+        title: above the tracks.
 
     Raises:
         ConfigError: matplotlib is not installed.
@@ -32,21 +32,21 @@ def draw_trace(file: TraceFile, path: Path, *, title: str) -> None:
         from matplotlib.patches import Patch
     except ImportError:
         raise ConfigError("--png needs matplotlib: pip install 'fluxion[plots]'") from None
-    lanes = lanes_of(file)
+    tracks = tracks_of(file)
     spans = {
-        lane: [event for event in events if event["ph"] == "X"] for lane, events in lanes.items()
+        track: [event for event in events if event["ph"] == "X"] for track, events in tracks.items()
     }
     names = sorted({event["name"] for events in spans.values() for event in events})
     palette = colormaps["tab20"]
     colors = {name: palette(index % palette.N) for index, name in enumerate(names)}
-    figure = Figure(figsize=(14, 1.4 + 0.45 * len(lanes)), layout="constrained")
+    figure = Figure(figsize=(14, 1.4 + 0.45 * len(tracks)), layout="constrained")
     axes = figure.subplots()
     for row, events in enumerate(spans.values()):
         for (depth, name), bars in _bars(events).items():
             height = _HEIGHT ** (2 * depth + 1)
             axes.broken_barh(bars, (row - height / 2, height), color=colors[name], linewidth=_LINE)
-    axes.set_yticks(range(len(lanes)), labels=list(lanes))
-    axes.set_ylim(len(lanes) - 0.5, -0.5)
+    axes.set_yticks(range(len(tracks)), labels=list(tracks))
+    axes.set_ylim(len(tracks) - 0.5, -0.5)
     axes.set_xlabel("ms")
     axes.set_title(title)
     axes.legend(
@@ -58,7 +58,7 @@ def draw_trace(file: TraceFile, path: Path, *, title: str) -> None:
 
 
 def _bars(events: list[TraceEvent]) -> dict[tuple[int, str], list[tuple[float, float]]]:
-    """Begin and length, ms, of a lane's spans by how many others they lie in, and by name."""
+    """Begin and length, ms, of a track's spans by how many others they lie in, and by name."""
     bars: dict[tuple[int, str], list[tuple[float, float]]] = {}
     ends: list[float] = []
     for event in events:

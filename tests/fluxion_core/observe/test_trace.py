@@ -15,14 +15,14 @@ from fluxion_core.lab.plots.trace import draw_trace
 from fluxion_core.observe import trace as trace_module
 from fluxion_core.observe.spans import Span
 from fluxion_core.observe.trace import TakenSpans, Trace, TraceRecorder
-from fluxion_core.observe.trace_events import EVENTS_A_PIECE, TraceFile, lanes_of, trace_pieces
+from fluxion_core.observe.trace_events import EVENTS_A_PIECE, TraceFile, trace_pieces, tracks_of
 
 
 class Source:
     """Keeps one span a step."""
 
-    def __init__(self, lane: str = "cpu 0") -> None:
-        self.lanes = [lane, f"{lane} idle"]
+    def __init__(self, track: str = "cpu 0") -> None:
+        self.tracks = [track, f"{track} idle"]
         self.is_on = False
         self.leftover = 0
 
@@ -32,8 +32,8 @@ class Source:
     def take(self, start_ns: int, end_ns: int) -> TakenSpans:
         count, self.leftover = self.leftover + int(end_ns > 0), 0
         assert self.is_on or end_ns == 0
-        lane = self.lanes[0]
-        return TakenSpans(count, lambda: [Span(lane, "work", start_ns, end_ns)] * count)
+        track = self.tracks[0]
+        return TakenSpans(count, lambda: [Span(track, "work", start_ns, end_ns)] * count)
 
 
 class Engine:
@@ -69,8 +69,8 @@ def test_the_steps_asked_for_are_recorded_and_no_more():
             steps = [span for span in trace.spans() if span.name == "step"]
             assert [span.args["step"] for span in steps] == list(range(wanted))
             assert all(span.args["sequences"] == 3 for span in steps)
-            assert [span.lane for span in trace.spans()].count("cpu 0") == wanted
-            assert list(trace.lanes) == ["engine", "cpu 0", "cpu 0 idle"]
+            assert [span.track for span in trace.spans()].count("cpu 0") == wanted
+            assert list(trace.tracks) == ["engine", "cpu 0", "cpu 0 idle"]
             assert not recorder.is_recording
     assert not source.is_on
 
@@ -88,7 +88,7 @@ def test_what_others_add_meanwhile_is_there_and_at_other_times_is_not():
         pass
     taking.join()
     recorder.add(Span("handoff a:1 late", "chunk", 5, 6))
-    assert list(found[0].lanes) == ["engine", "handoff a:1 now"]
+    assert list(found[0].tracks) == ["engine", "handoff a:1 now"]
     assert len(found[0].added) == 2
 
 
@@ -157,9 +157,9 @@ TRACE = Trace(
     added=[
         Span("engine", "forward", 1_000_000, 1_009_000),
         Span("engine", "step", 1_000_000, 1_010_500, {"step": 0}),
-        Span("late lane", "moment", 1_000_600, 1_000_600),
+        Span("late track", "moment", 1_000_600, 1_000_600),
     ],
-    lanes=["engine", "cpu 0", "cpu 1"],
+    tracks=["engine", "cpu 0", "cpu 1"],
     steps=1,
     ended_by="steps",
     start_ns=1_000_000,
@@ -187,19 +187,19 @@ def test_the_file_is_in_the_trace_event_format():
         ("thread_sort_index", 2, {"sort_index": 2}),
         ("thread_name", 3, {"name": "cpu 1"}),
         ("thread_sort_index", 3, {"sort_index": 3}),
-        ("thread_name", 4, {"name": "late lane"}),
+        ("thread_name", 4, {"name": "late track"}),
         ("thread_sort_index", 4, {"sort_index": 4}),
     ]
     assert {event["pid"] for event in file["traceEvents"]} == {1}
     # Microseconds from the beginning, by hand; a moment has a scope in place of a duration.
-    lanes = lanes_of(file)
-    assert {lane: [event["name"] for event in events] for lane, events in lanes.items()} == {
+    tracks = tracks_of(file)
+    assert {track: [event["name"] for event in events] for track, events in tracks.items()} == {
         "engine": ["step", "forward"],
         "cpu 0": ["attend"],
         "cpu 1": [],
-        "late lane": ["moment"],
+        "late track": ["moment"],
     }
-    (attend,), (moment,) = lanes["cpu 0"], lanes["late lane"]
+    (attend,), (moment,) = tracks["cpu 0"], tracks["late track"]
     assert attend == {
         "name": "attend",
         "cat": "cpu",
@@ -234,10 +234,10 @@ def test_a_long_trace_is_made_in_small_pieces():
 )
 def test_another_file_is_refused(nonsense):
     with pytest.raises(FluxionError, match="not a trace"):
-        lanes_of(nonsense)
+        tracks_of(nonsense)
 
 
-def test_a_picture_has_a_row_for_every_lane(tmp_path):
+def test_a_picture_has_a_row_for_every_track(tmp_path):
     path = tmp_path / "trace.svg"
     draw_trace(file_of(TRACE), path, title="a title")
     text = path.read_text()
@@ -248,7 +248,7 @@ def test_a_picture_has_a_row_for_every_lane(tmp_path):
 def test_spans_of_an_engine_lie_in_each_other_or_apart():
     recorder = TraceRecorder(Source())
     with Engine(recorder):
-        spans = [span for span in recorder.take(5, 30.0).spans() if span.lane == "engine"]
+        spans = [span for span in recorder.take(5, 30.0).spans() if span.track == "engine"]
     spans.sort(key=lambda span: (span.start_ns, -span.end_ns))
     assert [span.name for span in spans] == ["step", "forward"] * 5
     for earlier, later in pairwise(spans):

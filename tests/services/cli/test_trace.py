@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from fluxion_core.errors import FluxionError
 from fluxion_core.observe.spans import Span
 from fluxion_core.observe.trace import Trace
-from fluxion_core.observe.trace_events import lanes_of
+from fluxion_core.observe.trace_events import tracks_of
 from services.cli.main import app
 from services.metrics import NodeMetrics
 from services.metrics_endpoint import MetricsEndpoint
@@ -24,7 +24,7 @@ TRACE = Trace(
         Span("engine", "forward", 0, 3_000_000),
         Span("cpu 0", "attend", 1_000_000, 2_000_000, {"layer": 0}),
     ],
-    lanes=["engine", "cpu 0", "cpu 1"],
+    tracks=["engine", "cpu 0", "cpu 1"],
     steps=1,
     ended_by="time",
     start_ns=0,
@@ -49,7 +49,7 @@ def test_the_trace_is_kept_drawn_and_summed_up(node, tmp_path):
     out, png = tmp_path / "trace.json", tmp_path / "trace.png"
     result = trace(node.address, "--steps", "3", "--out", str(out), "--png", str(png))
     assert result.exit_code == 0
-    assert list(lanes_of(json.loads(out.read_text()))) == list(TRACE.lanes)
+    assert list(tracks_of(json.loads(out.read_text()))) == list(TRACE.tracks)
     assert png.read_bytes().startswith(b"\x89PNG")
     lines = [line.split() for line in result.stdout.splitlines()]
     # By hand: the forward pass lies in the step; a quarter of it is attention.

@@ -35,9 +35,9 @@ ROW = np.dtype(
 )
 
 
-def on(lane: str) -> list[tuple[str, int, int, dict]]:
+def on(track: str) -> list[tuple[str, int, int, dict]]:
     spans = device_spans(RECORD, 1000)
-    return [(s.name, s.start_ns, s.end_ns, dict(s.args)) for s in spans if s.lane == lane]
+    return [(s.name, s.start_ns, s.end_ns, dict(s.args)) for s in spans if s.track == track]
 
 
 def test_the_dense_part_and_its_waits_follow_each_other():
@@ -50,7 +50,7 @@ def test_the_dense_part_and_its_waits_follow_each_other():
     ]
 
 
-def test_tasks_at_the_same_time_are_on_lanes_of_their_own():
+def test_tasks_at_the_same_time_are_on_tracks_of_their_own():
     assert on("gpu tasks 0") == [
         ("task", 1120, 1300, {"layer": 0, "task": 3, "bytes": 3000}),
         ("task", 1700, 1800, {"layer": 2, "task": 1, "bytes": 30}),
@@ -78,10 +78,10 @@ def test_digests_that_lie_on_the_device_do_not_come_over_pcie():
     assert [s.args["bytes"] for s in spans if s.name == "task"] == [3000, 9, 30]
 
 
-def test_no_two_spans_of_a_lane_overlap():
-    spans = sorted(device_spans(RECORD, 0), key=lambda span: (span.lane, span.start_ns))
+def test_no_two_spans_of_a_track_overlap():
+    spans = sorted(device_spans(RECORD, 0), key=lambda span: (span.track, span.start_ns))
     for earlier, later in pairwise(spans):
-        assert earlier.lane != later.lane or earlier.end_ns <= later.start_ns
+        assert earlier.track != later.track or earlier.end_ns <= later.start_ns
 
 
 @pytest.mark.parametrize("truth", [-(10**15), 0, 123_456_789])
@@ -109,9 +109,9 @@ class _Step:
         return RECORD
 
 
-def test_as_a_source_it_has_a_lane_for_everybody():
+def test_as_a_source_it_has_a_track_for_everybody():
     source = DeviceSpans(_Step(), CpuPool(1))
-    assert source.lanes == [
+    assert source.tracks == [
         *("cpu 0", "gpu", "gpu tasks 0", "gpu tasks 1", "gpu tasks 2"),
         *("pcie host_to_device", "pcie device_to_host"),
     ]
@@ -119,6 +119,6 @@ def test_as_a_source_it_has_a_lane_for_everybody():
     taken = source.take(5000, 6000)
     spans = list(taken.spans())
     assert len(spans) <= taken.count
-    assert {span.lane for span in spans} <= set(source.lanes)
+    assert {span.track for span in spans} <= set(source.tracks)
     assert min(span.start_ns for span in spans) == 5100
     assert max(span.end_ns for span in spans) == 5900

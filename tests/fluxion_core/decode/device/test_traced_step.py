@@ -58,8 +58,8 @@ def spans() -> list[Span]:
     return list(trace.spans())
 
 
-def of(spans: list[Span], lane: str, name: str | None = None) -> list[Span]:
-    chosen = [span for span in spans if span.lane.startswith(lane)]
+def of(spans: list[Span], track: str, name: str | None = None) -> list[Span]:
+    chosen = [span for span in spans if span.track.startswith(track)]
     return sorted(
         (span for span in chosen if name in (None, span.name)), key=lambda span: span.start_ns
     )
