@@ -12,7 +12,7 @@ define patiently
   $(2); status=$$?; kill $$dots; echo >&2; exit $$status
 endef
 
-.PHONY: demo test lint format bench asan tsan fuzz faults protos dashboards docs compose-test native clean
+.PHONY: demo test lint format bench asan tsan fuzz faults protos dashboards docs picture compose-test native clean
 
 demo: $(VENV)/.installed  ## ask a question about a 7,000-token document, through two processes
 	$(BIN)/fluxion demo
@@ -20,13 +20,14 @@ demo: $(VENV)/.installed  ## ask a question about a 7,000-token document, throug
 test: $(VENV)/.tested  ## the whole test suite
 	$(BIN)/python -m pytest
 
-lint: $(VENV)/.tested  ## formatting, lint, types, import contract, stubs and dashboards fresh, the site
+lint: $(VENV)/.tested  ## formatting, lint, types, imports; stubs, dashboards and picture fresh; the site
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python protos/regenerate.py --check
 	$(BIN)/python deploy/grafana/generate.py --check
+	$(BIN)/python docs/architecture/packages.py --check
 	$(MAKE) docs
 
 format: $(VENV)/.tested
@@ -60,6 +61,9 @@ dashboards: $(VENV)/.tested  ## Grafana dashboards and console pages from deploy
 
 docs: $(VENV)/.tested  ## the site, into build/site; a broken link or anchor is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+picture: $(VENV)/.tested  ## docs/architecture/packages.md: every package, and a picture of imports
+	$(BIN)/python docs/architecture/packages.py
 
 compose-test: $(VENV)/.tested  ## bring docker-compose.yml up for real: serve, lose a node, be scraped, go
 	$(BIN)/python deploy/compose_test.py

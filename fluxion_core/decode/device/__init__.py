@@ -1,5 +1,7 @@
 """A decode step on a CUDA device: dense part and window there, the regions by both devices.
 
+Not here: requests, and how plans are fitted.
+
 pinned.py    host memory that both sides read and write
 board.py     flags and rows through which GPU and host hand layers to each other
 graph.py     CUDA graphs as handles that native code launches

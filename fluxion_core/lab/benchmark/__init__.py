@@ -1,0 +1,4 @@
+"""Figures of machines, beside the limit of each.
+
+Not here: quality (evaluation).
+"""

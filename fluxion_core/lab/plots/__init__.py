@@ -1,0 +1,4 @@
+"""Pictures.
+
+Not here: what is drawn is measured elsewhere.
+"""
