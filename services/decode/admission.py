@@ -23,18 +23,10 @@ from functools import cache, partial
 
 from fluxion_core.errors import CapacityError, DrainingError
 from fluxion_core.kvstore.store import HostKvStore, SequenceKv
-from services.decode.waiting_line import Priority, Waiting, WaitingLine
+from services.decode.waiting_line import Priority, WaitingLine, WaitingRequest
 
 _NEW_SHARE = 0.2
 """What the last request's time weighs in the mean."""
-
-
-@dataclass(frozen=True)
-class Admitted:
-    """What a request holds while it runs."""
-
-    sequence: SequenceKv
-    """Host KV for the prompt and all tokens that may follow."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +40,7 @@ class AdmissionStatistics:
 
 
 @dataclass(eq=False)
-class _Turn(Waiting):
+class _Turn(WaitingRequest):
     """A request's place in the line."""
 
     def __post_init__(self) -> None:
@@ -111,8 +103,10 @@ class Admission:
         deadline_seconds: float | None = None,
         approximation: str = "",
         domain: str = "",
-    ) -> AsyncIterator[Admitted]:
-        """Hold memory for one request; everything is given back on the way out.
+    ) -> AsyncIterator[SequenceKv]:
+        """Hold memory for one request: host KV for its prompt and all tokens that may follow.
+
+        Everything is given back on the way out.
 
         Args:
             token_ids: the prompt.
@@ -140,31 +134,31 @@ class Admission:
         def reserve() -> SequenceKv:
             return self._store.reserve_named(name(), max_new_tokens, approximation=approximation)
 
-        admitted = await self._wait_for_room(turn, reserve, len(token_ids) + max_new_tokens)
+        sequence = await self._wait_for_room(turn, reserve, len(token_ids) + max_new_tokens)
         since = self._clock()
         try:
-            yield admitted
+            yield sequence
         finally:
-            admitted.sequence.release()
+            sequence.release()
             self._admitted -= 1
             self._learn(self._clock() - since)
             self._wake_first()
 
     async def _wait_for_room(
         self, turn: _Turn, reserve: Callable[[], SequenceKv], num_tokens: int
-    ) -> Admitted:
+    ) -> SequenceKv:
         self._refuse_when_draining()
         self._store.check_can_ever_hold(num_tokens)
-        if not self._turns and (admitted := self._try_take(turn, reserve)):
-            return admitted
+        if not self._turns and (sequence := self._try_take(turn, reserve)):
+            return sequence
         self._refuse_who_would_wait_in_vain(turn)
         self._line.join(turn)
         self._turns.append(turn)
         try:
             while True:
                 # Only who is next looks; it is woken whenever memory comes back.
-                if self._line.first() is turn and (admitted := self._try_take(turn, reserve)):
-                    return admitted
+                if self._line.first() is turn and (sequence := self._try_take(turn, reserve)):
+                    return sequence
                 await turn.may_look.wait()
                 turn.may_look.clear()
                 self._refuse_when_draining()
@@ -179,7 +173,7 @@ class Admission:
         self._line.leave(turn)
         self._turns.remove(turn)
 
-    def _try_take(self, turn: _Turn, reserve: Callable[[], SequenceKv]) -> Admitted | None:
+    def _try_take(self, turn: _Turn, reserve: Callable[[], SequenceKv]) -> SequenceKv | None:
         if self._admitted >= self._max_running:
             return None
         try:
@@ -188,7 +182,7 @@ class Admission:
             return None
         self._admitted += 1
         self._line.give(turn)
-        return Admitted(sequence)
+        return sequence
 
     def _refuse_who_would_wait_in_vain(self, turn: _Turn) -> None:
         left = turn.deadline - self._clock()

@@ -5,37 +5,38 @@ the store (kv_ingest.py) or, if it is little, computed here, decoded (engine.py)
 out, and then everything given back, whichever way it ended; what was stored stays findable. A
 client that does not read keeps none of it: its tokens wait, and memory and place go to others.
 
-Not here: the services' messages (service.py, vllm_api.py).
+Not here: the services' messages (service.py, vllm_api.py); what a request has used (usage.py).
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import AsyncGenerator, Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Any
 
 import grpc
 
 from fluxion_core.generation.stopping import FinishReason
 from fluxion_core.generation.tokenizer import IncrementalDetokenizer
+from fluxion_core.kvstore.store import SequenceKv
 from fluxion_core.observe.log import event
 from fluxion_core.wire.callers import Callers
 from fluxion_core.wire.client_limits import ClientLimits
 from fluxion_proto.v1 import generate_pb2
-from services.decode.admission import Admission, Admitted
+from services.decode.admission import Admission
 from services.decode.cache_domain import Sharing, cache_domain
 from services.decode.engine import DecodeEngine, DecodeSequence, Profiled
-from services.decode.kv_ingest import KvIngest, Prefilled
+from services.decode.kv_ingest import HandoffResult, KvIngest
 from services.decode.metrics import RequestCounters
 from services.decode.placement import Placement
 from services.decode.planning import Planning
 from services.decode.progress import PromptProgress, next_or_report
-from services.decode.prompt_reader import Asked, PromptReader
+from services.decode.prompt_reader import ClientRequest, PromptReader
 from services.decode.request import GenerationRequest
-from services.decode.token_stream import Delta, Ended, TokenStream
+from services.decode.token_stream import Delta, SequenceEnd, TokenStream
+from services.decode.usage import RequestMeter, usage_of
 from services.metrics import outcome_of
 from services.node import NodeModel
 
@@ -43,7 +44,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Started:
+class RequestStart:
     """First of a request's outputs: it holds its memory."""
 
     request: GenerationRequest
@@ -52,7 +53,7 @@ class Started:
 
 
 @dataclass(frozen=True)
-class Finished:
+class RequestEnd:
     """Last of a request's outputs."""
 
     reason: FinishReason
@@ -61,7 +62,7 @@ class Finished:
     usage: generate_pb2.Usage
 
 
-Output = Started | generate_pb2.PromptProgress | Delta | Finished
+Output = RequestStart | generate_pb2.PromptProgress | Delta | RequestEnd
 
 
 class Generation:
@@ -110,24 +111,24 @@ class Generation:
 
     async def run(
         self,
-        asked: Asked,
+        client_request: ClientRequest,
         context: grpc.aio.ServicerContext,
         progress: PromptProgress | None = None,
     ) -> AsyncGenerator[Output, None]:
-        """One request's outputs: Started, a Delta a token, Finished; reports of the prompt between.
+        """A request's outputs: its start, a Delta a token, its end; reports of the prompt between.
 
         Close it (`aclosing`) when no more is wanted: its memory is given back then, or before, once
         the engine has ended it. Outputs that are not taken wait, at most as many as it may generate
         tokens.
 
         Args:
-            asked: what the client asks for.
+            client_request: what the client asks for.
             context: of the call.
             progress: follows the prompt; if it is given, reports of it come before the first Delta.
         """
         untaken: asyncio.Queue[Output | None] = asyncio.Queue()
         answering = asyncio.create_task(
-            self._answer(asked, context, untaken.put_nowait, progress or PromptProgress())
+            self._answer(client_request, context, untaken.put_nowait, progress or PromptProgress())
         )
         answering.add_done_callback(lambda _: untaken.put_nowait(None))
         try:
@@ -146,80 +147,99 @@ class Generation:
 
     async def _answer(
         self,
-        asked: Asked,
+        client_request: ClientRequest,
         context: grpc.aio.ServicerContext,
         give: Callable[[Output], None],
         progress: PromptProgress,
     ) -> None:
         """Run a request from its message to the return of what it held."""
-        arrived = time.perf_counter()
+        meter = RequestMeter(self._counters)
         client = self._callers.client_of(context)
         request: GenerationRequest | None = None
         failure: BaseException | None = None
         try:
-            request = await self.reader.request(client, asked)
+            request = await self.reader.request(client, client_request)
             progress.num_tokens = prompt_tokens = len(request.prompt_token_ids)
-            admission = self._admission.admit(
-                request.prompt_token_ids,
-                request.stop.max_new_tokens,
-                client=client,
-                priority=request.priority,
-                deadline_seconds=context.time_remaining(),
-                approximation=self._planning.approximation(request.policy),
-                domain=cache_domain(
-                    self._share_prefixes, self._callers.domain_of(context), request.cache_salt
-                ),
-            )
             with self._limits.waiting(client, prompt_tokens) as has_waited:
-                async with admission as admitted:
-                    admitted_after = time.perf_counter() - arrived
-                    kv = admitted.sequence
-                    profile_window = self._planning.profile_window(request.policy)
-                    placed = await self._placement.place(
-                        request.request_id,
-                        prompt_tokens,
-                        kv.shared_tokens,
-                        wants_profile=profile_window is not None,
-                    )
-                    is_local = placed.is_local
-                    cached_tokens = kv.shared_tokens if is_local else kv.kv_from_token
-                    self._counters.admitted(
-                        prompt_tokens=prompt_tokens,
-                        cached_tokens=cached_tokens,
-                        is_local=is_local,
-                        seconds=admitted_after,
-                    )
-                    give(Started(request, cached_tokens))
-                    prefilled: Prefilled | None = None
-                    if is_local:
-                        kv.begin_prompt()
-                        progress.follow(lambda: kv.num_tokens)
-                    else:
-                        prefilled = await self._ingest.fetch(
-                            request.request_id,
-                            request.prompt_token_ids,
-                            request.sampling,
-                            kv,
-                            deadline_seconds=context.time_remaining(),
-                            profile_window=profile_window,
-                            progress=progress,
-                        )
-                        self._placement.learn(prompt_tokens, prefilled)
+                async with self._admit(request, client, context) as kv:
+                    meter.admit()
+                    handoff = await self._begin_prompt(request, context, kv, meter, give, progress)
 
                     def give_waited(output: Output) -> None:
                         has_waited()
                         give(output)
 
-                    await self._decode(
-                        request, admitted, prefilled, arrived, admitted_after, give_waited
-                    )
+                    await self._decode(request, kv, handoff, meter, give_waited)
         except BaseException as error:
             failure = error
             raise
         finally:
-            self._ended(client, request, failure, time.perf_counter() - arrived)
+            self._ended(client, request, failure, meter.seconds)
             # Its traceback holds this frame, which would hold it, and the message with them.
             failure = None
+
+    def _admit(
+        self, request: GenerationRequest, client: str, context: grpc.aio.ServicerContext
+    ) -> AbstractAsyncContextManager[SequenceKv]:
+        """Wait for a request's memory, and hold it."""
+        return self._admission.admit(
+            request.prompt_token_ids,
+            request.stop.max_new_tokens,
+            client=client,
+            priority=request.priority,
+            deadline_seconds=context.time_remaining(),
+            approximation=self._planning.approximation(request.policy),
+            domain=cache_domain(
+                self._share_prefixes, self._callers.domain_of(context), request.cache_salt
+            ),
+        )
+
+    async def _begin_prompt(
+        self,
+        request: GenerationRequest,
+        context: grpc.aio.ServicerContext,
+        kv: SequenceKv,
+        meter: RequestMeter,
+        give: Callable[[Output], None],
+        progress: PromptProgress,
+    ) -> HandoffResult | None:
+        """Decide who computes what is missing of a prompt, and let it be computed.
+
+        Returns:
+            The hand-off that brought it; None if the engine is to compute it.
+        """
+        prompt_tokens = len(request.prompt_token_ids)
+        profile_window = self._planning.profile_window(request.policy)
+        decision = await self._placement.place(
+            request.request_id,
+            prompt_tokens,
+            kv.shared_tokens,
+            wants_profile=profile_window is not None,
+        )
+        is_local = decision.is_local
+        cached_tokens = kv.shared_tokens if is_local else kv.kv_from_token
+        self._counters.admitted(
+            prompt_tokens=prompt_tokens,
+            cached_tokens=cached_tokens,
+            is_local=is_local,
+            seconds=meter.queue_seconds,
+        )
+        give(RequestStart(request, cached_tokens))
+        if is_local:
+            kv.begin_prompt()
+            progress.follow(lambda: kv.num_tokens)
+            return None
+        handoff = await self._ingest.fetch(
+            request.request_id,
+            request.prompt_token_ids,
+            request.sampling,
+            kv,
+            deadline_seconds=context.time_remaining(),
+            profile_window=profile_window,
+            progress=progress,
+        )
+        self._placement.learn(prompt_tokens, handoff)
+        return handoff
 
     def _ended(
         self,
@@ -247,13 +267,12 @@ class Generation:
     async def _decode(
         self,
         request: GenerationRequest,
-        admitted: Admitted,
-        prefilled: Prefilled | None,
-        arrived: float,
-        admitted_after: float,
+        kv: SequenceKv,
+        handoff: HandoffResult | None,
+        meter: RequestMeter,
         give: Callable[[Output], None],
     ) -> None:
-        """Decode a sequence that is committed, or whose prompt has begun (`prefilled` is None).
+        """Decode a sequence that is committed, or whose prompt has begun (`handoff` is None).
 
         The engine has let go of it when this ends, however.
         """
@@ -262,84 +281,54 @@ class Generation:
             IncrementalDetokenizer(self._model.tokenizer, skip_special_tokens=True),
             asyncio.get_running_loop(),
         )
-        planner = self._planning.planner
-        profile_window = self._planning.profile_window(request.policy)
-        sequence = DecodeSequence(
-            request_id=request.request_id,
-            kv=admitted.sequence,
-            policy=request.policy,
-            planner_state=(
-                planner.new_state(prefilled.profiles) if prefilled and prefilled.profiles else None
-            ),
-            prompt_token_ids=request.prompt_token_ids,
-            generated_token_ids=[prefilled.trailer.first_token_id] if prefilled else [],
-            sampling=request.sampling,
-            on_token=stream.take,
-            on_end=stream.end,
-            profiled=Profiled(planner, profile_window) if profile_window else None,
-        )
-        num_tokens, first_token_after, last_token_at = 0, 0.0, 0.0
+        sequence = self._sequence_of(request, kv, handoff, stream)
         error: BaseException | None = None
-        is_running = prefilled is None or stream.take(prefilled.trailer.first_token_id)
+        is_running = handoff is None or stream.take(handoff.trailer.first_token_id)
         if is_running:
             self._engine.submit(sequence)
         else:
             stream.end(None)
         try:
-            while True:
-                item = await stream.next()
-                if isinstance(item, Ended):
-                    is_running, error = False, item.error
-                    if error is not None:
-                        raise error
-                    break
-                now = time.perf_counter()
-                num_tokens += 1
-                self._counters.generated_tokens += 1
-                if num_tokens == 1:
-                    first_token_after = now - arrived
-                    self._counters.first_token_seconds.observe(first_token_after)
-                else:
-                    self._counters.inter_token_seconds.observe(now - last_token_at)
-                last_token_at = now
+            while not isinstance(item := await stream.next(), SequenceEnd):
+                meter.count_token()
                 give(item)
+            is_running, error = False, item.error
+            if error is not None:
+                raise error
         finally:
             if is_running:
                 error = await self._reclaim(sequence, stream)
             if error is None:
-                admitted.sequence.keep(sequence.generated_token_ids)
+                kv.keep(sequence.generated_token_ids)
             else:
-                admitted.sequence.withdraw()
+                kv.withdraw()
         assert stream.finish_reason is not None
-        give(
-            Finished(
-                stream.finish_reason,
-                stream.matched_stop,
-                generate_pb2.Usage(
-                    prompt_tokens=len(request.prompt_token_ids),
-                    generated_tokens=num_tokens,
-                    decode_seconds=sequence.decode_seconds,
-                    time_to_first_token_seconds=first_token_after,
-                    kv_bytes_read_per_token=sequence.reads.total_bytes / max(1, sequence.steps),
-                    kv_bytes_in_host_memory=admitted.sequence.held_bytes,
-                    kv_reads=self._kv_reads(sequence),
-                    **_prompt_usage(sequence, prefilled, admitted_after),
-                ),
-            )
-        )
+        usage = usage_of(sequence, meter, handoff, baseline_share=self._planning.baseline_share)
+        give(RequestEnd(stream.finish_reason, stream.matched_stop, usage))
 
-    def _kv_reads(self, sequence: DecodeSequence) -> generate_pb2.KvReads:
-        reads, steps = sequence.reads, max(1, sequence.steps)
-        return generate_pb2.KvReads(
-            policy=str(sequence.policy),
-            scanned_bytes_per_token=reads.scanned_bytes / steps,
-            attended_bytes_per_token=reads.attended_bytes / steps,
-            share_of_exact=reads.share_of_exact,
-            share_of_fixed_estimate=reads.share_of_exact / self._planning.baseline_share,
-            streaming_share=reads.streaming_share,
-            groups_by_block_size=reads.groups_of_size,
-            groups_nothing=reads.groups_nothing,
-            groups_everything=reads.groups_everything,
+    def _sequence_of(
+        self,
+        request: GenerationRequest,
+        kv: SequenceKv,
+        handoff: HandoffResult | None,
+        stream: TokenStream,
+    ) -> DecodeSequence:
+        """The request as the engine takes it."""
+        planner = self._planning.planner
+        profile_window = self._planning.profile_window(request.policy)
+        return DecodeSequence(
+            request_id=request.request_id,
+            kv=kv,
+            policy=request.policy,
+            planner_state=(
+                planner.new_state(handoff.profiles) if handoff and handoff.profiles else None
+            ),
+            prompt_token_ids=request.prompt_token_ids,
+            generated_token_ids=[handoff.trailer.first_token_id] if handoff else [],
+            sampling=request.sampling,
+            on_token=stream.take,
+            on_end=stream.end,
+            profiled=Profiled(planner, profile_window) if profile_window else None,
         )
 
     async def _reclaim(self, sequence: DecodeSequence, stream: TokenStream) -> BaseException | None:
@@ -352,8 +341,8 @@ class Generation:
         """
         self._engine.cancel(sequence)
 
-        async def until_ended() -> Ended:
-            while not isinstance(item := await stream.next(), Ended):
+        async def until_ended() -> SequenceEnd:
+            while not isinstance(item := await stream.next(), SequenceEnd):
                 pass
             return item
 
@@ -379,24 +368,3 @@ async def _end(task: asyncio.Task[None]) -> None:
     if not task.cancelled():
         # Who wants no more outputs does not want the failure either.
         task.exception()
-
-
-def _prompt_usage(
-    sequence: DecodeSequence, prefilled: Prefilled | None, admitted_after: float
-) -> dict[str, Any]:
-    """The fields of Usage that say how the prompt's KV came to be."""
-    kv = sequence.kv
-    if prefilled is None:
-        return {
-            "cached_tokens": kv.shared_tokens,
-            "local_prompt_tokens": kv.num_prompt_tokens - kv.shared_tokens,
-            "queue_seconds": admitted_after + sequence.queue_seconds,
-            "prefill_seconds": sequence.prefill_seconds,
-        }
-    return {
-        "cached_tokens": kv.kv_from_token,
-        "queue_seconds": admitted_after + prefilled.trailer.queue_seconds,
-        "prefill_seconds": prefilled.trailer.prefill_seconds,
-        "handoff_seconds": prefilled.handoff_seconds,
-        "handoff_bytes": prefilled.handoff_bytes,
-    }

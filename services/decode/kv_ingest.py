@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -63,17 +63,36 @@ class _UnheardError(PeerUnavailableError):
 
 
 @dataclass(frozen=True)
-class Prefilled:
-    """What a finished hand-off brought, beside the KV that is now in the store."""
+class HandoffResult:
+    """A finished hand-off: all that it brought beside the KV, which is now in the store."""
 
     trailer: Trailer
-    handoff_seconds: float
+    seconds: float
     """From the first KV frame to the commit, on this node."""
-    handoff_bytes: int
-    """Payload of all KV frames."""
-    prefill_address: str
+    payload_bytes: int
+    """Of all KV frames."""
     profiles: list[PromptProfile]
     """Of each layer, if they were asked for."""
+
+
+@dataclass(frozen=True)
+class _Handoff:
+    """A prompt that some node is to compute, and the place for its KV."""
+
+    request_id: str
+    num_tokens: int
+    message: bytes
+    """A HandoffRequest: serialized once for all nodes that may be tried."""
+    sequence: SequenceKv
+    deadline: float | None
+    """On the monotonic clock."""
+    wants_profile: bool
+    progress: PromptProgress | None
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Until the deadline; None without one."""
+        return None if self.deadline is None else max(0.0, self.deadline - time.monotonic())
 
 
 class KvIngest:
@@ -118,7 +137,7 @@ class KvIngest:
         deadline_seconds: float | None,
         profile_window: WindowSpec | None = None,
         progress: PromptProgress | None = None,
-    ) -> Prefilled:
+    ) -> HandoffResult:
         """Have a prompt computed and stored; commits the sequence.
 
         Prefill nodes are tried once each, the least busy first; one whose connection broke before
@@ -147,6 +166,46 @@ class KvIngest:
                 "start it with --prefill-addresses HOST:PORT, or, where the model is on the CPU, "
                 "without engine.local_prefill_tokens"
             )
+        handoff = _Handoff(
+            request_id,
+            len(token_ids),
+            self._request_message(request_id, token_ids, sampling, sequence, profile_window),
+            sequence,
+            None if deadline_seconds is None else time.monotonic() + deadline_seconds,
+            profile_window is not None,
+            progress,
+        )
+        return await self._from_some_node(handoff)
+
+    async def _from_some_node(self, handoff: _Handoff) -> HandoffResult:
+        failures: dict[str, FluxionError] = {}
+        addresses = deque(await self._nodes.by_load())
+        while addresses:
+            address = addresses.popleft()
+            try:
+                async with self._nodes.channel(address, handoff.num_tokens) as channel:
+                    result = await self._attempt(handoff, address, channel)
+            except _WORTH_ANOTHER_NODE as error:
+                if isinstance(error, _UnheardError) and address not in failures:
+                    await self._nodes.renew(address)
+                    addresses.append(address)
+                failures[address] = error
+                self._failed(handoff.request_id, address, error)
+            else:
+                self._counters.handed_off(
+                    address, num_bytes=result.payload_bytes, seconds=result.seconds
+                )
+                return result
+        raise self._no_node(failures)
+
+    def _request_message(
+        self,
+        request_id: str,
+        token_ids: Sequence[int],
+        sampling: SamplingParams,
+        sequence: SequenceKv,
+        profile_window: WindowSpec | None,
+    ) -> bytes:
         message = handoff_pb2.HandoffRequest(
             request_id=request_id,
             token_ids=token_ids,
@@ -156,67 +215,36 @@ class KvIngest:
             want_prompt_profile=profile_window is not None,
             sink_tokens=profile_window.sink_tokens if profile_window else 0,
             recent_tokens=profile_window.recent_tokens if profile_window else 0,
-        ).SerializeToString()
-        started = time.monotonic()
-        failures: dict[str, FluxionError] = {}
-        addresses = deque(await self._nodes.by_load())
-        while addresses:
-            address = addresses.popleft()
-            left = None
-            if deadline_seconds is not None:
-                left = max(0.0, deadline_seconds - (time.monotonic() - started))
-            try:
-                async with self._nodes.channel(address, len(token_ids)) as channel:
-                    prefilled = await self._attempt(
-                        address,
-                        f"handoff {address} {request_id[:8]}",
-                        channel,
-                        message,
-                        sequence,
-                        left,
-                        wants_profile=profile_window is not None,
-                        progress=progress,
-                    )
-            except _WORTH_ANOTHER_NODE as error:
-                if isinstance(error, _UnheardError) and address not in failures:
-                    await self._nodes.renew(address)
-                    addresses.append(address)
-                failures[address] = error
-                self._counters.handoff_failed(error)
-                _log.warning(
-                    event("hand-off failed", request_id=request_id, node=address, error=str(error))
-                )
-            else:
-                self._counters.handed_off(
-                    address,
-                    num_bytes=prefilled.handoff_bytes,
-                    seconds=prefilled.handoff_seconds,
-                )
-                return prefilled
+        )
+        serialized: bytes = message.SerializeToString()
+        return serialized
+
+    def _failed(self, request_id: str, address: str, error: FluxionError) -> None:
+        """Count and log an attempt that came to nothing."""
+        self._counters.handoff_failed(error)
+        _log.warning(
+            event("hand-off failed", request_id=request_id, node=address, error=str(error))
+        )
+
+    def _no_node(self, failures: Mapping[str, FluxionError]) -> FluxionError:
+        """The error of a prompt that no node has computed, from what each answered."""
         if len(failures) == 1:
-            raise next(iter(failures.values()))
-        if not failures:
-            none_found = PeerUnavailableError(
-                "no prefill node was found: none of prefill.addresses resolves to the address of "
-                "a node that is not draining"
-            )
-            self._counters.handoff_failed(none_found)
-            raise none_found
-        answers = "; ".join(f"{address}: {error}" for address, error in failures.items())
-        raise PeerUnavailableError(f"no prefill node could compute the prompt: {answers}")
+            return next(iter(failures.values()))
+        if failures:
+            answers = "; ".join(f"{address}: {error}" for address, error in failures.items())
+            return PeerUnavailableError(f"no prefill node could compute the prompt: {answers}")
+        none_found = PeerUnavailableError(
+            "no prefill node was found: none of prefill.addresses resolves to the address of "
+            "a node that is not draining"
+        )
+        self._counters.handoff_failed(none_found)
+        return none_found
 
     async def _attempt(
-        self,
-        address: str,
-        track: str,
-        channel: grpc.aio.Channel,
-        request: bytes,
-        sequence: SequenceKv,
-        deadline_seconds: float | None,
-        *,
-        wants_profile: bool,
-        progress: PromptProgress | None,
-    ) -> Prefilled:
+        self, handoff: _Handoff, address: str, channel: grpc.aio.Channel
+    ) -> HandoffResult:
+        """Have one node compute a prompt; commits its sequence."""
+        sequence, progress = handoff.sequence, handoff.progress
         sequence.restart()
         assembler = HandoffAssembler(
             sequence,
@@ -226,7 +254,8 @@ class KvIngest:
         )
         if progress is not None:
             progress.follow(lambda: assembler.tokens_taken)
-        call = channel.unary_stream(_METHOD)(request, timeout=deadline_seconds)
+        call = channel.unary_stream(_METHOD)(handoff.message, timeout=handoff.seconds_left)
+        track = f"handoff {address} {handoff.request_id[:8]}"
         answers = partial(self._nodes.answers, address)
         first_chunk: float | None = None
         has_heard = False
@@ -258,10 +287,10 @@ class KvIngest:
                 f"TRAILER has first token {trailer.first_token_id}; the vocabulary has "
                 f"{self._vocab_size}"
             )
-        profiles = self._unpack_profiles(trailer, wants_profile=wants_profile)
+        profiles = self._unpack_profiles(trailer, wants_profile=handoff.wants_profile)
         sequence.commit()
         seconds = 0.0 if first_chunk is None else time.perf_counter() - first_chunk
-        return Prefilled(trailer, seconds, assembler.payload_bytes, address, profiles)
+        return HandoffResult(trailer, seconds, assembler.payload_bytes, profiles)
 
     def _unpack_profiles(self, trailer: Trailer, *, wants_profile: bool) -> list[PromptProfile]:
         if wants_profile:

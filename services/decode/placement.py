@@ -16,7 +16,7 @@ from enum import StrEnum
 from fluxion_core.observe.log import event
 from services.decode.config import DEFAULT_LOCAL_PREFILL_TOKENS
 from services.decode.engine import EngineLoad
-from services.decode.kv_ingest import Prefilled
+from services.decode.kv_ingest import HandoffResult
 from services.decode.metrics import RequestCounters
 from services.decode.prompt_costs import PromptCosts
 
@@ -26,8 +26,8 @@ UNTRIED_SPEED = 8
 """How many times as fast as this node a prefill node is thought to be that was not seen yet."""
 
 
-class Reason(StrEnum):
-    """Why a prompt is computed where it is."""
+class PlacementReason(StrEnum):
+    """Reason for computing a prompt where it is computed."""
 
     SETTING = "setting"
     """The operator's limit."""
@@ -40,11 +40,11 @@ class Reason(StrEnum):
 
 
 @dataclass(frozen=True)
-class Placed:
-    """A decision."""
+class PlacementDecision:
+    """Whether this node computes a prompt, and why."""
 
     is_local: bool
-    reason: Reason
+    reason: PlacementReason
     here_seconds: float | None = None
     """Estimates, where the cost decided."""
     there_seconds: float | None = None
@@ -81,7 +81,7 @@ class Placement:
 
     async def place(
         self, request_id: str, tokens: int, stored: int, *, wants_profile: bool
-    ) -> Placed:
+    ) -> PlacementDecision:
         """Decide, and say so.
 
         Args:
@@ -90,45 +90,48 @@ class Placement:
             stored: of them, whose KV is here.
             wants_profile: whether one of the prompt is needed.
         """
-        placed = await self._decide(tokens, stored, wants_profile=wants_profile)
-        where = "decode" if placed.is_local else "prefill"
-        self._counters.placements[where, placed.reason.value] += 1
-        estimates = {"decode_seconds": placed.here_seconds, "prefill_seconds": placed.there_seconds}
+        decision = await self._decide(tokens, stored, wants_profile=wants_profile)
+        where = "decode" if decision.is_local else "prefill"
+        self._counters.placements[where, decision.reason.value] += 1
+        estimates = {
+            "decode_seconds": decision.here_seconds,
+            "prefill_seconds": decision.there_seconds,
+        }
         _log.info(
             event(
                 "prompt placed",
                 request_id=request_id,
                 computed_by=where,
-                reason=placed.reason.value,
+                reason=decision.reason.value,
                 prompt_tokens=tokens,
                 missing_tokens=tokens - stored,
                 **{name: seconds for name, seconds in estimates.items() if seconds is not None},
             )
         )
-        return placed
+        return decision
 
-    def learn(self, tokens: int, prefilled: Prefilled) -> None:
+    def learn(self, tokens: int, handoff: HandoffResult) -> None:
         """A prompt of so many tokens was handed off."""
         self._costs.there.learn(
             tokens,
-            prefilled.trailer.prefill_seconds,
-            prefilled.handoff_bytes,
-            prefilled.handoff_seconds,
+            handoff.trailer.prefill_seconds,
+            handoff.payload_bytes,
+            handoff.seconds,
         )
 
-    async def _decide(self, tokens: int, stored: int, *, wants_profile: bool) -> Placed:
+    async def _decide(self, tokens: int, stored: int, *, wants_profile: bool) -> PlacementDecision:
         missing, costs = tokens - stored, self._costs
         if self._limit is not None:
-            return Placed(missing <= self._limit, Reason.SETTING)
+            return PlacementDecision(missing <= self._limit, PlacementReason.SETTING)
         if not self._has_prefill_nodes:
-            return Placed(True, Reason.NO_PREFILL_NODE)
+            return PlacementDecision(True, PlacementReason.NO_PREFILL_NODE)
         here = costs.here.seconds(missing, stored, self._load(), wants_profile=wants_profile)
         there = costs.there.seconds(tokens, missing * costs.kv_token_bytes, 0)
         if there is None:
             is_little = missing <= DEFAULT_LOCAL_PREFILL_TOKENS or missing * UNTRIED_SPEED <= tokens
-            return Placed(is_little, Reason.UNTRIED)
+            return PlacementDecision(is_little, PlacementReason.UNTRIED)
         if there < here:
             # Only now is it worth a question how long the prompt would wait there.
             pending = await self._pending_tokens()
             there = costs.there.seconds(tokens, missing * costs.kv_token_bytes, pending) or there
-        return Placed(here <= there, Reason.COST, here, there)
+        return PlacementDecision(here <= there, PlacementReason.COST, here, there)

@@ -25,7 +25,7 @@ ResultT = TypeVar("ResultT")
 
 
 @dataclass(frozen=True)
-class Asked:
+class ClientRequest:
     """A request as its client sent it."""
 
     read_message: Callable[[], generate_pb2.GenerateRequest]
@@ -34,7 +34,7 @@ class Asked:
     """About the size of its prompt."""
 
     @classmethod
-    def by(cls, message: generate_pb2.GenerateRequest) -> Asked:
+    def from_message(cls, message: generate_pb2.GenerateRequest) -> ClientRequest:
         """In a message of our own API."""
         return cls(lambda: message, prompt_bytes(message))
 
@@ -68,14 +68,16 @@ class PromptReader:
         self._default_max_new_tokens = default_max_new_tokens
         self._planning = planning
 
-    async def request(self, client: str, asked: Asked) -> GenerationRequest:
+    async def request(self, client: str, client_request: ClientRequest) -> GenerationRequest:
         """A checked request.
 
         Raises:
             InvalidRequestError: whatever is wrong with it.
             CapacityError: too much waits to be read already.
         """
-        return await self._read(client, asked.prompt_bytes, self._request_steps(asked))
+        return await self._read(
+            client, client_request.prompt_bytes, self._request_steps(client_request)
+        )
 
     async def token_ids(self, client: str, message: generate_pb2.TokenizeRequest) -> list[int]:
         """A prompt's tokens, as a request's would be.
@@ -88,8 +90,8 @@ class PromptReader:
         steps = prompt_token_ids(message, self._tokenizer, room)
         return await self._read(client, prompt_bytes(message), steps)
 
-    def _request_steps(self, asked: Asked) -> Steps[GenerationRequest]:
-        message = asked.read_message()
+    def _request_steps(self, client_request: ClientRequest) -> Steps[GenerationRequest]:
+        message = client_request.read_message()
         return (
             yield from read_request(
                 message,

@@ -15,10 +15,10 @@ from fluxion_core.wire.callers import Callers
 from fluxion_proto.v1 import generate_pb2, generate_pb2_grpc
 from services.decode.admission import Admission
 from services.decode.engine import DecodeEngine
-from services.decode.generation import Finished, Generation, Started
+from services.decode.generation import Generation, RequestEnd, RequestStart
 from services.decode.planning import Planning
 from services.decode.progress import PromptProgress
-from services.decode.prompt_reader import Asked
+from services.decode.prompt_reader import ClientRequest
 from services.decode.token_stream import Delta
 from services.node import NodeModel
 
@@ -68,11 +68,11 @@ class GenerationService(generate_pb2_grpc.GenerationServicer):
     ) -> AsyncIterator[generate_pb2.GenerateResponse]:
         """Stream tokens as they are made; the last message has the reason and the usage."""
         request_id, progress = "", PromptProgress() if message.report_progress else None
-        asked = Asked.by(message)
-        async with aclosing(self._generation.run(asked, context, progress)) as outputs:
+        client_request = ClientRequest.from_message(message)
+        async with aclosing(self._generation.run(client_request, context, progress)) as outputs:
             async for output in outputs:
                 match output:
-                    case Started():
+                    case RequestStart():
                         request_id = output.request.request_id
                     case generate_pb2.PromptProgress():
                         yield generate_pb2.GenerateResponse(request_id=request_id, progress=output)
@@ -80,7 +80,7 @@ class GenerationService(generate_pb2_grpc.GenerationServicer):
                         yield generate_pb2.GenerateResponse(
                             request_id=request_id, text=output.text, token_ids=[output.token_id]
                         )
-                    case Finished():
+                    case RequestEnd():
                         yield generate_pb2.GenerateResponse(
                             request_id=request_id,
                             finish_reason=_FINISH_REASONS[output.reason],

@@ -19,7 +19,7 @@ class Delta:
 
 
 @dataclass(frozen=True)
-class Ended:
+class SequenceEnd:
     """The engine has let go of the sequence."""
 
     error: BaseException | None
@@ -40,7 +40,7 @@ class TokenStream:
         self._detokenizer = detokenizer
         self._stop = StopChecker(request.stop)
         self._loop = loop
-        self._items: asyncio.Queue[Delta | Ended] = asyncio.Queue()
+        self._items: asyncio.Queue[Delta | SequenceEnd] = asyncio.Queue()
 
     @property
     def finish_reason(self) -> FinishReason | None:
@@ -67,11 +67,11 @@ class TokenStream:
 
     def end(self, error: BaseException | None) -> None:
         """The engine is done with the sequence."""
-        self._put(Ended(error))
+        self._put(SequenceEnd(error))
 
-    async def next(self) -> Delta | Ended:
+    async def next(self) -> Delta | SequenceEnd:
         """The next token's delta, or the end."""
         return await self._items.get()
 
-    def _put(self, item: Delta | Ended) -> None:
+    def _put(self, item: Delta | SequenceEnd) -> None:
         self._loop.call_soon_threadsafe(self._items.put_nowait, item)

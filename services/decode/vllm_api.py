@@ -31,8 +31,8 @@ from fluxion_core.wire.callers import Callers
 from fluxion_core.wire.server import NodeServer
 from fluxion_proto.v1 import generate_pb2
 from services.decode.admission import Admission
-from services.decode.generation import Finished, Generation, Output, Started
-from services.decode.prompt_reader import Asked
+from services.decode.generation import Generation, Output, RequestEnd, RequestStart
+from services.decode.prompt_reader import ClientRequest
 from services.decode.token_stream import Delta
 from services.decode.vllm_request import as_generate_request, prompt_bytes
 from services.node import NodeModel
@@ -115,13 +115,13 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):  # type: ignor
         token_ids: list[int] = []
         prompt_tokens = cached_tokens = num_tokens = 0
         reason, matched_stop = "abort", None
-        asked = Asked(partial(self._read, message), prompt_bytes(message))
-        outputs = self._generation.run(asked, context)
+        client_request = ClientRequest(partial(self._read, message), prompt_bytes(message))
+        outputs = self._generation.run(client_request, context)
         with self._abortable(self._callers.client_of(context), message.request_id) as call:
             async with aclosing(outputs):
                 while (output := await call.next_of(outputs)) is not None:
                     match output:
-                        case Started():
+                        case RequestStart():
                             prompt_tokens = len(output.request.prompt_token_ids)
                             cached_tokens = output.cached_tokens
                         case Delta():
@@ -137,7 +137,7 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):  # type: ignor
                                     cached_tokens=cached_tokens,
                                 )
                             )
-                        case Finished():
+                        case RequestEnd():
                             reason, matched_stop = output.reason, output.matched_stop
         yield vllm_engine_pb2.GenerateResponse(
             complete=vllm_engine_pb2.GenerateComplete(

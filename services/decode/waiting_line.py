@@ -41,7 +41,7 @@ class Priority(IntEnum):
 
 
 @dataclass(eq=False)
-class Waiting:
+class WaitingRequest:
     """One request that waits."""
 
     client: str
@@ -76,7 +76,7 @@ class WaitingLine:
     """
 
     clock: Callable[[], float] = time.monotonic
-    _waiting: list[Waiting] = field(default_factory=list)
+    _waiting: list[WaitingRequest] = field(default_factory=list)
     _shares: dict[str, _Share] = field(default_factory=dict)
     _served: float = 0.0
     """Tokens that a client with requests waiting all the time would have been given."""
@@ -92,22 +92,22 @@ class WaitingLine:
         # A copy: other threads may ask.
         return max((self.clock() - one.since for one in list(self._waiting)), default=0.0)
 
-    def join(self, one: Waiting) -> None:
+    def join(self, one: WaitingRequest) -> None:
         """Begin to wait."""
         self._number += 1
         one.since, one.number = self.clock(), self._number
         self._shares[one.client] = self._share(one.client)
         self._waiting.append(one)
 
-    def leave(self, one: Waiting) -> None:
+    def leave(self, one: WaitingRequest) -> None:
         """Wait no more, with or without room."""
         self._waiting.remove(one)
 
-    def first(self) -> Waiting | None:
+    def first(self) -> WaitingRequest | None:
         """Who is next."""
         return min(self._waiting, key=self._place, default=None)
 
-    def last_of_longest(self) -> Waiting | None:
+    def last_of_longest(self) -> WaitingRequest | None:
         """Of the client that has most requests waiting, the one that would be last."""
         counts = Counter(one.client for one in self._waiting)
         if not counts:
@@ -119,12 +119,12 @@ class WaitingLine:
         """How many requests of a client wait."""
         return sum(one.client == client for one in self._waiting)
 
-    def ahead_of(self, one: Waiting) -> int:
+    def ahead_of(self, one: WaitingRequest) -> int:
         """How many turns come before a request's own, which need not have joined yet.
 
         As if everybody stayed and nobody came.
         """
-        lines: defaultdict[str, list[Waiting]] = defaultdict(list)
+        lines: defaultdict[str, list[WaitingRequest]] = defaultdict(list)
         for other in {*self._waiting, one}:
             lines[other.client].append(other)
         turns = []
@@ -146,7 +146,7 @@ class WaitingLine:
                 heappop(turns)
         raise AssertionError("a request is in its client's line")
 
-    def give(self, one: Waiting) -> None:
+    def give(self, one: WaitingRequest) -> None:
         """It has got its room: its client's next request comes after those of others."""
         share = self._shares[one.client] = self._share(one.client)
         self._turns += 1
@@ -168,11 +168,11 @@ class WaitingLine:
             share.given = max(share.given, self._served)
         return share
 
-    def _place(self, one: Waiting) -> _Place:
+    def _place(self, one: WaitingRequest) -> _Place:
         share = self._shares[one.client]
         return (share.given, share.last_turn, *self._place_in_client(one))
 
-    def _place_in_client(self, one: Waiting) -> tuple[int, float, int]:
+    def _place_in_client(self, one: WaitingRequest) -> tuple[int, float, int]:
         waited = self.clock() - one.since if one.number else 0.0
         aged = one.priority - math.floor(waited / AGING_SECONDS)
         return (aged, one.deadline, one.number or self._number + 1)

@@ -10,7 +10,7 @@ from fluxion_core.geometry import KvGeometry
 from fluxion_core.models.config import ModelConfig, RopeConfig
 from services.decode.engine import EngineLoad
 from services.decode.metrics import RequestCounters
-from services.decode.placement import Placed, Placement, Reason
+from services.decode.placement import Placement, PlacementDecision, PlacementReason
 from services.decode.prompt_costs import HandoffCosts, LocalCosts, ModelCosts, PromptCosts
 
 MODEL = ModelCosts(
@@ -164,7 +164,7 @@ def placement(
     )
 
 
-async def place(of: Placement, tokens: int, stored: int) -> Placed:
+async def place(of: Placement, tokens: int, stored: int) -> PlacementDecision:
     return await of.place("r", tokens, stored, wants_profile=False)
 
 
@@ -172,28 +172,28 @@ async def test_little_that_is_missing_of_much_is_computed_here_though_it_is_more
     nodes = Nodes()
     # By hand: behind 10,000 a chunk has 25 tokens; 264 are 11 chunks of 2 MB and 25 x 10,144.5 KB,
     # 2,812 s. There: 10,264 tokens have 73.2 M operations, 146 s, and 264 KB more.
-    placed = await place(placement(nodes), 10_264, 10_000)
-    assert not placed.is_local
-    assert placed.here_seconds == pytest.approx(11 * (2 + 25 * 10.1445), rel=1e-3)
-    assert placed.there_seconds == pytest.approx(146.4 + 0.264, rel=1e-3)
+    decision = await place(placement(nodes), 10_264, 10_000)
+    assert not decision.is_local
+    assert decision.here_seconds == pytest.approx(11 * (2 + 25 * 10.1445), rel=1e-3)
+    assert decision.there_seconds == pytest.approx(146.4 + 0.264, rel=1e-3)
     # A node that reads 100 MB/s needs 28 s for it.
-    placed = await place(placement(nodes, bytes_per_second=1e8), 10_264, 10_000)
-    assert (placed.is_local, placed.reason) == (True, Reason.COST)
+    decision = await place(placement(nodes, bytes_per_second=1e8), 10_264, 10_000)
+    assert (decision.is_local, decision.reason) == (True, PlacementReason.COST)
 
 
 async def test_prefill_nodes_are_asked_for_their_queue_only_if_they_would_be_sooner():
     nodes = Nodes()
     # By hand: 1 of 100 tokens: 1 MB and 100 KB here, 1.0995 s; there 0.41 s and 1 KB.
-    placed = await place(placement(nodes), 100, 99)
-    assert (placed.is_local, nodes.asked) == (False, 1)
+    decision = await place(placement(nodes), 100, 99)
+    assert (decision.is_local, nodes.asked) == (False, 1)
     # With 200 tokens before it, it takes three times as long there: 1.23 s.
     nodes.pending = 200
-    placed = await place(placement(nodes), 100, 99)
-    assert (placed.is_local, nodes.asked) == (True, 2)
-    assert placed.there_seconds == pytest.approx(3 * 0.41 + 0.001)
+    decision = await place(placement(nodes), 100, 99)
+    assert (decision.is_local, nodes.asked) == (True, 2)
+    assert decision.there_seconds == pytest.approx(3 * 0.41 + 0.001)
     # 1 of 1,000: 2 s here, 5 s there, whatever waits.
-    placed = await place(placement(nodes), 1000, 999)
-    assert (placed.is_local, nodes.asked) == (True, 2)
+    decision = await place(placement(nodes), 1000, 999)
+    assert (decision.is_local, nodes.asked) == (True, 2)
 
 
 @pytest.mark.parametrize(
@@ -202,13 +202,13 @@ async def test_prefill_nodes_are_asked_for_their_queue_only_if_they_would_be_soo
 )
 async def test_before_the_first_hand_off_what_is_little_is_computed_here(tokens, stored, is_local):
     # By hand: up to 256 tokens, or up to an eighth of the prompt.
-    placed = await place(placement(Nodes(), is_tried=False), tokens, stored)
-    assert placed == Placed(is_local, Reason.UNTRIED)
+    decision = await place(placement(Nodes(), is_tried=False), tokens, stored)
+    assert decision == PlacementDecision(is_local, PlacementReason.UNTRIED)
 
 
 async def test_without_a_prefill_node_all_is_computed_here():
-    placed = await place(placement(Nodes(), has_prefill_nodes=False), 100_000, 0)
-    assert placed == Placed(True, Reason.NO_PREFILL_NODE)
+    decision = await place(placement(Nodes(), has_prefill_nodes=False), 100_000, 0)
+    assert decision == PlacementDecision(True, PlacementReason.NO_PREFILL_NODE)
 
 
 @pytest.mark.parametrize("has_prefill_nodes", [False, True])
@@ -216,7 +216,7 @@ async def test_a_limit_decides_alone(has_prefill_nodes: bool):
     nodes = Nodes()
     for limit, stored, is_local in ((9, 991, True), (9, 990, False), (0, 999, False)):
         of = placement(nodes, limit=limit, has_prefill_nodes=has_prefill_nodes)
-        assert await place(of, 1000, stored) == Placed(is_local, Reason.SETTING)
+        assert await place(of, 1000, stored) == PlacementDecision(is_local, PlacementReason.SETTING)
     assert nodes.asked == 0
 
 

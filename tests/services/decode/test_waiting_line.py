@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.decode.waiting_line import AGING_SECONDS, Priority, Waiting, WaitingLine
+from services.decode.waiting_line import AGING_SECONDS, Priority, WaitingLine, WaitingRequest
 
 
 class Clock:
@@ -35,13 +35,13 @@ def wait(
     priority: Priority = Priority.NORMAL,
     deadline: float = math.inf,
     cost: int = 100,
-) -> Waiting:
-    one = Waiting(client, priority, deadline, cost)
+) -> WaitingRequest:
+    one = WaitingRequest(client, priority, deadline, cost)
     line.join(one)
     return one
 
 
-def served(line: WaitingLine) -> list[Waiting]:
+def served(line: WaitingLine) -> list[WaitingRequest]:
     """All of the line, one after the other."""
     order = []
     while (first := line.first()) is not None:
@@ -95,10 +95,10 @@ def test_priority_comes_first_and_age_makes_up_for_it(line, clock):
 def test_ahead_of_one_who_has_not_joined(line):
     wait(line, "a")
     wait(line, "a", deadline=1200.0)
-    assert line.ahead_of(Waiting("a", Priority.NORMAL, math.inf, 1)) == 2
-    assert line.ahead_of(Waiting("a", Priority.NORMAL, 1100.0, 1)) == 0
+    assert line.ahead_of(WaitingRequest("a", Priority.NORMAL, math.inf, 1)) == 2
+    assert line.ahead_of(WaitingRequest("a", Priority.NORMAL, 1100.0, 1)) == 0
     # One of a's, for its priority; then a has been given more.
-    assert line.ahead_of(Waiting("b", Priority.LOW, 1100.0, 1)) == 1
+    assert line.ahead_of(WaitingRequest("b", Priority.LOW, 1100.0, 1)) == 1
 
 
 def test_those_of_others_that_come_before_ones_last_are_counted(line):
@@ -107,14 +107,14 @@ def test_those_of_others_that_come_before_ones_last_are_counted(line):
     for _ in range(5):
         wait(line, "b", cost=200)
     # By hand: a, b, a, b, a and then this one, who have been given 0, 0, 100, 200, 200 and 300.
-    assert line.ahead_of(Waiting("a", Priority.NORMAL, math.inf, 100)) == 5
-    assert line.ahead_of(Waiting("c", Priority.LOW, math.inf, 100)) == 2
+    assert line.ahead_of(WaitingRequest("a", Priority.NORMAL, math.inf, 100)) == 5
+    assert line.ahead_of(WaitingRequest("c", Priority.LOW, math.inf, 100)) == 2
 
 
 @pytest.mark.parametrize("age", [0, 29, 31, 61, 1000])
 def test_a_backlog_of_whatever_age_does_not_come_before_another_client(line, clock, age):
     for _ in range(20):
-        line.give(Waiting("a", Priority.NORMAL, math.inf, 1000))
+        line.give(WaitingRequest("a", Priority.NORMAL, math.inf, 1000))
     backlog = [wait(line, "a", Priority.HIGH, cost=1000) for _ in range(50)]
     clock.now += age
     single = wait(line, "b", Priority.LOW, cost=1000)
@@ -124,8 +124,8 @@ def test_a_backlog_of_whatever_age_does_not_come_before_another_client(line, clo
 
 
 def test_ever_new_clients_do_not_keep_an_old_one_waiting(line):
-    line.give(Waiting("old", Priority.NORMAL, math.inf, 10_000))
-    line.give(Waiting("another", Priority.NORMAL, math.inf, 100))
+    line.give(WaitingRequest("old", Priority.NORMAL, math.inf, 10_000))
+    line.give(WaitingRequest("another", Priority.NORMAL, math.inf, 100))
     old = wait(line, "old")
     for number in range(1000):
         wait(line, f"new {number}", Priority.HIGH, cost=100)
