@@ -28,7 +28,8 @@ lint: $(VENV)/.tested  ## formatting, lint, types, imports; stubs, dashboards an
 	$(BIN)/python protos/regenerate.py --check
 	$(BIN)/python deploy/grafana/generate.py --check
 	$(BIN)/python docs/architecture/packages.py --check
-	$(MAKE) docs
+	$(BIN)/python docs/generate.py --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: $(VENV)/.tested
 	$(BIN)/ruff format .
@@ -60,6 +61,7 @@ dashboards: $(VENV)/.tested  ## Grafana dashboards and console pages from deploy
 	$(BIN)/python deploy/grafana/generate.py
 
 docs: $(VENV)/.tested  ## the site, into build/site; a broken link or anchor is an error
+	$(BIN)/python docs/generate.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 picture: $(VENV)/.tested  ## docs/architecture/packages.md: every package, and a picture of imports
@@ -68,7 +70,7 @@ picture: $(VENV)/.tested  ## docs/architecture/packages.md: every package, and a
 compose-test: $(VENV)/.tested  ## bring docker-compose.yml up for real: serve, lose a node, be scraped, go
 	$(BIN)/python deploy/compose_test.py
 
-faults: $(VENV)/.tested  ## what clients see when something fails, with real processes: deploy/FAULTS.md
+faults: $(VENV)/.tested  ## what clients see when something fails, with real processes: docs/results/faults.md
 	$(BIN)/python -m tests.faults
 
 protos: $(VENV)/.tested  ## stubs from the .proto files

@@ -8,7 +8,7 @@ a node are in its metrics.py.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -52,7 +52,7 @@ class PlainHistogram:
 
 @dataclass(frozen=True)
 class MetricDefinition:
-    """One metric family: what operators read in the table of deploy/METRICS.md."""
+    """One metric family: what operators read in docs/reference/metrics.md."""
 
     name: str
     kind: Literal["counter", "gauge", "histogram"]
@@ -84,13 +84,3 @@ class MetricDefinition:
             buckets, total = histogram.buckets()
             family.add_metric(labels, buckets, total)
         return family
-
-
-def definitions_table(definitions: Iterable[MetricDefinition]) -> str:
-    """The rows of a Markdown table: metric, type, unit, labels, meaning."""
-    needs = {"": "", "gpu": " Only with a GPU.", "nvml": " Only with NVML."}
-    return "".join(
-        f"| `{one.name}` | {one.kind} | {one.unit} | {', '.join(one.labels)} "
-        f"| {one.meaning}{needs[one.needs]} |\n"
-        for one in definitions
-    )

@@ -158,10 +158,10 @@ def test_a_client_that_goes_away_has_its_request_aborted(
         ("/v1/completions", {"response_format": {"type": "json_object"}}, 200),
     ],
 )
-def test_the_gateway_drops_what_the_runbook_says_it_drops(
+def test_the_gateway_drops_what_the_guide_says_it_drops(
     gateway: str, model: str, path: str, wish: dict, status: int
 ):
-    # Another program's doing, which the runbook tells: where this fails, it has changed.
+    # Another program's doing, which the guide tells: where this fails, it has changed.
     prompt = {"messages": CHAT} if "chat" in path else {"prompt": "The sky is"}
     asked = {"model": model, "temperature": 0, "max_tokens": 8} | prompt | wish
     with answer_of(gateway, "POST", path, asked) as answer:
@@ -170,8 +170,8 @@ def test_the_gateway_drops_what_the_runbook_says_it_drops(
     if status == 400:
         assert "not offered by this node" in content
     (field,) = wish
-    runbook = (Path(__file__).parents[2] / "deploy" / "README.md").read_text()
-    told = runbook.split("What smg 1.13 does not pass on", 1)[1].split(".\n", 1)[0]
+    guide = (Path(__file__).parents[2] / "docs" / "guides" / "openai.md").read_text()
+    told = guide.split("What smg 1.13 does not pass on", 1)[1].split(".\n", 1)[0]
     assert f"`{field}`" in told
 
 
