@@ -91,7 +91,7 @@ class Told:
 
 
 class PlanSource(IntEnum):
-    """Who says what a row reads; native/step_driver.h has the same."""
+    """Who says what a row reads; native/lane/step_driver.h has the same."""
 
     GIVEN = 0
     FROM_DEVICE = 1

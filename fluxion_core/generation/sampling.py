@@ -4,7 +4,7 @@ A token's randomness is drawn for (seed, position), so that the prefill node, wh
 first token, and the decode node, which samples the rest, agree whatever else runs beside them.
 
 Order: penalties, temperature, then min-p, top-k and top-p on the tempered distribution.
-`sampling_reference.py` is the definition; what is here is native (kernels/native/token_choice.h),
+`sampling_reference.py` is the definition; here is kernels/native/sampling/token_choice.h,
 keeps what penalties count from token to token, and samples the rows of a step beside each other.
 """
 

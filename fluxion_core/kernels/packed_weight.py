@@ -1,6 +1,6 @@
 """Weights as the native products read them: panels of 16 outputs, `[panels][inputs][16]`.
 
-What a product does with them: native/ops/dense_rows.inl.
+What a product does with them: native/operations/dense_rows.inl.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 At every layer of a decode step it turns what the step has seen so far into group plans: features,
 network, head profiles, then the cheapest plans by the sequence's policy. That is native and part
-of the layer's call (kernels/native/layer_plan.h); here are its weights, packed once, and its
+of the layer's call (kernels/native/plan/layer_plan.h); here are its weights, packed once, and its
 states. In training-free mode the profiles are what prefill estimated, and plans do not change from
 step to step: they are made here, once for each sequence and policy.
 

@@ -2,8 +2,8 @@
 
 The dense part is one CUDA graph for each size of batch. In each layer it publishes queries, keys
 and values in pinned memory, attends to the windows, waits for the host's flag and merges what the
-host attended to. The host's side (native, kernels/native/step_driver.h) appends to the store and
-has the retrieval regions attended to by the CPU pool and the GPU lane, which pull from one queue.
+host attended to. The host's side (kernels/native/lane/step_driver.h) appends to the store and has
+the retrieval regions attended to by the CPU pool and the GPU lane, which pull from one queue.
 Python runs before and after a step, not within. Plans that are predicted are made
 in the graph too, behind the windows, and handed to the host with flags of their own.
 

@@ -6,7 +6,7 @@ thing: their sums have another order for one row, for a few and for many.
 
 Weights lie in panels (kernels/packed_weight.py) on huge pages, in the decoder's dtype; activations
 are float32. A tied head is stored once, and embeddings are read from its panels. What a layer does
-between two calls of attention is one call into native code (kernels/native/dense_layers.h).
+between two calls of attention is one call into native code (kernels/native/dense/dense_layers.h).
 """
 
 from __future__ import annotations

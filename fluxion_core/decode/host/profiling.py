@@ -2,8 +2,8 @@
 
 The numbers are those of `predictor.prompt_estimate`, which is for whoever has the KV at hand in
 float32 and nobody waiting. Here K and V are read in place by the CPU pool's threads
-(kernels/native/prompt_needs.h), and whoever runs steps says how much is done at a time, so that
-streams go on meanwhile.
+(kernels/native/plan/prompt_needs.h), and whoever runs steps says how much is done at a time, so
+that streams go on meanwhile.
 
 Blocks are ranked by the store's own digests, as steps rank them: with 8-bit digests their order may
 differ a little from that of exact ones.

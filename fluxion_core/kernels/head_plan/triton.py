@@ -12,8 +12,8 @@ Each layer streams the model's weights through the GPU's caches, so that kernels
 instructions there no more. What is written as a loop is one so that they are few.
 
 The arithmetic is that of planning/features.py, planning/network.py and
-planning/choice_reference.py, which are its oracles; the CPU's is kernels/native/layer_plan.h. A
-program that finds a row of mode 0 has nothing to do. What a sequence's last step saw, its slot
+planning/choice_reference.py, which are its oracles; the CPU's is kernels/native/plan/layer_plan.h.
+A program that finds a row of mode 0 has nothing to do. What a sequence's last step saw, its slot
 remembers.
 """
 

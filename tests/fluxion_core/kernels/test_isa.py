@@ -39,7 +39,7 @@ def test_isa_objects_share_no_weak_symbols(name: str, tmp_path: Path):
     # A weak symbol is one that the linker merges with its namesake of another ISA.
     target = tmp_path / f"{name}.o"
     command = ["c++", "-std=c++17", "-O3", "-w", "-fno-exceptions", "-fno-rtti"]
-    source = NATIVE / "targets" / f"{name}.cpp"
+    source = NATIVE / "operations" / "targets" / f"{name}.cpp"
     subprocess.run(
         [*command, *target_flags()[name], f"-I{NATIVE}", "-c", source, "-o", target], check=True
     )

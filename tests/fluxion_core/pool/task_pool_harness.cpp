@@ -11,7 +11,7 @@
 #include <thread>
 #include <vector>
 
-#include "task_pool.h"
+#include "pool/task_pool.h"
 
 namespace {
 

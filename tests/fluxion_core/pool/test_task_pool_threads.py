@@ -23,7 +23,8 @@ SCENES = (
 def harness(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The harness, built by the compiler that builds the extension."""
     program = tmp_path_factory.mktemp("pool") / "harness"
-    sources = (HERE / "task_pool_harness.cpp", NATIVE / "task_pool.cpp", NATIVE / "cpu_watch.cpp")
+    pool = NATIVE / "pool"
+    sources = (HERE / "task_pool_harness.cpp", pool / "task_pool.cpp", pool / "cpu_watch.cpp")
     subprocess.run(
         [
             *(os.environ.get("CXX", "c++"), "-std=c++17", "-O1", "-g", "-fsanitize=thread"),

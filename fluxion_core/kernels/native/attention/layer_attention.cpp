@@ -1,0 +1,443 @@
+#include "attention/layer_attention.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <numeric>
+#include <stdexcept>
+
+namespace fluxion {
+namespace {
+
+constexpr int64_t kScoreChunkBytes = 128 << 10;
+constexpr int64_t kAttendChunkBytes = 256 << 10;
+constexpr float kLn2 = 0.69314718055994530942f;
+constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+
+constexpr int32_t kScore = 0, kSelect = 1, kAttend = 2;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace
+
+LayerAttention::LayerAttention(const SlabLayout& layout, const int64_t* sequences, int64_t batch,
+                               int64_t heads)
+    : layout_(layout), group_(heads / layout.kv_heads), heads_(heads) {
+  if (heads <= 0 || heads % layout.kv_heads || group_ > kMaxGroup) {
+    throw std::invalid_argument("query heads: a multiple of the KV heads, up to 16 to each");
+  }
+  attend_chunk_blocks_ = int32_t(std::max<int64_t>(1, kAttendChunkBytes / layout.block_bytes));
+  for (int64_t i = 0; i < batch; ++i, sequences += 5) {
+    sequences_.push_back({reinterpret_cast<const int64_t*>(sequences[0]), sequences[1],
+                          sequences[2], sequences[3], sequences[4]});
+  }
+  tasks_.resize(size_t(batch * layout.kv_heads));
+  priorities_.resize(tasks_.size());
+  read_bytes_.resize(size_t(batch));
+  group_counts_.resize(size_t(batch));
+  rankers_.resize(size_t(batch));
+  told_.resize(size_t(batch));
+}
+
+void LayerAttention::check_shape(const Planner& planner) const {
+  if (planner.heads != heads_ || planner.kv_heads != layout_.kv_heads ||
+      planner.head_dim != layout_.head_dim) {
+    throw std::invalid_argument("the planner is of a model of another shape");
+  }
+}
+
+void LayerAttention::predict(int64_t row, const Planner& planner, PlannerState& state,
+                             bool by_price, float number) {
+  check_shape(planner);
+  const SequenceView& sequence = sequences_[size_t(row)];
+  if (sequence.region_end <= sequence.region_begin) return;
+  if (!plan_) plan_ = std::make_unique<LayerPlan>(layout_, planner);
+  plan_->add(row, sequence, state, by_price, number);
+  rank_by(row, planner);
+  predicted_.push_back(&state);
+}
+
+void LayerAttention::plan_elsewhere(int64_t row, const Planner& planner, float* told,
+                                    int64_t told_stride) {
+  check_shape(planner);
+  const SequenceView& sequence = sequences_[size_t(row)];
+  if (sequence.region_end <= sequence.region_begin) return;
+  rank_by(row, planner);
+  const int64_t size = (int64_t(kBlockTokens) << kCoarseLevel) * layout_.record_blocks(kCoarseLevel);
+  const int64_t records = ceil_div(sequence.region_end, size) - sequence.region_begin / size;
+  told_[size_t(row)] = {told, told_stride,
+                        layout_.kv_heads * records * layout_.record_bytes(kCoarseLevel)};
+}
+
+void LayerAttention::submit(TaskPool& pool, int64_t layer, const float* query,
+                            int64_t query_stride, const int32_t* levels, const int32_t* budgets,
+                            float* output, float* lse, int64_t wake_bytes, bool others_only,
+                            Consumer* consumer) {
+  query_ = query;
+  query_stride_ = query_stride;
+  output_ = output;
+  lse_ = lse;
+  if (plan_) plan_->run_layer(pool, layer, query, query_stride, wake_bytes);
+  prepare(layer, levels, budgets);
+  // Too little to wake anybody for is done by who waits.
+  if (!others_only && total_priority() < wake_bytes) consumer = nullptr;
+  pool.submit(this, priorities_, wake_bytes, false, others_only, consumer);
+}
+
+void LayerAttention::skip_layer(int64_t layer, const int32_t* levels, const int32_t* budgets) {
+  prepare(layer, levels, budgets);
+  for (const Task& task : tasks_) count_groups(task);
+}
+
+void LayerAttention::prepare(int64_t layer, const int32_t* levels, const int32_t* budgets) {
+  layer_ = layer;
+  for (size_t i = 0; i < tasks_.size(); ++i) {
+    Task& task = tasks_[i];
+    task.sequence = int64_t(i) / layout_.kv_heads;
+    task.kv_head = int64_t(i) % layout_.kv_heads;
+    task.seen = plan_ ? plan_->seen(task.sequence, task.kv_head) : nullptr;
+    task.level = task.seen ? task.seen->level : levels[i];
+    task.budgets = task.seen ? task.seen->budgets : budgets + int64_t(i) * group_;
+    task.bytes = {};
+    std::fill_n(task.head_blocks, group_, 0);
+    const SequenceView& sequence = sequences_[size_t(task.sequence)];
+    if (sequence.region_end <= sequence.region_begin) task.level = kReadNothing;
+    if (task.level >= 0) {
+      const int64_t size = int64_t(kBlockTokens) << task.level;
+      task.first_block = int32_t(sequence.region_begin / size);
+      task.num_blocks = int32_t(ceil_div(sequence.region_end, size)) - task.first_block;
+    }
+    priorities_[i] = planned_bytes(task);
+  }
+}
+
+int64_t LayerAttention::total_priority() const {
+  return std::accumulate(priorities_.begin(), priorities_.end(), int64_t(0));
+}
+
+void LayerAttention::describe(int32_t index, const float* queries, LaneTask* to) const {
+  const Task& task = tasks_[size_t(index)];
+  const SequenceView& sequence = sequences_[size_t(task.sequence)];
+  const int64_t row = task.sequence * heads_ + task.kv_head * group_;
+  to->slab_table = reinterpret_cast<int64_t>(sequence.slabs);
+  to->kv_offset = reinterpret_cast<int64_t>(layout_.blocks(0, layer_, task.kv_head));
+  to->record_offset =
+      task.level >= 0
+          ? reinterpret_cast<int64_t>(layout_.record(0, layer_, task.kv_head, task.level, 0))
+          : 0;
+  to->query = reinterpret_cast<int64_t>(queries + row * layout_.head_dim);
+  to->output = reinterpret_cast<int64_t>(output_ + row * layout_.head_dim);
+  to->lse = reinterpret_cast<int64_t>(lse_ + row);
+  to->level = task.level;
+  to->first_block = task.level >= 0 ? task.first_block : 0;
+  to->num_blocks = task.level >= 0 ? task.num_blocks : 0;
+  const Planner* ranker = rankers_[size_t(task.sequence)];
+  const float lack = task.level >= 0 && ranker ? 1.0f - ranker->radii[size_t(task.level)] : 0.0f;
+  to->radius_lack = 0;
+  std::memcpy(&to->radius_lack, &lack, sizeof lack);
+  to->region_begin = sequence.region_begin;
+  to->region_end = sequence.region_end;
+  for (int64_t head = 0; head < group_; ++head) {
+    to->budgets[head] = task.level >= 0 ? task.budgets[head] : 0;
+  }
+}
+
+void LayerAttention::finish_elsewhere(int32_t index, const LaneStatistics& read) {
+  Task& task = tasks_[size_t(index)];
+  task.bytes = {read.digest_bytes, read.kv_bytes};
+  if (task.seen) task.bytes.scanned += task.seen->scanned_bytes;
+  const int64_t region = region_blocks(task);
+  for (int64_t head = 0; head < group_; ++head) {
+    // The blocks at the region's ends may be cut; that is not told here.
+    task.head_blocks[head] =
+        task.level >= 0 ? std::min(int64_t(task.budgets[head]) << task.level, region) : region;
+    if (!task.seen) continue;
+    const int64_t in_layer = task.kv_head * group_ + head;
+    plan_->remember(task.sequence, in_layer, lse_[task.sequence * heads_ + in_layer],
+                    float(task.head_blocks[head]) / float(region));
+  }
+}
+
+int64_t LayerAttention::region_blocks(const Task& task) const {
+  const SequenceView& sequence = sequences_[size_t(task.sequence)];
+  return (sequence.region_end - sequence.region_begin) / kBlockTokens;
+}
+
+// What the next step's plan will know of this one, to who makes it.
+void LayerAttention::tell(const Task& task) {
+  const Told& told = told_[size_t(task.sequence)];
+  if (told.of_layer == nullptr) return;
+  for (int64_t head = 0; head < group_; ++head) {
+    const int64_t in_layer = task.kv_head * group_ + head;
+    float* to = told.of_layer + layer_ * told.stride + in_layer * 2;
+    to[0] = lse_[task.sequence * heads_ + in_layer];
+    to[1] = float(task.head_blocks[head]) / float(region_blocks(task));
+  }
+}
+
+void LayerAttention::finish_layer() {
+  for (const Task& task : tasks_) {
+    ReadBytes& total = read_bytes_[size_t(task.sequence)];
+    total.scanned += task.bytes.scanned;
+    total.attended += task.bytes.attended;
+    count_groups(task);
+    tell(task);
+  }
+  for (size_t row = 0; row < told_.size(); ++row) {
+    read_bytes_[row].scanned += told_[row].scanned_bytes;
+    read_bytes_[row].scanned_for_plans += told_[row].scanned_bytes;
+  }
+  for (PlannerState* state : predicted_) state->known[size_t(layer_)] = 1;
+}
+
+void LayerAttention::count_groups(const Task& task) {
+  const SequenceView& sequence = sequences_[size_t(task.sequence)];
+  if (sequence.region_end <= sequence.region_begin) return;
+  GroupCounts& counts = group_counts_[size_t(task.sequence)];
+  counts.heads += group_;
+  if (task.level == kReadAll) {
+    ++counts.everything;
+  } else if (task.level == kReadNothing) {
+    ++counts.nothing;
+    counts.streaming_heads += group_;
+  } else {
+    ++counts.of_level[size_t(task.level)];
+    counts.streaming_heads += std::count(task.budgets, task.budgets + group_, 0);
+  }
+}
+
+// Upper bound of what a task reads: no union is larger than the sum of its heads' budgets.
+int64_t LayerAttention::planned_bytes(const Task& task) const {
+  const SequenceView& sequence = sequences_[size_t(task.sequence)];
+  const int64_t token_bytes = layout_.block_bytes / kBlockTokens;
+  const int64_t region = sequence.region_end - sequence.region_begin;
+  int64_t bytes = sequence.attends_rest && !task.seen ? (sequence.num_tokens - region) * token_bytes : 0;
+  if (task.level == kReadAll) bytes += region * token_bytes;
+  if (task.level < 0) return bytes;
+  int64_t blocks = 0;
+  for (int64_t head = 0; head < group_; ++head) blocks += task.budgets[head];
+  const int64_t tokens = blocks * (int64_t(kBlockTokens) << task.level);
+  return bytes + std::min(tokens, region) * token_bytes + digest_bytes(task);
+}
+
+int64_t LayerAttention::digest_bytes(const Task& task) const {
+  if (task.level < 0) return 0;
+  return task.num_blocks * layout_.record_bytes(task.level) / layout_.record_blocks(task.level);
+}
+
+int64_t LayerAttention::total_scan_bytes() const {
+  int64_t total = 0;
+  for (const Task& task : tasks_) total += digest_bytes(task);
+  return total;
+}
+
+int32_t LayerAttention::open(int32_t index, int32_t phase) {
+  Task& task = tasks_[size_t(index)];
+  switch (phase) {
+    case kScore:
+      return task.level >= 0 ? open_scores(task) : 0;
+    case kSelect:
+      return task.level >= 0 ? int32_t(group_) : 0;
+    default:
+      return open_attend(task);
+  }
+}
+
+int64_t LayerAttention::chunk_records(int32_t level) const {
+  return std::max<int64_t>(1, kScoreChunkBytes / layout_.record_bytes(level));
+}
+
+int32_t LayerAttention::open_scores(Task& task) {
+  const SequenceView& sequence = sequences_[size_t(task.sequence)];
+  task.chosen.resize(size_t(ceil_div(task.num_blocks, 64) * group_));
+  task.select_scratch.resize(size_t(top_scratch_bytes(task.num_blocks) * group_));
+  if (task.seen && task.level == kCoarseLevel) {
+    // They were scored for the plan.
+    task.scores_from = task.seen->coarse_scores;
+    task.score_stride = task.seen->score_stride;
+    return 0;
+  }
+  const int32_t width = layout_.record_blocks(task.level);
+  const int64_t first = task.first_block / width;
+  const int64_t end = ceil_div(task.first_block + task.num_blocks, width);
+  layout_.list_records(sequence.slabs, layer_, task.kv_head, task.level, first, end, task.records);
+  task.score_stride = ceil_div((end - first) * width, 64) * 64;
+  task.scores.resize(size_t(task.score_stride * group_));
+  task.scores_from = task.scores.data() + (task.first_block - first * width);
+  task.bytes.scanned = (end - first) * layout_.record_bytes(task.level);
+  return int32_t(ceil_div(end - first, chunk_records(task.level)));
+}
+
+int32_t LayerAttention::open_attend(Task& task) {
+  const SequenceView& sequence = sequences_[size_t(task.sequence)];
+  const uint16_t all = uint16_t((1u << group_) - 1);
+  task.runs.clear();
+  task.chunks.clear();
+  const bool attends_rest = sequence.attends_rest && !task.seen;
+  if (task.seen) task.bytes.scanned += task.seen->scanned_bytes;
+  if (attends_rest) add_range(task, 0, std::min(sequence.region_begin, sequence.num_tokens), all);
+  if (task.level == kReadAll) {
+    add_range(task, sequence.region_begin, sequence.region_end, all);
+    const int64_t blocks = (sequence.region_end - sequence.region_begin) / kBlockTokens;
+    std::fill_n(task.head_blocks, group_, blocks);
+    task.bytes.attended = blocks * layout_.block_bytes;
+  } else if (task.level >= 0) {
+    const int64_t words = ceil_div(task.num_blocks, 64);
+    const int64_t size = int64_t(kBlockTokens) << task.level;
+    for (int64_t word = 0; word < words; ++word) {
+      uint64_t any = 0;
+      for (int64_t head = 0; head < group_; ++head) any |= task.chosen[size_t(head * words + word)];
+      for (; any; any &= any - 1) {
+        const int bit = __builtin_ctzll(any);
+        uint16_t heads = 0;
+        for (int64_t head = 0; head < group_; ++head) {
+          heads |= uint16_t((task.chosen[size_t(head * words + word)] >> bit & 1) << head);
+        }
+        const int64_t block = task.first_block + word * 64 + bit;
+        const int64_t begin = std::max(block * size, sequence.region_begin);
+        const int64_t end = std::min((block + 1) * size, sequence.region_end);
+        add_range(task, begin, end, heads);
+        const int64_t blocks = (end - begin) / kBlockTokens;
+        for (int64_t head = 0; head < group_; ++head) task.head_blocks[head] += blocks * (heads >> head & 1);
+        task.bytes.attended += blocks * layout_.block_bytes;
+      }
+    }
+  }
+  if (attends_rest && sequence.region_end < sequence.num_tokens) {
+    add_range(task, std::max(sequence.region_begin, sequence.region_end), sequence.num_tokens, all);
+  }
+  task.partials.resize(task.chunks.size() * size_t(group_ * (layout_.head_dim + 2)));
+  return int32_t(task.chunks.size());
+}
+
+// Tokens [begin, end) from a block's start on, cut where slabs and chunks end.
+void LayerAttention::add_range(Task& task, int64_t begin, int64_t end, uint16_t heads) {
+  for (int64_t block = begin / kBlockTokens; block * kBlockTokens < end;) {
+    const int64_t inside = block % layout_.slab_blocks;
+    const int64_t left = ceil_div(end, kBlockTokens) - block;
+    const int64_t count = std::min(left, layout_.slab_blocks - inside);
+    const int64_t tail = count == left ? (end - 1) % kBlockTokens + 1 : int64_t(kBlockTokens);
+    add_blocks(task, block, count, heads, uint16_t(tail));
+    block += count;
+  }
+}
+
+// Blocks that follow each other in memory. What adjoins the last run and is for the same heads
+// lengthens it, so that the same blocks give the same runs however they came to be chosen.
+void LayerAttention::add_blocks(Task& task, int64_t first, int64_t count, uint16_t heads,
+                                uint16_t last_tokens) {
+  const SequenceView& sequence = sequences_[size_t(task.sequence)];
+  const uintptr_t slab = uintptr_t(sequence.slabs[first / layout_.slab_blocks]);
+  const char* at = layout_.blocks(slab, layer_, task.kv_head) +
+                   first % layout_.slab_blocks * layout_.block_bytes;
+  while (count > 0) {
+    if (task.chunks.empty() || task.blocks_in_last_chunk == attend_chunk_blocks_) {
+      task.chunks.push_back({int32_t(task.runs.size()), 0});
+      task.blocks_in_last_chunk = 0;
+    }
+    Chunk& chunk = task.chunks.back();
+    const int32_t here =
+        int32_t(std::min<int64_t>(count, attend_chunk_blocks_ - task.blocks_in_last_chunk));
+    const uint16_t tokens = here == count ? last_tokens : uint16_t(kBlockTokens);
+    BlockRun* last = chunk.num_runs ? &task.runs.back() : nullptr;
+    if (last && last->heads == heads &&
+        reinterpret_cast<const char*>(last->blocks) + last->num_blocks * layout_.block_bytes == at) {
+      last->num_blocks += here;
+      last->last_tokens = tokens;
+    } else {
+      task.runs.push_back({reinterpret_cast<const uint16_t*>(at), here, heads, tokens});
+      ++chunk.num_runs;
+    }
+    task.blocks_in_last_chunk += here;
+    at += here * layout_.block_bytes;
+    count -= here;
+  }
+}
+
+PartialState LayerAttention::partial(Task& task, int32_t chunk) {
+  float* start = task.partials.data() + size_t(chunk) * size_t(group_ * (layout_.head_dim + 2));
+  return {start, start + group_ * layout_.head_dim, start + group_ * (layout_.head_dim + 1)};
+}
+
+void LayerAttention::run(int32_t index, int32_t phase, int32_t chunk) {
+  Task& task = tasks_[size_t(index)];
+  const float* query =
+      query_ + task.sequence * query_stride_ + task.kv_head * group_ * layout_.head_dim;
+  const int32_t group = int32_t(group_), head_dim = int32_t(layout_.head_dim);
+  switch (phase) {
+    case kScore: {
+      const int32_t width = layout_.record_blocks(task.level);
+      const int32_t total = int32_t(task.records.size());
+      const int32_t in_chunk = int32_t(chunk_records(task.level));
+      const int32_t first = chunk * in_chunk, count = std::min(in_chunk, total - first);
+      const Planner* ranker = rankers_[size_t(task.sequence)];
+      const float radius = ranker ? ranker->radii[size_t(task.level)] : 1.0f;
+      return score_records(layout_.digest_bits, query, group, head_dim, radius,
+                           task.records.data() + first, count, total - first - count, width,
+                           task.scores.data() + int64_t(first) * width, task.score_stride);
+    }
+    case kSelect: {
+      const int64_t words = ceil_div(task.num_blocks, 64);
+      kernels().choose_top(task.scores_from + chunk * task.score_stride,
+                           task.num_blocks, task.budgets[chunk],
+                           task.chosen.data() + chunk * words,
+                           task.select_scratch.data() + chunk * top_scratch_bytes(task.num_blocks));
+      return;
+    }
+    default: {
+      const Chunk& part = task.chunks[size_t(chunk)];
+      const size_t end = size_t(part.first_run + part.num_runs);
+      // Mostly the same thread goes on with the next chunk.
+      const uint16_t* ahead = end < task.runs.size() ? task.runs[end].blocks : nullptr;
+      return kernels().attend_runs(query, group, head_dim, task.runs.data() + part.first_run,
+                                   part.num_runs, ahead, partial(task, chunk));
+    }
+  }
+}
+
+// Merge the chunks' states, and before them the window's, if that was attended to for the plan.
+void LayerAttention::close(int32_t index) {
+  Task& task = tasks_[size_t(index)];
+  const int64_t dim = layout_.head_dim;
+  const bool attends_rest = sequences_[size_t(task.sequence)].attends_rest;
+  for (int64_t head = 0; head < group_; ++head) {
+    const int64_t in_layer = task.kv_head * group_ + head;
+    const int64_t row = task.sequence * heads_ + in_layer;
+    float* output = output_ + row * dim;
+    float highest = kMinusInfinity;
+    for (size_t chunk = 0; chunk < task.chunks.size(); ++chunk) {
+      highest = std::max(highest, partial(task, int32_t(chunk)).highest[head]);
+    }
+    const float highest_read = highest;
+    if (task.seen && attends_rest) {
+      highest = std::max(highest, task.seen->window.highest[head]);
+    }
+    std::fill(output, output + dim, 0.0f);
+    float weight_sum = 0.0f;
+    const auto add = [&](const PartialState& part) {
+      if (part.highest[head] == kMinusInfinity) return;
+      const float factor = std::exp2(part.highest[head] - highest);
+      weight_sum += part.weight_sums[head] * factor;
+      const float* sums = part.sums + head * dim;
+      for (int64_t i = 0; i < dim; ++i) output[i] += sums[i] * factor;
+    };
+    for (size_t chunk = 0; chunk < task.chunks.size(); ++chunk) add(partial(task, int32_t(chunk)));
+    if (task.seen) {
+      const bool any = highest_read != kMinusInfinity;
+      const float lse = any ? (highest + std::log2(weight_sum)) * kLn2 : kMinusInfinity;
+      plan_->remember(task.sequence, in_layer, lse,
+                      float(task.head_blocks[head]) / float(region_blocks(task)));
+      if (attends_rest) add(task.seen->window);
+    }
+    if (highest == kMinusInfinity) {
+      lse_[row] = kMinusInfinity;
+      continue;
+    }
+    const float inverse = 1.0f / weight_sum;
+    for (int64_t i = 0; i < dim; ++i) output[i] *= inverse;
+    lse_[row] = (highest + std::log2(weight_sum)) * kLn2;
+  }
+}
+
+}  // namespace fluxion

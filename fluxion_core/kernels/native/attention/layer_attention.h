@@ -1,0 +1,169 @@
+// Attention of one layer of a decode step as tasks for the pool.
+//
+// A task is one KV head of one sequence. Phases: score (bounds from the digests, chunks of tiles),
+// select (one chunk a query head), attend (chunks of blocks), then the chunks' states are merged.
+// What a task computes, down to the last bit, depends on its own sequence and plan alone: not on
+// the batch, the number of threads or who took which chunk.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "attention/lane_task.h"
+#include "operations/kernel_table.h"
+#include "operations/slab_layout.h"
+#include "plan/layer_plan.h"
+#include "pool/task_pool.h"
+
+namespace fluxion {
+
+// `bytes` counts the region alone: what the policies differ in.
+struct ReadBytes {
+  int64_t scanned = 0, attended = 0;
+  int64_t scanned_for_plans = 0;  // of `scanned`, by the device that makes the plans
+};
+
+// What groups and heads read of the region, summed over layers.
+struct GroupCounts {
+  std::array<int64_t, kLevels> of_level{};
+  int64_t nothing = 0, everything = 0;
+  int64_t streaming_heads = 0, heads = 0;
+};
+
+class LayerAttention final : public Work {
+ public:
+  LayerAttention(const SlabLayout& layout, const int64_t* sequences, int64_t batch, int64_t heads);
+
+  // Before the first layer: this row's plans are made anew in every layer, by this planner. Rows
+  // without a region stay as they are. number: 2 log(threshold), or the price.
+  void predict(int64_t row, const Planner& planner, PlannerState& state, bool by_price,
+               float number);
+
+  // Before the first layer: this row's plans are made by another device, which has `planner` and scans
+  // the coarsest digests for them; they come as levels and budgets. told: of layer 0, [heads][2], takes
+  // lse and share of the region of what was read; the next layer's lie told_stride floats on.
+  void plan_elsewhere(int64_t row, const Planner& planner, float* told, int64_t told_stride);
+
+  // Before the first layer: choose this row's blocks by scores with the planner's radii. Otherwise, by
+  // the bounds of Quest.
+  void rank_by(int64_t row, const Planner& planner) { rankers_[size_t(row)] = &planner; }
+
+  // Whether plans are made here: then the layer's new tokens must be in the store before `submit`.
+  bool makes_plans() const { return plan_ != nullptr; }
+
+  // Start a layer on the pool, after its plans have been made where they are. Everything pointed to must live until the pool's `wait` returns.
+  //   query    [batch] rows of [heads][head_dim], query_stride apart, unscaled
+  //   levels   [batch][kv_heads]  level of digests, or kReadAll, or kReadNothing
+  //   budgets  [batch][heads]     blocks of that level that each query head reads; of rows whose
+  //            plans are made here, neither counts
+  //   output   [batch][heads][head_dim], normalised; zeros where nothing was read
+  //   lse      [batch][heads], natural log; -inf where nothing was read
+  void submit(TaskPool& pool, int64_t layer, const float* query, int64_t query_stride,
+              const int32_t* levels, const int32_t* budgets, float* output, float* lse,
+              int64_t wake_bytes, bool others_only = false, Consumer* consumer = nullptr);
+
+  // What the last layer's task of this sequence and KV head attended to.
+  const std::vector<BlockRun>& runs(int64_t sequence, int64_t kv_head) const {
+    return tasks_[size_t(sequence * layout_.kv_heads + kv_head)].runs;
+  }
+
+  // Level and budgets of the last layer's task of this sequence and KV head.
+  std::pair<int32_t, std::vector<int32_t>> plan(int64_t sequence, int64_t kv_head) const {
+    const Task& task = tasks_[size_t(sequence * layout_.kv_heads + kv_head)];
+    return {task.level, {task.budgets, task.budgets + group_}};
+  }
+
+  const ReadBytes& read_bytes(int64_t sequence) const { return read_bytes_[size_t(sequence)]; }
+  const GroupCounts& group_counts(int64_t sequence) const { return group_counts_[size_t(sequence)]; }
+  PlanNanoseconds plan_nanoseconds() const {
+    return plan_ ? plan_->nanoseconds() : PlanNanoseconds{};
+  }
+  // For a task that another consumer took: everything its device needs to know, see lane_task.h;
+  // and, when its device has written output and lse, what that read. queries: [batch][heads][head_dim],
+  // where that device reads them.
+  void describe(int32_t task, const float* queries, LaneTask* to) const;
+  void finish_elsewhere(int32_t task, const LaneStatistics& read);
+  int64_t priority(int32_t task) const { return priorities_[size_t(task)]; }
+  // Of that, digests.
+  int64_t scan_bytes(int32_t task) const { return digest_bytes(tasks_[size_t(task)]); }
+  int64_t total_priority() const;
+  int64_t total_scan_bytes() const;
+
+  // In place of a layer in which every plan is to read nothing: count it.
+  void skip_layer(int64_t layer, const int32_t* levels, const int32_t* budgets);
+
+  // After the pool's `wait`: add what the layer read to the sequences' numbers, and remember it.
+  void finish_layer();
+
+  int32_t num_phases() const override { return 3; }
+  int64_t layer() const override { return layer_; }
+  int32_t open(int32_t task, int32_t phase) override;
+  void run(int32_t task, int32_t phase, int32_t chunk) override;
+  void close(int32_t task) override;
+
+ private:
+  struct Chunk {
+    int32_t first_run, num_runs;
+  };
+  struct Task {
+    int64_t sequence, kv_head;
+    int32_t level;
+    const int32_t* budgets;  // of this group's heads
+    int32_t first_block, num_blocks;  // of the level, those that touch the region
+    int64_t score_stride;
+    const LayerPlan::Seen* seen;      // null: the plan was given
+    int64_t head_blocks[kMaxGroup];   // of 16 tokens, that each head reads of the region
+    const float* scores_from;         // [group][score_stride]
+    std::vector<const void*> records;  // tiles or spans of digests
+    std::vector<float> scores;
+    std::vector<uint64_t> chosen;  // [group][words]
+    std::vector<uint8_t> select_scratch;
+    std::vector<BlockRun> runs;
+    std::vector<Chunk> chunks;
+    int32_t blocks_in_last_chunk;
+    std::vector<float> partials;
+    ReadBytes bytes;
+  };
+
+  void prepare(int64_t layer, const int32_t* levels, const int32_t* budgets);
+  int64_t chunk_records(int32_t level) const;
+  int32_t open_scores(Task& task);
+  int32_t open_attend(Task& task);
+  void add_range(Task& task, int64_t begin, int64_t end, uint16_t heads);
+  void add_blocks(Task& task, int64_t first, int64_t count, uint16_t heads, uint16_t last_tokens);
+  PartialState partial(Task& task, int32_t chunk);
+  int64_t planned_bytes(const Task& task) const;
+  int64_t digest_bytes(const Task& task) const;
+  int64_t region_blocks(const Task& task) const;
+  void check_shape(const Planner& planner) const;
+  void tell(const Task& task);
+  void count_groups(const Task& task);
+
+  SlabLayout layout_;
+  std::vector<SequenceView> sequences_;
+  int64_t group_, heads_;
+  int32_t attend_chunk_blocks_;
+  std::vector<Task> tasks_;
+  std::vector<int64_t> priorities_;
+  std::vector<ReadBytes> read_bytes_;
+  std::vector<GroupCounts> group_counts_;
+  std::unique_ptr<LayerPlan> plan_;
+  std::vector<PlannerState*> predicted_;
+  std::vector<const Planner*> rankers_;  // [batch], null for bounds
+  struct Told {
+    float* of_layer = nullptr;
+    int64_t stride = 0, scanned_bytes = 0;
+  };
+  std::vector<Told> told_;  // [batch], null where plans are not made elsewhere
+
+  int64_t layer_ = 0;
+  const float* query_ = nullptr;
+  int64_t query_stride_ = 0;
+  float* output_ = nullptr;
+  float* lse_ = nullptr;
+};
+
+}  // namespace fluxion
