@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fluxion_core.models.entry_rules import EntryRules, Only
+from fluxion_core.models.entry_rules import EntryRules, Restriction
 
 PREFIX = "tokenizer."
 CHAT_TEMPLATE = "tokenizer.chat_template"
@@ -32,11 +32,11 @@ GGUF_TOKENIZER = EntryRules(
             "huggingface.json",
         )
     ),
-    only={
-        "ggml.add_space_prefix": Only((False,), "a space before every text"),
-        "ggml.suppress_tokens": Only(([],), "tokens that are forbidden"),
-        "ggml.normalizer.lowercase": Only((False,), "a normaliser"),
-        "ggml.normalizer.strip_accents": Only((False,), "a normaliser"),
-        "rwkv.world": Only((), "another kind of vocabulary"),
+    restricted={
+        "ggml.add_space_prefix": Restriction((False,), "a space before every text"),
+        "ggml.suppress_tokens": Restriction(([],), "tokens that are forbidden"),
+        "ggml.normalizer.lowercase": Restriction((False,), "a normaliser"),
+        "ggml.normalizer.strip_accents": Restriction((False,), "a normaliser"),
+        "rwkv.world": Restriction((), "another kind of vocabulary"),
     },
 )

@@ -10,8 +10,8 @@ from tokenizers import AddedToken, decoders, models, normalizers
 
 from fluxion_core.errors import ModelFileError, UnsupportedModelError
 from fluxion_core.generation.chat_template_files import choose_template
-from fluxion_core.generation.gguf_cutting import Cutting, read_cutting
 from fluxion_core.generation.gguf_entries import CHAT_TEMPLATE, GGUF_TOKENIZER, PREFIX
+from fluxion_core.generation.gguf_pre_tokenization import PreTokenization, read_pre_tokenization
 from fluxion_core.generation.vocabulary import Vocabulary
 from fluxion_core.models.gguf_end_tokens import (
     UNKNOWN_TOKEN,
@@ -47,7 +47,7 @@ def read_gguf(path: Path) -> Vocabulary:
         if key.startswith(PREFIX) and not key.startswith(f"{CHAT_TEMPLATE}.")
     }
     GGUF_TOKENIZER.check(entries, path, prefix=PREFIX)
-    cutting = read_cutting(file)
+    pre_tokenization = read_pre_tokenization(file)
     ends = read_end_tokens(file)
     if ends.by_text:
         words = ", ".join(ends.by_text[:8])
@@ -61,9 +61,9 @@ def read_gguf(path: Path) -> Vocabulary:
     for name, key in _TEMPLATE_TOKENS.items():
         if (token_id := special_token_id(file, key)) is not None:
             named[name] = tokens[token_id]
-    prefix = _added(file, "bos", bos, default=cutting.begins_with_bos)
+    prefix = _added(file, "bos", bos, default=pre_tokenization.begins_with_bos)
     # Written out at the beginning of a prompt, it must be recognised whatever its type.
-    backend = _read_backend(file, cutting, ends.control_ids | {*prefix})
+    backend = _read_backend(file, pre_tokenization, ends.control_ids | {*prefix})
     # In llama.cpp a conversation begins with that token once, whatever its template writes.
     begins_with = named["bos_token"] if prefix else ""
     chosen, without = choose_template(_templates(file), named, begins_with=begins_with)
@@ -74,7 +74,7 @@ def read_gguf(path: Path) -> Vocabulary:
 
 
 def _read_backend(
-    file: GgufFile, cutting: Cutting, control_ids: frozenset[int]
+    file: GgufFile, pre_tokenization: PreTokenization, control_ids: frozenset[int]
 ) -> tokenizers.Tokenizer:
     """A byte-level BPE tokenizer."""
     kind = file.text("tokenizer.ggml.model")
@@ -91,14 +91,16 @@ def _read_backend(
         raise ModelFileError(f"{file.path}: token {twice!r:.60} comes twice in the vocabulary")
     pairs = [_pair(merge, file) for merge in file.strings("tokenizer.ggml.merges")]
     try:
-        model = models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=cutting.ignores_merges)
+        model = models.BPE(
+            vocab=vocabulary, merges=pairs, ignore_merges=pre_tokenization.ignores_merges
+        )
     except Exception as error:
         # The library raises bare Exception for whatever is wrong.
         raise ModelFileError(f"{file.path}: vocabulary and merges do not fit: {error}") from None
     backend = tokenizers.Tokenizer(model)
-    if cutting.composes:
+    if pre_tokenization.composes:
         backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = cutting.pre_tokenizer()
+    backend.pre_tokenizer = pre_tokenization.pre_tokenizer()
     backend.decoder = decoders.ByteLevel()
     types = token_types(file)
     special = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fluxion_core.models.entry_rules import EntryRules, Only
+from fluxion_core.models.entry_rules import EntryRules, Restriction
 
 NAMED_TOKENS = (
     *("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"),
@@ -43,14 +43,14 @@ TOKENIZER_CONFIG = EntryRules(
             "transformers_version",
         )
     ),
-    only={
-        "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output": Only(
+    restricted={
+        "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output": Restriction(
             (False,), "taking spaces out of the answers"
         ),
-        "auto_map": Only(({},), "code that comes with the model"),
-        "fast_tokenizer_files": Only(
+        "auto_map": Restriction(({},), "code that comes with the model"),
+        "fast_tokenizer_files": Restriction(
             ([], ["tokenizer.json"]), "a tokenizer.json that depends on a program's version"
         ),
-        "fix_mistral_regex": Only((False,), "another pre-tokenizer than tokenizer.json's"),
+        "fix_mistral_regex": Restriction((False,), "another pre-tokenizer than tokenizer.json's"),
     },
 )

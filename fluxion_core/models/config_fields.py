@@ -12,7 +12,7 @@ from fluxion_core.models.json_files import flag
 _NUMBER_LIMIT = 1 << 63
 
 
-class Fields:
+class ConfigFields:
     """Entries of one object of a config file."""
 
     def __init__(self, raw: Mapping[str, object], path: Path) -> None:

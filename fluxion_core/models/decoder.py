@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fluxion_core.models.attention_port import AttentionPort
 from fluxion_core.models.config import ModelConfig
-from fluxion_core.models.rope import Rotary, rotate
+from fluxion_core.models.rope import RotaryEmbedding, rotate
 
 _FEW_DEVICE_ROWS = 64
 """Up to here a step on a GPU is bound by its launches; above, by the work."""
@@ -69,7 +69,7 @@ class Decoder(nn.Module):
             if config.tie_word_embeddings
             else nn.Parameter(torch.empty_like(self.embedding), False)
         )
-        self._rotary = Rotary(config.rope, config.head_dim, device)
+        self._rotary = RotaryEmbedding(config.rope, config.head_dim, device)
 
     def forward(self, token_ids: Tensor, positions: Tensor, attention: AttentionPort) -> Tensor:
         """Hidden states after the final norm.

@@ -19,8 +19,8 @@ _NOTHING: tuple[object, ...] = (None, False, "", [], {})
 
 
 @dataclass(frozen=True)
-class Only:
-    """An entry that is accepted with these values alone, because others would change the answer."""
+class Restriction:
+    """The only values with which an entry is accepted, because others would change the answer."""
 
     values: tuple[object, ...]
     meaning: str
@@ -29,12 +29,12 @@ class Only:
 
 @dataclass(frozen=True)
 class EntryRules:
-    """What the entries of one kind of file mean here."""
+    """Meaning of the entries of one kind of file."""
 
     read: frozenset[str]
     harmless: frozenset[str]
     """Describe training, storage or the file itself; answers are the same without them."""
-    only: Mapping[str, Only] = field(default_factory=dict)
+    restricted: Mapping[str, Restriction] = field(default_factory=dict)
 
     def check(self, entries: Mapping[str, object], path: Path, *, prefix: str = "") -> None:
         """Look at every entry; the unknown ones that say something are named in the log.
@@ -52,7 +52,7 @@ class EntryRules:
             name = full_name.removeprefix(prefix)
             if name in self.read or name in self.harmless:
                 continue
-            rule = self.only.get(name)
+            rule = self.restricted.get(name)
             if rule is not None:
                 if not _is_one_of(value, (None, *rule.values)):
                     raise UnsupportedModelError(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fluxion_core.errors import UnsupportedModelError
-from fluxion_core.models.entry_rules import EntryRules, Only
+from fluxion_core.models.entry_rules import EntryRules, Restriction
 
 _NO: tuple[object, ...] = (False, 0)
 _SCALED = "hidden states, scores or logits multiplied by a factor"
@@ -36,55 +36,55 @@ ARCHITECTURE = EntryRules(
             "expert_gating_func",
         )
     ),
-    only={
-        "attention.scale": Only(_NO, _SCALED),
-        "attention.output_scale": Only((*_NO, 1), _SCALED),
-        "attention.temperature_scale": Only(_NO, _SCALED),
-        "attention.temperature_length": Only(_NO, _SCALED),
-        "logit_scale": Only((*_NO, 1), _SCALED),
-        "residual_scale": Only((*_NO, 1), _SCALED),
-        "embedding_scale": Only((*_NO, 1), _SCALED),
-        "attn_logit_softcapping": Only(_NO, _CAPPED),
-        "final_logit_softcapping": Only(_NO, _CAPPED),
-        "attention.clamp_kqv": Only(_NO, _CAPPED),
-        "attention.max_alibi_bias": Only(_NO, "scores that depend on distance"),
-        "attention.causal": Only((True,), "attention to what follows"),
-        "attention.sliding_window_pattern": Only(_NO, _WINDOW),
-        "attention.key_length_swa": Only(_NO, _WINDOW),
-        "attention.value_length_swa": Only(_NO, _WINDOW),
-        "attention.shared_kv_layers": Only(_NO, "layers that share keys and values"),
-        "attention.kv_lora_rank": Only(_NO, "compressed keys and values"),
-        "attention.q_lora_rank": Only(_NO, "compressed queries"),
-        "rope.dimension_sections": Only(([],), "positions of pictures"),
-        "rope.freq_base_swa": Only(_NO, _WINDOW),
-        "rope.scaling.attn_factor": Only((1,), _SCALED),
-        "rope.scaling.alpha": Only((*_NO, 1), "rotary scaling by alpha"),
-        "rope.scaling.yarn_log_multiplier": Only(_NO, _YARN),
-        "rope.scaling.yarn_ext_factor": Only((*_NO, -1), _YARN),
-        "rope.scaling.yarn_attn_factor": Only((1, -1), _YARN),
-        "expert_count": Only(_NO, _EXPERTS),
-        "expert_shared_count": Only(_NO, _EXPERTS),
-        "leading_dense_block_count": Only(_NO, _EXPERTS),
-        "interleave_moe_layer_step": Only(_NO, _EXPERTS),
-        "nextn_predict_layers": Only(_NO, "layers that predict several tokens"),
-        "n_deepstack_layers": Only(_NO, "pictures"),
-        "embedding_length_out": Only(_NO, "embeddings of another size than hidden states"),
-        "pooling_type": Only(_NO, "an embedding of a whole text"),
-        "use_parallel_residual": Only(_NO, "attention and feed-forward beside each other"),
-        "tensor_data_layout": Only(("Meta AI original pth",), "another layout of tensors"),
-        "activation_sparsity_scale": Only(([], *_NO), "sparse activations"),
-        "swiglu_clamp_exp": Only(([], *_NO), _CAPPED),
-        "swin_norm": Only(_NO, "other norms"),
+    restricted={
+        "attention.scale": Restriction(_NO, _SCALED),
+        "attention.output_scale": Restriction((*_NO, 1), _SCALED),
+        "attention.temperature_scale": Restriction(_NO, _SCALED),
+        "attention.temperature_length": Restriction(_NO, _SCALED),
+        "logit_scale": Restriction((*_NO, 1), _SCALED),
+        "residual_scale": Restriction((*_NO, 1), _SCALED),
+        "embedding_scale": Restriction((*_NO, 1), _SCALED),
+        "attn_logit_softcapping": Restriction(_NO, _CAPPED),
+        "final_logit_softcapping": Restriction(_NO, _CAPPED),
+        "attention.clamp_kqv": Restriction(_NO, _CAPPED),
+        "attention.max_alibi_bias": Restriction(_NO, "scores that depend on distance"),
+        "attention.causal": Restriction((True,), "attention to what follows"),
+        "attention.sliding_window_pattern": Restriction(_NO, _WINDOW),
+        "attention.key_length_swa": Restriction(_NO, _WINDOW),
+        "attention.value_length_swa": Restriction(_NO, _WINDOW),
+        "attention.shared_kv_layers": Restriction(_NO, "layers that share keys and values"),
+        "attention.kv_lora_rank": Restriction(_NO, "compressed keys and values"),
+        "attention.q_lora_rank": Restriction(_NO, "compressed queries"),
+        "rope.dimension_sections": Restriction(([],), "positions of pictures"),
+        "rope.freq_base_swa": Restriction(_NO, _WINDOW),
+        "rope.scaling.attn_factor": Restriction((1,), _SCALED),
+        "rope.scaling.alpha": Restriction((*_NO, 1), "rotary scaling by alpha"),
+        "rope.scaling.yarn_log_multiplier": Restriction(_NO, _YARN),
+        "rope.scaling.yarn_ext_factor": Restriction((*_NO, -1), _YARN),
+        "rope.scaling.yarn_attn_factor": Restriction((1, -1), _YARN),
+        "expert_count": Restriction(_NO, _EXPERTS),
+        "expert_shared_count": Restriction(_NO, _EXPERTS),
+        "leading_dense_block_count": Restriction(_NO, _EXPERTS),
+        "interleave_moe_layer_step": Restriction(_NO, _EXPERTS),
+        "nextn_predict_layers": Restriction(_NO, "layers that predict several tokens"),
+        "n_deepstack_layers": Restriction(_NO, "pictures"),
+        "embedding_length_out": Restriction(_NO, "embeddings of another size than hidden states"),
+        "pooling_type": Restriction(_NO, "an embedding of a whole text"),
+        "use_parallel_residual": Restriction(_NO, "attention and feed-forward beside each other"),
+        "tensor_data_layout": Restriction(("Meta AI original pth",), "another layout of tensors"),
+        "activation_sparsity_scale": Restriction(([], *_NO), "sparse activations"),
+        "swiglu_clamp_exp": Restriction(([], *_NO), _CAPPED),
+        "swin_norm": Restriction(_NO, "other norms"),
     },
 )
 _FILE = EntryRules(
     read=frozenset(("general.architecture", "general.alignment", "split.count")),
     harmless=frozenset(("split.no", "split.tensors.count")),
-    only={
-        "general.type": Only(
+    restricted={
+        "general.type": Restriction(
             ("model",), "another kind of file (an adapter is to be merged into its model)"
         ),
-        "general.quantization_version": Only((2,), "an older quantisation"),
+        "general.quantization_version": Restriction((2,), "an older quantisation"),
     },
 )
 # Names, licences and origins, and how the file was made.
@@ -103,7 +103,7 @@ def check_entries(metadata: Mapping[str, object], architecture: str, path: Path)
     ARCHITECTURE.check(own, path, prefix=prefix)
     if adapter := next((key for key in metadata if key.startswith("adapter.")), None):
         raise UnsupportedModelError(f"{path}: {adapter}: an adapter; merge it into its model")
-    named = (*_FILE.read, *_FILE.only)
+    named = (*_FILE.read, *_FILE.restricted)
     others = {
         key: value
         for key, value in metadata.items()

@@ -68,46 +68,12 @@ def read_config(file: GgufFile) -> ModelConfig:
             f"{file.path}: architecture {architecture!r}; supported: llama, qwen2"
         )
     check_entries(file.metadata, architecture, file.path)
-    if suggested := suggested_sampling(file.metadata):
-        words = ", ".join(f"{name} {value!r:.60}" for name, value in sorted(suggested.items()))
-        _log.info(
-            event("sampling is what requests say; the model suggests", file=file.path, values=words)
-        )
-    hidden = file.integer(f"{architecture}.embedding_length")
-    heads = file.integer(f"{architecture}.attention.head_count")
-    if heads <= 0:
-        raise ModelFileError(f"{file.path}: {heads} attention heads")
-    head_dim = _size(file, f"{architecture}.attention.key_length", hidden // heads)
-    value_dim = _size(file, f"{architecture}.attention.value_length", head_dim)
-    rotary_dim = _size(file, f"{architecture}.rope.dimension_count", head_dim)
-    if value_dim != head_dim:
-        raise UnsupportedModelError(
-            f"{file.path}: {architecture}.attention.value_length: values of {value_dim} channels "
-            f"beside keys of {head_dim}"
-        )
-    if rotary_dim != head_dim:
-        raise UnsupportedModelError(
-            f"{file.path}: rotary embedding over {rotary_dim} of {head_dim} channels"
-        )
-    context_tokens = file.integer(f"{architecture}.context_length")
-    window = file.optional_integer(f"{architecture}.attention.sliding_window")
-    if window and window < context_tokens:
-        raise UnsupportedModelError(
-            f"{file.path}: {architecture}.attention.sliding_window is {window}: attention over a "
-            f"window is not supported"
-        )
-    embedding = file.tensors.get("token_embd.weight")
-    if embedding is None:
-        raise ModelFileError(f"{file.path}: tensor token_embd.weight is missing")
-    vocab_size = _size(file, f"{architecture}.vocab_size", embedding.shape[0])
-    if vocab_size != embedding.shape[0]:
-        raise ModelFileError(
-            f"{file.path}: {architecture}.vocab_size is {vocab_size}; token_embd.weight has "
-            f"{embedding.shape[0]} rows"
-        )
+    _log_suggested_sampling(file)
+    hidden, heads, head_dim = _head_shape(file, architecture)
+    context_tokens = _context_tokens(file, architecture)
     return ModelConfig(
         architecture=cast(Architecture, architecture),
-        vocab_size=vocab_size,
+        vocab_size=_vocab_size(file, architecture),
         hidden_size=hidden,
         num_layers=file.integer(f"{architecture}.block_count"),
         num_heads=heads,
@@ -174,6 +140,59 @@ class GgufWeights:
             return piece
         pairs = piece.view(-1, self._config.head_dim // 2, 2, *piece.shape[1:])
         return pairs.transpose(1, 2).reshape(piece.shape)
+
+
+def _log_suggested_sampling(file: GgufFile) -> None:
+    if suggested := suggested_sampling(file.metadata):
+        words = ", ".join(f"{name} {value!r:.60}" for name, value in sorted(suggested.items()))
+        _log.info(
+            event("sampling is what requests say; the model suggests", file=file.path, values=words)
+        )
+
+
+def _head_shape(file: GgufFile, architecture: str) -> tuple[int, int, int]:
+    """Hidden size, query heads, and channels of a head: of queries, keys and values alike."""
+    hidden = file.integer(f"{architecture}.embedding_length")
+    heads = file.integer(f"{architecture}.attention.head_count")
+    if heads <= 0:
+        raise ModelFileError(f"{file.path}: {heads} attention heads")
+    head_dim = _size(file, f"{architecture}.attention.key_length", hidden // heads)
+    value_dim = _size(file, f"{architecture}.attention.value_length", head_dim)
+    rotary_dim = _size(file, f"{architecture}.rope.dimension_count", head_dim)
+    if value_dim != head_dim:
+        raise UnsupportedModelError(
+            f"{file.path}: {architecture}.attention.value_length: values of {value_dim} channels "
+            f"beside keys of {head_dim}"
+        )
+    if rotary_dim != head_dim:
+        raise UnsupportedModelError(
+            f"{file.path}: rotary embedding over {rotary_dim} of {head_dim} channels"
+        )
+    return hidden, heads, head_dim
+
+
+def _context_tokens(file: GgufFile, architecture: str) -> int:
+    context_tokens = file.integer(f"{architecture}.context_length")
+    window = file.optional_integer(f"{architecture}.attention.sliding_window")
+    if window and window < context_tokens:
+        raise UnsupportedModelError(
+            f"{file.path}: {architecture}.attention.sliding_window is {window}: attention over a "
+            f"window is not supported"
+        )
+    return context_tokens
+
+
+def _vocab_size(file: GgufFile, architecture: str) -> int:
+    embedding = file.tensors.get("token_embd.weight")
+    if embedding is None:
+        raise ModelFileError(f"{file.path}: tensor token_embd.weight is missing")
+    vocab_size = _size(file, f"{architecture}.vocab_size", embedding.shape[0])
+    if vocab_size != embedding.shape[0]:
+        raise ModelFileError(
+            f"{file.path}: {architecture}.vocab_size is {vocab_size}; token_embd.weight has "
+            f"{embedding.shape[0]} rows"
+        )
+    return vocab_size
 
 
 def _rope(file: GgufFile, architecture: str) -> RopeConfig:

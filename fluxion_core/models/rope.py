@@ -37,7 +37,7 @@ def _llama3(frequencies: Tensor, scaling: Llama3Scaling) -> Tensor:
     return keep * frequencies + (1 - keep) * frequencies / scaling.factor
 
 
-class Rotary:
+class RotaryEmbedding:
     """Cosines and sines of positions, computed when asked for.
 
     A step asks once for all layers. A table of a 128K context would hold 134 MB and save 10 us.

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fluxion_core.errors import ModelFileError, UnsupportedModelError
 from fluxion_core.models.config import LinearScaling, Llama3Scaling, RopeConfig
-from fluxion_core.models.config_fields import Fields
+from fluxion_core.models.config_fields import ConfigFields
 from fluxion_core.observe.log import event
 
 _log = logging.getLogger(__name__)
@@ -37,15 +37,17 @@ def read_rope(raw: Mapping[str, object], path: Path) -> RopeConfig:
     scaling, parameters = (_object(raw, name, path) for name in ("rope_scaling", "rope_parameters"))
     chosen = scaling or parameters
     _check_put_aside(scaling, parameters, path)
-    fields = Fields(chosen, path)
+    fields = ConfigFields(chosen, path)
     share = _agreed("partial_rotary_factor", [scaling, parameters, raw], path)
     if share not in (None, 1):
         raise UnsupportedModelError(f"{path}: rotary embedding over a part of the channels")
     said = _agreed("rope_theta", [chosen, raw], path)
     base = (
-        _DEFAULT_THETA if said is None else Fields({"rope_theta": said}, path).number("rope_theta")
+        _DEFAULT_THETA
+        if said is None
+        else ConfigFields({"rope_theta": said}, path).number("rope_theta")
     )
-    if base != Fields(parameters, path).number("rope_theta", base):
+    if base != ConfigFields(parameters, path).number("rope_theta", base):
         raise ModelFileError(
             f"{path}: rope_theta of rope_parameters does not count beside rope_scaling, and {base} "
             f"would; move the entries of rope_scaling into rope_parameters"
@@ -69,7 +71,7 @@ def read_rope(raw: Mapping[str, object], path: Path) -> RopeConfig:
                     factor=fields.number("factor"),
                     low_freq_factor=fields.number("low_freq_factor"),
                     high_freq_factor=fields.number("high_freq_factor"),
-                    original_context_tokens=Fields({_LENGTH: length}, path).integer(_LENGTH),
+                    original_context_tokens=ConfigFields({_LENGTH: length}, path).integer(_LENGTH),
                 ),
             )
         case other:

@@ -19,7 +19,7 @@ from fluxion_core.models.config_entries import (
     NO_SUGGESTION,
     SAMPLING_SUGGESTIONS,
 )
-from fluxion_core.models.config_fields import Fields
+from fluxion_core.models.config_fields import ConfigFields
 from fluxion_core.models.json_files import read_json, read_json_if_there, token_ids
 from fluxion_core.models.rope_entries import read_rope
 from fluxion_core.observe.log import event
@@ -64,7 +64,7 @@ def read_config(directory: Path) -> ModelConfig:
     MODEL_CONFIG.check(raw, path)
     if raw.get("hidden_act", "silu") not in _SILU:
         raise UnsupportedModelError(f"{path}: hidden_act {raw['hidden_act']!r}; supported: silu")
-    fields = Fields(raw, path)
+    fields = ConfigFields(raw, path)
     # Qwen2 always has these biases, and its config does not say so.
     if fields.flag("mlp_bias") or (family.name == "llama" and fields.flag("attention_bias")):
         raise UnsupportedModelError(f"{path}: biases of Llama variants are not supported")
@@ -126,7 +126,7 @@ def _check_windows(
     Raises:
         UnsupportedModelError: some layer attends over a window, or is of another kind.
     """
-    fields = Fields(raw, path)
+    fields = ConfigFields(raw, path)
     kinds = raw.get("layer_types")
     if kinds is not None:
         if not isinstance(kinds, list) or len(kinds) != num_layers:

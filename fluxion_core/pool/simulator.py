@@ -43,7 +43,7 @@ class SimulatedSpan:
 
 
 @dataclass
-class _Running:
+class _RunningTask:
     """A task that the pool has claimed."""
 
     phase: int = -1
@@ -55,7 +55,7 @@ class _Running:
 class _State:
     tasks: Sequence[SimulatedTask]
     order: list[int]
-    running: dict[int, _Running] = field(default_factory=dict)
+    running: dict[int, _RunningTask] = field(default_factory=dict)
     current: dict[int, int] = field(default_factory=dict)
     """The task that each thread is at."""
     spans: list[SimulatedSpan] = field(default_factory=list)
@@ -111,7 +111,7 @@ def _next_span(state: _State, worker: int, pool_threads: int, now: float) -> Sim
         task = state.order.pop(0)
         if worker >= pool_threads:
             return SimulatedSpan(worker, task, -1, -1, now, now + state.tasks[task].other_seconds)
-        state.running[task] = _Running()
+        state.running[task] = _RunningTask()
         _open_next_phase(state, task)
         if (span := _take_chunk(state, worker, task, now)) is not None:
             return span

@@ -46,16 +46,7 @@ async def serve(settings: PrefillNodeSettings, ending: asyncio.Event) -> None:
     engine: PrefillEngine | None = None
     try:
         model = await load(partial(load_node_model, settings.model), ending)
-        engine = PrefillEngine(
-            model.loaded.decoder,
-            model.geometry(),
-            chunk_tokens=chunk_tokens(settings, model),
-            max_running=settings.engine.max_running_prompts,
-            max_waiting=settings.engine.max_waiting_prompts,
-            running_kv_bytes=settings.engine.running_kv_bytes,
-            outgoing_bytes=outgoing_bytes(settings, model),
-            on_failure=failure.tell,
-        )
+        engine = make_engine(settings, model, failure)
         await load(engine.warm_up, ending)
         engine.start()
         counters = PromptCounters()
@@ -66,17 +57,7 @@ async def serve(settings: PrefillNodeSettings, ending: asyncio.Event) -> None:
             PrefillCollector(counters, engine),
             *nvml_collectors(device),
         )
-        handoff = HandoffService(
-            engine,
-            model.layout,
-            vocab_size=model.loaded.config.vocab_size,
-            context_tokens=model.loaded.config.context_tokens,
-            counters=counters,
-            callers=server.callers,
-        )
-        node = PrefillNodeService(engine, model.layout)
-        server.add_generic_rpc_handlers((handoff.generic_handler(),))
-        handoff_pb2_grpc.add_PrefillNodeServicer_to_server(node, server)
+        node = add_services(server, model, engine, counters)
         readiness = Readiness(
             server,
             metrics,
@@ -98,6 +79,40 @@ async def serve(settings: PrefillNodeSettings, ending: asyncio.Event) -> None:
             engine.stop()
         endpoint.close()
         _log.info(event("stopped"))
+
+
+def make_engine(
+    settings: PrefillNodeSettings, model: NodeModel, failure: DeviceFailure
+) -> PrefillEngine:
+    """The engine that computes this node's prompts; it tells `failure` if the device fails."""
+    return PrefillEngine(
+        model.loaded.decoder,
+        model.geometry(),
+        chunk_tokens=chunk_tokens(settings, model),
+        max_running=settings.engine.max_running_prompts,
+        max_waiting=settings.engine.max_waiting_prompts,
+        running_kv_bytes=settings.engine.running_kv_bytes,
+        outgoing_bytes=outgoing_bytes(settings, model),
+        on_failure=failure.tell,
+    )
+
+
+def add_services(
+    server: NodeServer, model: NodeModel, engine: PrefillEngine, counters: PromptCounters
+) -> PrefillNodeService:
+    """Register both services; returns the one that says whether the node drains."""
+    handoff = HandoffService(
+        engine,
+        model.layout,
+        vocab_size=model.loaded.config.vocab_size,
+        context_tokens=model.loaded.config.context_tokens,
+        counters=counters,
+        callers=server.callers,
+    )
+    node = PrefillNodeService(engine, model.layout)
+    server.add_generic_rpc_handlers((handoff.generic_handler(),))
+    handoff_pb2_grpc.add_PrefillNodeServicer_to_server(node, server)
+    return node
 
 
 def chunk_tokens(settings: PrefillNodeSettings, model: NodeModel) -> int:

@@ -32,7 +32,7 @@ PREFILL_NODE_SERVICE = "fluxion.v1.PrefillNode"
 MAX_REQUEST_ID_CHARACTERS = 128
 
 
-class Outbox:
+class FrameQueue:
     """Frames on their way from the engine's thread to the event loop.
 
     The engine bounds them: it computes a chunk of a prompt only while `outgoing_bytes` allow it.
@@ -51,7 +51,7 @@ class Outbox:
         return self._put_bytes - self._taken_bytes
 
     def put(self, item: Frame | Trailer | BaseException) -> None:
-        """From the engine's thread; never blocks."""
+        """Add an item, from the engine's thread; never blocks."""
         if isinstance(item, Frame):
             self._put_bytes += len(item.payload)
         self._loop.call_soon_threadsafe(self._take_in, item)
@@ -68,7 +68,7 @@ class Outbox:
         return self._items.popleft()
 
     def taken(self, frame: Frame) -> None:
-        """The receiver has taken a frame."""
+        """Note that the receiver has taken a frame."""
         self._taken_bytes += len(frame.payload)
 
 
@@ -112,18 +112,18 @@ class HandoffService:
             CapacityError: too many prompts wait.
         """
         client = self._callers.client_of(context)
-        outbox = Outbox(asyncio.get_running_loop())
-        prompt = self._submit(message, outbox, client)
+        frames = FrameQueue(asyncio.get_running_loop())
+        prompt = self._submit(message, frames, client)
         outcome = ""
         try:
             header = Header(self._layout, len(prompt.token_ids), prompt.kv_from_token)
             yield codec.encode_frame(codec.header_frame(header))
             while True:
-                item = await outbox.get()
+                item = await frames.get()
                 if isinstance(item, Frame):
                     yield codec.encode_frame(item)
                     # The write above returned: flow control let the frame go.
-                    outbox.taken(item)
+                    frames.taken(item)
                     self._engine.wake()
                 elif isinstance(item, Trailer):
                     yield codec.encode_frame(codec.trailer_frame(item))
@@ -159,7 +159,7 @@ class HandoffService:
             HANDOFF_SERVICE, {"Prefill": grpc.unary_stream_rpc_method_handler(self.prefill)}
         )
 
-    def _submit(self, message: bytes, outbox: Outbox, client: str) -> Prompt:
+    def _submit(self, message: bytes, frames: FrameQueue, client: str) -> Prompt:
         """Check a request and queue its prompt; a refusal is logged."""
         request = handoff_pb2.HandoffRequest()
         try:
@@ -169,9 +169,9 @@ class HandoffService:
                 token_ids=list(request.token_ids),
                 kv_from_token=request.kv_from_token,
                 sampling=codec.sampling_from_proto(request.sampling),
-                on_frame=outbox.put,
-                on_end=outbox.put,
-                outgoing_bytes=outbox.outgoing_bytes,
+                on_frame=frames.put,
+                on_end=frames.put,
+                outgoing_bytes=frames.outgoing_bytes,
                 profile_window=codec.profile_window_from_proto(request),
             )
             self._engine.submit(prompt)

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from fluxion_core.errors import InvalidRequestError
 from fluxion_core.generation import text_pieces
-from fluxion_core.generation.gguf_cutting import CUTTINGS
+from fluxion_core.generation.gguf_pre_tokenization import PRE_TOKENIZATIONS
 from fluxion_core.generation.text_pieces import (
     SPLIT_GPT2,
     SPLIT_LLAMA3,
@@ -79,7 +79,7 @@ def cut_as(name: str) -> Callable[[Tokenizer], tokenizers.Tokenizer]:
 
     def make(smollm2: Tokenizer) -> tokenizers.Tokenizer:
         backend = tokenizers.Tokenizer.from_str(smollm2._backend.to_str())
-        backend.pre_tokenizer = CUTTINGS[name].pre_tokenizer()
+        backend.pre_tokenizer = PRE_TOKENIZATIONS[name].pre_tokenizer()
         return backend
 
     return make

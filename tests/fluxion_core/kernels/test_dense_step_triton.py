@@ -8,7 +8,7 @@ import torch
 from fluxion_core.kernels.dense_step.triton import add_norm, gate, rotate
 from fluxion_core.models import decoder as plain
 from fluxion_core.models.config import RopeConfig
-from fluxion_core.models.rope import Rotary
+from fluxion_core.models.rope import RotaryEmbedding
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # The interpreter cuts bfloat16 off where hardware rounds it, and each result is rounded twice.
@@ -33,7 +33,7 @@ def test_rotation_of_the_first_heads(head_dim: int) -> None:
     torch.manual_seed(head_dim)
     qkv = torch.randn(3, 8, head_dim, device=DEVICE).bfloat16()
     positions = torch.tensor([0, 17, 6000], device=DEVICE)
-    cos, sin = Rotary(RopeConfig(theta=10_000.0), head_dim, DEVICE).at(positions)
+    cos, sin = RotaryEmbedding(RopeConfig(theta=10_000.0), head_dim, DEVICE).at(positions)
     expected = plain._rotate(qkv, cos, sin, 6)
     torch.testing.assert_close(rotate(qkv, cos, sin, 6), expected, **CLOSE)
 

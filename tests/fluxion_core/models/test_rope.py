@@ -10,7 +10,7 @@ from torch import tensor
 
 from fluxion_core.errors import ModelFileError
 from fluxion_core.models.config import FactorScaling, LinearScaling, Llama3Scaling, RopeConfig
-from fluxion_core.models.rope import Rotary, inverse_frequencies, rotate
+from fluxion_core.models.rope import RotaryEmbedding, inverse_frequencies, rotate
 
 CPU = torch.device("cpu")
 
@@ -42,7 +42,7 @@ def test_llama3_scaling_blends_in_between():
 
 
 def test_a_quarter_turn_takes_the_first_half_to_the_second():
-    rotary = Rotary(RopeConfig(1.0), 2, CPU)
+    rotary = RotaryEmbedding(RopeConfig(1.0), 2, CPU)
     cos, sin = rotary.at(tensor([0, 1]))
     turned = rotate(tensor([[[1.0, 0.0]], [[1.0, 0.0]]]), cos, sin)
     assert turned[0, 0].tolist() == [1.0, 0.0]
@@ -52,7 +52,7 @@ def test_a_quarter_turn_takes_the_first_half_to_the_second():
 def test_scores_depend_on_distance_only():
     generator = torch.Generator().manual_seed(1)
     query, key = (torch.randn(1, 1, 64, generator=generator) for _ in range(2))
-    rotary = Rotary(RopeConfig(1e4), 64, CPU)
+    rotary = RotaryEmbedding(RopeConfig(1e4), 64, CPU)
 
     def score(query_position: int, key_position: int) -> float:
         turned_query = rotate(query, *rotary.at(tensor([query_position])))
@@ -64,7 +64,7 @@ def test_scores_depend_on_distance_only():
 
 def test_rotation_keeps_the_dtype_and_works_in_float32():
     x = torch.randn(3, 2, 8, generator=torch.Generator().manual_seed(2)).to(torch.bfloat16)
-    cos, sin = Rotary(RopeConfig(1e4), 8, CPU).at(tensor([5, 6, 7]))
+    cos, sin = RotaryEmbedding(RopeConfig(1e4), 8, CPU).at(tensor([5, 6, 7]))
     assert torch.equal(rotate(x, cos, sin), rotate(x.float(), cos, sin).to(torch.bfloat16))
 
 

@@ -1,4 +1,4 @@
-"""How the text of a GGUF file's model is cut before merging, by llama.cpp's names for it.
+"""Pre-tokenization: how a GGUF file's text is split before merging, by llama.cpp's names for it.
 
 The patterns behind the names are those of the models' own tokenizer.json. A file without a name is
 cut in llama.cpp's default way, which is no model's: that is said in the log.
@@ -31,8 +31,8 @@ _FALLBACK = (SPLIT_MARKS, SPLIT_GPT2, SPLIT_NUMBERS, SPLIT_THREE_DIGITS)
 
 
 @dataclass(frozen=True)
-class Cutting:
-    """What a name stands for."""
+class PreTokenization:
+    """The way in which text is split into words before merging."""
 
     patterns: tuple[str, ...]
     """Each cuts further what those before it have left."""
@@ -52,24 +52,26 @@ class Cutting:
         return pre_tokenizers.Sequence([*splits, bytes_])
 
 
-_LLAMA3_CUTTING = Cutting((SPLIT_LLAMA3,), ignores_merges=True, begins_with_bos=True)
-_QWEN2_CUTTING = Cutting((SPLIT_QWEN2,), composes=True)
-CUTTINGS = {
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "lfm2"), _LLAMA3_CUTTING),
-    **dict.fromkeys(("dbrx", "smaug-bpe"), Cutting((SPLIT_LLAMA3,))),
-    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), _QWEN2_CUTTING),
+_LLAMA3 = PreTokenization((SPLIT_LLAMA3,), ignores_merges=True, begins_with_bos=True)
+_QWEN2 = PreTokenization((SPLIT_QWEN2,), composes=True)
+PRE_TOKENIZATIONS = {
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "lfm2"), _LLAMA3),
+    **dict.fromkeys(("dbrx", "smaug-bpe"), PreTokenization((SPLIT_LLAMA3,))),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), _QWEN2),
     **dict.fromkeys(
         ("smollm", "starcoder", "refact", "codeshell", "minerva-7b"),
-        Cutting((SPLIT_NUMBER, SPLIT_GPT2)),
+        PreTokenization((SPLIT_NUMBER, SPLIT_GPT2)),
     ),
-    **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jais", "mellum"), Cutting((SPLIT_GPT2,))),
-    "tekken": Cutting((SPLIT_TEKKEN,), ignores_merges=True, begins_with_bos=True),
-    "default": Cutting(_FALLBACK),
+    **dict.fromkeys(
+        ("gpt-2", "phi-2", "mpt", "olmo", "jais", "mellum"), PreTokenization((SPLIT_GPT2,))
+    ),
+    "tekken": PreTokenization((SPLIT_TEKKEN,), ignores_merges=True, begins_with_bos=True),
+    "default": PreTokenization(_FALLBACK),
 }
 
 
-def read_cutting(file: GgufFile) -> Cutting:
-    """How this file's text is cut.
+def read_pre_tokenization(file: GgufFile) -> PreTokenization:
+    """The pre-tokenization that this file names.
 
     Raises:
         UnsupportedModelError: a name that is not known.
@@ -84,9 +86,9 @@ def read_cutting(file: GgufFile) -> Cutting:
                 missing=_KEY,
             )
         )
-        return CUTTINGS["default"]
-    if name not in CUTTINGS:
+        return PRE_TOKENIZATIONS["default"]
+    if name not in PRE_TOKENIZATIONS:
         raise UnsupportedModelError(
-            f"{file.path}: pre-tokenizer {name!r}; supported: {', '.join(CUTTINGS)}"
+            f"{file.path}: pre-tokenizer {name!r}; supported: {', '.join(PRE_TOKENIZATIONS)}"
         )
-    return CUTTINGS[name]
+    return PRE_TOKENIZATIONS[name]
