@@ -8,7 +8,7 @@ import torch
 
 from fluxion_core.decode.device.graph import StepGraph, launch_address
 from fluxion_core.decode.device.pinned import pinned
-from fluxion_core.decode.device.times import LaneSpan
+from fluxion_core.decode.device.times import LANE_TASKS, LaneSpan
 from fluxion_core.geometry import KvGeometry
 from fluxion_core.kernels import _native
 from fluxion_core.kernels.lane_task import (
@@ -22,10 +22,6 @@ from fluxion_core.kernels.lane_task import (
 )
 from fluxion_core.kernels.sparse_attention.lane import DigestCopies, LaneKernels
 from fluxion_core.planning.policy import READ_ALL
-
-NUM_SLOTS = 6
-"""Tasks on the GPU at a time. Few march in step, and nobody reads while all choose: the GPU alone
-reads 42, 45, 47 and 48 GB/s with 2, 3, 4 and 6."""
 
 _GPU_BYTES_PER_NS = 40.0
 _CPU_BYTES_PER_NS_OF_A_THREAD = 6.0
@@ -57,10 +53,10 @@ class GpuLane:
         nowhere = pinned(16 * geometry.head_dim, dtype=torch.int64)
         self._kernels = [
             LaneKernels(geometry, num_heads, max_region_tokens, device=device, digests=digests)
-            for _ in range(NUM_SLOTS)
+            for _ in range(LANE_TASKS)
         ]
-        self._done = pinned(NUM_SLOTS, dtype=torch.int64)
-        self._statistics = pinned(NUM_SLOTS, 4, dtype=torch.int64)
+        self._done = pinned(LANE_TASKS, dtype=torch.int64)
+        self._statistics = pinned(LANE_TASKS, 4, dtype=torch.int64)
         for index, kernels in enumerate(self._kernels):
             # Where they answer to never changes. The warm-up reads all of an empty region.
             kernels.descriptor[DONE.value] = self._done[index].data_ptr()

@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from fluxion_core.decode.device.times import LaneSpan
+from fluxion_core.decode.device.times import LANE_TASKS, LaneSpan
 from fluxion_core.observe.device_usage import PcieDirection
 from fluxion_core.observe.spans import Span
 from fluxion_core.observe.trace import TakenSpans
@@ -23,8 +23,6 @@ from fluxion_core.pool.cpu_pool import CpuPool
 from fluxion_core.pool.spans import PoolSpans, pool_spans
 
 DENSE_TRACK = "gpu"
-NUM_TASK_TRACKS = 3
-"""As many as tasks are on the GPU at a time."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ class DeviceSpans:
         self.tracks = [
             *PoolSpans(pool).tracks,
             DENSE_TRACK,
-            *map(_task_track, range(NUM_TASK_TRACKS)),
+            *map(_task_track, range(LANE_TASKS)),
             _pcie_track("host_to_device"),
             _pcie_track("device_to_host"),
         ]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
 import pytest
 
 from fluxion_core.decode.device.spans import DeviceSpans, StepRecord, clock_difference, device_spans
-from fluxion_core.decode.device.times import LaneSpan
+from fluxion_core.decode.device.times import LANE_TASKS, LaneSpan
 from fluxion_core.pool.cpu_pool import CpuPool
 
 RECORD = StepRecord(
@@ -104,15 +104,26 @@ def test_without_the_cpu_a_step_is_laid_into_the_middle_of_its_time():
     assert clock_difference(RECORD, np.empty(0, dtype=ROW), 5000, 6000) == 5000
 
 
+@dataclass(frozen=True)
 class _Step:
+    recorded: StepRecord = RECORD
+
     def record(self) -> StepRecord:
-        return RECORD
+        return self.recorded
+
+
+def test_as_many_tasks_as_the_lane_does_at_once_have_a_track_each():
+    tasks = np.array([LaneSpan(0, task, 1, 1, 200 + task, 300) for task in range(LANE_TASKS)])
+    source = DeviceSpans(_Step(replace(RECORD, tasks=tasks)), CpuPool(1))
+    tracks = [span.track for span in source.take(5000, 6000).spans() if span.name == "task"]
+    assert len(set(tracks)) == LANE_TASKS
+    assert set(tracks) <= set(source.tracks)
 
 
 def test_as_a_source_it_has_a_track_for_everybody():
     source = DeviceSpans(_Step(), CpuPool(1))
     assert source.tracks == [
-        *("cpu 0", "gpu", "gpu tasks 0", "gpu tasks 1", "gpu tasks 2"),
+        *("cpu 0", "gpu", *(f"gpu tasks {place}" for place in range(LANE_TASKS))),
         *("pcie host_to_device", "pcie device_to_host"),
     ]
     assert not source.take(0, 0).spans()
