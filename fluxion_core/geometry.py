@@ -74,7 +74,7 @@ class WindowSpec:
         return range(self.sink_tokens, self.recent_start(num_tokens))
 
     def slot_index(self, position: int) -> int:
-        """Where `position` lies within its sequence's slot of `slot_tokens` entries."""
+        """The entry of `position` within its sequence's slot of `slot_tokens` entries."""
         if position < self.sink_tokens:
             return position
         return self.sink_tokens + (position - self.sink_tokens) % self.ring_tokens

@@ -209,16 +209,16 @@ class HostKvStore:
 
     @property
     def arena_address(self) -> int:
-        """Where the memory of all slabs begins."""
+        """Address at which the memory of all slabs begins."""
         return self._arena.address
 
     @property
     def arena_bytes(self) -> int:
-        """Its size."""
+        """Size of the memory of all slabs."""
         return self._arena.size_bytes
 
     def slab_address(self, slab: int) -> int:
-        """Where a slab begins."""
+        """Address at which a slab begins."""
         return self._arena.address + slab * self.slab_stride_bytes
 
     def slab_kv(self, slab: int) -> Tensor:
@@ -393,7 +393,7 @@ class SequenceKv:
 
     @property
     def kv_from_token(self) -> int:
-        """Where `write_blocks` begins: what is stored before, down to a whole block."""
+        """First token for `write_blocks`: the end of what is stored, down to a whole block."""
         return self.shared_tokens // BLOCK_TOKENS * BLOCK_TOKENS
 
     @property
@@ -644,8 +644,11 @@ class StepAppend:
 
     @property
     def addresses(self) -> tuple[int, int, int]:
-        """Of the slabs that take the tokens and of the places there, both int64; and, int32, of the
-        first layer in which each token's K or V is not finite, the number of layers if in none."""
+        """Addresses of three lists with an entry a token, for the native writers.
+
+        The slab that takes it and its place there, both int64; and, int32, the first layer in
+        which its K or V is not finite, the number of layers if in none.
+        """
         return (
             self._slabs.data_ptr(),
             self._tokens.data_ptr(),

@@ -234,7 +234,7 @@ DECODE_DEFINITIONS = (
 
 @dataclass
 class RequestCounters:
-    """What requests and hand-offs add up to. Written on the event loop only."""
+    """Sums over requests and hand-offs. Written on the event loop only."""
 
     ended: Counter[tuple[str, ...]] = field(
         default_factory=lambda: Counter(dict.fromkeys(USUAL_ENDS, 0))
@@ -324,7 +324,7 @@ class DecodeCollector(Collector):
         yield POOL_LEFT_OUT.render_value(self._pool.num_left_out)
 
     def collect_engine(self) -> Iterator[Metric]:
-        """What the engine counts, and its GPU if it has one."""
+        """Families of the engine, and of its GPU if it has one."""
         statistics = self._engine.statistics()
         yield from _steps(statistics)
         if statistics.device is not None:

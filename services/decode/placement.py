@@ -41,7 +41,7 @@ class PlacementReason(StrEnum):
 
 @dataclass(frozen=True)
 class PlacementDecision:
-    """Whether this node computes a prompt, and why."""
+    """The node that computes a prompt, this one or another, and why."""
 
     is_local: bool
     reason: PlacementReason

@@ -54,7 +54,7 @@ class PrefillWatch:
 
     @property
     def why_not_at_first(self) -> str:
-        """Why no prompt can be computed before the first look; empty if one can."""
+        """Reason for which no prompt can be computed before the first look; empty if one can."""
         if self._nodes:
             return NOT_ASKED_YET
         if self._computes_prompts:

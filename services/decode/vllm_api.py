@@ -109,8 +109,10 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):  # type: ignor
     async def Generate(  # noqa: N802 - the rpc's name
         self, message: vllm_engine_pb2.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[vllm_engine_pb2.GenerateResponse]:
-        """With `stream`, a chunk a token; the last message says why it ended, and has all tokens
-        where they were not streamed."""
+        """Stream a chunk a token, if asked to; the last message says why it ended.
+
+        It has all tokens where they were not streamed.
+        """
 
         token_ids: list[int] = []
         prompt_tokens = cached_tokens = num_tokens = 0
@@ -182,7 +184,7 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):  # type: ignor
     async def GetModelInfo(  # noqa: N802 - the rpc's name
         self, message: vllm_engine_pb2.GetModelInfoRequest, context: grpc.aio.ServicerContext
     ) -> vllm_engine_pb2.GetModelInfoResponse:
-        """What does not change while the node runs. No path: the tokenizer is handed out."""
+        """Facts of the model, without a path: the tokenizer is handed out."""
         del message, context
         loaded, tokenizer = self._model.loaded, self._model.tokenizer
         config = loaded.config
@@ -201,7 +203,7 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):  # type: ignor
     async def GetServerInfo(  # noqa: N802 - the rpc's name
         self, message: vllm_engine_pb2.GetServerInfoRequest, context: grpc.aio.ServicerContext
     ) -> vllm_engine_pb2.GetServerInfoResponse:
-        """What kind of server this is."""
+        """Facts of the server: its kind, its age and its requests."""
         del message, context
         return vllm_engine_pb2.GetServerInfoResponse(
             active_requests=self._admission.statistics().admitted,
@@ -255,7 +257,7 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):  # type: ignor
     async def SubscribeKvEvents(  # noqa: N802 - the rpc's name
         self, message: common_pb2.SubscribeKvEventsRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[common_pb2.KvEventBatch]:
-        """Not offered."""
+        """Refuse: this is not offered."""
         del message, context
         raise UnsupportedCallError("this node does not tell which KV it keeps")
         yield  # type: ignore[unreachable] # makes it a stream
