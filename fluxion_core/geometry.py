@@ -1,7 +1,7 @@
 """Shapes and sizes of the KV cache: blocks, slabs, digests and the default window.
 
 Pure arithmetic. Nothing here allocates, reads memory or knows a model's weights.
-Terms are those of fluxion_core/DESIGN.md, section "Quantities".
+Terms are those of docs/architecture/glossary.md.
 """
 
 from __future__ import annotations
