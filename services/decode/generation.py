@@ -20,7 +20,7 @@ import grpc
 
 from fluxion_core.generation.stopping import FinishReason
 from fluxion_core.generation.tokenizer import IncrementalDetokenizer
-from fluxion_core.kvstore.store import SequenceKv
+from fluxion_core.kvstore.sequence import SequenceKv
 from fluxion_core.observe.log import event
 from fluxion_core.wire.callers import Callers
 from fluxion_core.wire.client_limits import ClientLimits

@@ -29,7 +29,7 @@ from fluxion_core.errors import (
 )
 from fluxion_core.generation.sampling import SamplingParams
 from fluxion_core.geometry import WindowSpec
-from fluxion_core.kvstore.store import SequenceKv
+from fluxion_core.kvstore.sequence import SequenceKv
 from fluxion_core.kvstream.assembler import HandoffAssembler
 from fluxion_core.kvstream.handoff import FrameKind, KvLayout, Trailer
 from fluxion_core.observe.log import event
