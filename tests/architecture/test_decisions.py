@@ -36,16 +36,3 @@ def test_every_decision_is_listed_once_by_its_own_title(name: str):
     assert len(listed) == len([target for _, target in entries if target != "index"])
     titles = {path.stem: path.read_text().split("\n")[0].removeprefix("# ") for path in DECISIONS}
     assert listed == titles
-
-
-def test_every_file_that_a_decision_names_is_there():
-    root = FOLDER.parents[1]
-    named = {
-        (path.stem, name)
-        for path in DECISIONS
-        for name in re.findall(
-            r"`((?:deploy|docs|fluxion_core|protos|services|tests)/[\w./-]+)`", path.read_text()
-        )
-    }
-    assert len(named) > len(DECISIONS)
-    assert [one for one in sorted(named) if not (root / one[1]).exists()] == []
