@@ -39,9 +39,9 @@ from fluxion_core.planning.prompt_profile import PromptProfile
 from fluxion_core.wire import codec
 from fluxion_core.wire.status import RemoteCapacityError, RemoteError, error_from_rpc
 from fluxion_proto.v1 import handoff_pb2
-from services.decode.metrics import RequestCounters
 from services.decode.prefill_nodes import PrefillNodes
 from services.decode.progress import PromptProgress
+from services.decode.request_counters import RequestCounters
 from services.decode.silence import ended_when_silent
 
 _log = logging.getLogger(__name__)

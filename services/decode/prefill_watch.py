@@ -11,8 +11,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
-from services.decode.metrics import RequestCounters
 from services.decode.prefill_nodes import PrefillNodes
+from services.decode.request_counters import RequestCounters
 
 LOOK_SECONDS = 5.0
 """From one look to the next, while some node answers."""
