@@ -13,6 +13,9 @@ from typing import Self
 
 from fluxion_core.errors import ConfigError
 
+DEFAULT_DECODE_ADDRESS = "127.0.0.1:7420"
+"""Where clients look for a decode node, and where `fluxion up` puts one if it can."""
+
 MAX_PORT = 65535
 
 _LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
@@ -75,7 +78,7 @@ class Address:
         return True
 
     def dialled_from_here(self) -> Self:
-        """The address at which a node that listens here is reached from this machine."""
+        """Where a node that listens here is reached from this machine."""
         return type(self)(_LOOPBACK_OF_ALL.get(self.host, self.host), self.port)
 
     def __str__(self) -> str:

@@ -66,7 +66,7 @@ class ServerTlsSettings(Section):
 
 
 class AuthSettings(Section):
-    """Callers that are let in: without any of it everybody. Health checks are always answered."""
+    """Who may call. Without any of it everybody may; health checks are always answered."""
 
     token_file: FilePath | None = None
     """File of lines NAME TOKEN: each call must send one of the tokens as `authorization: Bearer
@@ -77,10 +77,8 @@ class AuthSettings(Section):
 
 
 class ClientLimitSettings(Section):
-    """Limits of what one client asks for at a time; 0 for none.
-
-    A client is a token's name, else the name in a certificate, else an address.
-    """
+    """What one client may ask for at a time; 0 for no limit. A client is a token's name, else the
+    name in a certificate, else an address."""
 
     requests_in_flight: Count = 0
     """Calls that are not over yet."""
@@ -91,7 +89,7 @@ class ClientLimitSettings(Section):
 
 
 class ServerSettings(Section):
-    """The listener of a node: its address, who may call, and its limits."""
+    """Where a node listens, who may call, and its limits."""
 
     listen: ListenAddress = "127.0.0.1:0"
     """host:port for gRPC; port 0 takes a free one."""
@@ -153,7 +151,7 @@ class ClientTlsSettings(Section):
 
 
 class ClientSettings(Section):
-    """Calls of a node, or of the command, to another node."""
+    """How a node, or the command, calls another."""
 
     connect_seconds: Seconds = Field(default=5.0, gt=0)
     """Time to reach a node before it counts as unavailable."""
@@ -171,7 +169,7 @@ def _device(name: str) -> str:
 
 
 class ModelSettings(Section):
-    """The model, and how it is held."""
+    """Which model, and how it is held."""
 
     model: str = "smollm2-135m"
     """Name that `fluxion pull` knows, or a path: a GGUF file or a safetensors directory."""
@@ -190,7 +188,7 @@ class ModelSettings(Section):
 
 
 class LogSettings(Section):
-    """The log that the node prints."""
+    """What the node prints."""
 
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Lowest level printed."""

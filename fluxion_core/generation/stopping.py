@@ -16,7 +16,7 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class StopSettings:
-    """Ends of a generation: its length, texts and tokens."""
+    """What ends a generation."""
 
     max_new_tokens: int
     """Including a stop token."""

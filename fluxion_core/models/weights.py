@@ -39,11 +39,11 @@ class LoadedModel:
 
 
 class WeightSource(Protocol):
-    """Source of weights under their Hugging Face names. `pieces` is thread-safe."""
+    """Where weights come from, under their Hugging Face names. `pieces` is thread-safe."""
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Shapes of all weights that are there."""
+        """Of all weights that are there."""
         ...
 
     def pieces(self, name: str) -> Iterator[tuple[int, Tensor]]:

@@ -143,5 +143,5 @@ class CpuPool:
         return np.frombuffer(self.native.take_trace(), dtype=_SPAN)
 
     def take_spans(self) -> list[TaskSpan]:
-        """Take the spans recorded since the last call. Between rounds only."""
+        """The same as TaskSpans."""
         return task_spans(self.take_rows())

@@ -38,11 +38,11 @@ class PoolSpans:
         """The last one is the thread that waits for the others."""
 
     def record(self, *, on: bool) -> None:
-        """Keep spans from now on, or no longer."""
+        """See SpanSource."""
         self._pool.record(on=on)
 
     def take(self, start_ns: int, end_ns: int) -> TakenSpans:
-        """Take the spans kept since the last call."""
+        """See SpanSource."""
         del start_ns, end_ns
         rows = self._pool.take_rows()
         return TakenSpans(len(rows), partial(pool_spans, rows))

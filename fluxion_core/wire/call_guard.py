@@ -35,15 +35,12 @@ from fluxion_core.machine.threads import thread_limit
 from fluxion_core.observe.log import event
 from fluxion_core.wire.callers import Callers
 from fluxion_core.wire.client_limits import ClientLimits
-from fluxion_core.wire.status import sent_metadata, status_of
+from fluxion_core.wire.status import PUSHBACK_KEY, sent_metadata, status_of
 
 _log = logging.getLogger(__name__)
 
 HEALTH_SERVICE = "grpc.health.v1.Health"
 _REFLECTION_PREFIX = "/grpc.reflection."
-
-PUSHBACK_KEY = "grpc-retry-pushback-ms"
-"""Trailing metadata by which gRPC's own retries know how long to wait."""
 
 _NOT_READY = "this node is not ready: it is starting or draining"
 

@@ -63,8 +63,7 @@ def open_channel(
     if settings.token_file is not None:
         token = _BearerToken(settings.token_file)
         interceptors += [_UnaryToken(token), _StreamToken(token)]
-    # An attempt to connect may take so long; the pause after one that failed is the backoff's.
-    options = (*_OPTIONS, ("grpc.min_reconnect_backoff_ms", int(settings.connect_seconds * 1000)))
+    options = _options(settings)
     if server_name is not None:
         options += (
             ("grpc.default_authority", server_name),
@@ -75,6 +74,23 @@ def open_channel(
     if credentials is None:
         return grpc.aio.insecure_channel(address, options=options, interceptors=interceptors)
     return grpc.aio.secure_channel(address, credentials, options=options, interceptors=interceptors)
+
+
+def open_blocking_channel(address: str, settings: ClientSettings) -> grpc.Channel:
+    """A channel for threads, in place of an event loop; otherwise as `open_channel`'s.
+
+    Raises:
+        ConfigError: see `check_client`; what has expired is left to the node to refuse.
+    """
+    check_token_is_safe(address, settings)
+    credentials = channel_credentials(settings.tls, "tls", must_be_valid=False)
+    if credentials is None:
+        channel = grpc.insecure_channel(address, options=_options(settings))
+    else:
+        channel = grpc.secure_channel(address, credentials, options=_options(settings))
+    if settings.token_file is None:
+        return channel
+    return grpc.intercept_channel(channel, _BlockingToken(_BearerToken(settings.token_file)))
 
 
 def check_client(settings: ClientSettings, addresses: Sequence[str], section: str) -> None:
@@ -110,6 +126,11 @@ def check_token_is_safe(address: str, settings: ClientSettings) -> None:
         )
 
 
+def _options(settings: ClientSettings) -> tuple[tuple[str, int | str], ...]:
+    # An attempt to connect may take so long; the pause after one that failed is the backoff's.
+    return (*_OPTIONS, ("grpc.min_reconnect_backoff_ms", int(settings.connect_seconds * 1000)))
+
+
 class _BearerToken:
     """Adds `authorization: Bearer …` to a call."""
 
@@ -137,3 +158,14 @@ class _StreamToken(grpc.aio.UnaryStreamClientInterceptor):  # type: ignore[misc]
 
     async def intercept_unary_stream(self, continuation, details, request):  # type: ignore[no-untyped-def]
         return await continuation(self._token.added_to(details), request)
+
+
+class _BlockingToken(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor):  # type: ignore[misc]
+    def __init__(self, token: _BearerToken) -> None:
+        self._token = token
+
+    def intercept_unary_unary(self, continuation, details, request):  # type: ignore[no-untyped-def]
+        return continuation(self._token.added_to(details), request)
+
+    def intercept_unary_stream(self, continuation, details, request):  # type: ignore[no-untyped-def]
+        return continuation(self._token.added_to(details), request)

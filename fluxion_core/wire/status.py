@@ -36,6 +36,9 @@ from fluxion_core.errors import (
 SENT_KEY = "fluxion-error"
 """Trailing metadata of every status that a node sends: the kind of error, as in errors.py."""
 
+PUSHBACK_KEY = "grpc-retry-pushback-ms"
+"""Trailing metadata that says when to come again, in the name that gRPC's own retries know."""
+
 _STATUS_OF: tuple[tuple[type[FluxionError], grpc.StatusCode], ...] = (
     (InvalidRequestError, grpc.StatusCode.INVALID_ARGUMENT),
     (UnsupportedCallError, grpc.StatusCode.UNIMPLEMENTED),
@@ -108,7 +111,7 @@ def status_of(error: FluxionError) -> grpc.StatusCode:
 
 
 def sent_metadata(error: Exception) -> tuple[str, str]:
-    """Metadata that tells the caller that a node sent the status of this error."""
+    """What tells the caller that a node sent the status of this error."""
     kinds = [kind.__name__ for kind in type(error).__mro__ if kind.__module__ == errors.__name__]
     return SENT_KEY, kinds[0] if kinds else "InternalError"
 
@@ -126,6 +129,14 @@ def error_from_rpc(error: grpc.RpcError) -> FluxionError:
         details = _own_words(status, details)
     error_type = _ERROR_OF.get(status)
     return error_type(details) if error_type else RemoteError(status, details)
+
+
+def retry_after_seconds(error: grpc.RpcError) -> float | None:
+    """When a call that failed may be made again, if the node said so."""
+    for key, value in error.trailing_metadata() or ():
+        if key == PUSHBACK_KEY and value.isascii() and value.isdigit():
+            return int(value) / 1000
+    return None
 
 
 _REASONS = (

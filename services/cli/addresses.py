@@ -9,8 +9,6 @@ from collections.abc import Collection
 from fluxion_core.config.addresses import Address, address_of
 from fluxion_core.errors import ConfigError
 
-DEFAULT_DECODE_ADDRESS = "127.0.0.1:7420"
-"""Where `fluxion generate` looks for a decode node, and where `fluxion up` puts one if it can."""
 DEFAULT_GATEWAY_ADDRESS = "127.0.0.1:7480"
 """Where `fluxion up --gateway` puts the gateway if it can."""
 

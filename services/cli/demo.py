@@ -16,16 +16,15 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from fluxion_core.config.settings import ClientSettings
-from fluxion_core.errors import FluxionError, ModelNotFoundError
-from fluxion_proto.v1 import generate_pb2
-from services.cli.client import (
+from fluxion_core.client import (
+    NO_RETRIES,
+    AsyncClient,
+    ChatMessage,
     Generation,
     GenerationOptions,
-    progress_text,
-    stream_generation,
 )
-from services.cli.generate import handoff_cells, write_now
+from fluxion_core.errors import FluxionError, ModelNotFoundError
+from services.cli.generate import handoff_cells, show_answer, write_now
 from services.cli.logs import LogPrinter, render_log_line
 from services.cli.node_plans import UpOptions, plan_nodes
 from services.cli.processes import NodeGroup, finished_before, stop_signals
@@ -109,26 +108,15 @@ async def _ask(nodes: NodeGroup, options: DemoOptions, console: Console) -> Gene
     console.print(f"Document: {title}, {len(document.split()):,} words", highlight=False)
     console.print(f"Question: {QUESTION}", style="bold", highlight=False)
     waiting = Waiting(console, "Asking the decode node")
-
-    def on_text(text: str) -> None:
-        waiting.stop()
-        write_now(text)
-
-    def on_progress(progress: generate_pb2.PromptProgress) -> None:
-        waiting.text = f"The document's KV: {progress_text(progress)}"
-
+    asked = GenerationOptions(
+        max_new_tokens=options.max_new_tokens,
+        deadline_seconds=_DEADLINE_SECONDS,
+        report_progress=True,
+    )
     with waiting:
-        generation = await stream_generation(
-            GenerationOptions(
-                prompt=build_prompt(),
-                max_new_tokens=options.max_new_tokens,
-                deadline_seconds=_DEADLINE_SECONDS,
-            ),
-            decode.address,
-            ClientSettings(),
-            on_text,
-            on_progress=on_progress,
-        )
+        async with AsyncClient(decode.address, retry=NO_RETRIES) as client:
+            stream = client.stream([ChatMessage("user", build_prompt())], asked)
+            generation = await show_answer(stream, waiting, "The document's KV: ")
     write_now("\n\n")
     return generation
 

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
 from rich.console import Console
 from rich.table import Table
 
-from fluxion_core.config.settings import ClientSettings
-from fluxion_core.errors import InvalidRequestError
-from fluxion_proto.v1 import generate_pb2
-from services.cli.arguments import check_text
-from services.cli.client import (
+from fluxion_core.client import (
+    NO_RETRIES,
+    AsyncClient,
+    AsyncGenerationStream,
+    ChatMessage,
+    Delta,
     Generation,
     GenerationOptions,
-    progress_text,
-    stream_generation,
+    KvReads,
+    Progress,
+    Prompt,
+    Usage,
 )
+from fluxion_core.config.settings import ClientSettings
+from fluxion_core.errors import InvalidRequestError
+from services.cli.arguments import check_text
 from services.cli.waiting import Waiting
 
 
@@ -54,38 +61,56 @@ def read_prompt(prompt: str | None, file: Path | None, stdin: TextIO) -> str:
     return text
 
 
+def as_prompt(text: str, *, chat: bool, system: str | None) -> Prompt:
+    """The user's message after the system's, or, without `chat`, the text as it stands."""
+    if not chat:
+        return text
+    user = ChatMessage("user", text)
+    return [user] if system is None else [ChatMessage("system", system), user]
+
+
 async def run_generate(
-    options: GenerationOptions, address: str, client: ClientSettings, *, show_timings: bool
+    prompt: Prompt,
+    options: GenerationOptions,
+    address: str,
+    client: ClientSettings,
+    *,
+    show_timings: bool,
 ) -> None:
     """Stream the answer to stdout; if `show_timings`, a table to stderr at the end.
 
     Until there is text, a terminal at stderr shows how far the prompt is.
 
     Raises:
-        FluxionError: see `stream_generation`.
+        FluxionError: see `AsyncClient`.
     """
     console = Console(stderr=True)
     waiting = Waiting(console, f"waiting for {address}", as_lines=False)
-
-    def on_text(text: str) -> None:
-        waiting.stop()
-        write_now(text)
-
-    def on_progress(progress: generate_pb2.PromptProgress) -> None:
-        waiting.text = progress_text(progress)
-
+    options = replace(options, report_progress=console.is_terminal)
     with waiting:
-        generation = await stream_generation(
-            options,
-            address,
-            client,
-            on_text,
-            on_progress=on_progress if console.is_terminal else None,
-        )
+        async with AsyncClient(address, client, retry=NO_RETRIES) as node:
+            generation = await show_answer(node.stream(prompt, options), waiting)
     if not generation.text.endswith("\n"):
         write_now("\n")
     if show_timings:
         console.print(timings_table(generation))
+
+
+async def show_answer(
+    stream: AsyncGenerationStream, waiting: Waiting, before_progress: str = ""
+) -> Generation:
+    """Write the text to stdout as it comes; until there is any, say how far the prompt is.
+
+    Raises:
+        FluxionError: see `AsyncClient`.
+    """
+    async for event in stream:
+        if isinstance(event, Progress):
+            waiting.text = f"{before_progress}{event}"
+        elif isinstance(event, Delta) and event.text:
+            waiting.stop()
+            write_now(event.text)
+    return await stream.result()
 
 
 def write_now(text: str) -> None:
@@ -134,7 +159,7 @@ def timings_table(generation: Generation) -> Table:
     return table
 
 
-def kv_read_cells(usage: generate_pb2.Usage) -> tuple[str, str]:
+def kv_read_cells(usage: Usage) -> tuple[str, str]:
     """Bytes of a step, and what they are of what other policies read."""
     reads = usage.kv_reads
     read = f"{usage.kv_bytes_read_per_token / 1e6:.3g} MB"
@@ -144,7 +169,7 @@ def kv_read_cells(usage: generate_pb2.Usage) -> tuple[str, str]:
     return read, f"{reads.share_of_exact:.1%} of exact, {fixed}"
 
 
-def chosen_blocks(reads: generate_pb2.KvReads) -> str:
+def chosen_blocks(reads: KvReads) -> str:
     """Shares of groups by the block size that they chose; empty if none chose."""
     sizes = zip(("16", "32", "64", "128"), reads.groups_by_block_size, strict=False)
     counts = {f"{size} tokens": count for size, count in sizes}

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import asyncio
 
-import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fluxion_core.client import NO_RETRIES, AsyncClient
 from fluxion_core.config.settings import ClientSettings
 from fluxion_core.errors import FluxionError, PeerUnavailableError
-from fluxion_core.wire.status import error_from_rpc
-from services.cli.connection import connect
 
 DECODE_SERVICE = "fluxion.v1.Generation"
 """Serving when a decode node has its model loaded, is not draining, and a prefill node answers, if
@@ -34,11 +31,12 @@ async def run_health(address: str, client: ClientSettings) -> int:
         FluxionError: the node cannot be reached within client.connect_seconds, or it refuses.
     """
     rows: list[tuple[str, str]] = []
-    async with connect(address, client) as channel:
-        live = await check_service(channel, "", seconds=client.connect_seconds)
+    seconds = client.connect_seconds
+    async with AsyncClient(address, client, retry=NO_RETRIES) as node:
+        live = await node.health("", deadline_seconds=seconds)
         rows.append(("node", live or "UNKNOWN"))
         for service in (DECODE_SERVICE, PREFILL_SERVICE):
-            status = await check_service(channel, service, seconds=client.connect_seconds)
+            status = await node.health(service, deadline_seconds=seconds)
             if status is not None:
                 rows.append((service, status))
     table = Table(box=None, show_header=False, pad_edge=False)
@@ -47,26 +45,6 @@ async def run_health(address: str, client: ClientSettings) -> int:
     Console().print(table)
     is_healthy = len(rows) > 1 and all(status == "SERVING" for _, status in rows)
     return 0 if is_healthy else 1
-
-
-async def check_service(channel: grpc.aio.Channel, service: str, *, seconds: float) -> str | None:
-    """Ask once for a service's health.
-
-    Returns:
-        SERVING or NOT_SERVING; None if the node does not know the service.
-
-    Raises:
-        FluxionError: the node does not answer within `seconds`, or it refuses.
-    """
-    stub = health_pb2_grpc.HealthStub(channel)
-    try:
-        response = await stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=seconds)
-    except grpc.aio.AioRpcError as error:
-        if error.code() == grpc.StatusCode.NOT_FOUND:
-            return None
-        raise error_from_rpc(error) from None
-    name: str = health_pb2.HealthCheckResponse.ServingStatus.Name(response.status)
-    return name
 
 
 async def wait_until_ready(
@@ -91,9 +69,8 @@ async def wait_until_ready(
 async def _is_ready(address: str, service: str, client: ClientSettings) -> bool:
     """One question on a channel of its own: an old one would sit out its reconnection delay."""
     try:
-        async with connect(address, client) as channel:
-            return (
-                await check_service(channel, service, seconds=client.connect_seconds) == "SERVING"
-            )
+        async with AsyncClient(address, client, retry=NO_RETRIES) as node:
+            status = await node.health(service, deadline_seconds=client.connect_seconds)
+            return status == "SERVING"
     except FluxionError:
         return False

@@ -12,13 +12,14 @@ import io
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 from typer.core import TyperGroup
 
+from fluxion_core.config.addresses import DEFAULT_DECODE_ADDRESS
 from fluxion_core.errors import ConfigError, FluxionError
-from services.cli.addresses import DEFAULT_DECODE_ADDRESS, DEFAULT_GATEWAY_ADDRESS
+from services.cli.addresses import DEFAULT_GATEWAY_ADDRESS
 from services.cli.arguments import CheckedCommand
 
 
@@ -259,14 +260,12 @@ def generate(
     token_file: TokenFileOption = None,
 ) -> None:
     """Stream a completion to stdout, token by token; timings go to stderr."""
-    from services.cli.client import GenerationOptions
+    from fluxion_core import client as library
     from services.cli.connection import client_settings
-    from services.cli.generate import read_prompt, run_generate
+    from services.cli.generate import as_prompt, read_prompt, run_generate
 
-    options = GenerationOptions(
-        prompt=read_prompt(prompt, file, sys.stdin),
-        chat=chat,
-        system=system,
+    asked = as_prompt(read_prompt(prompt, file, sys.stdin), chat=chat, system=system)
+    options = library.GenerationOptions(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_k=top_k,
@@ -278,13 +277,13 @@ def generate(
         seed=seed,
         stop_strings=tuple(stop or ()),
         ignore_eos=ignore_eos,
-        quality=None if quality is None else quality.name,
+        quality=cast(library.Quality | None, quality),
         policy=policy,
-        priority=None if priority is None else priority.name,
+        priority=cast(library.Priority | None, priority),
         deadline_seconds=deadline_seconds,
     )
     client = client_settings(connect_seconds, tls_ca, tls_cert, tls_key, token_file)
-    asyncio.run(run_generate(options, address, client, show_timings=timings))
+    asyncio.run(run_generate(asked, options, address, client, show_timings=timings))
 
 
 @app.command(cls=CheckedCommand)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from fluxion_core.config.addresses import Address
+from fluxion_core.config.addresses import DEFAULT_DECODE_ADDRESS, Address
 from fluxion_core.config.setting_sources import variables_of
 from fluxion_core.config.settings import (
     ClientSettings,
@@ -22,7 +22,7 @@ from fluxion_core.config.settings import (
     load_settings,
 )
 from fluxion_core.errors import ConfigError
-from services.cli.addresses import DEFAULT_DECODE_ADDRESS, choose_listen_address
+from services.cli.addresses import choose_listen_address
 from services.cli.health import DECODE_SERVICE, PREFILL_SERVICE, wait_until_ready
 from services.decode.config import DecodeSettings
 from services.prefill.config import PrefillNodeSettings

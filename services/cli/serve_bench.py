@@ -14,11 +14,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 
-import grpc
 from rich.console import Console
 
+from fluxion_core.client import (
+    NO_RETRIES,
+    AsyncClient,
+    Delta,
+    Finished,
+    GenerationOptions,
+    Usage,
+)
 from fluxion_core.config.settings import ClientSettings
-from fluxion_core.errors import ConfigError
+from fluxion_core.errors import ConfigError, FluxionError
 from fluxion_core.lab.benchmark.report import describe_machine
 from fluxion_core.lab.benchmark.serve import (
     OK,
@@ -32,9 +39,7 @@ from fluxion_core.lab.benchmark.serve import (
     plan_requests,
     print_table,
 )
-from fluxion_core.wire.status import error_from_rpc
-from fluxion_proto.v1 import generate_pb2, generate_pb2_grpc
-from services.cli.connection import connect
+from fluxion_core.wire.status import status_of
 from services.cli.demo import load_document
 
 _RANDOM_TOKENS = 16
@@ -75,19 +80,16 @@ async def bench_serve(
     """
     if not options.loads or not options.lengths:
         raise ConfigError("bench serve needs a load (--rate or --concurrency) and a prompt length")
-    async with connect(address, client) as channel:
-        stub = generate_pb2_grpc.GenerationStub(channel)
-        try:
-            info = await stub.GetModelInfo(generate_pb2.GetModelInfoRequest())
-            token_ids = await _document_tokens(stub, info.context_tokens)
-        except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error) from None
+    # What is refused is counted, not asked for again.
+    async with AsyncClient(address, client, retry=NO_RETRIES) as node:
+        info = await node.model_info()
+        token_ids = await _document_tokens(node, info.context_tokens)
         longest = max(length.tokens for length in options.lengths) + options.new_tokens
         if longest > info.context_tokens:
             raise ConfigError(
                 f"prompts and new tokens are up to {longest}; the context has {info.context_tokens}"
             )
-        sender = _Sender(stub, options, token_ids, info.vocab_size)
+        sender = _Sender(node, options, token_ids, info.vocab_size)
         figures = []
         for number, load in enumerate(options.loads):
             planned = plan_requests(options.lengths, load, options.requests, options.seed + number)
@@ -96,7 +98,7 @@ async def bench_serve(
             seconds = time.perf_counter() - started
             figures.append(figures_of(load, outcomes, seconds, options.objectives))
     print_table(console, figures, options.objectives)
-    report = {
+    report: dict[str, object] = {
         "machine": describe_machine(),
         "model": info.name,
         "device": info.device,
@@ -107,9 +109,7 @@ async def bench_serve(
     return report, figures
 
 
-async def _document_tokens(
-    stub: generate_pb2_grpc.GenerationStub, context_tokens: int
-) -> list[int]:
+async def _document_tokens(node: AsyncClient, context_tokens: int) -> list[int]:
     """The demo's document in tokens, asked for in pieces that fit any context: a token has a byte
     at least."""
     text, token_ids = load_document(), list[int]()
@@ -117,8 +117,7 @@ async def _document_tokens(
     size = max(1, context_tokens // 4)
     for start in range(0, len(text), size):
         piece = text[start : start + size]
-        answer = await stub.Tokenize(generate_pb2.TokenizeRequest(text=piece))
-        token_ids.extend(answer.token_ids)
+        token_ids.extend(await node.tokenize(piece))
     return token_ids
 
 
@@ -127,12 +126,12 @@ class _Sender:
 
     def __init__(
         self,
-        stub: generate_pb2_grpc.GenerationStub,
+        node: AsyncClient,
         options: ServeOptions,
         document: Sequence[int],
         vocab_size: int,
     ) -> None:
-        self._stub = stub
+        self._node = node
         self._options = options
         self._document = document
         self._vocab_size = vocab_size
@@ -160,28 +159,31 @@ class _Sender:
 
     async def _send(self, one: PlannedRequest, due: float) -> Outcome:
         options = self._options
-        request = generate_pb2.GenerateRequest(
-            max_new_tokens=options.new_tokens, ignore_eos=True, policy=options.policy
+        asked = GenerationOptions(
+            max_new_tokens=options.new_tokens,
+            ignore_eos=True,
+            policy=options.policy,
+            deadline_seconds=options.deadline_seconds,
         )
-        request.token_ids.ids.extend(self._prompt(one))
         arrivals: list[float] = []
-        usage = generate_pb2.Usage()
+        usage: Usage | None = None
         status = OK
         try:
-            async for response in self._stub.Generate(request, timeout=options.deadline_seconds):
-                arrivals += [time.perf_counter()] * len(response.token_ids)
-                if response.finish_reason:
-                    usage = response.usage
-        except grpc.aio.AioRpcError as error:
-            status = error.code().name
+            async for event in self._node.stream(self._prompt(one), asked):
+                if isinstance(event, Delta):
+                    arrivals += [time.perf_counter()] * len(event.token_ids)
+                elif isinstance(event, Finished):
+                    usage = event.usage
+        except FluxionError as error:
+            status = status_of(error).name
         return Outcome(
             prompt_tokens=one.prompt_tokens,
             status=status,
             end_seconds=time.perf_counter() - due,
             first_token_seconds=arrivals[0] - due if arrivals else None,
             token_gaps=tuple(later - earlier for earlier, later in pairwise(arrivals)),
-            queue_seconds=usage.queue_seconds,
-            cached_tokens=usage.cached_tokens,
+            queue_seconds=usage.queue_seconds if usage else 0.0,
+            cached_tokens=usage.cached_tokens if usage else 0,
         )
 
     def _prompt(self, one: PlannedRequest) -> list[int]:

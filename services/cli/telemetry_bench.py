@@ -11,19 +11,15 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import grpc
 from rich.console import Console
 
-from fluxion_core.config.settings import ClientSettings
+from fluxion_core.client import NO_RETRIES, AsyncClient, Delta, GenerationOptions
 from fluxion_core.errors import FluxionError
 from fluxion_core.generation.tokenizer import Tokenizer
 from fluxion_core.lab.benchmark.recording import measure_recording, recording_report
 from fluxion_core.lab.benchmark.telemetry import Kind, Window, telemetry_report, unwatched_step
 from fluxion_core.models.locate import default_models_dir, locate_model
-from fluxion_core.wire.status import error_from_rpc
-from fluxion_proto.v1 import generate_pb2, generate_pb2_grpc
 from services.cli.addresses import choose_listen_address
-from services.cli.connection import connect
 from services.cli.demo import load_document
 from services.cli.http import get
 from services.cli.logs import LogPrinter
@@ -92,7 +88,7 @@ async def bench_telemetry(options: TelemetryBenchOptions, console: Console) -> d
         InvalidRequestError: the context has no room for prompt and turns.
         FluxionError: the model cannot be used, a node failed, or the request did.
     """
-    request = _request(options)
+    prompt, asked = _request(options)
     metrics = str(choose_listen_address("127.0.0.1:0", preferred="127.0.0.1:0", flag="--metrics"))
     prefill, decode = plan_nodes(
         UpOptions(options.model, options.models_dir, decode_listen="127.0.0.1:0")
@@ -103,7 +99,9 @@ async def bench_telemetry(options: TelemetryBenchOptions, console: Console) -> d
         async with nodes:
             _, node = await bring_up(nodes, (prefill, decode), ready_seconds=_READY_SECONDS)
             watcher = Watcher(metrics, Stream(node.pid), options.steps)
-            watching = asyncio.create_task(_watch(request, decode.address, watcher, options.turns))
+            watching = asyncio.create_task(
+                _watch(prompt, asked, decode.address, watcher, options.turns)
+            )
             if not await finished_before(watching, stop_requested):
                 raise FluxionError("stopped by a signal")
             turns = watching.result()
@@ -115,23 +113,21 @@ async def bench_telemetry(options: TelemetryBenchOptions, console: Console) -> d
     return report | {"recording": recording_report(console, cost, seconds * 1e3)}
 
 
-def _request(options: TelemetryBenchOptions) -> generate_pb2.GenerateRequest:
+def _request(options: TelemetryBenchOptions) -> tuple[list[int], GenerationOptions]:
     path = locate_model(options.model, options.models_dir or default_models_dir())
     document = Tokenizer.load(path).encode(load_document())
-    token_ids = (document * (options.tokens // len(document) + 1))[: options.tokens]
-    request = generate_pb2.GenerateRequest(
+    prompt = (document * (options.tokens // len(document) + 1))[: options.tokens]
+    return prompt, GenerationOptions(
         max_new_tokens=options.turns * options.steps * _STEPS_A_TURN,
         ignore_eos=True,
         policy=options.policy,
     )
-    request.token_ids.ids.extend(token_ids)
-    return request
 
 
 async def _watch(
-    request: generate_pb2.GenerateRequest, address: str, watcher: Watcher, turns: int
+    prompt: list[int], asked: GenerationOptions, address: str, watcher: Watcher, turns: int
 ) -> list[list[Window]]:
-    reading = asyncio.create_task(_read(request, address, watcher.stream))
+    reading = asyncio.create_task(_read(prompt, asked, address, watcher.stream))
     watching = asyncio.create_task(asyncio.to_thread(watcher.watch, turns))
     await asyncio.wait((reading, watching), return_when=asyncio.FIRST_COMPLETED)
     if reading.done():
@@ -142,13 +138,12 @@ async def _watch(
     return found
 
 
-async def _read(request: generate_pb2.GenerateRequest, address: str, stream: Stream) -> None:
+async def _read(prompt: list[int], asked: GenerationOptions, address: str, stream: Stream) -> None:
     try:
-        async with connect(address, ClientSettings()) as channel:
-            async for response in generate_pb2_grpc.GenerationStub(channel).Generate(request):
-                stream.arrive(len(response.token_ids))
-    except grpc.aio.AioRpcError as error:
-        raise error_from_rpc(error) from None
+        async with AsyncClient(address, retry=NO_RETRIES) as client:
+            async for event in client.stream(prompt, asked):
+                if isinstance(event, Delta):
+                    stream.arrive(len(event.token_ids))
     finally:
         stream.has_ended = True
 

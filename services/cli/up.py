@@ -12,9 +12,8 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from fluxion_core.config.addresses import Address
+from fluxion_core.config.addresses import DEFAULT_DECODE_ADDRESS, Address
 from fluxion_core.errors import PeerUnavailableError
-from services.cli.addresses import DEFAULT_DECODE_ADDRESS
 from services.cli.gateway import GatewayPlan, plan_gateway
 from services.cli.logs import LogPrinter
 from services.cli.node_plans import NodePlan, UpOptions, plan_nodes

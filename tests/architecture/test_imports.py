@@ -24,6 +24,7 @@ def test_imports_follow_the_contract():
     [
         ("fluxion_core.geometry", ("torch", "grpc", "numpy")),
         ("fluxion_core.errors", ("torch", "grpc", "numpy")),
+        ("fluxion_core.client", ("torch", "numpy", "fluxion_core.kernels", "fluxion_core.decode")),
         ("services.cli.main", ("torch", "grpc", "transformers")),
         ("services.cli.waiting", ("torch", "grpc", "google.protobuf")),
     ],

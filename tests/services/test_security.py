@@ -194,7 +194,7 @@ def test_the_command_says_what_is_wrong_with_its_credentials(site: Site):
         ("--tls-ca", ca): "no bearer token",
         ("--tls-ca", ca, "--token-file", site.wrong_token): "wrong bearer token",
         ("--tls-ca", site.other_authority.path, "--token-file", token): (
-            "the node's certificate is not accepted by --tls-ca"
+            "the node's certificate is not accepted by tls.authority (--tls-ca)"
         ),
         ("--connect-seconds", "2"): "TLS is wanted by both sides or by neither",
     }
@@ -206,7 +206,7 @@ def test_the_command_says_what_is_wrong_with_its_credentials(site: Site):
     # The prefill node wants a certificate besides.
     certificate, key = site.other_authority.issue("stranger")
     for flags, words in (
-        ((), "wants a certificate; give --tls-cert and --tls-key"),
+        ((), "give tls.certificate and tls.key (--tls-cert and --tls-key)"),
         (("--tls-cert", certificate, "--tls-key", key), "does not accept the certificate of"),
     ):
         result = run_command("health", site.prefill.address, "--tls-ca", str(ca), *map(str, flags))
@@ -215,7 +215,7 @@ def test_the_command_says_what_is_wrong_with_its_credentials(site: Site):
     certificate, key = site.decode_pair
     flags = ("--tls-ca", ca, "--tls-cert", certificate, "--tls-key", key)
     result = run_command("health", site.prefill.health_address, "--tls-ca", str(ca))
-    assert "does not speak TLS; leave out --tls-ca" in result.stderr
+    assert "does not speak TLS; leave out tls.authority (--tls-ca)" in result.stderr
     # Health needs no token, and is answered on a plain listener too.
     assert run_command("health", site.prefill.address, *map(str, flags)).exit_code == 0
     assert run_command("health", site.prefill.health_address).exit_code == 0

@@ -38,7 +38,7 @@ def test_every_subcommand_checks_its_arguments():
         (["generate", "x", "--deadline-seconds", "1e300"], "must be at most 604800, a week"),
         (["generate", "caf\udce9"], "argument PROMPT is not UTF-8 text (byte 3); convert it"),
         (["generate", "x", "--stop", "a", "--stop", "\udce9"], "argument STOP is not UTF-8 text"),
-        (["generate", "x", "--address", "http://a:1"], "--address 'http://a:1' is not HOST:PORT"),
+        (["generate", "x", "--address", "http://a:1"], "address 'http://a:1' is not HOST:PORT"),
         (["health", "a:99999"], "port 99999 is beyond 65535"),
         (["top", "a:0"], "'a:0' is not HOST:PORT: port 0"),
         (["top", "127.0.0.1:1"], "no metrics at 127.0.0.1:1 (Connection refused)"),

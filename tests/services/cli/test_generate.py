@@ -13,10 +13,7 @@ import grpc
 import pytest
 from typer.testing import CliRunner
 
-from fluxion_core.config.settings import ClientSettings
 from fluxion_core.errors import InvalidRequestError
-from fluxion_proto.v1 import generate_pb2
-from services.cli.client import GenerationOptions, progress_text, stream_generation
 from services.cli.generate import read_prompt
 from services.cli.main import app
 
@@ -45,39 +42,6 @@ def test_no_timings_leaves_stderr_empty(decode_node: SimpleNamespace):
     result = generate(decode_node, "Why?", "--no-timings")
     assert result.stderr == ""
     assert result.stdout == "The answer.\n"
-
-
-async def test_who_asks_is_told_how_far_the_prompt_is(decode_node: SimpleNamespace):
-    texts: list[str] = []
-    reports: list[tuple[int, str]] = []
-    generation = await stream_generation(
-        GenerationOptions(prompt="Why?"),
-        decode_node.address,
-        ClientSettings(),
-        texts.append,
-        on_progress=lambda one: reports.append((one.prompt_tokens_done, "".join(texts))),
-    )
-    assert reports == [(3500, "")]
-    assert generation.text == "".join(texts) == "The answer."
-    assert generation.token_ids == (0, 1, 2)
-
-
-@pytest.mark.parametrize(
-    ("fields", "text"),
-    [
-        ({"state": 1}, "the node reads the request"),
-        (
-            {"state": 1, "prompt_tokens": 6959},
-            "6,959 tokens wait for room, or for a prefill node",
-        ),
-        (
-            {"state": 2, "prompt_tokens": 6959, "prompt_tokens_done": 1234},
-            "prefill 1,234 of 6,959 tokens",
-        ),
-    ],
-)
-def test_how_far_a_prompt_is_in_words(fields, text):
-    assert progress_text(generate_pb2.PromptProgress(**fields)) == text
 
 
 def test_without_a_terminal_the_node_is_not_asked_how_far_it_is(decode_node: SimpleNamespace):

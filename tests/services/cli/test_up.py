@@ -14,9 +14,9 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from fluxion_core.client import AsyncClient, GenerationOptions
 from fluxion_core.config.settings import ClientSettings, ClientTlsSettings
 from fluxion_core.errors import ConfigError, PeerUnavailableError
-from services.cli.client import GenerationOptions, stream_generation
 from services.cli.health import DECODE_SERVICE, PREFILL_SERVICE
 from services.cli.main import app
 from services.cli.node_plans import NodePlan, UpOptions, plan_nodes
@@ -217,14 +217,10 @@ async def test_both_nodes_get_ready_with_tls_and_tokens_and_hand_off(
     lines: list[str] = []
     async with NodeGroup(lambda name, line: lines.append(f"{name} {line}")) as nodes:
         await bring_up(nodes, plans, ready_seconds=120)
-        answer = await stream_generation(
-            GenerationOptions(
-                prompt="over the wire", chat=False, max_new_tokens=3, ignore_eos=True
-            ),
-            plans[-1].address,
-            client,
-            lambda _: None,
-        )
+        async with AsyncClient(plans[-1].address, client) as node:
+            answer = await node.generate(
+                "over the wire", GenerationOptions(max_new_tokens=3, ignore_eos=True)
+            )
     assert len(answer.token_ids) == 3
     assert answer.usage.handoff_bytes > 0
 

@@ -1,0 +1,59 @@
+"""The Python client of a decode node, for threads and for asyncio.
+
+    from fluxion_core.client import Client
+
+    with Client("127.0.0.1:7420") as client:
+        for text in client.stream("Once upon a time").texts():
+            print(text, end="", flush=True)
+
+Loads neither torch nor the engine. What it sends is specified in protos/README.md.
+"""
+
+from fluxion_core.client.answers import (
+    Delta,
+    Event,
+    Finished,
+    FinishReason,
+    Generation,
+    KvReads,
+    ModelInfo,
+    NodeLoad,
+    Progress,
+    Usage,
+)
+from fluxion_core.client.asynchronous import AsyncClient, AsyncGenerationStream
+from fluxion_core.client.blocking import Client, GenerationStream
+from fluxion_core.client.conversation import AsyncConversation, Conversation
+from fluxion_core.client.options import ChatMessage, GenerationOptions, Priority, Prompt, Quality
+from fluxion_core.client.retry import NO_RETRIES, RetryPolicy
+from fluxion_core.config.addresses import DEFAULT_DECODE_ADDRESS
+from fluxion_core.config.settings import ClientSettings, ClientTlsSettings
+
+__all__ = [
+    "DEFAULT_DECODE_ADDRESS",
+    "NO_RETRIES",
+    "AsyncClient",
+    "AsyncConversation",
+    "AsyncGenerationStream",
+    "ChatMessage",
+    "Client",
+    "ClientSettings",
+    "ClientTlsSettings",
+    "Conversation",
+    "Delta",
+    "Event",
+    "FinishReason",
+    "Finished",
+    "Generation",
+    "GenerationOptions",
+    "GenerationStream",
+    "KvReads",
+    "ModelInfo",
+    "NodeLoad",
+    "Priority",
+    "Progress",
+    "Prompt",
+    "Quality",
+    "RetryPolicy",
+    "Usage",
+]
