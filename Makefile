@@ -28,6 +28,7 @@ lint: $(VENV)/.tested  ## formatting, lint, types, imports; stubs, dashboards an
 	$(BIN)/python protos/regenerate.py --check
 	$(BIN)/python deploy/grafana/generate.py --check
 	$(BIN)/python docs/architecture/packages.py --check
+	$(BIN)/python docs/architecture/flow.py --check
 	$(BIN)/python docs/generate.py --check
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
@@ -64,8 +65,9 @@ docs: $(VENV)/.tested  ## the site, into build/site; a broken link or anchor is 
 	$(BIN)/python docs/generate.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-picture: $(VENV)/.tested  ## docs/architecture/packages.md: every package, and a picture of imports
+picture: $(VENV)/.tested  ## docs/architecture: the flow, every package, and a picture of imports
 	$(BIN)/python docs/architecture/packages.py
+	$(BIN)/python docs/architecture/flow.py
 
 compose-test: $(VENV)/.tested  ## bring docker-compose.yml up for real: serve, lose a node, be scraped, go
 	$(BIN)/python deploy/compose_test.py

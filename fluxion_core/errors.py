@@ -163,7 +163,7 @@ class PeerUnavailableError(FluxionError):
 
 
 class DrainingError(FluxionError):
-    """This node is shutting down and takes no new work."""
+    """The node is shutting down and takes no new work."""
 
 
 class DeadlineError(FluxionError):
@@ -206,7 +206,7 @@ class ModelError(FluxionError):
 
 
 class ModelNotFoundError(ModelError):
-    """There is no model by this name or at this path."""
+    """No model has this name or lies at this path."""
 
 
 class ModelFileError(ModelError):

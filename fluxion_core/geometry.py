@@ -1,7 +1,7 @@
 """Shapes and sizes of the KV cache: blocks, slabs, digests and the default window.
 
 Pure arithmetic. Nothing here allocates, reads memory or knows a model's weights.
-Terms are those of fluxion_core/DESIGN.md, section "Quantities".
+Terms are those of docs/architecture/glossary.md.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class WindowSpec:
         return range(self.sink_tokens, self.recent_start(num_tokens))
 
     def slot_index(self, position: int) -> int:
-        """Where `position` lies within its sequence's slot of `slot_tokens` entries."""
+        """The entry of `position` within its sequence's slot of `slot_tokens` entries."""
         if position < self.sink_tokens:
             return position
         return self.sink_tokens + (position - self.sink_tokens) % self.ring_tokens

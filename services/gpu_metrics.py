@@ -83,14 +83,14 @@ NVML_DEFINITIONS = (NVML_PCIE_BYTES, NVML_LINK, NVML_UTILIZATION, NVML_ACTIVITY)
 
 
 def device_families(device: DeviceUsage) -> Iterator[Metric]:
-    """What an engine has counted of its GPU."""
+    """Families of what an engine has counted of its GPU."""
     yield GPU_BUSY.render_value(device.busy_seconds)
     yield GPU_IDLE.render({(cause,): seconds for cause, seconds in device.idle_seconds.items()})
     yield PCIE_BYTES.render({(way, what): n for (way, what), n in device.pcie_bytes.items()})
 
 
 def nvml_collectors(device: torch.device) -> list[NvmlCollector]:
-    """What reads this device's card: one, or none for a CPU or where NVML cannot read the card."""
+    """Readers of this device's card: one, or none for a CPU or where NVML cannot read it."""
     if device.type != "cuda":
         return []
     reader = open_nvml(f"GPU-{torch.cuda.get_device_properties(device).uuid}")

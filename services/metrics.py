@@ -48,7 +48,7 @@ TakeTrace = Callable[[int, float], Trace]
 
 
 def outcome_of(error: BaseException | None) -> tuple[str, str]:
-    """How a request ended, for labels: finished, cancelled or failed, and its gRPC status."""
+    """Outcome of a request, for labels: finished, cancelled or failed, and its gRPC status."""
     if error is None:
         return "finished", "OK"
     if isinstance(error, asyncio.CancelledError | GeneratorExit | RequestCancelledError):

@@ -90,7 +90,7 @@ class DeviceFailure:
         self.error: DeviceError | None = None
 
     def tell(self, error: DeviceError) -> None:
-        """From any thread."""
+        """Take the failure, and end the node. From any thread."""
         self.error = error
         self._loop.call_soon_threadsafe(self._ending.set)
 

@@ -32,7 +32,7 @@ class Readiness:
         await self.tell(why_not)
 
     async def tell(self, why_not: str) -> None:
-        """Why the node is not ready; empty if it is. What it takes of calls stays as it is."""
+        """Set why the node is not ready; empty if it is. What it takes of calls stays as it is."""
         if self._is_draining or why_not == self._metrics.why_not_ready:
             return
         self._metrics.why_not_ready = why_not
@@ -43,7 +43,7 @@ class Readiness:
             _log.info(event("ready", **self._facts))
 
     async def drain(self) -> None:
-        """Not ready, for good, and no further calls."""
+        """Take no further calls, and be not ready, for good."""
         self._is_draining = True
         self._metrics.why_not_ready = "the node is draining"
         await self._server.set_ready(is_ready=False)

@@ -7,7 +7,7 @@ from functools import partial
 
 from fluxion_core.observe.metrics import MetricDefinition
 from generators.text import entry
-from services.decode.metrics import DECODE_DEFINITIONS
+from services.decode.metric_definitions import DECODE_DEFINITIONS
 from services.gpu_metrics import ENGINE_GPU_DEFINITIONS, NVML_DEFINITIONS
 from services.metrics import NODE_DEFINITIONS
 from services.prefill.metrics import PREFILL_DEFINITIONS

@@ -78,7 +78,7 @@ class Address:
         return True
 
     def dialled_from_here(self) -> Self:
-        """Where a node that listens here is reached from this machine."""
+        """The address at which a node that listens here is reached from this machine."""
         return type(self)(_LOOPBACK_OF_ALL.get(self.host, self.host), self.port)
 
     def __str__(self) -> str:

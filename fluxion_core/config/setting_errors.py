@@ -37,7 +37,7 @@ def _problem(item: ErrorDetails, given: Mapping[str, Given]) -> str:
 
 
 def sentence_of(item: ErrorDetails) -> str:
-    """Why a value is refused, without its name."""
+    """The reason for which a value is refused, without its name."""
     kind, context = item["type"], item.get("ctx", {})
     if kind == "value_error":
         return str(context["error"])

@@ -66,7 +66,7 @@ class ServerTlsSettings(Section):
 
 
 class AuthSettings(Section):
-    """Who may call. Without any of it everybody may; health checks are always answered."""
+    """Callers that are let in: without any of it everybody. Health checks are always answered."""
 
     token_file: FilePath | None = None
     """File of lines NAME TOKEN: each call must send one of the tokens as `authorization: Bearer
@@ -77,8 +77,10 @@ class AuthSettings(Section):
 
 
 class ClientLimitSettings(Section):
-    """What one client may ask for at a time; 0 for no limit. A client is a token's name, else the
-    name in a certificate, else an address."""
+    """Limits of what one client asks for at a time; 0 for none.
+
+    A client is a token's name, else the name in a certificate, else an address.
+    """
 
     requests_in_flight: Count = 0
     """Calls that are not over yet."""
@@ -89,7 +91,7 @@ class ClientLimitSettings(Section):
 
 
 class ServerSettings(Section):
-    """Where a node listens, who may call, and its limits."""
+    """The listener of a node: its address, who may call, and its limits."""
 
     listen: ListenAddress = "127.0.0.1:0"
     """host:port for gRPC; port 0 takes a free one."""
@@ -151,7 +153,7 @@ class ClientTlsSettings(Section):
 
 
 class ClientSettings(Section):
-    """How a node, or the command, calls another."""
+    """Calls of a node, or of the command, to another node."""
 
     connect_seconds: Seconds = Field(default=5.0, gt=0)
     """Time to reach a node before it counts as unavailable."""
@@ -169,7 +171,7 @@ def _device(name: str) -> str:
 
 
 class ModelSettings(Section):
-    """Which model, and how it is held."""
+    """The model, and how it is held."""
 
     model: str = "smollm2-135m"
     """Name that `fluxion pull` knows, or a path: a GGUF file or a safetensors directory."""
@@ -188,7 +190,7 @@ class ModelSettings(Section):
 
 
 class LogSettings(Section):
-    """What the node prints."""
+    """The log that the node prints."""
 
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Lowest level printed."""

@@ -22,7 +22,8 @@ from fluxion_core.errors import FluxionError, ShapeError
 from fluxion_core.geometry import BLOCK_SIZES, SPAN_TOKENS, KvGeometry, WindowSpec
 from fluxion_core.kernels import _native
 from fluxion_core.kernels.isa import MAX_GROUP, native_layout
-from fluxion_core.kvstore.store import SequenceKv, StepAppend
+from fluxion_core.kvstore.sequence import SequenceKv
+from fluxion_core.kvstore.step_append import StepAppend
 from fluxion_core.planning.planner import PlanNanoseconds, Planner, PlannerState, native_policy
 from fluxion_core.planning.policy import (
     READ_NOTHING,

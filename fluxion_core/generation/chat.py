@@ -97,7 +97,7 @@ class ChatTemplate:
     def pieces(
         self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = True
     ) -> Iterator[str]:
-        """The same, as the template writes it, for a caller that may stop in between.
+        """The prompt in the pieces that the template writes, for a caller that may stop in between.
 
         Raises:
             InvalidRequestError: see `render`.

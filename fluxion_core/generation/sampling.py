@@ -28,7 +28,7 @@ MAX_VOCAB = 2**19
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is chosen. Checked when made.
+    """Parameters by which the next token is chosen. Checked when made.
 
     Raises:
         SamplingError: a value is out of its range; NaN and infinities always are.

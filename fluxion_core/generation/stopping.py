@@ -16,7 +16,7 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class StopSettings:
-    """What ends a generation."""
+    """Ends of a generation: its length, texts and tokens."""
 
     max_new_tokens: int
     """Including a stop token."""

@@ -75,7 +75,10 @@ become U+0390."""
 
 @dataclass(frozen=True)
 class TextPieces:
-    """What is known of a tokenizer's texts. Made by `pieces_of`."""
+    """Places at which texts of a tokenizer may be cut, and how few tokens they can have.
+
+    Made by `pieces_of`.
+    """
 
     has_places: bool
     """Whether texts may be cut where `_PLACE` says."""
@@ -131,7 +134,7 @@ class TextPieces:
 
 
 def pieces_of(backend: tokenizers.Tokenizer) -> TextPieces:
-    """What is known of a tokenizer's texts; takes a moment for a large vocabulary."""
+    """Read a tokenizer's `TextPieces`; takes a moment for a large vocabulary."""
     steps = _pre_tokenizers(backend)
     added = list(backend.get_added_tokens_decoder().values())
     normalizers = _members(backend.normalizer, "normalizers")

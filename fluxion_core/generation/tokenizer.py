@@ -110,7 +110,7 @@ class Tokenizer:
     def encode_pieces(
         self, text: str, *, add_special_tokens: bool = True, max_piece_bytes: int = sys.maxsize
     ) -> Iterator[list[int]]:
-        """The same tokens piece by piece, for a caller that may stop in between.
+        """Token ids of a text piece by piece, for a caller that may stop in between.
 
         Raises:
             InvalidRequestError: the vocabulary has no token for a part of the text, and no other;
@@ -170,7 +170,7 @@ class Tokenizer:
     def render_chat_pieces(
         self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = True
     ) -> Iterator[str]:
-        """The same, in the pieces that the template writes, for a caller that may stop in between.
+        """A conversation as a prompt, in pieces: a caller may stop in between.
 
         Raises:
             InvalidRequestError: see `render_chat`.
@@ -230,7 +230,7 @@ class IncrementalDetokenizer:
         return self._stream.push(token_id)
 
     def flush(self) -> str:
-        """What is left when no token will follow; an unfinished character becomes U+FFFD."""
+        """The text that is left when no token follows; an unfinished character becomes U+FFFD."""
         return self._stream.flush()
 
 

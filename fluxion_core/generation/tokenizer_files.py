@@ -33,7 +33,7 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:
 
 
 def tokenizer_archive(tokenizer: Tokenizer) -> bytes:
-    """The same files as one ZIP archive. Takes a while; call it off the event loop."""
+    """A tokenizer's files as one ZIP archive. Takes a while; call it off the event loop."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, text in tokenizer_files(tokenizer).items():

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fluxion_core.geometry import BLOCK_SIZES, SPAN_TOKENS
 from fluxion_core.kernels.block_digest import reference
-from fluxion_core.kvstore.store import SequenceKv
+from fluxion_core.kvstore.sequence import SequenceKv
 
 
 def gather_digests(

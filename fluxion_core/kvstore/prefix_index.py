@@ -34,7 +34,7 @@ def token_array(token_ids: Sequence[int]) -> TokenArray:
 
 
 class TailName(NamedTuple):
-    """What finds a tail."""
+    """The name by which a tail is found."""
 
     parent: bytes
     """Key of the slab before it, or the root of its domain."""
@@ -57,7 +57,7 @@ class NamedPrompt:
 
 @dataclass(frozen=True)
 class Prefix:
-    """What is stored of a prompt."""
+    """The stored beginning of a prompt."""
 
     slabs: list[int]
     keys: list[bytes]
@@ -91,7 +91,7 @@ class PrefixIndex:
         return slab in self._key_of or slab in self._tail_of
 
     def root_of(self, domain: str) -> bytes:
-        """What stands before the first key of a domain; empty for the domain of all without one."""
+        """The key before the first of a domain; empty for the domain of all without one."""
         return hashlib.blake2b(self._model + domain.encode(), digest_size=16).digest()
 
     @staticmethod
@@ -120,7 +120,7 @@ class PrefixIndex:
         return NamedPrompt(tokens, root, keys)
 
     def find(self, prompt: NamedPrompt, approximation: str) -> Prefix:
-        """What is stored of a prompt: exact slabs, then approximate ones, then a tail.
+        """Find the stored beginning of a prompt: exact slabs, approximate ones, then a tail.
 
         Its last token is left out: it is always computed.
 

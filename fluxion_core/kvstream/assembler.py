@@ -15,7 +15,7 @@ from fluxion_core.kvstream.handoff import Frame, FrameKind, Header, KvLayout, Tr
 
 
 class KvSink(Protocol):
-    """Where KV goes: the host KV store's reservation for one sequence."""
+    """Taker of KV: the host KV store's reservation for one sequence."""
 
     def write_blocks(
         self, layer: int, first_token: int, num_tokens: int, payload: bytes | memoryview

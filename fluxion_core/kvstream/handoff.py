@@ -18,7 +18,7 @@ messages move 0.65 GB/s, 1 MiB 1.0), small enough that flow control still has a 
 
 
 class FrameKind(IntEnum):
-    """What a frame's payload is."""
+    """Kind of a frame's payload."""
 
     HEADER = 1
     """HandoffHeader message; first frame of a stream, once."""
@@ -44,7 +44,7 @@ class Frame:
 
 @dataclass(frozen=True)
 class KvLayout:
-    """What KV means: the model that made it and how it lies. Both nodes share it."""
+    """Meaning of KV: the model that made it and how it lies. Both nodes share it."""
 
     model_name: str
     """For people; not compared."""
@@ -74,7 +74,7 @@ class KvLayout:
 
 @dataclass(frozen=True)
 class Header:
-    """What a stream announces before its first byte of KV."""
+    """Announcement of a stream, before its first byte of KV."""
 
     layout: KvLayout
     num_tokens: int
@@ -85,7 +85,7 @@ class Header:
 
 @dataclass(frozen=True)
 class Trailer:
-    """What a stream says once all KV is out."""
+    """Last word of a stream, once all KV is out."""
 
     first_token_id: int
     """Sampled from the logits of the prompt's last token."""

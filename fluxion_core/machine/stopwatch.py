@@ -28,7 +28,7 @@ class Stopwatch:
 
     @property
     def seconds(self) -> float:
-        """From making it to `stop`; waits for a GPU that is still at it."""
+        """Time from its making to `stop`; waits for a GPU that is still at it."""
         if self._events is not None:
             self._events[1].synchronize()
             return float(self._events[0].elapsed_time(self._events[1])) / 1e3

@@ -38,7 +38,7 @@ class ConfigFields:
         return value
 
     def integer(self, name: str, default: int | None = None) -> int:
-        """The same, without a fraction."""
+        """A number without a fraction."""
         value = self.number(name, default)
         if value != int(value):
             raise ModelFileError(f"{self._path}: {name} is {value!r}; must be an integer")

@@ -193,7 +193,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class Operations(NamedTuple):
-    """What lies between matrix products: see kernels/dense_step/triton.py for shapes."""
+    """Operations between matrix products; kernels/dense_step/triton.py has their shapes."""
 
     add_norm: Callable[[Tensor, Tensor | None, Tensor, float], tuple[Tensor, Tensor]]
     rotate: Callable[[Tensor, Tensor, Tensor, int], Tensor]

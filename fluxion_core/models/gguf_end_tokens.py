@@ -60,7 +60,7 @@ _FILL_MARKS = {
 
 @dataclass(frozen=True)
 class EndTokens:
-    """What texts and entries of a file say together."""
+    """Tokens that end a text, by what texts and entries of a file say together."""
 
     end_ids: frozenset[int]
     control_ids: frozenset[int]

@@ -113,7 +113,7 @@ def check_entries(metadata: Mapping[str, object], architecture: str, path: Path)
 
 
 def suggested_sampling(metadata: Mapping[str, object]) -> dict[str, object]:
-    """How the file's makers would sample."""
+    """Sampling that the file's makers suggest."""
     return {
         key.removeprefix(_SAMPLING): value
         for key, value in metadata.items()

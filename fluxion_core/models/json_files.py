@@ -33,7 +33,7 @@ def read_json(path: Path) -> dict[str, object]:
 
 
 def read_json_if_there(path: Path) -> dict[str, object]:
-    """The same; empty if there is no such file."""
+    """Read an object of JSON; empty if there is no such file."""
     return read_json(path) if path.is_file() else {}
 
 

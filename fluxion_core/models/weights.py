@@ -39,11 +39,11 @@ class LoadedModel:
 
 
 class WeightSource(Protocol):
-    """Where weights come from, under their Hugging Face names. `pieces` is thread-safe."""
+    """Source of weights under their Hugging Face names. `pieces` is thread-safe."""
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Of all weights that are there."""
+        """Shapes of all weights that are there."""
         ...
 
     def pieces(self, name: str) -> Iterator[tuple[int, Tensor]]:

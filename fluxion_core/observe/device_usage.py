@@ -89,7 +89,7 @@ class UsageClock:
         self._accounted = 0.0 if self._usage is None else self._usage.accounted_seconds
 
     def account(self, cause: IdleCause) -> None:
-        """What has passed since the last call, but for what was counted in between, has a cause."""
+        """Give the time since the last call, but for what was counted in between, a cause."""
         usage, now = self._usage, time.perf_counter()
         if usage is not None:
             rest = now - self._until - (usage.accounted_seconds - self._accounted)

@@ -29,7 +29,7 @@ ENGINE_TRACK = "engine"
 
 @dataclass(frozen=True)
 class TakenSpans:
-    """What a source has kept of a step."""
+    """Spans that a source has kept of a step."""
 
     count: int
     spans: Callable[[], Iterable[Span]]
@@ -37,17 +37,17 @@ class TakenSpans:
 
 
 class SpanSource(Protocol):
-    """Whoever keeps spans of steps. Called on the engine's thread, except where it says so."""
+    """Keeper of spans of steps. Called on the engine's thread, except where it says so."""
 
     @property
     def tracks(self) -> Sequence[str]:
-        """Its tracks, in the order in which they are shown. Any thread."""
+        """Tracks of its spans, in the order in which they are shown. Any thread."""
 
     def record(self, *, on: bool) -> None:
         """Keep spans from now on, or no longer. Any thread."""
 
     def take(self, start_ns: int, end_ns: int) -> TakenSpans:
-        """What it has kept since the last call: of the step between these times. Quick."""
+        """Take the spans kept since the last call: of the step between these times. Quick."""
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,8 @@
 Quest scores a block by the corner of its keys' box that suits the query best, which no key of the
 block exceeds and which none comes near: with 64 channels every block of varied text has a far
 corner. Here half the box's extent counts by `RADII` only. It is no bound any more, and ranks
-blocks better: at equal budgets the squared output errors are about a fifth lower, on ordinary text
-as on quotations and look-ups (figures in fluxion_core/DESIGN.md). Of the 128-token blocks, whose
-scores are features of the predictor too, less counts: there the box says least.
+blocks better: why, and what it cost, is in docs/decisions. Of the 128-token blocks, whose scores
+are features of the predictor too, less counts: there the box says least.
 
 `fixed` policies choose by Quest's bound, as the paper's baselines do.
 """

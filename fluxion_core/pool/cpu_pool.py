@@ -143,5 +143,5 @@ class CpuPool:
         return np.frombuffer(self.native.take_trace(), dtype=_SPAN)
 
     def take_spans(self) -> list[TaskSpan]:
-        """The same as TaskSpans."""
+        """Take the spans recorded since the last call. Between rounds only."""
         return task_spans(self.take_rows())

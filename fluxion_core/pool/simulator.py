@@ -62,7 +62,7 @@ class _State:
 
 
 def claim_order(priorities: Sequence[int]) -> list[int]:
-    """In which order tasks of these bytes are claimed: largest first, of equals the first."""
+    """Order in which tasks of these bytes are claimed: largest first, of equals the first."""
     return sorted(range(len(priorities)), key=lambda task: -priorities[task])
 
 
@@ -98,7 +98,7 @@ def simulate(
 
 
 def makespan(spans: Sequence[SimulatedSpan]) -> float:
-    """When the last one ends; 0 for none."""
+    """Time at which the last span ends; 0 without any."""
     return max((span.end for span in spans), default=0.0)
 
 

@@ -38,11 +38,11 @@ class PoolSpans:
         """The last one is the thread that waits for the others."""
 
     def record(self, *, on: bool) -> None:
-        """See SpanSource."""
+        """Keep spans from now on, or no longer."""
         self._pool.record(on=on)
 
     def take(self, start_ns: int, end_ns: int) -> TakenSpans:
-        """See SpanSource."""
+        """Take the spans kept since the last call."""
         del start_ns, end_ns
         rows = self._pool.take_rows()
         return TakenSpans(len(rows), partial(pool_spans, rows))

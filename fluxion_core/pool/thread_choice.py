@@ -40,7 +40,7 @@ class ThreadChoice:
 
     @property
     def measured(self) -> str:
-        """For the log."""
+        """Measurements in words, for the log."""
         pairs = self.gigabytes_per_second.items()
         return ", ".join(f"{threads}: {rate:.0f} GB/s" for threads, rate in pairs) or "nothing"
 

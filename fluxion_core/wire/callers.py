@@ -44,7 +44,7 @@ class Callers:
         return peer_host(context.peer()) if identity is None else identity[1]
 
     def domain_of(self, context: grpc.aio.ServicerContext) -> str:
-        """Whom a caller is known to be, so that what is its own can be kept from others.
+        """Identity of a caller, so that what is its own can be kept from others.
 
         Empty for all who show neither a token nor a certificate: an address tells nobody apart.
 

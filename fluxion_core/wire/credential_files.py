@@ -64,7 +64,7 @@ def read_secret(path: Path, setting: str) -> bytes:
 
 
 class WatchedFiles(Generic[ValueT]):
-    """What some files hold together, read again when one of them changes. Thread-safe.
+    """Content of some files, read again together when one of them changes. Thread-safe.
 
     A change that cannot be used, such as a certificate whose key is not there yet, is logged, and
     what was read last stays.
@@ -85,7 +85,7 @@ class WatchedFiles(Generic[ValueT]):
         self._value = read()
 
     def current(self) -> ValueT:
-        """What the files hold now."""
+        """Content of the files now."""
         with self._lock:
             seen = self._look()
             if seen != self._seen:

@@ -17,7 +17,7 @@ MAX_WATCHERS = 1024
 
 
 class NodeHealth(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
-    """What each service's health is, and who watches it. On the event loop only.
+    """Health of each service, and who watches it. On the event loop only.
 
     Args:
         unread_seconds: a watcher that does not take a change for so long is let go.

@@ -92,7 +92,7 @@ class NodeServer:
     def add_registered_method_handlers(
         self, service_name: str, method_handlers: dict[str, grpc.RpcMethodHandler]
     ) -> None:
-        """The same methods again, by name, which a server that has started does not take."""
+        """Ignore the same methods by name, which a server that has started does not take."""
 
     async def start(self) -> str:
         """Listen; live but not yet ready. Returns host:port as bound.
@@ -112,7 +112,7 @@ class NodeServer:
         return address
 
     async def set_ready(self, *, is_ready: bool) -> None:
-        """Whether the service takes requests: model loaded, warmed up, not draining."""
+        """Set whether the service takes requests: model loaded, warmed up, not draining."""
         self._guard.is_open = is_ready
         await self.set_serving(is_serving=is_ready)
 
@@ -121,7 +121,7 @@ class NodeServer:
         self._guard.is_open = True
 
     async def set_serving(self, *, is_serving: bool) -> None:
-        """What health says of the service; calls are taken or refused as before."""
+        """Set what health says of the service; calls are taken or refused as before."""
         self._health.set(self._service_name, is_serving=is_serving)
 
     async def stop(self, grace_seconds: float) -> None:

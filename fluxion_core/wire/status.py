@@ -111,7 +111,7 @@ def status_of(error: FluxionError) -> grpc.StatusCode:
 
 
 def sent_metadata(error: Exception) -> tuple[str, str]:
-    """What tells the caller that a node sent the status of this error."""
+    """Metadata that tells the caller that a node sent the status of this error."""
     kinds = [kind.__name__ for kind in type(error).__mro__ if kind.__module__ == errors.__name__]
     return SENT_KEY, kinds[0] if kinds else "InternalError"
 

@@ -24,7 +24,7 @@ _SCHEME = "bearer "
 
 
 class TokenTable:
-    """Whose token it is. Holds hashes only.
+    """Tokens and whose they are. Holds hashes only.
 
     Args:
         tokens: token of each name.

@@ -29,7 +29,7 @@ from services.decode.config import DecodeSettings
 from services.decode.engine import DecodeEngine
 from services.decode.generation import Generation
 from services.decode.kv_ingest import KvIngest
-from services.decode.metrics import DecodeCollector, RequestCounters
+from services.decode.metrics import DecodeCollector
 from services.decode.placement import Placement
 from services.decode.planning import Planning, make_planning
 from services.decode.prefill_nodes import PrefillNodes
@@ -37,6 +37,7 @@ from services.decode.prefill_watch import PrefillWatch
 from services.decode.prompt_costs import ModelCosts, PromptCosts
 from services.decode.prompt_queue import PromptQueue
 from services.decode.prompt_reader import PromptReader
+from services.decode.request_counters import RequestCounters
 from services.decode.service import GENERATION_SERVICE, GenerationService
 from services.decode.watchdog import StepWatchdog
 from services.gpu_metrics import nvml_collectors

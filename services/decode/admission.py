@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from functools import cache, partial
 
 from fluxion_core.errors import CapacityError, DrainingError
-from fluxion_core.kvstore.store import HostKvStore, SequenceKv
+from fluxion_core.kvstore.sequence import SequenceKv
+from fluxion_core.kvstore.store import HostKvStore
 from services.decode.waiting_line import Priority, WaitingLine, WaitingRequest
 
 _NEW_SHARE = 0.2

@@ -37,7 +37,7 @@ from fluxion_core.decode.work import StepReads, StepRow
 from fluxion_core.errors import DeviceError, FluxionError, NonFiniteLogitsError
 from fluxion_core.generation.sampling import SamplingParams, TokenSampler, sample_rows
 from fluxion_core.geometry import WindowSpec
-from fluxion_core.kvstore.store import SequenceKv
+from fluxion_core.kvstore.sequence import SequenceKv
 from fluxion_core.machine.threads import start
 from fluxion_core.observe.device_usage import DeviceUsage, UsageClock
 from fluxion_core.observe.log import event

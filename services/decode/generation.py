@@ -20,7 +20,7 @@ import grpc
 
 from fluxion_core.generation.stopping import FinishReason
 from fluxion_core.generation.tokenizer import IncrementalDetokenizer
-from fluxion_core.kvstore.store import SequenceKv
+from fluxion_core.kvstore.sequence import SequenceKv
 from fluxion_core.observe.log import event
 from fluxion_core.wire.callers import Callers
 from fluxion_core.wire.client_limits import ClientLimits
@@ -29,12 +29,12 @@ from services.decode.admission import Admission
 from services.decode.cache_domain import Sharing, cache_domain
 from services.decode.engine import DecodeEngine, DecodeSequence, Profiled
 from services.decode.kv_ingest import HandoffResult, KvIngest
-from services.decode.metrics import RequestCounters
 from services.decode.placement import Placement
 from services.decode.planning import Planning
 from services.decode.progress import PromptProgress, next_or_report
 from services.decode.prompt_reader import ClientRequest, PromptReader
 from services.decode.request import GenerationRequest
+from services.decode.request_counters import RequestCounters
 from services.decode.token_stream import Delta, SequenceEnd, TokenStream
 from services.decode.usage import RequestMeter, usage_of
 from services.metrics import outcome_of

@@ -29,7 +29,7 @@ from fluxion_core.errors import (
 )
 from fluxion_core.generation.sampling import SamplingParams
 from fluxion_core.geometry import WindowSpec
-from fluxion_core.kvstore.store import SequenceKv
+from fluxion_core.kvstore.sequence import SequenceKv
 from fluxion_core.kvstream.assembler import HandoffAssembler
 from fluxion_core.kvstream.handoff import FrameKind, KvLayout, Trailer
 from fluxion_core.observe.log import event
@@ -39,9 +39,9 @@ from fluxion_core.planning.prompt_profile import PromptProfile
 from fluxion_core.wire import codec
 from fluxion_core.wire.status import RemoteCapacityError, RemoteError, error_from_rpc
 from fluxion_proto.v1 import handoff_pb2
-from services.decode.metrics import RequestCounters
 from services.decode.prefill_nodes import PrefillNodes
 from services.decode.progress import PromptProgress
+from services.decode.request_counters import RequestCounters
 from services.decode.silence import ended_when_silent
 
 _log = logging.getLogger(__name__)

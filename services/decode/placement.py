@@ -17,8 +17,8 @@ from fluxion_core.observe.log import event
 from services.decode.config import DEFAULT_LOCAL_PREFILL_TOKENS
 from services.decode.engine import EngineLoad
 from services.decode.kv_ingest import HandoffResult
-from services.decode.metrics import RequestCounters
 from services.decode.prompt_costs import PromptCosts
+from services.decode.request_counters import RequestCounters
 
 _log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class PlacementReason(StrEnum):
 
 @dataclass(frozen=True)
 class PlacementDecision:
-    """Whether this node computes a prompt, and why."""
+    """The node that computes a prompt, this one or another, and why."""
 
     is_local: bool
     reason: PlacementReason

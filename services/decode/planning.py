@@ -65,7 +65,7 @@ class Planning:
 
     @staticmethod
     def approximation(policy: Policy) -> str:
-        """What the store calls KV of tokens that this policy makes; empty for exact KV."""
+        """The store's name for KV of tokens that this policy makes; empty for exact KV."""
         return "" if isinstance(policy, ExactPolicy) else str(policy)
 
     @property

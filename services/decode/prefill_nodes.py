@@ -147,7 +147,7 @@ class PrefillNodes:
         return max(float(answer.pending_tokens), float(self._tokens.get(node, 0)))
 
     async def refusals(self, seconds: float) -> dict[str, str]:
-        """Why each node there is now takes no prompts; "" of one that does, however busy it is."""
+        """Reasons for which nodes that are there take no prompts; "" of one that does take them."""
         nodes = await self._found()
         return dict(
             zip(

@@ -11,8 +11,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
-from services.decode.metrics import RequestCounters
 from services.decode.prefill_nodes import PrefillNodes
+from services.decode.request_counters import RequestCounters
 
 LOOK_SECONDS = 5.0
 """From one look to the next, while some node answers."""
@@ -54,7 +54,7 @@ class PrefillWatch:
 
     @property
     def why_not_at_first(self) -> str:
-        """Why no prompt can be computed before the first look; empty if one can."""
+        """Reason for which no prompt can be computed before the first look; empty if one can."""
         if self._nodes:
             return NOT_ASKED_YET
         if self._computes_prompts:

@@ -24,12 +24,12 @@ class PromptProgress:
         self._held_before = 0
 
     def follow(self, tokens_done: Callable[[], int]) -> None:
-        """From now on ask `tokens_done`; what it says now was there before anything is computed."""
+        """Ask `tokens_done` from now on; what it says now was there before anything is computed."""
         self._tokens_done = tokens_done
         self._held_before = tokens_done()
 
     def report(self) -> generate_pb2.PromptProgress:
-        """As clients are told."""
+        """The message that clients get."""
         done = self._tokens_done()
         is_computed = done > self._held_before
         return generate_pb2.PromptProgress(
@@ -46,7 +46,7 @@ class PromptProgress:
 async def next_or_report(
     outputs: asyncio.Queue[OutputT], progress: PromptProgress
 ) -> OutputT | generate_pb2.PromptProgress:
-    """What comes next, or a report if nothing comes for REPORT_SECONDS."""
+    """The next output, or a report if none comes for REPORT_SECONDS."""
     try:
         async with asyncio.timeout(REPORT_SECONDS):
             return await outputs.get()

@@ -37,7 +37,7 @@ _ROWS_OF_A_PROFILE = 8
 
 @dataclass(frozen=True)
 class ModelCosts:
-    """What a model's shape says of computing a prompt's tokens, all layers together."""
+    """Costs of computing a prompt's tokens by a model's shape, all layers together."""
 
     num_layers: int
     weight_bytes: int
@@ -66,12 +66,12 @@ class ModelCosts:
         )
 
     def chunk_bytes(self, tokens: float, stored: float) -> float:
-        """What a chunk of so many tokens behind so many reads."""
+        """Bytes that a chunk of so many tokens behind so many reads."""
         readings = math.ceil(tokens / _ROWS_OF_A_READING)
         return readings * self.weight_bytes + tokens * (stored + tokens / 2) * self.kv_token_bytes
 
     def operations(self, tokens: int) -> float:
-        """Of a prompt of which nothing is there."""
+        """Operations of a prompt of which nothing is there."""
         return tokens * (self.dense_operations + tokens / 2 * self.attention_operations)
 
 
@@ -85,7 +85,7 @@ class PromptCosts:
 
     @staticmethod
     def of(model: ModelCosts, threads: int) -> PromptCosts:
-        """Of a model, on a node with so many threads that compute."""
+        """Make the estimates of a model, on a node with so many threads that compute."""
         return PromptCosts(LocalCosts(model, threads), HandoffCosts(model), model.kv_token_bytes)
 
 
@@ -109,7 +109,7 @@ class LocalCosts:
             self.bytes_per_second += NEW_SHARE * (rate - self.bytes_per_second)
 
     def seconds(self, missing: int, stored: int, load: EngineLoad, *, wants_profile: bool) -> float:
-        """Until a prompt is decoded, and a share of what others wait for it.
+        """Seconds until a prompt is decoded, and a share of what others wait for it.
 
         Args:
             missing: its tokens that are not stored.
@@ -167,7 +167,7 @@ class HandoffCosts:
             self._bytes_per_second = max(rate, before + NEW_SHARE * (rate - before))
 
     def seconds(self, tokens: int, missing_bytes: int, pending_tokens: float) -> float | None:
-        """Until a prompt is computed there and its KV here; None before the first hand-off.
+        """Seconds until a prompt is computed there and its KV here; None before any hand-off.
 
         Args:
             tokens: of the prompt.

@@ -99,7 +99,7 @@ class PromptQueue:
 
     @property
     def waiting_bytes(self) -> int:
-        """Of all prompts that wait or are being read."""
+        """Bytes of all prompts that wait or are being read."""
         return sum(self._bytes_of.values())
 
     async def run(self, client: str, num_bytes: int, steps: Steps[ResultT]) -> ResultT:

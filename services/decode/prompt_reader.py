@@ -35,7 +35,7 @@ class ClientRequest:
 
     @classmethod
     def from_message(cls, message: generate_pb2.GenerateRequest) -> ClientRequest:
-        """In a message of our own API."""
+        """Wrap a message of our own API."""
         return cls(lambda: message, prompt_bytes(message))
 
 

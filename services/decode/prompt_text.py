@@ -34,7 +34,7 @@ PromptMessage = generate_pb2.GenerateRequest | generate_pb2.TokenizeRequest
 
 @dataclass(frozen=True)
 class PromptRoom:
-    """How long a prompt may be."""
+    """Length that a prompt may have."""
 
     context_tokens: int
     max_new_tokens: int

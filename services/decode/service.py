@@ -99,7 +99,7 @@ class GenerationService(generate_pb2_grpc.GenerationServicer):
     async def GetModelInfo(  # noqa: N802 - the rpc's name
         self, message: generate_pb2.GetModelInfoRequest, context: grpc.aio.ServicerContext
     ) -> generate_pb2.GetModelInfoResponse:
-        """What does not change while the node runs."""
+        """Facts of the model and the node that do not change while it runs."""
         del message, context
         loaded, tokenizer = self._model.loaded, self._model.tokenizer
         config, planning = loaded.config, self._planning

@@ -12,7 +12,7 @@ from services.decode.request import GenerationRequest
 
 @dataclass(frozen=True)
 class Delta:
-    """What one token added."""
+    """A token, and the text that became final with it."""
 
     token_id: int
     text: str
@@ -44,7 +44,7 @@ class TokenStream:
 
     @property
     def finish_reason(self) -> FinishReason | None:
-        """stop or length, once known."""
+        """Reason of the end, stop or length, once known."""
         return self._stop.finish_reason
 
     @property

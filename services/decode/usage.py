@@ -7,7 +7,7 @@ import time
 from fluxion_proto.v1 import generate_pb2
 from services.decode.engine import DecodeSequence
 from services.decode.kv_ingest import HandoffResult
-from services.decode.metrics import RequestCounters
+from services.decode.request_counters import RequestCounters
 
 
 class RequestMeter:

@@ -12,9 +12,8 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections import defaultdict
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from datetime import UTC, datetime
 from functools import partial
 from importlib import metadata
@@ -30,8 +29,9 @@ from fluxion_core.observe.log import event
 from fluxion_core.wire.callers import Callers
 from fluxion_core.wire.server import NodeServer
 from fluxion_proto.v1 import generate_pb2
+from services.decode.abortable_calls import AbortableCalls
 from services.decode.admission import Admission
-from services.decode.generation import Generation, Output, RequestEnd, RequestStart
+from services.decode.generation import Generation, RequestEnd, RequestStart
 from services.decode.prompt_reader import ClientRequest
 from services.decode.token_stream import Delta
 from services.decode.vllm_request import as_generate_request, prompt_bytes
@@ -103,21 +103,23 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):  # type: ignor
         self._max_running = max_running
         self._callers = callers
         self._started_at = time.monotonic()
-        self._calls: defaultdict[tuple[str, str], set[_AbortableCall]] = defaultdict(set)
+        self._calls = AbortableCalls()
         self._tokenizer_archive: asyncio.Task[bytes] | None = None
 
     async def Generate(  # noqa: N802 - the rpc's name
         self, message: vllm_engine_pb2.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[vllm_engine_pb2.GenerateResponse]:
-        """With `stream`, a chunk a token; the last message says why it ended, and has all tokens
-        where they were not streamed."""
+        """Stream a chunk a token, if asked to; the last message says why it ended.
+
+        It has all tokens where they were not streamed.
+        """
 
         token_ids: list[int] = []
         prompt_tokens = cached_tokens = num_tokens = 0
         reason, matched_stop = "abort", None
         client_request = ClientRequest(partial(self._read, message), prompt_bytes(message))
         outputs = self._generation.run(client_request, context)
-        with self._abortable(self._callers.client_of(context), message.request_id) as call:
+        with self._calls.opened(self._callers.client_of(context), message.request_id) as call:
             async with aclosing(outputs):
                 while (output := await call.next_of(outputs)) is not None:
                     match output:
@@ -162,14 +164,8 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):  # type: ignor
         if (count := len(message.request_ids)) > MAX_ABORTED_IDS:
             raise InvalidRequestError(f"{count} request_ids; at most {MAX_ABORTED_IDS} at a time")
         client = self._callers.client_of(context)
-        calls = [
-            call
-            for request_id in set(message.request_ids)
-            for call in self._calls.get((client, request_id), ())
-        ]
-        for call in calls:
-            call.abort()
-        _log.info(event("abort", client=client, asked=len(message.request_ids), running=len(calls)))
+        running = self._calls.abort(client, message.request_ids)
+        _log.info(event("abort", client=client, asked=len(message.request_ids), running=running))
         return vllm_engine_pb2.AbortResponse()
 
     async def HealthCheck(  # noqa: N802 - the rpc's name
@@ -182,7 +178,7 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):  # type: ignor
     async def GetModelInfo(  # noqa: N802 - the rpc's name
         self, message: vllm_engine_pb2.GetModelInfoRequest, context: grpc.aio.ServicerContext
     ) -> vllm_engine_pb2.GetModelInfoResponse:
-        """What does not change while the node runs. No path: the tokenizer is handed out."""
+        """Facts of the model, without a path: the tokenizer is handed out."""
         del message, context
         loaded, tokenizer = self._model.loaded, self._model.tokenizer
         config = loaded.config
@@ -201,7 +197,7 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):  # type: ignor
     async def GetServerInfo(  # noqa: N802 - the rpc's name
         self, message: vllm_engine_pb2.GetServerInfoRequest, context: grpc.aio.ServicerContext
     ) -> vllm_engine_pb2.GetServerInfoResponse:
-        """What kind of server this is."""
+        """Facts of the server: its kind, its age and its requests."""
         del message, context
         return vllm_engine_pb2.GetServerInfoResponse(
             active_requests=self._admission.statistics().admitted,
@@ -255,7 +251,7 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):  # type: ignor
     async def SubscribeKvEvents(  # noqa: N802 - the rpc's name
         self, message: common_pb2.SubscribeKvEventsRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[common_pb2.KvEventBatch]:
-        """Not offered."""
+        """Refuse: this is not offered."""
         del message, context
         raise UnsupportedCallError("this node does not tell which KV it keeps")
         yield  # type: ignore[unreachable] # makes it a stream
@@ -264,49 +260,3 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):  # type: ignor
     FlushCache = _not_offered("cached prefixes are given up on demand; there is no flush")
     StartProfile = _not_offered("record decode steps with `fluxion trace`")
     StopProfile = _not_offered("record decode steps with `fluxion trace`")
-
-    @contextmanager
-    def _abortable(self, client: str, request_id: str) -> Iterator[_AbortableCall]:
-        """A call that Abort finds while the block lasts."""
-        key, call = (client, request_id), _AbortableCall()
-        self._calls[key].add(call)
-        try:
-            yield call
-        finally:
-            self._calls[key].discard(call)
-            if not self._calls[key]:
-                del self._calls[key]
-
-
-class _AbortableCall:
-    """A call of Generate that another call may end, between outputs or while it waits for one."""
-
-    def __init__(self) -> None:
-        self._is_aborted = False
-        self._waiting: asyncio.Timeout | None = None
-
-    def abort(self) -> None:
-        """Let `next_of` come to an end."""
-        if self._is_aborted:
-            return
-        self._is_aborted = True
-        if self._waiting is not None:
-            self._waiting.reschedule(asyncio.get_running_loop().time())
-
-    async def next_of(self, outputs: AsyncGenerator[Output, None]) -> Output | None:
-        """The next output; None after the last one, or once the call was aborted.
-
-        What was waited for is cancelled then, and has been cleaned up when this returns.
-        """
-        if self._is_aborted:
-            return None
-        self._waiting = waiting = asyncio.timeout(None)
-        try:
-            async with waiting:
-                return await anext(outputs, None)
-        except TimeoutError:
-            if not waiting.expired():
-                raise
-            return None
-        finally:
-            self._waiting = None

@@ -34,7 +34,7 @@ def prompt_bytes(message: vllm_engine_pb2.GenerateRequest) -> int:
 def as_generate_request(
     message: vllm_engine_pb2.GenerateRequest, *, context_tokens: int
 ) -> generate_pb2.GenerateRequest:
-    """The same request in our own words; its values are not checked here.
+    """Put a request into our own words; its values are not checked here.
 
     Raises:
         InvalidRequestError: it asks for something that this node does not offer.

@@ -33,7 +33,7 @@ _SWEEP_CLIENTS = 1024
 
 
 class Priority(IntEnum):
-    """Of a request; lower comes first."""
+    """Priority of a request; lower comes first."""
 
     HIGH = 0
     NORMAL = 1
@@ -88,7 +88,7 @@ class WaitingLine:
 
     @property
     def oldest_wait_seconds(self) -> float:
-        """How long who has waited longest has waited; 0 if nobody does."""
+        """Time for which the first to come has waited; 0 if nobody waits."""
         # A copy: other threads may ask.
         return max((self.clock() - one.since for one in list(self._waiting)), default=0.0)
 
@@ -104,11 +104,11 @@ class WaitingLine:
         self._waiting.remove(one)
 
     def first(self) -> WaitingRequest | None:
-        """Who is next."""
+        """The request that is next."""
         return min(self._waiting, key=self._place, default=None)
 
     def last_of_longest(self) -> WaitingRequest | None:
-        """Of the client that has most requests waiting, the one that would be last."""
+        """The request that would be last, of the client that has most waiting."""
         counts = Counter(one.client for one in self._waiting)
         if not counts:
             return None
@@ -116,11 +116,11 @@ class WaitingLine:
         return max((one for one in self._waiting if counts[one.client] == longest), key=self._place)
 
     def waiting_of(self, client: str) -> int:
-        """How many requests of a client wait."""
+        """Number of a client's requests that wait."""
         return sum(one.client == client for one in self._waiting)
 
     def ahead_of(self, one: WaitingRequest) -> int:
-        """How many turns come before a request's own, which need not have joined yet.
+        """Number of turns before a request's own, which need not have joined yet.
 
         As if everybody stayed and nobody came.
         """
@@ -147,7 +147,7 @@ class WaitingLine:
         raise AssertionError("a request is in its client's line")
 
     def give(self, one: WaitingRequest) -> None:
-        """It has got its room: its client's next request comes after those of others."""
+        """Note that a request got its room: its client's next one comes after those of others."""
         share = self._shares[one.client] = self._share(one.client)
         self._turns += 1
         share.given += one.cost_tokens

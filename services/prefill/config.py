@@ -15,7 +15,7 @@ GPU_OUTGOING_BYTES = 1 << 30
 
 
 class EngineSettings(Section):
-    """How prompts are computed."""
+    """The engine that computes prompts."""
 
     chunk_tokens: Count | None = Field(default=None, ge=16, multiple_of=16)
     """Tokens computed at a time: bounds the memory of activations, and how long one prompt keeps

@@ -75,7 +75,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PrefillLoad:
-    """What the engine has to do."""
+    """Work before the engine: prompts, and tokens still to be computed."""
 
     running_prompts: int
     """Those that pause are not among them."""
@@ -224,7 +224,7 @@ class PrefillEngine:
             self._changed.notify()
 
     def load(self) -> PrefillLoad:
-        """What there is to do now."""
+        """Prompts and tokens that are to be computed now."""
         with self._changed:
             prompts = [*self._waiting, *self._running]
             running = self._num_going()

@@ -66,7 +66,7 @@ PREFILL_DEFINITIONS = (
 
 @dataclass
 class PromptCounters:
-    """What hand-offs add up to. Written on the event loop only."""
+    """Sums over hand-offs. Written on the event loop only."""
 
     ended: Counter[tuple[str, ...]] = field(
         default_factory=lambda: Counter(dict.fromkeys(USUAL_ENDS, 0))

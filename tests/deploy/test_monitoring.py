@@ -14,7 +14,7 @@ from types import ModuleType
 import promql_parser
 import pytest
 
-from services.decode.metrics import DECODE_DEFINITIONS
+from services.decode.metric_definitions import DECODE_DEFINITIONS
 from services.gpu_metrics import ENGINE_GPU_DEFINITIONS, NVML_DEFINITIONS
 from services.metrics import NODE_DEFINITIONS
 from services.prefill.metrics import PREFILL_DEFINITIONS

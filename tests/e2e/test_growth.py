@@ -13,7 +13,8 @@ from fluxion_core.decode.host.attention import HybridAttention
 from fluxion_core.generation.chat import ChatMessage
 from fluxion_core.generation.tokenizer import Tokenizer
 from fluxion_core.geometry import KvGeometry, WindowSpec
-from fluxion_core.kvstore.store import HostKvStore, SequenceKv
+from fluxion_core.kvstore.sequence import SequenceKv
+from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.models.decoder import Decoder
 from fluxion_core.models.weights import load_model
 from fluxion_core.planning.policy import FixedPolicy

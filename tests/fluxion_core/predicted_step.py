@@ -11,7 +11,8 @@ from torch import Tensor
 from fluxion_core.geometry import BLOCK_SIZES, BLOCK_TOKENS, KvGeometry, WindowSpec, ceil_div
 from fluxion_core.kernels.block_score import cpu as block_score
 from fluxion_core.kvstore.digest_index import gather_kv
-from fluxion_core.kvstore.store import HostKvStore, SequenceKv
+from fluxion_core.kvstore.sequence import SequenceKv
+from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.planning.choice_reference import GroupPlans, by_price, by_threshold
 from fluxion_core.planning.features import StepMemory, features
 from fluxion_core.planning.head_profile import log_squared_errors

@@ -12,7 +12,8 @@ import torch
 
 from fluxion_core.errors import FluxionError, FrameFormatError
 from fluxion_core.geometry import BLOCK_TOKENS, KvGeometry
-from fluxion_core.kvstore.store import HostKvStore, SequenceKv
+from fluxion_core.kvstore.sequence import SequenceKv
+from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.kvstream.assembler import HandoffAssembler
 from fluxion_core.kvstream.handoff import Frame, FrameKind, Header, KvLayout, Trailer
 from fluxion_core.planning import prompt_profile

@@ -21,7 +21,9 @@ from fluxion_core.observe.spans import Span
 from fluxion_core.observe.trace import Trace
 from fluxion_proto.v1 import generate_pb2
 from services.decode.engine import EngineStatistics
-from services.decode.metrics import DECODE_DEFINITIONS, DecodeCollector, RequestCounters
+from services.decode.metric_definitions import DECODE_DEFINITIONS
+from services.decode.metrics import DecodeCollector
+from services.decode.request_counters import RequestCounters
 from services.gpu_metrics import ENGINE_GPU_DEFINITIONS, NVML_DEFINITIONS, NvmlCollector
 from services.metrics import NODE_DEFINITIONS, NodeMetrics, outcome_of
 from services.metrics_endpoint import MetricsEndpoint

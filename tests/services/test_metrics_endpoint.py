@@ -12,9 +12,10 @@ import pytest
 
 from fluxion_core.config.addresses import Address
 from fluxion_core.errors import ThreadLimitError
-from services import metrics_endpoint
+from services import http_server
+from services.http_server import MAX_CONNECTIONS, HttpServer, _RequestHandler
 from services.metrics import NodeMetrics
-from services.metrics_endpoint import MAX_CONNECTIONS, MetricsEndpoint, _Request, _Server
+from services.metrics_endpoint import MetricsEndpoint
 
 
 def fetch(address: str, path: str = "/metrics") -> str:
@@ -86,7 +87,7 @@ def test_silent_connections_do_not_keep_a_scrape_out(endpoint):
 
 
 def test_more_connections_than_there_may_be_are_closed(metrics, endpoint, monkeypatch):
-    monkeypatch.setattr(metrics_endpoint, "MAX_CONNECTIONS", 1)
+    monkeypatch.setattr(http_server, "MAX_CONNECTIONS", 1)
     recording, release = threading.Event(), threading.Event()
 
     def record(steps: int, seconds: float):
@@ -109,13 +110,15 @@ def clock() -> list[float]:
 
 
 @pytest.fixture
-def server(clock) -> Iterator[_Server]:
+def server(clock) -> Iterator[HttpServer]:
     def endless(environ, start_response):
         start_response("200 OK", [])
         while True:
             yield b"x" * (1 << 20)
 
-    made = _Server(Address("127.0.0.1", 0), endless, clock=lambda: clock[0])
+    made = HttpServer(
+        Address("127.0.0.1", 0), endless, answer_seconds=120.0, clock=lambda: clock[0]
+    )
     yield made
     made.server_close()
 
@@ -132,7 +135,7 @@ def test_who_says_nothing_is_disconnected(server, clock):
 
 
 def test_who_does_not_read_is_disconnected(server, monkeypatch):
-    monkeypatch.setattr(_Request, "timeout", 0.05)
+    monkeypatch.setattr(_RequestHandler, "timeout", 0.05)
     with connect(str(server.address)) as deaf:
         deaf.sendall(b"GET / HTTP/1.0\r\n\r\n")
         server.handle_request()

@@ -20,7 +20,8 @@ import torch
 from fluxion_core.geometry import BLOCK_SIZES, BLOCK_TOKENS, KvGeometry, ceil_div
 from fluxion_core.kernels.head_plan.launch import CoarseCopies, copy_coarse
 from fluxion_core.kernels.sparse_attention.lane import DigestCopies
-from fluxion_core.kvstore.store import HostKvStore, SequenceKv
+from fluxion_core.kvstore.sequence import SequenceKv
+from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.observe.log import event
 
 _log = logging.getLogger(__name__)

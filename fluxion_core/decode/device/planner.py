@@ -41,7 +41,7 @@ from fluxion_core.kernels.head_plan.triton import (
     SLAB_TABLE,
     TILE,
 )
-from fluxion_core.kvstore.store import SequenceKv
+from fluxion_core.kvstore.sequence import SequenceKv
 from fluxion_core.planning.planner import Planner, PlannerState, native_policy
 from fluxion_core.planning.policy import PredictedPolicy
 from fluxion_core.planning.ranking import RADII

@@ -43,7 +43,8 @@ from fluxion_core.errors import CapacityError, DeviceError, FluxionError
 from fluxion_core.geometry import BLOCK_TOKENS, KvGeometry, WindowSpec
 from fluxion_core.kernels.dense_attention.triton import WindowAttention
 from fluxion_core.kernels.handover.launch import Handover
-from fluxion_core.kvstore.store import HostKvStore, SequenceKv
+from fluxion_core.kvstore.sequence import SequenceKv
+from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.models.decoder import Decoder
 from fluxion_core.observe.device_usage import DeviceUsage
 from fluxion_core.observe.log import event

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fluxion_core.errors import CapacityError
 from fluxion_core.geometry import KvGeometry, WindowSpec
-from fluxion_core.kvstore.store import SequenceKv
+from fluxion_core.kvstore.sequence import SequenceKv
 
 
 class DeviceWindows:

@@ -29,7 +29,8 @@ from fluxion_core.decode.work import (
 )
 from fluxion_core.errors import ShapeError
 from fluxion_core.geometry import WindowSpec
-from fluxion_core.kvstore.store import HostKvStore, SequenceKv
+from fluxion_core.kvstore.sequence import SequenceKv
+from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.planning.planner import PlanNanoseconds, Planner, PlannerState
 from fluxion_core.planning.policy import Policy
 from fluxion_core.pool.cpu_pool import WAKE_BYTES, CpuPool

@@ -18,7 +18,7 @@ from fluxion_core.decode.host.attention import HybridAttention
 from fluxion_core.decode.host.decoder import HostDecoder
 from fluxion_core.decode.host.profiling import PromptProfiling
 from fluxion_core.geometry import WindowSpec
-from fluxion_core.kvstore.store import SequenceKv
+from fluxion_core.kvstore.sequence import SequenceKv
 from fluxion_core.planning.prompt_profile import PROFILED_QUERIES
 
 

@@ -19,7 +19,7 @@ from fluxion_core.decode.host.decoder import HostDecoder
 from fluxion_core.decode.host.profiling import ProfilePace, PromptProfiling
 from fluxion_core.decode.work import StepReads, StepRow, check_row
 from fluxion_core.geometry import WindowSpec
-from fluxion_core.kvstore.store import SequenceKv
+from fluxion_core.kvstore.sequence import SequenceKv
 from fluxion_core.planning.prompt_profile import PromptProfile
 from fluxion_core.pool.spans import PoolSpans
 

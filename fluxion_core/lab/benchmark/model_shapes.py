@@ -10,7 +10,8 @@ import torch
 
 from fluxion_core.errors import ConfigError
 from fluxion_core.geometry import BLOCK_TOKENS
-from fluxion_core.kvstore.store import HostKvStore, SequenceKv
+from fluxion_core.kvstore.sequence import SequenceKv
+from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.models.config import ModelConfig, RopeConfig
 from fluxion_core.models.decoder import Decoder
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fluxion_core.geometry import BLOCK_SIZES, BLOCK_TOKENS, KvGeometry, WindowSpec, ceil_div
 from fluxion_core.kernels.dense_attention import cpu as dense_attention
-from fluxion_core.kvstore.store import HostKvStore, SequenceKv
+from fluxion_core.kvstore.sequence import SequenceKv
+from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.models.decoder import Decoder
 from fluxion_core.planning.layer_step import LayerStep, profile_prompts
 from fluxion_core.planning.prompt_profile import PROFILED_QUERIES, PromptProfile

@@ -26,7 +26,8 @@ from fluxion_core.decode.host.step import HostStep
 from fluxion_core.decode.work import StepRow
 from fluxion_core.geometry import KvGeometry, WindowSpec
 from fluxion_core.kvstore.digest_index import gather_kv
-from fluxion_core.kvstore.store import HostKvStore, SequenceKv
+from fluxion_core.kvstore.sequence import SequenceKv
+from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.lab.benchmark.model_shapes import (
     SHAPES,
     fill_sequences,

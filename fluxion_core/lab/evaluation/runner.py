@@ -23,7 +23,8 @@ from fluxion_core.decode.host.attention import HybridAttention
 from fluxion_core.errors import CapacityError, ConfigError, ContextLengthError
 from fluxion_core.generation.tokenizer import Tokenizer
 from fluxion_core.geometry import KvGeometry, WindowSpec
-from fluxion_core.kvstore.store import HostKvStore, SequenceKv
+from fluxion_core.kvstore.sequence import SequenceKv
+from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.lab.evaluation.case import Case
 from fluxion_core.lab.evaluation.metrics import score
 from fluxion_core.lab.evaluation.prompt_kv import PromptKv

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fluxion_core.errors import ConfigError
-from fluxion_core.kvstore.store import SequenceKv
+from fluxion_core.kvstore.sequence import SequenceKv
 from fluxion_core.lab.evaluation.case import Case
 from fluxion_core.planning.planner import PlannerState
 from fluxion_core.planning.policy import Policy

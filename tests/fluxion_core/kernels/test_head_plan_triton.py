@@ -26,7 +26,8 @@ from fluxion_core.kernels.head_plan.launch import (
     SlotMemory,
     copy_coarse,
 )
-from fluxion_core.kvstore.store import HostKvStore, StepAppend
+from fluxion_core.kvstore.step_append import StepAppend
+from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.planning.choice_reference import blocks_of, by_price, by_threshold
 from fluxion_core.planning.head_profile import log_squared_errors
 from fluxion_core.planning.layer_step import LayerStep

@@ -18,7 +18,9 @@ from fluxion_core.errors import (
 from fluxion_core.geometry import BLOCK_SIZES, BLOCK_TOKENS, KvGeometry, ceil_div
 from fluxion_core.kernels.block_digest import reference
 from fluxion_core.kvstore.digest_index import gather_digests, gather_kv
-from fluxion_core.kvstore.store import HostKvStore, SequenceKv, StepAppend
+from fluxion_core.kvstore.sequence import SequenceKv
+from fluxion_core.kvstore.step_append import StepAppend
+from fluxion_core.kvstore.store import HostKvStore
 
 GEOMETRY = KvGeometry(num_layers=2, num_kv_heads=2, head_dim=32, slab_tokens=128)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 import struct
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -35,6 +37,12 @@ def test_the_bytes_are_those_of_the_specification():
     frame = Frame(FrameKind.CHUNK, b"123456789", 3, 32, 16)
     assert codec.encode_frame(frame) == VECTOR
     assert codec.decode_frame(VECTOR) == frame
+
+
+def test_the_specifications_example_is_that_frame():
+    specification = (Path(__file__).parents[3] / "protos" / "README.md").read_text()
+    (example,) = re.findall(r"```text\n(46 55 58 4E [0-9A-F\s]+)```", specification)
+    assert bytes.fromhex(example) == VECTOR
 
 
 @given(

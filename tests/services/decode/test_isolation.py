@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from fluxion_core.decode.host.step import HostStep
-from fluxion_core.kvstore.store import SequenceKv, StepAppend
+from fluxion_core.kvstore.sequence import SequenceKv
+from fluxion_core.kvstore.step_append import StepAppend
 from fluxion_proto.v1 import generate_pb2
 from services.decode.engine import DecodeEngine
 from tests.services.decode.test_sessions import answer_of, request_of, store_bytes

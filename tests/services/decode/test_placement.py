@@ -9,9 +9,9 @@ import pytest
 from fluxion_core.geometry import KvGeometry
 from fluxion_core.models.config import ModelConfig, RopeConfig
 from services.decode.engine import EngineLoad
-from services.decode.metrics import RequestCounters
 from services.decode.placement import Placement, PlacementDecision, PlacementReason
 from services.decode.prompt_costs import HandoffCosts, LocalCosts, ModelCosts, PromptCosts
+from services.decode.request_counters import RequestCounters
 
 MODEL = ModelCosts(
     num_layers=3,

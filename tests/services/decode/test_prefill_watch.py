@@ -11,8 +11,8 @@ import pytest
 
 from fluxion_proto.v1 import generate_pb2
 from services.decode import prefill_watch
-from services.decode.metrics import RequestCounters
 from services.decode.prefill_watch import LOOK_SECONDS, SOON_SECONDS, PrefillWatch
+from services.decode.request_counters import RequestCounters
 from tests.services.conftest import wait_serving
 
 GONE, WELL = {"a:1": "it is draining", "b:1": "no connection"}, {"a:1": "", "b:1": "no connection"}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from fluxion_core.geometry import BLOCK_TOKENS, KvGeometry, WindowSpec, ceil_div
-from fluxion_core.kvstore.store import HostKvStore, SequenceKv
+from fluxion_core.kvstore.sequence import SequenceKv
+from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.models.config import ModelConfig, RopeConfig
 from fluxion_core.models.decoder import Decoder
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fluxion_core.decode.host.attention import HybridAttention
 from fluxion_core.decode.work import StepReads, StepRow
-from fluxion_core.kvstore.store import HostKvStore, SequenceKv
+from fluxion_core.kvstore.sequence import SequenceKv
+from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.planning.planner import Planner, PlannerState
 from fluxion_core.planning.policy import Policy, parse_policy
 from fluxion_core.pool.cpu_pool import CpuPool

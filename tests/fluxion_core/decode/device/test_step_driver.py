@@ -15,7 +15,8 @@ from fluxion_core.geometry import KvGeometry, WindowSpec
 from fluxion_core.kernels import _native
 from fluxion_core.kernels.isa import native_layout
 from fluxion_core.kvstore.digest_index import gather_kv
-from fluxion_core.kvstore.store import HostKvStore, SequenceKv
+from fluxion_core.kvstore.sequence import SequenceKv
+from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.planning.planner import PlannerState
 from fluxion_core.planning.policy import (
     READ_ALL,

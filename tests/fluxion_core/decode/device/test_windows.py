@@ -9,7 +9,8 @@ from fluxion_core.decode.device.windows import DeviceWindows
 from fluxion_core.errors import CapacityError
 from fluxion_core.geometry import KvGeometry, WindowSpec
 from fluxion_core.kvstore.digest_index import gather_kv
-from fluxion_core.kvstore.store import HostKvStore, SequenceKv
+from fluxion_core.kvstore.sequence import SequenceKv
+from fluxion_core.kvstore.store import HostKvStore
 
 GEOMETRY = KvGeometry(num_layers=2, num_kv_heads=3, head_dim=64, slab_tokens=128)
 WINDOW = WindowSpec(sink_tokens=32, recent_tokens=128)

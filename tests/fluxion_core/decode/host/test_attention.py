@@ -11,7 +11,8 @@ from fluxion_core.geometry import BLOCK_SIZES, KvGeometry, WindowSpec, ceil_div
 from fluxion_core.kernels.block_topk import reference as topk_reference
 from fluxion_core.kernels.sparse_attention import reference
 from fluxion_core.kvstore.digest_index import gather_digests, gather_kv
-from fluxion_core.kvstore.store import HostKvStore, SequenceKv
+from fluxion_core.kvstore.sequence import SequenceKv
+from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.planning.policy import ExactPolicy, FixedPolicy, Policy
 from fluxion_core.pool.cpu_pool import CpuPool
 

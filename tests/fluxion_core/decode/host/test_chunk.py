@@ -15,7 +15,8 @@ from fluxion_core.decode.host.chunk import PromptEnd, compute_chunk, next_chunk_
 from fluxion_core.decode.host.decoder import HostDecoder
 from fluxion_core.errors import FluxionError
 from fluxion_core.kvstore.digest_index import gather_digests, gather_kv
-from fluxion_core.kvstore.store import HostKvStore, SequenceKv
+from fluxion_core.kvstore.sequence import SequenceKv
+from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.models.decoder import Decoder
 from fluxion_core.planning.policy import ExactPolicy
 from fluxion_core.planning.prompt_estimate import PromptEstimator, padded_tokens

@@ -13,7 +13,9 @@ from fluxion_core.decode.host.profiling import ProfilePace, PromptProfiling
 from fluxion_core.errors import FluxionError
 from fluxion_core.geometry import BLOCK_TOKENS, KvGeometry, WindowSpec
 from fluxion_core.kernels.isa import available_isas, current_isa, set_isa
-from fluxion_core.kvstore.store import HostKvStore, SequenceKv, StepAppend
+from fluxion_core.kvstore.sequence import SequenceKv
+from fluxion_core.kvstore.step_append import StepAppend
+from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.planning.prompt_estimate import (
     PromptEstimator,
     padded_tokens,
