@@ -1,4 +1,4 @@
-"""The attention port of prefill: causal attention over the prompt so far, and its KV as frames.
+"""The attention port of prompts: causal attention over the prompt so far, and its KV as frames.
 
 K and V are rounded to bfloat16 before anything attends to them, so that the decode node, which gets
 the rounded values, continues from exactly what prefill saw.
@@ -97,6 +97,14 @@ class KvCapture:
         """Hand out what is still under way of the chunk's KV."""
         if self._outbox is not None:
             self._outbox.drain()
+
+    @property
+    def kv(self) -> Tensor:
+        """[layers, 2, kv_heads, tokens, head_dim] bfloat16, rotary applied: all that is computed.
+
+        Whole when the prompt is.
+        """
+        return self._kv[:, :, :, : self._num_tokens]
 
     @property
     def profile_seconds(self) -> float:

@@ -23,6 +23,7 @@ from fluxion_core.lab.benchmark.model_shapes import random_decoder, shape_named
 from fluxion_core.lab.benchmark.report import describe_machine
 from fluxion_core.models.decoder import Decoder
 from fluxion_core.prompt.capture import KvCapture
+from fluxion_core.prompt.compute import PromptComputation
 from fluxion_core.prompt.outbox import DeviceOutbox
 
 STAYS, BESIDE, BETWEEN = "KV stays", "KV leaves beside", "KV leaves between layers"
@@ -87,7 +88,6 @@ def bench_prefill(
     }
 
 
-@torch.inference_mode()
 def _run(
     decoder: Decoder,
     geometry: KvGeometry,
@@ -113,16 +113,12 @@ def _run(
         device=device,
         outbox=_Blocking(outbox) if way == BETWEEN else outbox,
     )
-    token_ids = torch.randint(decoder.config.vocab_size, (num_tokens,), device=device)
+    token_ids = torch.randint(decoder.config.vocab_size, (num_tokens,)).tolist()
+    computation = PromptComputation(decoder, token_ids, capture)
     torch.cuda.synchronize(device)
     started = time.perf_counter()
-    for first in range(0, num_tokens, chunk_tokens):
-        piece = token_ids[first : first + chunk_tokens]
-        capture.begin_chunk(first)
-        positions = torch.arange(first, first + len(piece), device=device)
-        hidden = decoder(piece, positions, capture)
-        capture.finish_chunk()
-    decoder.logits(hidden[-1:]).cpu()
+    while computation.advance(chunk_tokens) is None:
+        pass
     seconds = time.perf_counter() - started
     assert received == (0 if way == STAYS else num_tokens * geometry.token_bytes)
     return seconds

@@ -33,13 +33,13 @@ from fluxion_core.errors import (
 from fluxion_core.generation.sampling import SamplingParams, sample
 from fluxion_core.geometry import BLOCK_TOKENS, KvGeometry, WindowSpec
 from fluxion_core.kvstream.handoff import Frame, Trailer, max_frame_payload_bytes
-from fluxion_core.machine.stopwatch import Stopwatch
 from fluxion_core.machine.threads import start
 from fluxion_core.models.decoder import Decoder
 from fluxion_core.observe.device_usage import DeviceUsage, UsageClock
 from fluxion_core.observe.log import event
 from fluxion_core.planning import prompt_profile
 from fluxion_core.prompt.capture import KvCapture
+from fluxion_core.prompt.compute import PromptComputation
 from fluxion_core.prompt.outbox import DeviceOutbox
 
 _log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class Prompt:
     submitted: float = field(default_factory=time.perf_counter)
     is_cancelled: bool = False
     num_computed: int = 0
-    capture: KvCapture | None = None
+    computation: PromptComputation | None = None
     queue_seconds: float = 0.0
     prefill_seconds: float = 0.0
     profile_seconds: float = 0.0
@@ -276,7 +276,7 @@ class PrefillEngine:
                     if isinstance(outcome, Trailer) and not prompt.is_cancelled:
                         self._leaving.append(prompt)
             if outcome is not None:
-                prompt.capture = None
+                prompt.computation = None
                 _end(prompt, outcome)
         with self._changed:
             left = [*self._running, *self._waiting]
@@ -291,7 +291,7 @@ class PrefillEngine:
 
     def _out_of_memory(self, prompt: Prompt, error: torch.OutOfMemoryError) -> CapacityError:
         _log.error(event("out of device memory", request_id=prompt.request_id, error=str(error)))
-        prompt.capture = None
+        prompt.computation = None
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info(self._device)
         return CapacityError(
@@ -349,39 +349,32 @@ class PrefillEngine:
         tokens = min(self._chunk_tokens, len(prompt.token_ids) - prompt.num_computed)
         return waiting + tokens * self._geometry.token_bytes <= self._outgoing_bytes
 
-    @torch.inference_mode()
     def _compute_chunk(self, prompt: Prompt) -> Trailer | None:
         """One chunk through all layers; the trailer, if it was the last."""
         if prompt.is_cancelled:
             raise RequestCancelledError("the receiver ended the hand-off")
         started = time.perf_counter()
-        if prompt.capture is None:
-            prompt.capture = self._new_capture(prompt)
-        on_device = Stopwatch(self._device)
-        first = prompt.num_computed
-        piece = prompt.token_ids[first : first + self._chunk_tokens]
-        token_ids = torch.tensor(piece, device=self._device)
-        positions = torch.arange(first, first + len(piece), device=self._device)
-        prompt.capture.begin_chunk(first)
-        hidden = self._decoder(token_ids, positions, prompt.capture)
-        prompt.num_computed += len(piece)
-        first_token_id = -1
-        is_last = prompt.num_computed == len(prompt.token_ids)
-        if is_last:
-            logits = self._decoder.logits(hidden[-1:])[0].cpu()
-            first_token_id = sample(logits, prompt.sampling, prompt.token_ids, [], position=0)
-        on_device.stop()
-        prompt.capture.finish_chunk()
-        profiles = prompt.capture.profiles if is_last else []
-        packed = prompt_profile.pack(profiles) if profiles else b""
-        prompt.profile_seconds = prompt.capture.profile_seconds
+        if prompt.computation is None:
+            capture = self._new_capture(prompt)
+            prompt.computation = PromptComputation(self._decoder, prompt.token_ids, capture)
+        computation = prompt.computation
+        computed = computation.advance(self._chunk_tokens)
+        num_tokens = computation.num_computed - prompt.num_computed
+        prompt.num_computed = computation.num_computed
+        first_token_id, packed = -1, b""
+        if computed is not None:
+            first_token_id = sample(
+                computed.logits, prompt.sampling, prompt.token_ids, [], position=0
+            )
+            packed = prompt_profile.pack(computed.profiles) if computed.profiles else b""
+        prompt.profile_seconds = computation.profile_seconds
         seconds = time.perf_counter() - started
         prompt.prefill_seconds += seconds
         self._statistics.busy_seconds += seconds
-        self._statistics.tokens += len(piece)
+        self._statistics.tokens += num_tokens
         if (usage := self._statistics.device) is not None:
-            usage.busy_seconds += on_device.seconds
-        if not is_last:
+            usage.busy_seconds += computation.device_seconds
+        if computed is None:
             return None
         return Trailer(
             first_token_id=first_token_id,

@@ -19,7 +19,7 @@ from fluxion_core.models.decoder import Decoder
 from fluxion_core.models.weights import load_model
 from fluxion_core.planning.policy import FixedPolicy
 from fluxion_core.pool.cpu_pool import CpuPool
-from fluxion_core.prompt.capture import KvCapture
+from fluxion_core.prompt.compute import compute_prompt
 
 FACT = "The access code for the plate vault is 7402958."
 ASKED = (
@@ -35,17 +35,12 @@ ANSWER_TOKENS = 24
 def prefilled(decoder: Decoder, store: HostKvStore, token_ids: list[int], new: int) -> SequenceKv:
     """A committed sequence that holds this prompt."""
     sequence = store.reserve(token_ids, new)
-    first = sequence.kv_from_token
-    capture = KvCapture(
+    compute_prompt(
+        decoder,
         store.geometry,
-        num_tokens=len(token_ids),
-        kv_from_token=first,
+        token_ids,
         emit=lambda f: sequence.write_blocks(f.layer, f.first_token, f.num_tokens, f.payload),
-        is_cancelled=lambda: False,
-        device=torch.device("cpu"),
     )
-    capture.begin_chunk(0)
-    decoder(torch.tensor(token_ids), torch.arange(len(token_ids)), capture)
     sequence.commit()
     return sequence
 

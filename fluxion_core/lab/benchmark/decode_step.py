@@ -36,9 +36,9 @@ from fluxion_core.geometry import KvGeometry, WindowSpec
 from fluxion_core.kernels import _native
 from fluxion_core.kvstore.digest_index import gather_kv
 from fluxion_core.kvstore.store import HostKvStore
-from fluxion_core.lab.benchmark.prompt_kv import PromptKv
 from fluxion_core.lab.benchmark.report import describe_machine, draw_bars
 from fluxion_core.lab.benchmark.sampling import STEP_SAMPLING, step_samplers
+from fluxion_core.lab.held_prompt import PromptMaker
 from fluxion_core.machine.cpus import usable_cpus
 from fluxion_core.models.attention_port import AttentionPort
 from fluxion_core.models.decoder import Decoder
@@ -179,10 +179,14 @@ class _Bench:
         self.geometry = KvGeometry(
             config.num_layers, config.num_kv_heads, config.head_dim, digest_bits=digest_bits
         )
-        prompt = PromptKv(self.geometry, len(token_ids))
+        self.window = WindowSpec()
+        predicts = any(isinstance(policy, PredictedPolicy) for policy in policies)
         start = time.perf_counter()
-        self.first_token = prompt.prefill(decoder, token_ids)
+        prompt = PromptMaker(decoder, self.geometry).make(
+            token_ids, profile_window=self.window if predicts else None
+        )
         self.prefill_seconds = time.perf_counter() - start
+        self.first_token = prompt.first_token_id
         slabs = self.geometry.slabs_for(len(token_ids) + new_tokens) * len(policies)
         self.store = HostKvStore(
             self.geometry, slabs * (self.geometry.slab_bytes + 4096), model_key=b"", populate=True
@@ -192,7 +196,6 @@ class _Bench:
             prompt.store_into(self.store, [index, *token_ids[1:]], new_tokens)
             for index in range(len(policies))
         ]
-        self.window = WindowSpec()
         self.pool = CpuPool()
         self.planner = Planner(
             weights
@@ -203,9 +206,8 @@ class _Bench:
             head_dim=config.head_dim,
         )
         self.states: list[PlannerState | None] = [None] * len(policies)
-        if any(isinstance(policy, PredictedPolicy) for policy in policies):
-            profiles = prompt.profiles(self.window)
-            self.states = [self.planner.new_state(profiles) for _ in policies]
+        if predicts:
+            self.states = [self.planner.new_state(prompt.profiles) for _ in policies]
         self.attention = HybridAttention(
             self.store,
             self.window,

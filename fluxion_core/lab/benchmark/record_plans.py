@@ -20,8 +20,8 @@ from fluxion_core.errors import ConfigError
 from fluxion_core.generation.tokenizer import Tokenizer
 from fluxion_core.geometry import BLOCK_SIZES, KvGeometry, WindowSpec, ceil_div
 from fluxion_core.kvstore.store import HostKvStore
-from fluxion_core.lab.benchmark.prompt_kv import PromptKv
 from fluxion_core.lab.benchmark.recorded_plans import RecordedPlans
+from fluxion_core.lab.held_prompt import PromptMaker
 from fluxion_core.models.decoder import Decoder
 from fluxion_core.models.locate import default_models_dir, locate_model
 from fluxion_core.models.weights import load_model
@@ -69,12 +69,12 @@ def record(
     window = WindowSpec()
     levels, shares = [], []
     for prompt in prompts:
-        kv = PromptKv(geometry, len(prompt))
-        token = kv.prefill(decoder, prompt)
+        held = PromptMaker(decoder, geometry).make(prompt, profile_window=window)
+        token = held.first_token_id
         slabs = geometry.slabs_for(len(prompt) + steps)
         store = HostKvStore(geometry, slabs * (geometry.slab_bytes + 4096), model_key=b"")
-        sequence = kv.store_into(store, prompt, steps)
-        state = planner.new_state(kv.profiles(window))
+        sequence = held.store_into(store, prompt, steps)
+        state = planner.new_state(held.profiles)
         attention = _RecordingAttention(
             store, window, num_heads=config.num_heads, pool=CpuPool(), planner=planner
         )

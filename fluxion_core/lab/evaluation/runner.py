@@ -27,8 +27,8 @@ from fluxion_core.kvstore.sequence import SequenceKv
 from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.lab.evaluation.case import Case
 from fluxion_core.lab.evaluation.metrics import score
-from fluxion_core.lab.evaluation.prompt_kv import PromptKv
 from fluxion_core.lab.evaluation.work import EXACT, Answer, Branch, Track, Way, Work, check_ways
+from fluxion_core.lab.held_prompt import HeldPrompt, PromptMaker
 from fluxion_core.models.decoder import Decoder
 from fluxion_core.planning.planner import Planner, PlannerState
 from fluxion_core.planning.policy import PredictedPolicy
@@ -76,11 +76,12 @@ class Runner:
         window: WindowSpec | None = None,
     ) -> None:
         config = decoder.config
-        self._decoder, self._prefill_decoder = decoder, prefill_decoder
+        self._decoder = decoder
         self._tokenizer = tokenizer
         self._context_tokens = config.context_tokens
         self._stops = frozenset(tokenizer.eos_token_ids) | frozenset(config.eos_token_ids)
         self._geometry = KvGeometry(config.num_layers, config.num_kv_heads, config.head_dim)
+        self._prompts = PromptMaker(prefill_decoder, self._geometry)
         self._store = HostKvStore(self._geometry, host_kv_bytes, model_key=b"evaluation")
         self._window = window or WindowSpec()
         self._batch = batch
@@ -159,9 +160,10 @@ class Runner:
                 context_tokens=self._context_tokens,
             )
         started = time.perf_counter()
-        prompt = PromptKv.prefill(self._prefill_decoder, self._geometry, case.prompt_token_ids)
         needs_profiles = any(isinstance(way.policy, PredictedPolicy) for way in work.ways)
-        profiles = prompt.profiles(self._window) if needs_profiles else []
+        prompt = self._prompts.make(
+            case.prompt_token_ids, profile_window=self._window if needs_profiles else None
+        )
         self.statistics.prefills += 1
         self.statistics.prefill_seconds += time.perf_counter() - started
         known = work.exact_token_ids
@@ -171,16 +173,16 @@ class Runner:
             kv = self._store_when_there_is_room(prompt, case)
             if kv is None:
                 return
-            token_ids = [prompt.first_new_token]
+            token_ids = [prompt.first_token_id]
             if way.name == EXACT and not way.is_forced:
                 track = Track(token_ids, is_ended=False)
-            state = self._new_state(way, profiles)
+            state = self._new_state(way, prompt.profiles)
             branch = Branch(work, way, kv, state, token_ids, track)
             with self._changed:
                 self._ready.append(branch)
                 self._changed.notify_all()
 
-    def _store_when_there_is_room(self, prompt: PromptKv, case: Case) -> SequenceKv | None:
+    def _store_when_there_is_room(self, prompt: HeldPrompt, case: Case) -> SequenceKv | None:
         """A sequence for one branch; None: the run is stopping."""
         while True:
             with self._changed:

@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from fluxion_core.geometry import BLOCK_SIZES, WindowSpec
+from fluxion_core.geometry import BLOCK_SIZES, KvGeometry, WindowSpec
 from fluxion_core.models.decoder import Decoder
 from fluxion_core.planning.layer_step import LayerStep
+from fluxion_core.prompt.compute import compute_prompt
 
 COARSEST = BLOCK_SIZES[-1]
 
@@ -33,44 +33,13 @@ class DocumentKv:
     """Like keys."""
 
 
-class _Capture:
-    """Attention port that keeps KV of the whole text and attends causally."""
-
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        self.keys, self.values = keys, values
-        self.first = 0
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """See AttentionPort."""
-        end = self.first + key.shape[0]
-        self.keys[layer, :, self.first : end] = key.transpose(0, 1).bfloat16().float()
-        self.values[layer, :, self.first : end] = value.transpose(0, 1).bfloat16().float()
-        rows = torch.arange(self.first, end, device=query.device)
-        mask = torch.arange(end, device=query.device)[None] <= rows[:, None]
-        output = F.scaled_dot_product_attention(
-            query.transpose(0, 1)[None],
-            self.keys[layer, None, :, :end],
-            self.values[layer, None, :, :end],
-            attn_mask=mask,
-            enable_gqa=True,
-        )
-        return output[0].transpose(0, 1)
-
-
-@torch.no_grad()
-def prefill(decoder: Decoder, token_ids: Sequence[int], *, chunk_tokens: int = 1024) -> DocumentKv:
-    """Exact KV of a text; what is beyond a multiple of 128 tokens is cut off."""
+def prefill(decoder: Decoder, token_ids: Sequence[int]) -> DocumentKv:
+    """Exact KV of a text, on the model's device; what is beyond a multiple of 128 is cut off."""
     config = decoder.config
-    count = len(token_ids) // COARSEST * COARSEST
-    device = decoder.embedding.device
-    ids = torch.tensor(token_ids[:count], device=device)
-    shape = (config.num_layers, config.num_kv_heads, count, config.head_dim)
-    capture = _Capture(torch.empty(shape, device=device), torch.empty(shape, device=device))
-    for first in range(0, count, chunk_tokens):
-        capture.first = first
-        chunk = ids[first : first + chunk_tokens]
-        decoder(chunk, torch.arange(first, first + len(chunk), device=device), capture)
-    return DocumentKv(ids, capture.keys, capture.values)
+    geometry = KvGeometry(config.num_layers, config.num_kv_heads, config.head_dim)
+    ids = list(token_ids[: len(token_ids) // COARSEST * COARSEST])
+    kv = compute_prompt(decoder, geometry, ids).kv.float()
+    return DocumentKv(torch.tensor(ids, device=kv.device), kv[:, 0], kv[:, 1])
 
 
 class ReplayPort:

@@ -169,7 +169,7 @@ def test_a_cancelled_prompt_computes_no_further_layer(make_engine: Callable[...,
         assert isinstance(receiver.end(), RequestCancelledError)
         assert engine.load().running_prompts == 0
     assert [(frame.layer, frame.first_token) for frame in receiver.frames] == [(0, 0)]
-    assert receiver.prompt.capture is None
+    assert receiver.prompt.computation is None
 
 
 def test_a_prompt_that_pauses_gives_its_place_to_others_and_has_it_again(
