@@ -7,6 +7,7 @@ estimated from the prompt's last queries, all heads weigh the same.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -60,6 +61,23 @@ class PlannerWeights:
     def mode(self) -> str:
         """`network` or `training-free`."""
         return "training-free" if self.network is None else "network"
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of what was fitted, hex, its first 16 digits; empty if training-free.
+
+        Of the network, the priors and the heads' weights, as float32. What a file calls the model,
+        its levels and the selector's cost are not in it.
+        """
+        if self.network is None:
+            return ""
+        digest = hashlib.sha256()
+        tensors = {**self.network.state_dict(), "priors": self.priors}
+        tensors["head_weights"] = self.head_weights
+        for name, tensor in sorted(tensors.items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     @staticmethod
     def training_free(num_layers: int, num_heads: int, digest_bits: int = 16) -> PlannerWeights:

@@ -6,7 +6,6 @@ the planner, and a profile of the prompt from the prefill node.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -57,7 +56,7 @@ class Planning:
     default_policy: Policy
     """For requests that name neither quality nor policy."""
     weights_fingerprint: str
-    """SHA-256 of the predictor's weights, hex, shortened; empty without any."""
+    """See PlannerWeights.fingerprint."""
 
     def profile_window(self, policy: Policy) -> WindowSpec | None:
         """The window that a prompt's profile is needed for; None if the policy needs none."""
@@ -115,7 +114,7 @@ def make_planning(
         raise ConfigError(f"predictor weights {source} lack the levels {', '.join(missing)}")
     name = default_policy.strip().upper()
     default = levels[name] if name in levels else parse_policy(default_policy)
-    fingerprint = _fingerprint(weights)
+    fingerprint = weights.fingerprint
     _log.info(
         event(
             "planner",
@@ -147,15 +146,3 @@ def _find_weights(setting: str, model: LoadedModel, digest_bits: int) -> tuple[P
             return shipped, "shipped with the package"
     free = PlannerWeights.training_free(config.num_layers, config.num_heads, digest_bits)
     return free, f"none for {model.name}" if setting == SHIPPED else "none by setting"
-
-
-def _fingerprint(weights: PlannerWeights) -> str:
-    if weights.network is None:
-        return ""
-    digest = hashlib.sha256()
-    tensors = {**weights.network.state_dict(), "priors": weights.priors}
-    tensors["head_weights"] = weights.head_weights
-    for name, tensor in sorted(tensors.items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]

@@ -6,7 +6,6 @@ overlaps with decoding.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -226,17 +225,10 @@ class Session:
             "revision": self.model.loaded.revision_hash,
             "prompts": "chat template" if self.model.encoder.is_chat else "plain text",
             "seed": str(self.options.seed),
-            "planner": f"{self.model.weights.mode}, weights {_fingerprint(self.model.weights)}",
+            "planner": self.model.weights.mode,
+            "weights": self.model.weights.fingerprint or "none",
+            "cost model": str(self.model.weights.cost),
             # One journal may gather several policies, run after run; a level must stay the same.
             **{f"level {n.lower()}": str(p) for n, p in sorted(self.model.weights.levels.items())},
             **self.benchmark_settings,
         }
-
-
-def _fingerprint(weights: PlannerWeights) -> str:
-    """Of all numbers that plans depend on."""
-    digest = hashlib.sha256(repr(weights.cost).encode())
-    state = {} if weights.network is None else weights.network.state_dict()
-    for tensor in (weights.priors, weights.head_weights, *state.values()):
-        digest.update(tensor.float().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]

@@ -24,6 +24,7 @@ from fluxion_core.models.decoder import Decoder
 from fluxion_core.models.weights import LoadedModel
 from fluxion_core.planning.planner import Planner
 from fluxion_core.planning.planner_weights import PlannerWeights
+from tests.fluxion_core.planner_fixtures import random_network
 
 OPTIONS = EvaluationOptions(
     "ruler",
@@ -102,10 +103,13 @@ def test_a_resumed_run_answers_only_what_is_missing(model: EvaluationModel, tmp_
 def test_a_journal_of_other_weights_is_refused(model: EvaluationModel, tmp_path: Path):
     options = replace(OPTIONS, tasks=("vt",), cases=1, journal=tmp_path / "journal.jsonl")
     run_ruler(model, options, ignore)
-    heavier = replace(model.weights, head_weights=model.weights.head_weights * 2)
-    other = replace(model, weights=heavier)
-    with pytest.raises(ConfigError, match="planner was"):
-        run_ruler(other, replace(options, resume=True), ignore)
+    for seed in (3, 4):
+        # Seed 3 differs from no network at all, seed 4 in its numbers alone.
+        other = replace(model, weights=replace(model.weights, network=random_network(seed)))
+        with pytest.raises(ConfigError, match=r"of another run: .* was"):
+            run_ruler(other, replace(options, resume=True), ignore)
+        options = replace(options, journal=tmp_path / f"journal-{seed}.jsonl")
+        run_ruler(other, options, ignore)
 
 
 def test_a_run_that_is_out_of_time_begins_no_case_and_says_so(model: EvaluationModel):
