@@ -13,7 +13,8 @@ import numpy as np
 
 from fluxion_core.generation.sampling import SamplingParams, sample
 from fluxion_core.geometry import BLOCK_TOKENS, KvGeometry, WindowSpec
-from fluxion_core.kvstore.store import HostKvStore, SequenceKv
+from fluxion_core.kvstore.sequence import SequenceKv
+from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.kvstream.handoff import Frame, max_frame_payload_bytes
 from fluxion_core.models.decoder import Decoder
 from fluxion_core.planning.prompt_profile import PromptProfile, pack, unpack

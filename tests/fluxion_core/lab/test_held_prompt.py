@@ -8,7 +8,8 @@ import torch
 from fluxion_core.errors import CapacityError
 from fluxion_core.geometry import KvGeometry, WindowSpec
 from fluxion_core.kvstore.digest_index import gather_kv
-from fluxion_core.kvstore.store import HostKvStore, SequenceKv
+from fluxion_core.kvstore.sequence import SequenceKv
+from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.lab.held_prompt import PromptMaker
 from fluxion_core.models.decoder import Decoder
 from fluxion_core.prompt.compute import compute_prompt
