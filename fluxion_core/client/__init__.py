@@ -7,6 +7,8 @@
             print(text, end="", flush=True)
 
 Loads neither torch nor the engine. What it sends is specified in protos/README.md.
+
+Not here: choosing among nodes (a gateway's work), and the OpenAI API (likewise).
 """
 
 from fluxion_core.client.answers import (
