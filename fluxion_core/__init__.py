@@ -1,4 +1,4 @@
-"""What both nodes, the command and the lab are made of.
+"""The parts that both nodes, the command and the lab are made of.
 
 Not here: processes, which are in services.
 """

@@ -1,4 +1,4 @@
-"""What starting either node has in common: its model, its layout, its event loop, its end."""
+"""The common parts of either node: its model, its layout, its event loop, its end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a node takes work, told alike by its health service, its metrics, /ready and its log."""
+"""Readiness of a node for work, told alike by health service, metrics, /ready and log."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is wrong with a setting, in this project's words: pydantic's own do not reach the user."""
+"""Errors of settings in this project's words: pydantic's own do not reach the user."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where settings are given: flags, environment variables, a TOML file. Each is read here into
+"""Sources of settings: flags, environment variables, a TOML file. Each is read here into
 values by dotted name, with where each came from; what is no setting is refused with the nearest.
 
 What the values mean is checked by the settings' own types (setting_types.py).

@@ -1,4 +1,4 @@
-"""Which of a model directory's chat templates is used: the default one.
+"""The chat template of a model directory: the default one, if there are several.
 
 Files come before entries of tokenizer_config.json, as in transformers. A template may be one text,
 or several by name; the names other than `default` are for requests that this service does not have.

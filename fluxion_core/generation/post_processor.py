@@ -1,4 +1,4 @@
-"""What tokenizer.json's post-processor puts around a text."""
+"""Tokens that tokenizer.json's post-processor puts around a text."""
 
 from __future__ import annotations
 

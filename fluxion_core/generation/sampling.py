@@ -1,4 +1,4 @@
-"""From logits to a token. Depends on seed, position, logits and the sequence's own tokens alone.
+"""Sampling: logits to a token, by seed, position, logits and the sequence's own tokens alone.
 
 A token's randomness is drawn for (seed, position), so that the prefill node, which samples the
 first token, and the decode node, which samples the rest, agree whatever else runs beside them.

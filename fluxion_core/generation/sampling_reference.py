@@ -1,4 +1,4 @@
-"""From logits to a token, as plainly as it can be said: the oracle of `sampling.py`.
+"""Sampling as plainly as it can be said: logits to a token, the oracle of `sampling.py`.
 
 It sorts the vocabulary and adds up in float64.
 """

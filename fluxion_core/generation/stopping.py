@@ -1,4 +1,4 @@
-"""When generation ends, and what of its text may be shown before that is known.
+"""The end of a generation, and what of its text may be shown before that is known.
 
 A stop string may arrive in pieces, so text that could be its beginning is held back until it is
 clear. Neither a stop string nor the text of a stop token is ever shown. Into what pieces the text

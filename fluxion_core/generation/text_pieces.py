@@ -1,4 +1,4 @@
-"""Where a text may be cut so that its pieces have the whole text's tokens, and how few it can have.
+"""Places to cut a text so that its pieces have the whole text's tokens; how few it can have.
 
 Both are known for byte-level vocabularies that cut text as GPT-2, Llama 3 or Qwen2 do before they
 merge bytes: SmolLM2, Llama 3, Qwen2 and their kin. Of any other kind a text is one piece, and

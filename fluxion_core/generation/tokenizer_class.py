@@ -1,4 +1,4 @@
-"""What `tokenizer_class` means beside tokenizer.json: names of tokens, and spaces at the beginning.
+"""Meaning of `tokenizer_class` beside tokenizer.json: names of tokens, and spaces at the beginning.
 
 transformers builds the tokenizers of some classes anew from vocabulary, merges and a few entries of
 tokenizer_config.json. For Llama's SentencePiece vocabularies so do we, because their tokenizer.json

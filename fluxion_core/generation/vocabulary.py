@@ -1,4 +1,4 @@
-"""What a model's files say about its text: the parts that a tokenizer is made of."""
+"""The parts of a tokenizer, as a model's files have them."""
 
 from __future__ import annotations
 

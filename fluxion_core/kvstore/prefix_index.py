@@ -1,4 +1,4 @@
-"""Which slab holds which piece of text: full slabs by a chained hash, tails by their tokens.
+"""An index of the text in slabs: full slabs by a chained hash, tails by their tokens.
 
 A full slab's key is a hash of the key before it and of its own tokens, and so of its domain's root
 and of all tokens up to its end. A root is a hash of the model and of the domain: who is in another

@@ -1,4 +1,4 @@
-"""How long the device took for what was launched in between; on a CPU, how long it took."""
+"""Time that a device took for what was launched in between; on a CPU, time that passed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a decoder's weights need to be told: sizes, rotary settings, special tokens."""
+"""The config of a decoder beside its weights: sizes, rotary settings, special tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which tokens of a GGUF file end a text, and which are control tokens whatever their type says.
+"""Tokens of a GGUF file that end a text, and those that are control tokens whatever their type.
 
 Files name one end, or none; models have two or three. llama.cpp therefore goes by tokens' texts,
 and takes for control tokens what bad conversions typed otherwise, or not at all. So do we.

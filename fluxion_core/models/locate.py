@@ -1,4 +1,4 @@
-"""Where a model's files are: by path, or by the name under which `fluxion pull` put them."""
+"""Finding a model's files: by path, or by the name under which `fluxion pull` put them."""
 
 from __future__ import annotations
 

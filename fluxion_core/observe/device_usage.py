@@ -1,4 +1,4 @@
-"""What the engine itself counts of its GPU: busy and idle seconds, bytes over PCIe, who did tasks.
+"""Counters of a GPU by its engine: busy and idle seconds, bytes over PCIe, who did tasks.
 
 Plain counters since start, of one device. Whoever runs the steps adds to them, the metrics read a
 copy: no key is ever added, so that one may be taken from another thread. They exist only where

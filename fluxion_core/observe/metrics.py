@@ -1,4 +1,4 @@
-"""What the nodes' metrics are made of: definitions, plain histograms, and their rendering.
+"""Parts of the nodes' metrics: definitions, plain histograms, and their rendering.
 
 A metric is defined once, as data, with its unit and its meaning; counting happens elsewhere, in
 plain numbers that one thread adds to, and a scrape reads them. No metric is defined here: those of

@@ -1,4 +1,4 @@
-"""What the driver says of a GPU, through NVML: PCIe bytes, utilisation, activity of its units.
+"""Readings of a GPU from its driver, through NVML: PCIe bytes, utilisation, activity of its units.
 
 These figures are the card's own; the engine's are in device_usage.py. Directions are the host's:
 what the card receives is host_to_device, and reads of host memory through UVA are among it. Bytes

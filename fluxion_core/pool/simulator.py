@@ -1,4 +1,4 @@
-"""What the task pool does, as a simulator: its rules in Python, and the oracle of its tests.
+"""A simulator of the task pool: its rules in Python, and the oracle of its tests.
 
 Rules. A task is claimed whole, the largest first, by whoever is free: a thread of the pool, or
 another consumer. A claimed task is done phase by phase; the chunks of a phase are taken in order by

@@ -1,4 +1,4 @@
-"""What the CPU pool did in a step, as spans: one track for each of its threads."""
+"""Spans of the CPU pool in a step: one track for each of its threads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many threads the CPU pool has: asked for, or all but an eighth, or fewer if they are faster.
+"""Number of threads of the CPU pool: asked for, or all but an eighth, or fewer if they are faster.
 
 Attention over host KV is bound by reading it, and more threads read more, up to a point. On a
 machine whose CPUs its host takes away now and then, all of them wait for the one that is away, and

@@ -1,4 +1,4 @@
-"""What stands between a connection and a service: who calls, whether the node is ready, how much
+"""A guard between a connection and a service: who calls, whether the node is ready, how much
 the client may ask for, and errors as statuses.
 
 A call is refused before its message is read: a peer that may not call makes the node hold nothing.

@@ -1,4 +1,4 @@
-"""Who calls: checked before a call's message is read, and named for limits and logs."""
+"""Callers: checked before a call's message is read, and named for limits and logs."""
 
 from __future__ import annotations
 

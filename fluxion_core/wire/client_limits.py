@@ -1,4 +1,4 @@
-"""What one client may ask for at a time: calls in flight, calls a minute, prompt tokens waiting.
+"""Limits of one client at a time: calls in flight, calls a minute, prompt tokens waiting.
 
 On the event loop only. A client that has nothing going costs no memory.
 """

@@ -132,7 +132,7 @@ def error_from_rpc(error: grpc.RpcError) -> FluxionError:
 
 
 def retry_after_seconds(error: grpc.RpcError) -> float | None:
-    """When a call that failed may be made again, if the node said so."""
+    """Seconds after which a call that failed may be made again, if the node said so."""
     for key, value in error.trailing_metadata() or ():
         if key == PUSHBACK_KEY and value.isascii() and value.isdigit():
             return int(value) / 1000

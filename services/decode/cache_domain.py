@@ -1,4 +1,4 @@
-"""Who goes on from whose stored KV: the requests of one domain, and no others.
+"""Domains of stored KV: the requests of one go on from each other's KV, and no others do.
 
 A domain is a client, known by its token or certificate, and a salt that its request may carry.
 """

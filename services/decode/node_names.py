@@ -1,4 +1,4 @@
-"""What the name of prefill nodes stands for: all its addresses, and the last ones known while it
+"""Look-up of the name of prefill nodes: all its addresses, and the last ones known while it
 cannot be looked up.
 """
 

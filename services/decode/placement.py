@@ -1,4 +1,4 @@
-"""Who computes what is missing of a prompt: this node, or a prefill node, which computes all of it.
+"""Placement of a prompt: this node computes what is missing of it, or a prefill node all of it.
 
 Where the operator gives a limit (engine.local_prefill_tokens), that decides. Else the node that is
 done sooner, by estimates (prompt_costs.py); what it comes to depends on load then, and so do the

@@ -1,4 +1,4 @@
-"""What this node may read of a sequence's KV: its planner, its policies and its quality levels.
+"""Planning of one node, of what a sequence reads of its KV: planner, policies, quality levels.
 
 Read once at start. A quality level is a name for a policy; a policy that needs head profiles needs
 the planner, and a profile of the prompt from the prefill node.

@@ -1,4 +1,4 @@
-"""Whether prompts can be computed: asks the prefill nodes all the time, so that a decode node
+"""A watch over prefill nodes: they are asked all the time, so that a decode node
 without one says so in its readiness before a client finds out.
 
 A node counts that answers its load and does not drain. One that answers makes the decode node ready

@@ -1,4 +1,4 @@
-"""How far a request's prompt is, told while its first token is waited for."""
+"""Progress of a request's prompt, told while its first token is waited for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What computing a prompt costs, here and on a prefill node: estimates that follow measurements.
+"""Costs of computing a prompt, here and on a prefill node: estimates that follow measurements.
 
 Here: a chunk reads all weights, for 16 rows at a time, and each of its rows all KV before it; a
 chunk's time is what it reads over one rate. There: the whole prompt anew, whose operations grow

@@ -1,4 +1,4 @@
-"""Where large prompts wait to be read: cut into tokens, on one thread, a step at a time.
+"""A queue of large prompts, which are cut into tokens on one thread, a step at a time.
 
 Clients take turns, and so do the prompts of one client: a short text waits for one step of each
 other client, however much those have sent. What waits is bounded in bytes; who finds the queue full

@@ -1,4 +1,4 @@
-"""From what a client sends to a checked request, or to a prompt's tokens.
+"""Reading what a client sends: to a checked request, or to a prompt's tokens.
 
 At once where the prompt is short, else in the queue of those that are not.
 """

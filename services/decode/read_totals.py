@@ -1,4 +1,4 @@
-"""What decode steps have read of retrieval regions, summed: for a request's usage and the engine's
+"""Sums of what decode steps have read of retrieval regions: for a request's usage and the engine's
 counters."""
 
 from __future__ import annotations

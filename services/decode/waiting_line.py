@@ -1,4 +1,4 @@
-"""Who is next: the order in which waiting requests get their room.
+"""The order in which waiting requests get their room.
 
 The client first: the one that has been given least, in tokens, while it had requests waiting; of
 equals the one whose last turn is longest ago. One that sends a thousand requests does not keep

@@ -1,7 +1,7 @@
 """How the code is worded, as far as a program can tell; docs and tests are not looked at.
 
-A function fits on a screen, and reads as a story. A class is called by a noun. What others may call
-has a docstring that begins with the thing that it is, or with a verb.
+A function fits on a screen, and reads as a story. A class is called by a noun. A module, and what
+others may call of it, has a docstring that begins with the thing that it is, or with a verb.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ NOUNS_IN_ED = {"Feed", "Need", "Seed", "Speed"}
 
 
 class Definition(NamedTuple):
-    """A class or a function, and where it is."""
+    """A module, a class or a function, and where it is."""
 
     path: str
     name: str
-    node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
     is_public: bool
 
     def __str__(self) -> str:
@@ -84,14 +84,14 @@ def definitions_of(path: str, body: list[ast.stmt], *, is_public: bool) -> Itera
 
 @pytest.fixture(scope="module")
 def definitions() -> list[Definition]:
-    files = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
-    return [
-        definition
-        for path in files
-        for definition in definitions_of(
-            path.relative_to(ROOT).as_posix(), ast.parse(path.read_text()).body, is_public=True
-        )
-    ]
+    found = []
+    for file in (file for package in PACKAGES for file in (ROOT / package).rglob("*.py")):
+        path, module = file.relative_to(ROOT).as_posix(), ast.parse(file.read_text())
+        found += [
+            Definition(path, "module", module, is_public=True),
+            *definitions_of(path, module.body, is_public=True),
+        ]
+    return found
 
 
 def num_lines(node: ast.AST) -> int:
@@ -113,7 +113,8 @@ def test_functions_fit_on_a_screen(definitions):
     long = {
         str(one)
         for one in definitions
-        if not isinstance(one.node, ast.ClassDef) and num_lines(one.node) > MAX_LINES
+        if isinstance(one.node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and num_lines(one.node) > MAX_LINES
     }
     assert long - LONG_KERNELS - pending(long) == set()
 
@@ -182,6 +183,7 @@ def test_what_only_its_class_or_function_can_call_is_not_looked_at():
 
 
 PENDING = (
+    "fluxion_core/client/",
     "fluxion_core/decode/",
     "fluxion_core/kernels/",
     "fluxion_core/lab/",
