@@ -21,7 +21,7 @@ class Stopwatch:
             self._events[0].record()
 
     def stop(self) -> None:
-        """Done, or launched."""
+        """Mark the end: all is done, or launched."""
         if self._events is not None:
             self._events[1].record()
         self._seconds += time.perf_counter()

@@ -11,7 +11,7 @@ from fluxion_core.errors import ThreadLimitError
 
 
 def start_thread(name: str, target: Callable[[], object]) -> threading.Thread:
-    """A thread that does not keep the process from ending.
+    """Start a thread that does not keep the process from ending.
 
     Raises:
         ThreadLimitError: the system lets this process have no further one.

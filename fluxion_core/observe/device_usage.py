@@ -62,7 +62,7 @@ class DeviceUsage:
 
     @property
     def accounted_seconds(self) -> float:
-        """Busy and idle."""
+        """Seconds that have a cause, busy and idle."""
         return self.busy_seconds + sum(self.idle_seconds.values())
 
     tasks_by_device: dict[TaskDevice, int] = field(
@@ -84,7 +84,7 @@ class UsageClock:
         self.start()
 
     def start(self) -> None:
-        """Time counts from now on."""
+        """Begin to count time."""
         self._until = time.perf_counter()
         self._accounted = 0.0 if self._usage is None else self._usage.accounted_seconds
 

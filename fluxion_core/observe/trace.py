@@ -120,12 +120,12 @@ class TraceRecorder:
     def span(
         self, track: str, name: str, **args: int | float | str
     ) -> AbstractContextManager[None]:
-        """Around a piece of work, which becomes a span if a trace is being recorded."""
+        """Record the work of the block as a span, if a trace is being recorded."""
         session = self._session
         return _NOTHING if session is None else _timed(session, Span(track, name, 0, 0, args))
 
     def step(self, sequences: int) -> AbstractContextManager[None]:
-        """Around a step of the engine, on its thread."""
+        """Record the block as a step of the engine, on its thread, if a trace is being recorded."""
         session = self._session
         return _NOTHING if session is None else self._recorded(session, sequences)
 

@@ -111,7 +111,7 @@ class Placement:
         return decision
 
     def learn(self, tokens: int, handoff: HandoffResult) -> None:
-        """A prompt of so many tokens was handed off."""
+        """Learn from the hand-off of a prompt of so many tokens."""
         self._costs.there.learn(
             tokens,
             handoff.trailer.prefill_seconds,

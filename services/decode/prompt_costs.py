@@ -103,7 +103,7 @@ class LocalCosts:
         """That chunks are thought to read."""
 
     def learn(self, tokens: int, stored: int, seconds: float) -> None:
-        """A chunk of so many tokens behind so many took so long."""
+        """Learn that a chunk of so many tokens behind so many took so long."""
         if seconds > 0:
             rate = self._model.chunk_bytes(tokens, stored) / seconds
             self.bytes_per_second += NEW_SHARE * (rate - self.bytes_per_second)
@@ -147,7 +147,7 @@ class HandoffCosts:
     def learn(
         self, tokens: int, prefill_seconds: float, payload_bytes: int, handoff_seconds: float
     ) -> None:
-        """A prompt was handed off.
+        """Learn from a hand-off.
 
         Args:
             tokens: of the prompt.

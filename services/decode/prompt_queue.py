@@ -30,7 +30,7 @@ _USUAL_SECONDS_A_BYTE = 0.5 / (1 << 20)
 
 
 def finish(steps: Steps[ResultT]) -> ResultT:
-    """All steps at once, here."""
+    """Take all steps at once, here."""
     while True:
         is_over, result = _step(steps)
         if is_over:
@@ -39,7 +39,7 @@ def finish(steps: Steps[ResultT]) -> ResultT:
 
 
 class FairTurns:
-    """One at a time: clients in turn, and the calls of one client in turn."""
+    """Turns, one at a time: clients in turn, and the calls of one client in turn."""
 
     def __init__(self) -> None:
         self._is_taken = False

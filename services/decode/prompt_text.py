@@ -52,7 +52,7 @@ class PromptRoom:
 
 
 def prompt_bytes(message: PromptMessage) -> int:
-    """About the size of a prompt: what reading it costs."""
+    """Approximate size of a prompt: what reading it costs."""
     match message.WhichOneof("prompt"):
         case "text":
             return len(message.text)

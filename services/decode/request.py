@@ -124,7 +124,7 @@ def _policy(message: generate_pb2.GenerateRequest, planning: Planning) -> Policy
 
 
 def level_name(level: int) -> str:
-    """EXACT, ACCURATE, BALANCED or FAST."""
+    """Name of the quality level: EXACT, ACCURATE, BALANCED or FAST."""
     name: str = generate_pb2.QualityLevel.Name(level)
     return name.removeprefix("QUALITY_LEVEL_")
 

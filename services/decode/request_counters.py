@@ -47,7 +47,7 @@ class RequestCounters:
     )
 
     def request_ended(self, error: BaseException | None, seconds: float) -> None:
-        """A Generate request is over."""
+        """Count the end of a Generate request."""
         self.ended[outcome_of(error)] += 1
         if error is None:
             self.request_seconds.observe(seconds)
@@ -55,18 +55,21 @@ class RequestCounters:
     def admitted(
         self, *, prompt_tokens: int, cached_tokens: int, is_local: bool, seconds: float
     ) -> None:
-        """A request got its memory, `seconds` after it came; is_local: this node computes it."""
+        """Count a request that got its memory, `seconds` after it came.
+
+        is_local: this node computes its prompt.
+        """
         self.queue_seconds.observe(seconds)
         source = "local" if is_local else "computed"
         self.prompt_tokens[source,] += prompt_tokens - cached_tokens
         self.prompt_tokens["cached",] += cached_tokens
 
     def handed_off(self, node: str, *, num_bytes: int, seconds: float) -> None:
-        """A prefill node's KV was committed."""
+        """Count a hand-off that was committed, by prefill node."""
         self.handoffs[node,] += 1
         self.handoff_bytes[node,] += num_bytes
         self.handoff_seconds.observe(seconds)
 
     def handoff_failed(self, error: BaseException) -> None:
-        """A hand-off attempt came to nothing."""
+        """Count a hand-off attempt that came to nothing."""
         self.handoff_failures[outcome_of(error)[1],] += 1

@@ -20,7 +20,7 @@ class Delta:
 
 @dataclass(frozen=True)
 class SequenceEnd:
-    """The engine has let go of the sequence."""
+    """End of a stream: the engine has let go of the sequence."""
 
     error: BaseException | None
 
@@ -66,7 +66,7 @@ class TokenStream:
         return self._stop.finish_reason is None
 
     def end(self, error: BaseException | None) -> None:
-        """The engine is done with the sequence."""
+        """Take the end: the engine is done with the sequence."""
         self._put(SequenceEnd(error))
 
     async def next(self) -> Delta | SequenceEnd:

@@ -171,7 +171,7 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):  # type: ignor
     async def HealthCheck(  # noqa: N802 - the rpc's name
         self, message: vllm_engine_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext
     ) -> vllm_engine_pb2.HealthCheckResponse:
-        """A node that is not ready has refused the call before it comes here."""
+        """Health, which is good: a node that is not ready refuses the call before it comes here."""
         del message, context
         return vllm_engine_pb2.HealthCheckResponse(healthy=True, message="serving")
 

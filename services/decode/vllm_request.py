@@ -25,7 +25,7 @@ _INPUTS_NOT_OFFERED = frozenset(
 
 
 def prompt_bytes(message: vllm_engine_pb2.GenerateRequest) -> int:
-    """About the size of a request's prompt: what reading it costs."""
+    """Approximate size of a request's prompt: what reading it costs."""
     if message.WhichOneof("input") == "text":
         return len(message.text)
     return 4 * len(message.tokenized.input_ids)

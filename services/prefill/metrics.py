@@ -75,7 +75,7 @@ class PromptCounters:
     prefill_seconds: PlainHistogram = field(default_factory=lambda: PlainHistogram(SECONDS_BOUNDS))
 
     def prompt_ended(self, error: BaseException | None, prompt: Prompt | None) -> None:
-        """A hand-off is over; without a prompt it was refused."""
+        """Count the end of a hand-off; without a prompt it was refused."""
         self.ended[outcome_of(error)] += 1
         if error is None and prompt is not None:
             self.queue_seconds.observe(prompt.queue_seconds)

@@ -37,6 +37,7 @@ CRUTCHES = {
     *("this", "that", "these", "those", "it", "its", "they", "their", "there"),
     *("of", "by", "from", "with", "without", "if", "in", "on", "at", "for", "to", "so", "then"),
     *("before", "after", "between", "until", "while", "once", "because", "as", "see", "likewise"),
+    *("around", "about"),
     *("same", "also", "only", "not"),
 }
 """First words of a docstring that begins with neither a thing nor a verb: pronouns and question
