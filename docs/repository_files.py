@@ -21,7 +21,7 @@ from mkdocs.structure.pages import Page
 
 RESULTS = "fluxion_core/lab/results"
 _LINK = re.compile(
-    r"(\]\(|^\[[^\]]+\]:\s+)([^)\s#:]+)(?=[)#\s])|(```.*?^```$)", re.MULTILINE | re.DOTALL
+    r"(\]\(|^\[[^\]]+\]:\s+)([^)\s#:]+)(?=[)#\s]|\Z)|(```.*?^```$)", re.MULTILINE | re.DOTALL
 )
 
 
