@@ -13,7 +13,7 @@ from fluxion_core.errors import LayoutMismatchError
 from fluxion_core.geometry import BLOCK_TOKENS, KvGeometry, ceil_div
 
 FRAME_PAYLOAD_BYTES = 1 << 20
-"""What a KV frame aims at: large enough that Python's cost per message is small (FACTS: 64 KiB
+"""What a KV frame aims at: large enough that Python's cost per message is small (64 KiB
 messages move 0.65 GB/s, 1 MiB 1.0), small enough that flow control still has a grip."""
 
 

@@ -34,7 +34,7 @@ _OPTIONS: tuple[tuple[str, int | str], ...] = (
     # A node that comes back is found within a second, not within two minutes.
     ("grpc.max_reconnect_backoff_ms", 1_000),
     ("grpc.initial_reconnect_backoff_ms", 100),
-    # Frames are 1 MiB: reading the socket in larger pieces moves 1.3 GB/s instead of 1.0 (FACTS).
+    # Frames are 1 MiB: reading the socket in larger pieces moves 1.3 GB/s in the place of 1.0.
     ("grpc.experimental.tcp_read_chunk_size", 1 << 20),
     ("grpc.experimental.tcp_max_read_chunk_size", 4 << 20),
 )

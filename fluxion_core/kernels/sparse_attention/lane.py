@@ -48,7 +48,7 @@ class LaneKernels:
         max_region_tokens: of what is read of a sequence.
         device: where the scratch lies; without CUDA the kernels run in Triton's interpreter.
         programs: programs that scan and attend. Reads of host memory need 32 or more in flight to
-            fill the link (FACTS section 2); with 128 the others read while one computes.
+            fill the link; with 128 the others read while one computes.
         tile_units: 16-token blocks that a program reads at a time.
         digests: copies to be read in place of the host's; they must be whole for what is scanned.
 
