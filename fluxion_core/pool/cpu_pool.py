@@ -1,6 +1,6 @@
 """The CPU pool: pinned native threads that do a layer's attention tasks, and who may help.
 
-The rules are those of `reference.py`; the threads (kernels/native/pool/task_pool.h) are native,
+The rules are those of `simulator.py`; the threads (kernels/native/pool/task_pool.h) are native,
 hold no GIL and use no OpenMP. The thread that waits for a round works with them.
 """
 
