@@ -14,6 +14,7 @@ from typing import Annotated
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from fluxion_core.config.addresses import Address
+from fluxion_core.config.limits import MAX_BYTES, MAX_INT32, MAX_SECONDS
 
 _BYTE_UNITS = {
     "B": 1,
@@ -27,13 +28,6 @@ _BYTE_UNITS = {
     "TIB": 1 << 40,
 }
 _SIZE = re.compile(r"([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*([A-Za-z]*)", re.ASCII)
-
-MAX_BYTES = 1 << 50
-"""1 PiB: above any machine's memory, and below what 64 bits hold."""
-MAX_INT32 = (1 << 31) - 1
-"""What gRPC's options and the native code's counts hold."""
-MAX_SECONDS = 7 * 86_400.0
-"""A week, above any wait that makes sense; in milliseconds it fits 32 bits."""
 
 
 def parse_bytes(value: object) -> object:

@@ -5,7 +5,6 @@ What is measured, and how: fluxion_core/lab/benchmark/decode_step.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,24 +13,13 @@ from rich.console import Console
 from fluxion_core.errors import ConfigError, InvalidRequestError
 from fluxion_core.generation.tokenizer import Tokenizer
 from fluxion_core.lab.benchmark.decode_step import run_decode_step_bench
-from fluxion_core.models.locate import default_models_dir, locate_model
 from fluxion_core.models.weights import load_model
 from fluxion_core.planning.planner_weights import load_planner_weights, shipped_planner_weights
+from services.cli.commands.bench_decode_step import BenchDecodeStep
 from services.cli.demo import load_document
 
 
-def bench_decode_step(
-    console: Console,
-    model: str,
-    models_dir: Path | None,
-    *,
-    tokens: int,
-    steps: int,
-    policies: Sequence[str],
-    with_transformers: bool,
-    digest_bits: int,
-    weights: Path | None = None,
-) -> dict[str, object]:
+def bench_decode_step(console: Console, options: BenchDecodeStep) -> dict[str, object]:
     """Load the model, take the demo's document as the prompt, measure.
 
     Raises:
@@ -40,9 +28,11 @@ def bench_decode_step(
         ConfigError: transformers is asked for and not installed, an unknown policy, or predictor
             weights that cannot be read or are of another model.
     """
-    path = locate_model(model, models_dir or default_models_dir())
+    path = options.locate()
     loaded = load_model(path, device=torch.device("cpu"), dtype=torch.float32)
     context = loaded.config.context_tokens
+    tokens, steps, weights = options.tokens, options.steps, options.weights
+    digest_bits = options.digest_bits
     if tokens + steps + 2 > context:
         raise InvalidRequestError(f"{tokens} tokens and {steps} steps; the context has {context}")
     document = Tokenizer.load(path).encode(load_document())
@@ -52,8 +42,8 @@ def bench_decode_step(
         loaded.decoder,
         token_ids,
         steps=steps,
-        policies=policies,
-        transformers_model=_load_transformers(path) if with_transformers else None,
+        policies=options.policy,
+        transformers_model=_load_transformers(path) if options.transformers else None,
         digest_bits=digest_bits,
         weights=(
             load_planner_weights(weights, digest_bits=digest_bits)

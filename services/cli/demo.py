@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
@@ -24,9 +23,11 @@ from fluxion_core.client import (
     GenerationOptions,
 )
 from fluxion_core.errors import FluxionError, ModelNotFoundError
+from services.cli.commands.demo import Demo
+from services.cli.commands.up import Up
 from services.cli.generate import handoff_cells, show_answer, write_now
 from services.cli.logs import LogPrinter, render_log_line
-from services.cli.node_plans import UpOptions, plan_nodes
+from services.cli.node_plans import plan_nodes
 from services.cli.processes import NodeGroup, finished_before, stop_signals
 from services.cli.up import bring_up
 from services.cli.waiting import Waiting
@@ -41,18 +42,6 @@ _DEADLINE_SECONDS = 900.0
 """Prefill of the document takes half a minute on two slow cores."""
 
 
-@dataclass(frozen=True)
-class DemoOptions:
-    """What `demo` was asked for."""
-
-    models_dir: Path | None = None
-    """Where pulled models are; none for the user's data directory."""
-    max_new_tokens: int = 64
-    """Longest answer."""
-    show_logs: bool = False
-    """Show the nodes' logs as they come, not only when something fails."""
-
-
 def load_document() -> str:
     """The demo's document, without a final line end."""
     return (resources.files("services.cli") / "demo_document.md").read_text("utf-8").strip()
@@ -63,7 +52,7 @@ def build_prompt() -> str:
     return f"{load_document()}\n\n{QUESTION}"
 
 
-async def run_demo(options: DemoOptions) -> int:
+async def run_demo(options: Demo) -> int:
     """Pull the model if it is absent, run both nodes, ask, print the figures, end everything.
 
     Returns:
@@ -74,7 +63,7 @@ async def run_demo(options: DemoOptions) -> int:
     """
     console = Console(stderr=True)
     _pull_if_absent(options.models_dir, console)
-    log = _DemoLog(console, show=options.show_logs)
+    log = _DemoLog(console, show=options.logs)
     nodes = NodeGroup(log)
     with stop_signals(nodes.kill) as stop_requested:
         try:
@@ -93,10 +82,15 @@ async def run_demo(options: DemoOptions) -> int:
     return 0 if is_found else 1
 
 
-async def _ask(nodes: NodeGroup, options: DemoOptions, console: Console) -> Generation:
+async def _ask(nodes: NodeGroup, options: Demo, console: Console) -> Generation:
     document = load_document()
     plans = plan_nodes(
-        UpOptions(model=MODEL, models_dir=options.models_dir, decode_listen="127.0.0.1:0")
+        Up(
+            model=MODEL,
+            models_dir=options.models_dir,
+            decode_listen="127.0.0.1:0",
+            log_level=options.log_level,
+        )
     )
     with Waiting(console, "Starting a prefill node and a decode node, which load the model"):
         await bring_up(nodes, plans, ready_seconds=_READY_SECONDS)

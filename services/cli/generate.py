@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TextIO
 
@@ -23,9 +24,9 @@ from fluxion_core.client import (
     Prompt,
     Usage,
 )
-from fluxion_core.config.settings import ClientSettings
+from fluxion_core.config.commands import check_text
 from fluxion_core.errors import InvalidRequestError
-from services.cli.arguments import check_text
+from services.cli.commands.generate import Generate
 from services.cli.waiting import Waiting
 
 
@@ -61,23 +62,8 @@ def read_prompt(prompt: str | None, file: Path | None, stdin: TextIO) -> str:
     return text
 
 
-def as_prompt(text: str, *, chat: bool, system: str | None) -> Prompt:
-    """The user's message after the system's, or, without `chat`, the text as it stands."""
-    if not chat:
-        return text
-    user = ChatMessage("user", text)
-    return [user] if system is None else [ChatMessage("system", system), user]
-
-
-async def run_generate(
-    prompt: Prompt,
-    options: GenerationOptions,
-    address: str,
-    client: ClientSettings,
-    *,
-    show_timings: bool,
-) -> None:
-    """Stream the answer to stdout; if `show_timings`, a table to stderr at the end.
+async def run_generate(command: Generate) -> None:
+    """Stream the answer to stdout; timings, if they are wanted, go to stderr at the end.
 
     Until there is text, a terminal at stderr shows how far the prompt is.
 
@@ -85,21 +71,56 @@ async def run_generate(
         FluxionError: see `AsyncClient`.
     """
     console = Console(stderr=True)
-    waiting = Waiting(console, f"waiting for {address}", as_lines=False)
-    options = replace(options, report_progress=console.is_terminal)
+    text = read_prompt(command.prompt, command.file, sys.stdin)
+    options = replace(options_of(command), report_progress=console.is_terminal)
+    waiting = Waiting(console, f"waiting for {command.address}", as_lines=False)
+    write = _write_nothing if command.is_on_standard_output else write_now
     with waiting:
-        async with AsyncClient(address, client, retry=NO_RETRIES) as node:
-            generation = await show_answer(node.stream(prompt, options), waiting)
+        client = command.connection.settings()
+        async with AsyncClient(command.address, client, retry=NO_RETRIES) as node:
+            stream = node.stream(_as_prompt(command, text), options)
+            generation = await show_answer(stream, waiting, write=write)
     if not generation.text.endswith("\n"):
-        write_now("\n")
-    if show_timings:
+        write("\n")
+    if command.timings:
         console.print(timings_table(generation))
+    command.write(asdict(generation))
+
+
+def options_of(command: Generate) -> GenerationOptions:
+    """How the request is answered: the command's options have the names of the client's."""
+    known = {field.name for field in fields(GenerationOptions)}
+    given = {field.name: getattr(command, field.name) for field in fields(command)}
+    same = {name: value for name, value in given.items() if name in known}
+    return GenerationOptions(stop_strings=command.stop, **same)
+
+
+def _as_prompt(command: Generate, text: str) -> Prompt:
+    """The user's message after the system's, or, without `chat`, the text as it stands."""
+    if not command.chat:
+        return text
+    user = ChatMessage("user", text)
+    return [user] if command.system is None else [ChatMessage("system", command.system), user]
+
+
+def _write_nothing(_: str) -> None:
+    pass
 
 
 async def show_answer(
-    stream: AsyncGenerationStream, waiting: Waiting, before_progress: str = ""
+    stream: AsyncGenerationStream,
+    waiting: Waiting,
+    before_progress: str = "",
+    *,
+    write: Callable[[str], None] | None = None,
 ) -> Generation:
-    """Write the text to stdout as it comes; until there is any, say how far the prompt is.
+    """Write the text as it comes; until there is any, say how far the prompt is.
+
+    Args:
+        stream: the answer.
+        waiting: shows the progress, and stops at the first text.
+        before_progress: stands before it.
+        write: takes the text; None for stdout.
 
     Raises:
         FluxionError: see `AsyncClient`.
@@ -109,7 +130,7 @@ async def show_answer(
             waiting.text = f"{before_progress}{event}"
         elif isinstance(event, Delta) and event.text:
             waiting.stop()
-            write_now(event.text)
+            (write or write_now)(event.text)
     return await stream.result()
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from fluxion_core.client import NO_RETRIES, AsyncClient
+from fluxion_core.config.commands import FAILED, OK
 from fluxion_core.config.settings import ClientSettings
 from fluxion_core.errors import FluxionError, PeerUnavailableError
+from services.cli.commands.health import Health
 
 DECODE_SERVICE = "fluxion.v1.Generation"
 """Serving when a decode node has its model loaded, is not draining, and a prefill node answers, if
@@ -21,8 +22,8 @@ PREFILL_SERVICE = "fluxion.v1.Handoff"
 _RETRY_SECONDS = 0.2
 
 
-async def run_health(address: str, client: ClientSettings) -> int:
-    """Print whether the node is alive and ready.
+async def run_health(options: Health) -> int:
+    """Print whether the node is alive and ready; keep it as JSON if that is wanted.
 
     Returns:
         0 if it is both, else 1.
@@ -30,21 +31,23 @@ async def run_health(address: str, client: ClientSettings) -> int:
     Raises:
         FluxionError: the node cannot be reached within client.connect_seconds, or it refuses.
     """
-    rows: list[tuple[str, str]] = []
+    client = options.connection.settings()
     seconds = client.connect_seconds
-    async with AsyncClient(address, client, retry=NO_RETRIES) as node:
-        live = await node.health("", deadline_seconds=seconds)
-        rows.append(("node", live or "UNKNOWN"))
+    services: dict[str, str] = {}
+    async with AsyncClient(options.address, client, retry=NO_RETRIES) as node:
+        services[""] = await node.health("", deadline_seconds=seconds) or "UNKNOWN"
         for service in (DECODE_SERVICE, PREFILL_SERVICE):
             status = await node.health(service, deadline_seconds=seconds)
             if status is not None:
-                rows.append((service, status))
+                services[service] = status
     table = Table(box=None, show_header=False, pad_edge=False)
-    for name, status in rows:
-        table.add_row(name, Text(status, style="green" if status == "SERVING" else "red"))
-    Console().print(table)
-    is_healthy = len(rows) > 1 and all(status == "SERVING" for _, status in rows)
-    return 0 if is_healthy else 1
+    for name, status in services.items():
+        style = "green" if status == "SERVING" else "red"
+        table.add_row(name or "node", Text(status, style=style))
+    options.console().print(table)
+    is_healthy = len(services) > 1 and set(services.values()) == {"SERVING"}
+    options.write({"address": options.address, "healthy": is_healthy, "services": services})
+    return OK if is_healthy else FAILED
 
 
 async def wait_until_ready(

@@ -23,37 +23,10 @@ from fluxion_core.config.settings import (
 )
 from fluxion_core.errors import ConfigError
 from services.cli.addresses import choose_listen_address
+from services.cli.commands.up import Up
 from services.cli.health import DECODE_SERVICE, PREFILL_SERVICE, wait_until_ready
 from services.decode.config import DecodeSettings
 from services.prefill.config import PrefillNodeSettings
-
-
-@dataclass(frozen=True)
-class UpOptions:
-    """What `up` was asked for."""
-
-    model: str = "smollm2-135m"
-    """A pulled model's name, or a path."""
-    models_dir: Path | None = None
-    """Where pulled models are; none for the user's data directory."""
-    decode_listen: str | None = None
-    """host:port; none for the default address, or a free port if that is taken."""
-    prefill_listen: str = "127.0.0.1:0"
-    """host:port; port 0 for a free one."""
-    decode_config: Path | None = None
-    """TOML file with more of the decode node's settings."""
-    prefill_config: Path | None = None
-    """TOML file with more of the prefill node's settings."""
-    device: str | None = None
-    """Of both nodes: auto, cpu, cuda or cuda:N; none for what their settings say."""
-    lanes: str | None = None
-    """Who attends to host KV: auto, cpu, gpu or both; none for what the settings say."""
-    gateway: bool = False
-    """Start a gateway too."""
-    gateway_listen: str | None = None
-    """host:port; none for the default address, or a free port if that is taken."""
-    ready_seconds: float = 300.0
-    """Time for both nodes to get ready, and then for the gateway."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +60,7 @@ class NodePlan:
         await wait_until_ready(address, self.service, ClientSettings(), seconds=seconds)
 
 
-def plan_nodes(options: UpOptions) -> tuple[NodePlan, NodePlan]:
+def plan_nodes(options: Up) -> tuple[NodePlan, NodePlan]:
     """Settle addresses and command lines: the prefill node first, then the decode node.
 
     Raises:
@@ -95,9 +68,7 @@ def plan_nodes(options: UpOptions) -> tuple[NodePlan, NodePlan]:
         ConfigError: an address or another setting cannot be used, or those of the two nodes do not
             fit each other.
     """
-    from fluxion_core.models.locate import default_models_dir, locate_model
-
-    model_path = locate_model(options.model, options.models_dir or default_models_dir())
+    model_path = options.locate()
     prefill_listen = choose_listen_address(
         options.prefill_listen, preferred=options.prefill_listen, flag="--prefill-listen"
     )
@@ -110,8 +81,9 @@ def plan_nodes(options: UpOptions) -> tuple[NodePlan, NodePlan]:
     prefill_address = str(prefill_listen.dialled_from_here())
     device = () if options.device is None else ("--device", options.device)
     lanes = () if options.lanes is None else ("--lanes", options.lanes)
-    prefill_flags = _flags(model_path, prefill_listen, options.prefill_config)
-    decode_flags = _flags(model_path, decode_listen, options.decode_config)
+    level = () if options.log_level is None else ("--log.level", options.log_level.upper())
+    prefill_flags = (*_flags(model_path, prefill_listen, options.prefill_config), *level)
+    decode_flags = (*_flags(model_path, decode_listen, options.decode_config), *level)
     ports = [prefill_listen.port, decode_listen.port]
     prefill, prefill_settings = _plan(
         "prefill", (*prefill_flags, *device), prefill_listen, ports, of=PrefillNodeSettings
@@ -124,7 +96,7 @@ def plan_nodes(options: UpOptions) -> tuple[NodePlan, NodePlan]:
         of=DecodeSettings,
     )
     _check_handoffs(prefill_settings.server, decode_settings.prefill.client)
-    if options.gateway and (decode.uses_tls or decode_settings.server.auth.token_file):
+    if options.has_gateway and (decode.uses_tls or decode_settings.server.auth.token_file):
         raise ConfigError(
             "--gateway: the gateway reaches the decode node without TLS and without a token; "
             "leave server.tls and server.auth out of the decode node's settings"

@@ -11,7 +11,7 @@ import asyncio
 import random
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from itertools import pairwise
 
 from rich.console import Console
@@ -24,15 +24,12 @@ from fluxion_core.client import (
     GenerationOptions,
     Usage,
 )
-from fluxion_core.config.settings import ClientSettings
 from fluxion_core.errors import ConfigError, FluxionError
 from fluxion_core.lab.benchmark.report import describe_machine
 from fluxion_core.lab.benchmark.serve import (
     OK,
-    Length,
     Load,
     LoadFigures,
-    Objectives,
     Outcome,
     PlannedRequest,
     figures_of,
@@ -40,34 +37,17 @@ from fluxion_core.lab.benchmark.serve import (
     print_table,
 )
 from fluxion_core.wire.status import status_of
+from services.cli.commands.bench_serve import BenchServe
 from services.cli.demo import load_document
 
 _RANDOM_TOKENS = 16
 """At the start of what a prompt does not share: other prompts have other ones."""
-
-
-@dataclass(frozen=True)
-class ServeOptions:
-    """A workload."""
-
-    lengths: tuple[Length, ...]
-    loads: tuple[Load, ...]
-    requests: int = 64
-    """Of each load."""
-    new_tokens: int = 32
-    """Made by every request."""
-    shared_tokens: int = 0
-    """Of every prompt, the same in all."""
-    policy: str | None = None
-    """The node's default if None."""
-    deadline_seconds: float | None = None
-    """Of every request."""
-    objectives: Objectives = field(default_factory=Objectives)
-    seed: int = 2026
+_WORKLOAD = ("requests", "new_tokens", "shared_tokens", "policy", "deadline_seconds", "seed")
+"""What a report keeps of the options, beside lengths, loads and objectives."""
 
 
 async def bench_serve(
-    console: Console, options: ServeOptions, address: str, client: ClientSettings
+    console: Console, options: BenchServe
 ) -> tuple[dict[str, object], list[LoadFigures]]:
     """Run all loads, one after the other; prints the table.
 
@@ -75,35 +55,40 @@ async def bench_serve(
         the report, and the figures in it.
 
     Raises:
-        ConfigError: no load or no length, or a prompt does not fit the model's context.
+        ConfigError: a length is none, or a prompt does not fit the model's context.
         FluxionError: the node cannot be reached, or refuses to say what it serves.
     """
-    if not options.loads or not options.lengths:
-        raise ConfigError("bench serve needs a load (--rate or --concurrency) and a prompt length")
+    lengths, loads, objectives = options.lengths, options.loads, options.objectives
+    client = options.connection.settings()
     # What is refused is counted, not asked for again.
-    async with AsyncClient(address, client, retry=NO_RETRIES) as node:
+    async with AsyncClient(options.address, client, retry=NO_RETRIES) as node:
         info = await node.model_info()
         token_ids = await _document_tokens(node, info.context_tokens)
-        longest = max(length.tokens for length in options.lengths) + options.new_tokens
+        longest = max(length.tokens for length in lengths) + options.new_tokens
         if longest > info.context_tokens:
             raise ConfigError(
                 f"prompts and new tokens are up to {longest}; the context has {info.context_tokens}"
             )
         sender = _Sender(node, options, token_ids, info.vocab_size)
         figures = []
-        for number, load in enumerate(options.loads):
-            planned = plan_requests(options.lengths, load, options.requests, options.seed + number)
+        for number, load in enumerate(loads):
+            planned = plan_requests(lengths, load, options.requests, options.seed + number)
             started = time.perf_counter()
             outcomes = await sender.send(load, planned)
             seconds = time.perf_counter() - started
-            figures.append(figures_of(load, outcomes, seconds, options.objectives))
-    print_table(console, figures, options.objectives)
+            figures.append(figures_of(load, outcomes, seconds, objectives))
+    print_table(console, figures, objectives)
     report: dict[str, object] = {
         "machine": describe_machine(),
         "model": info.name,
         "device": info.device,
         "policy": options.policy or info.default_policy,
-        "options": asdict(options),
+        "options": {
+            "lengths": [asdict(one) for one in lengths],
+            "loads": [asdict(one) for one in loads],
+            "objectives": asdict(objectives),
+            **{name: getattr(options, name) for name in _WORKLOAD},
+        },
         "figures": [asdict(one) for one in figures],
     }
     return report, figures
@@ -127,7 +112,7 @@ class _Sender:
     def __init__(
         self,
         node: AsyncClient,
-        options: ServeOptions,
+        options: BenchServe,
         document: Sequence[int],
         vocab_size: int,
     ) -> None:

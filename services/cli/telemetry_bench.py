@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -18,12 +18,13 @@ from fluxion_core.errors import FluxionError
 from fluxion_core.generation.tokenizer import Tokenizer
 from fluxion_core.lab.benchmark.recording import measure_recording, recording_report
 from fluxion_core.lab.benchmark.telemetry import Kind, Window, telemetry_report, unwatched_step
-from fluxion_core.models.locate import default_models_dir, locate_model
 from services.cli.addresses import choose_listen_address
+from services.cli.commands.bench_telemetry import BenchTelemetry
+from services.cli.commands.up import Up
 from services.cli.demo import load_document
 from services.cli.http import get
 from services.cli.logs import LogPrinter
-from services.cli.node_plans import UpOptions, plan_nodes
+from services.cli.node_plans import plan_nodes
 from services.cli.processes import NodeGroup, finished_before, stop_signals
 from services.cli.up import bring_up
 
@@ -31,20 +32,6 @@ _READY_SECONDS = 300.0
 _FETCH_SECONDS = 60.0
 _STEPS_A_TURN = 8
 """As many times the steps of a window are generated at most for each turn."""
-
-
-@dataclass(frozen=True)
-class TelemetryBenchOptions:
-    """What is measured."""
-
-    model: str
-    models_dir: Path | None
-    tokens: int
-    """Of the prompt."""
-    turns: int
-    steps: int
-    """Of a trace, and between two windows."""
-    policy: str
 
 
 class Stream:
@@ -81,7 +68,7 @@ class Stream:
         return Window(kind, last - first, ended - began, ended_cpu - began_cpu)
 
 
-async def bench_telemetry(options: TelemetryBenchOptions, console: Console) -> dict[str, object]:
+async def bench_telemetry(options: BenchTelemetry, console: Console) -> dict[str, object]:
     """Start both nodes, watch a stream, print what it cost.
 
     Raises:
@@ -91,7 +78,7 @@ async def bench_telemetry(options: TelemetryBenchOptions, console: Console) -> d
     prompt, asked = _request(options)
     metrics = str(choose_listen_address("127.0.0.1:0", preferred="127.0.0.1:0", flag="--metrics"))
     prefill, decode = plan_nodes(
-        UpOptions(options.model, options.models_dir, decode_listen="127.0.0.1:0")
+        Up(model=options.model, models_dir=options.models_dir, decode_listen="127.0.0.1:0")
     )
     decode = replace(decode, command=(*decode.command, "--server.metrics-listen", metrics))
     nodes = NodeGroup(LogPrinter(Console(stderr=True, quiet=True)))
@@ -113,8 +100,8 @@ async def bench_telemetry(options: TelemetryBenchOptions, console: Console) -> d
     return report | {"recording": recording_report(console, cost, seconds * 1e3)}
 
 
-def _request(options: TelemetryBenchOptions) -> tuple[list[int], GenerationOptions]:
-    path = locate_model(options.model, options.models_dir or default_models_dir())
+def _request(options: BenchTelemetry) -> tuple[list[int], GenerationOptions]:
+    path = options.locate()
     document = Tokenizer.load(path).encode(load_document())
     prompt = (document * (options.tokens // len(document) + 1))[: options.tokens]
     return prompt, GenerationOptions(

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from fluxion_core.config.addresses import address_of
 from fluxion_core.errors import PeerUnavailableError
+from services.cli.commands.top import Top
 from services.cli.http import get, reason_of
 
 FETCH_SECONDS = 5.0
@@ -101,32 +102,25 @@ def rows_of(before: Samples, now: Samples, seconds: float) -> list[tuple[str, st
     return rows
 
 
-def run_top(
-    addresses: Sequence[str],
-    console: Console,
-    *,
-    interval_seconds: float,
-    updates: int,
-    sleep: Callable[[float], None] = time.sleep,
-) -> None:
-    """Show the nodes until interrupted, or for so many updates (0: no end).
+def run_top(options: Top, console: Console, *, sleep: Callable[[float], None] = time.sleep) -> None:
+    """Show the nodes until interrupted, or for so many updates.
 
     Raises:
         PeerUnavailableError: a node does not answer.
     """
-    before = {address: (time.monotonic(), fetch_samples(address)) for address in addresses}
+    looks = {address: (time.monotonic(), fetch_samples(address)) for address in options.addresses}
     done = 0
     with Live(console=console, auto_refresh=False) as live:
-        while not updates or done < updates:
-            sleep(interval_seconds)
+        while not options.updates or done < options.updates:
+            sleep(options.interval_seconds)
             table = Table(box=None, pad_edge=False)
             for heading in ("node", "", "now"):
                 table.add_column(heading, justify="right" if heading == "now" else "left")
-            for address in addresses:
-                since, old = before[address]
+            for address in options.addresses:
+                since, old = looks[address]
                 at, new = time.monotonic(), fetch_samples(address)
                 for place, (label, figure) in enumerate(rows_of(old, new, max(1e-9, at - since))):
                     table.add_row("" if place else address, label, figure)
-                before[address] = (at, new)
+                looks[address] = (at, new)
             live.update(table, refresh=True)
             done += 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import urllib.parse
 from http.client import HTTPException
-from pathlib import Path
+from typing import TypedDict
 from urllib.error import HTTPError
 
 from rich.console import Console
@@ -19,15 +19,36 @@ from fluxion_core.config.addresses import address_of
 from fluxion_core.errors import ConfigError, FluxionError, PeerUnavailableError
 from fluxion_core.lab.plots.trace import draw_trace
 from fluxion_core.observe.trace_events import TraceEvent, TraceFile, tracks_of
+from services.cli.commands.trace import TraceSteps
 from services.cli.http import get, reason_of
 
 _GRACE_SECONDS = 30.0
 """For the node to make the file, and to send it."""
 
 
-def run_trace(
-    address: str, steps: int, seconds: float, out: Path, png: Path | None, console: Console
-) -> None:
+class TrackSummary(TypedDict):
+    """What a track did."""
+
+    name: str
+    spans: int
+    busy_milliseconds: float
+    share: float
+    """Of the trace's time."""
+
+
+class TraceSummary(TypedDict):
+    """What a trace holds."""
+
+    steps: int
+    wanted_steps: int
+    ended_by: str
+    """steps, time or spans."""
+    milliseconds: float
+    """From the first span's begin to the last one's end."""
+    tracks: list[TrackSummary]
+
+
+def run_trace(options: TraceSteps) -> None:
     """Have a trace recorded, write it, draw it, and print what its tracks did.
 
     Raises:
@@ -35,13 +56,15 @@ def run_trace(
         FluxionError: the node records another trace, or did no step in the time.
         ConfigError: a file cannot be written, or matplotlib is not installed.
     """
-    text = fetch_trace(address, steps, seconds)
+    text = fetch_trace(options.address, options.steps, options.seconds)
+    out, png, console = options.out, options.png, options.console()
     try:
         out.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"--out {out}: {error.strerror}") from None
     file: TraceFile = json.loads(text)
-    _print(file, steps, console)
+    summary = summarize(file, options.steps)
+    _print(summary, console)
     console.print(f"{out}: open it in ui.perfetto.dev or chrome://tracing", highlight=False)
     if png is not None:
         about = file["otherData"]
@@ -51,6 +74,7 @@ def run_trace(
         except (OSError, ValueError) as error:
             raise ConfigError(f"--png {png}: {error}") from None
         console.print(f"{png}: the same as a picture", highlight=False)
+    options.write(summary)
 
 
 def fetch_trace(address: str, steps: int, seconds: float) -> str:
@@ -79,23 +103,46 @@ def fetch_trace(address: str, steps: int, seconds: float) -> str:
         ) from None
 
 
-def _print(file: TraceFile, wanted: int, console: Console) -> None:
+def summarize(file: TraceFile, wanted_steps: int) -> TraceSummary:
+    """How busy each track was, as plain data."""
     tracks = tracks_of(file)
     work = [event for events in tracks.values() for event in events if event["ph"] == "X"]
     begin = min(event["ts"] for event in work)
     length = max(event["ts"] + event["dur"] for event in work) - begin
-    steps, ended_by = file["otherData"]["steps"], file["otherData"]["ended_by"]
+    busy = {track: busy_microseconds(events) for track, events in tracks.items()}
+    return {
+        "steps": int(file["otherData"]["steps"]),
+        "wanted_steps": wanted_steps,
+        "ended_by": str(file["otherData"]["ended_by"]),
+        "milliseconds": length / 1e3,
+        "tracks": [
+            {
+                "name": track,
+                "spans": len(events),
+                "busy_milliseconds": busy[track] / 1e3,
+                "share": busy[track] / length,
+            }
+            for track, events in tracks.items()
+        ],
+    }
+
+
+def _print(summary: TraceSummary, console: Console) -> None:
     why = {"steps": "", "time": ": the time was over", "spans": ": as many spans as are kept"}
     console.print(
-        f"{steps} of {wanted} steps in {length / 1e3:.1f} ms{why[str(ended_by)]}", highlight=False
+        f"{summary['steps']} of {summary['wanted_steps']} steps in "
+        f"{summary['milliseconds']:.1f} ms{why[summary['ended_by']]}",
+        highlight=False,
     )
     table = Table(box=None, pad_edge=False)
     for heading in ("track", "spans", "busy ms", "of the time"):
         table.add_column(heading, justify="left" if heading == "track" else "right")
-    for track, events in tracks.items():
-        busy = busy_microseconds(events)
+    for track in summary["tracks"]:
         table.add_row(
-            track, f"{len(events):,}", f"{busy / 1e3:.1f}", f"{busy / length * 100:.0f} %"
+            track["name"],
+            f"{track['spans']:,}",
+            f"{track['busy_milliseconds']:.1f}",
+            f"{track['share'] * 100:.0f} %",
         )
     console.print(table)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from rich.console import Console
@@ -16,8 +18,25 @@ from rich.progress import (
 
 from fluxion_core.errors import ConfigError
 from fluxion_core.lab.training import corpus
+from fluxion_core.lab.training.options import DEFAULT_LEVELS, TrainRun
 from fluxion_core.lab.training.pipeline import Training, TrainOptions
 from fluxion_core.lab.training.report import write_card, write_plots
+from services.cli.commands.train import Train
+
+
+def train(command: Train) -> Path:
+    """What the command asks for; progress goes to stderr.
+
+    Returns:
+        The weights' path.
+
+    Raises:
+        FluxionError: something that is needed is not there.
+    """
+    run = {field.name: getattr(command, field.name) for field in fields(TrainRun)}
+    levels = parse_levels(command.level) if command.level else DEFAULT_LEVELS
+    options = TrainOptions(model=command.locate(), levels=levels, **run)
+    return run_training(options, Console(stderr=True), plots=command.plots)
 
 
 def run_training(options: TrainOptions, console: Console, *, plots: bool) -> Path:
@@ -59,7 +78,7 @@ def run_training(options: TrainOptions, console: Console, *, plots: bool) -> Pat
     return path
 
 
-def parse_levels(texts: list[str]) -> tuple[tuple[str, str], ...]:
+def parse_levels(texts: Sequence[str]) -> tuple[tuple[str, str], ...]:
     """NAME=POLICY pairs.
 
     Raises:

@@ -14,13 +14,14 @@ from rich.console import Console
 
 from fluxion_core.config.addresses import DEFAULT_DECODE_ADDRESS, Address
 from fluxion_core.errors import PeerUnavailableError
+from services.cli.commands.up import Up
 from services.cli.gateway import GatewayPlan, plan_gateway
 from services.cli.logs import LogPrinter
-from services.cli.node_plans import NodePlan, UpOptions, plan_nodes
+from services.cli.node_plans import NodePlan, plan_nodes
 from services.cli.processes import NodeGroup, NodeProcess, finished_before, stop_signals
 
 
-async def run_up(options: UpOptions) -> None:
+async def run_up(options: Up) -> None:
     """Run both nodes until SIGINT or SIGTERM, then end them; a second signal ends them at once.
 
     Raises:
@@ -28,7 +29,7 @@ async def run_up(options: UpOptions) -> None:
     """
     plans = plan_nodes(options)
     gateway = None
-    if options.gateway:
+    if options.has_gateway:
         ports = [Address.parse(plan.address).port for plan in plans]
         gateway = plan_gateway(options.gateway_listen, plans[-1].address, promised=ports)
     await run_nodes(

@@ -25,7 +25,7 @@ def test_imports_follow_the_contract():
         ("fluxion_core.geometry", ("torch", "grpc", "numpy")),
         ("fluxion_core.errors", ("torch", "grpc", "numpy")),
         ("fluxion_core.client", ("torch", "numpy", "fluxion_core.kernels", "fluxion_core.decode")),
-        ("services.cli.main", ("torch", "grpc", "transformers")),
+        ("services.cli.main", ("torch", "grpc", "transformers", "pydantic", "rich")),
         ("services.cli.waiting", ("torch", "grpc", "google.protobuf")),
     ],
 )
@@ -35,3 +35,16 @@ def test_light_modules_import_nothing_heavy(module: str, heavy: tuple[str, ...])
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["eval", "--help"]])
+def test_help_loads_nothing_heavy(arguments: list[str]):
+    heavy = ("torch", "grpc", "numpy", "pydantic", "google.protobuf", "asyncio")
+    code = (
+        f"import sys; from services.cli.main import main; main({arguments!r}); "
+        f"print([m for m in {heavy!r} if m in sys.modules], file=sys.stderr)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert result.stderr.strip() == "[]"

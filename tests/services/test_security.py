@@ -19,14 +19,13 @@ from pathlib import Path
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from typer.testing import CliRunner
 
 from fluxion_core.config.settings import ClientSettings, ClientTlsSettings
 from fluxion_core.wire.channel import open_channel
 from fluxion_proto.v1 import generate_pb2, generate_pb2_grpc
-from services.cli.main import app
 from services.decode.config import PrefillSettings
 from tests.certificates import Authority, write_secret
+from tests.services.cli.command_line import invoke
 from tests.services.conftest import (
     decode_node,
     decode_settings,
@@ -169,7 +168,7 @@ def site(toy_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 
 def run_command(*arguments: str):
-    return CliRunner().invoke(app, list(arguments))
+    return invoke(list(arguments))
 
 
 def generate(site: Site, *flags: object):

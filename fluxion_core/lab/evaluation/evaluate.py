@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict
 from functools import partial
@@ -50,9 +49,7 @@ def evaluate(options: EvaluationOptions, on_answer: OnAnswer) -> str:
         text = render.markdown(title, report, settings)
         draw = partial(render.draw, title, report)
         content = {"report": asdict(report)}
-    if options.json:
-        whole = {"title": title, "settings": settings, **content}
-        options.json.write_text(json.dumps(whole, indent=2) + "\n")
+    options.write({"title": title, "settings": settings, **content})
     if options.markdown:
         options.markdown.write_text(text, encoding="utf-8")
     if options.plot:

@@ -2,77 +2,83 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Literal, get_args
 
-import torch
-
+from fluxion_core.config.command_options import JsonOption, JsonPath, Numbers, Texts
+from fluxion_core.config.commands import flag, within
 from fluxion_core.errors import ConfigError
+from fluxion_core.models.model_options import ModelOptions
 
-BENCHMARKS = ("ruler", "longbench", "leval", "agreement")
+Benchmark = Literal["ruler", "longbench", "leval", "agreement"]
+Device = Literal["auto", "cpu", "cuda"]
 
 
-@dataclass(frozen=True)
-class EvaluationOptions:
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions(ModelOptions, JsonOption):
     """One run. Checked when made.
 
     Raises:
         ConfigError: a value is out of its range.
     """
 
-    benchmark: str
-    """One of BENCHMARKS."""
-    model: str = "smollm2-135m"
-    """A pulled model's name, a GGUF file or a model directory."""
-    models_dir: Path | None = None
-    lengths: tuple[int, ...] = (4096, 8192)
-    """Tokens of prompt and answer together: RULER and agreement."""
-    cases: int = 50
+    benchmark: Benchmark = field(kw_only=False)
+    """What the model is asked."""
+    lengths: Numbers = (4096, 8192)
+    """Tokens of prompt and answer together (ruler, agreement)."""
+    cases: Annotated[int, within(1)] = 50
     """Of each task and length; documents for agreement."""
-    tasks: tuple[str, ...] = ()
-    """By name; none for all."""
-    policies: tuple[str, ...] = ("exact", "fixed(16, 5 %)")
-    """Quality levels (accurate, balanced, fast) or policies by name; `exact` among them."""
+    tasks: Texts = ()
+    """By name; all if not given."""
+    policies: Texts = ("exact", "accurate", "balanced", "fast", "fixed(16, 5 %)")
+    """Quality levels (accurate, balanced, fast) or policies by name; exact among them."""
     weights: Path | None = None
-    """Predictor weights; else the package's for this model, else training-free."""
-    seed: int = 0
-    chat: bool = True
-    """Through the model's chat template, if it has one."""
+    """Predictor weights; without, the package's for this model, or none (training-free)."""
+    seed: Annotated[int, within(0)] = 0
+    """The same seed makes the same cases."""
+    chat: Annotated[bool, flag(otherwise="--raw")] = True
+    """Through the model's chat template, if it has one, or not."""
     data: Path | None = None
-    """LongBench's or L-Eval's files, or the documents of agreement."""
+    """Directory: files of longbench or leval, documents of agreement."""
     prose: Path | None = None
-    """Text files to make RULER's prose of; generated if not given."""
+    """Directory of texts for ruler's prose; generated if not given."""
     squad: Path | None = None
-    """SQuAD-like file for RULER's qa_1."""
+    """SQuAD-like file, for ruler's qa_1."""
     hotpot: Path | None = None
-    """HotpotQA-like file for RULER's qa_2."""
-    pilot_cases: int = 10
-    """RULER: first cases of a task, with `exact` alone; a task far from possible ends there. 0: all
-    cases in all ways."""
-    new_tokens: int = 128
-    """Agreement: tokens generated of each document."""
-    minimum_tokens: int = 0
-    """LongBench and L-Eval: shorter prompts are left out."""
-    batch: int = 16
+    """HotpotQA-like file, for ruler's qa_2."""
+    pilot_cases: Annotated[int, within(0)] = 10
+    """First cases of a ruler task, with exact alone; a task far from possible is given up there. 0
+    gives none up."""
+    new_tokens: Annotated[int, within(1)] = 128
+    """Generated of each document, for agreement."""
+    minimum_tokens: Annotated[int, within(0)] = 0
+    """Shorter prompts are left out (longbench, leval)."""
+    batch: Annotated[int, within(1)] = 16
     """Sequences decoded together."""
-    host_kv_gib: float = 0.0
-    """Of the KV store; 0 for what the batch needs."""
-    device: str = "auto"
-    """Where prompts are computed: auto, cpu or cuda."""
-    stop_after_seconds: float = 0.0
-    """No case is begun after this; what is begun is finished, the rest left for a resumed run. 0:
-    never."""
+    host_kv_gib: Annotated[float, within(0)] = 0.0
+    """Memory for KV, GiB; 0 for what the batch needs."""
+    device: Device = "auto"
+    """Where prompts are computed."""
+    stop_after_seconds: Annotated[float, within(0)] = 0.0
+    """Begin no case after this, s; what is begun is finished, the rest left for a resumed run. 0
+    for no limit."""
     journal: Path | None = None
-    """JSON lines of all answers."""
-    resume: bool = False
+    """Keep every answer in this file of JSON lines."""
+    resume: Annotated[bool, flag()] = False
     """Go on with the journal."""
-    json: Path | None = None
+    json: JsonPath = None
+    """Keep {title, settings, report}, or {title, settings, rows, notes} of agreement, in this file;
+    - is standard output."""
     markdown: Path | None = None
+    """Write the report into this file."""
     plot: Path | None = None
+    """Draw the figures into this PNG or SVG file."""
 
     def __post_init__(self) -> None:
-        if self.benchmark not in BENCHMARKS:
-            raise ConfigError(f"benchmark {self.benchmark!r}; one of {', '.join(BENCHMARKS)}")
+        if self.benchmark not in get_args(Benchmark):
+            known = ", ".join(get_args(Benchmark))
+            raise ConfigError(f"benchmark {self.benchmark!r}; one of {known}")
         for name in ("cases", "batch", "new_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; at least 1")
@@ -80,7 +86,7 @@ class EvaluationOptions:
             raise ConfigError(f"lengths are {self.lengths}; at least one, all positive")
         if self.resume and self.journal is None:
             raise ConfigError("resume needs the journal to go on with")
-        if self.device not in ("auto", "cpu", "cuda"):
+        if self.device not in get_args(Device):
             raise ConfigError(f"device {self.device!r}; one of auto, cpu, cuda")
 
     @property
@@ -90,6 +96,8 @@ class EvaluationOptions:
         Raises:
             ConfigError: cuda is asked for and not there.
         """
+        import torch
+
         if self.device == "auto":
             return "cuda" if torch.cuda.is_available() else "cpu"
         if self.device == "cuda" and not torch.cuda.is_available():

@@ -34,6 +34,7 @@ from fluxion_core.lab.training.frontier import (
     standard_ways,
 )
 from fluxion_core.lab.training.losses import loss_report
+from fluxion_core.lab.training.options import DEFAULT_LEVELS, TrainRun
 from fluxion_core.lab.training.pieces import cut
 from fluxion_core.lab.training.sensitivity import measure_sensitivity
 from fluxion_core.lab.training.workers import Workers
@@ -48,43 +49,29 @@ VALIDATION_PIECES = 12
 COMPARED_PRICE = 1.0
 """Policy marginal at this price is compared with the oracle head by head."""
 
-DEFAULT_LEVELS = (
-    ("ACCURATE", "marginal(0.1)"),
-    ("BALANCED", "marginal(0.3)"),
-    ("FAST", "marginal(1)"),
-)
-"""What quality levels mean until `fluxion eval` says better."""
 
-
-@dataclass(frozen=True)
-class TrainOptions:
-    """What to train on, how long, and what to measure."""
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(TrainRun):
+    """A run, with what is the same in all that users ask for."""
 
     model: Path
     """GGUF file or model directory."""
-    documents: Path
-    """A directory that `corpus.gather` filled."""
-    output: Path
-    """Takes samples, weights, report and plots."""
-    device: str = "cpu"
-    workers: int = 1
-    """Processes that collect and replay."""
-    collect_seconds: float = 3600.0
-    """No training piece is begun after this time; what is there is trained on."""
-    epochs: float = 30.0
     sensitivity_pieces: int = 48
     assessed_documents: int = 10
     """Test documents whose labels are compared, over prompts of all lengths."""
-    curve_documents: int = 16
-    """Test documents of the curve."""
     curve_starts: tuple[int, ...] = (4000, 5000, 6000, 7000)
     """Prompt lengths of the curve; each is followed by 8 steps."""
     direct_thresholds: tuple[float, ...] = (0.1, 0.2, 0.3)
     """Thresholds at which the paper's own form of the predictor is trained and compared."""
-    ablation: bool = False
-    """Train without each feature group in turn, a fifth of the epochs each."""
     levels: tuple[tuple[str, str], ...] = DEFAULT_LEVELS
     """What the weights' quality levels mean; choose them by `fluxion eval`."""
+
+    @property
+    def device_name(self) -> str:
+        """cpu or cuda."""
+        if self.device == "auto":
+            return "cuda" if torch.cuda.is_available() else "cpu"
+        return self.device
 
 
 class Training:
@@ -97,9 +84,9 @@ class Training:
 
     def __init__(self, options: TrainOptions, on_progress: Callable[[str, int, int], None]) -> None:
         self._options, self._progress = options, on_progress
-        self._device = torch.device(options.device)
+        self._device = torch.device(options.device_name)
         self._window = WindowSpec()
-        self._workers = Workers(options.workers, options.model, options.device)
+        self._workers = Workers(options.workers, options.model, options.device_name)
         self._model = self._workers.loaded()
         self._tokenizer = Tokenizer.load(options.model)
         self._report: dict[str, Any] = {}

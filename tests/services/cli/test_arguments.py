@@ -9,25 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import typer
-from typer.testing import CliRunner
 
-from services.cli.arguments import CheckedCommand
 from services.cli.generate import write_now
-from services.cli.main import app
+from tests.services.cli.command_line import invoke
 
 ROOT = Path(__file__).parents[3]
 RUN = [sys.executable, "-c", "from services.cli.main import run; run()"]
-
-
-def commands(application: typer.Typer):
-    yield from application.registered_commands
-    for group in application.registered_groups:
-        yield from commands(group.typer_instance)
-
-
-def test_every_subcommand_checks_its_arguments():
-    assert {one.cls for one in commands(app)} == {CheckedCommand}
 
 
 @pytest.mark.parametrize(
@@ -44,14 +31,13 @@ def test_every_subcommand_checks_its_arguments():
         (["top", "127.0.0.1:1"], "no metrics at 127.0.0.1:1 (Connection refused)"),
         (["trace", "--address", "a"], "it has no port"),
         (["up", "--decode-listen", "a"], "it has no port"),
-        (["train", "out", "--device", "tpu"], "--device 'tpu' is none; use auto, cpu or cuda"),
     ],
 )
 def test_wrong_arguments_are_one_sentence(arguments: list[str], words: str, tmp_path: Path):
     model = tmp_path / "model.gguf"
     model.touch()
     more = ["--model", str(model)] if arguments[0] == "up" else []
-    result = CliRunner().invoke(app, [*arguments, *more])
+    result = invoke([*arguments, *more])
     assert result.exit_code == 1
     assert result.stderr.startswith("fluxion: ")
     assert words in result.stderr
@@ -92,7 +78,7 @@ def test_an_answer_goes_on_where_the_terminal_cannot_show_a_character(monkeypatc
 def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path: Path):
     file = tmp_path / "file"
     file.touch()
-    pulled = CliRunner().invoke(app, ["pull", "smollm2-135m", "--models-dir", str(file / "x")])
+    pulled = invoke(["pull", "smollm2-135m", "--models-dir", str(file / "x")])
     assert pulled.exit_code == 1
     assert pulled.stderr.startswith("fluxion: smollm2-135m cannot be stored in ")
     assert "Not a directory; give a directory that can be written (--models-dir" in pulled.stderr
@@ -107,10 +93,10 @@ def test_a_user_without_a_home_is_told_what_to_set(monkeypatch):
     monkeypatch.setattr(pwd, "getpwuid", nobody)
     for name in ("HOME", "XDG_DATA_HOME"):
         monkeypatch.delenv(name, raising=False)
-    result = CliRunner().invoke(app, ["pull", "smollm2-135m"])
+    result = invoke(["pull", "smollm2-135m"])
     assert result.exit_code == 1
     assert result.stderr.startswith("fluxion: ~: this user has no home directory")
-    up = CliRunner().invoke(app, ["up", "--model", "~/m.gguf", "--models-dir", "/tmp"])
+    up = invoke(["up", "--model", "~/m.gguf", "--models-dir", "/tmp"])
     assert up.stderr.startswith("fluxion: ~/m.gguf: this user has no home directory")
 
 
@@ -124,9 +110,7 @@ def test_no_proxy_stands_before_a_nodes_metrics(monkeypatch, command: list[str])
     served = MetricsEndpoint("127.0.0.1:0", NodeMetrics("decode"))
     try:
         arguments = [one.format(served.address) for one in command]
-        result = CliRunner().invoke(
-            app, [*arguments, *(["--interval-seconds", "0.1"] * (command[0] == "top"))]
-        )
+        result = invoke([*arguments, *(["--interval-seconds", "0.1"] * (command[0] == "top"))])
     finally:
         served.close()
     # It was reached: the trace is refused by the node itself.

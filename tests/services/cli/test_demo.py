@@ -7,12 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 from services.cli import demo, waiting
 from services.cli.health import DECODE_SERVICE, PREFILL_SERVICE
-from services.cli.main import app
 from services.cli.node_plans import NodePlan
+from tests.services.cli.command_line import invoke
 
 
 def test_the_fact_stands_once_near_the_middle_of_the_document():
@@ -53,7 +52,7 @@ def demo_with_fake_nodes(monkeypatch: pytest.MonkeyPatch, plan_fake_node: Callab
         monkeypatch.setattr(demo, "_pull_if_absent", lambda *_: None)
         monkeypatch.setattr(demo, "plan_nodes", plan)
         monkeypatch.setattr(waiting, "TICK_SECONDS", 0.001)
-        return CliRunner().invoke(app, ["demo", "--logs"])
+        return invoke(["demo", "--logs"])
 
     return run
 

@@ -5,16 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 from fluxion_core.lab.evaluation.options import EvaluationOptions
 from fluxion_core.lab.evaluation.session import OnAnswer
 from fluxion_core.lab.evaluation.work import Answer
 from services.cli import eval_command
-from services.cli.eval_command import split_policies
-from services.cli.main import app
-
-runner = CliRunner()
+from tests.services.cli.command_line import invoke
 
 ANSWER = Answer("vt/8/0", "vt", 8, "exact", (1,), "x", 100.0, 0, 0, 0, 0, 0.0)
 
@@ -37,7 +33,7 @@ def test_flags_become_options_and_the_report_is_printed(asked: list[EvaluationOp
     flags = ["--lengths", "1024, 2048", "--cases", "7", "--tasks", "vt,fwe", "--raw"]
     flags += ["--policies", "exact,fast,fixed(16, 5 %)", "--weights", "w.safetensors"]
     flags += ["--journal", "j.jsonl", "--resume", "--json", "r.json", "--seed", "4"]
-    result = runner.invoke(app, ["eval", "ruler", *flags])
+    result = invoke(["eval", "ruler", *flags])
     assert result.exit_code == 0, result.output
     assert "# The report" in result.stdout
     (options,) = asked
@@ -51,25 +47,17 @@ def test_flags_become_options_and_the_report_is_printed(asked: list[EvaluationOp
 def test_by_default_all_levels_stand_beside_exact_and_the_baseline(
     asked: list[EvaluationOptions],
 ):
-    assert runner.invoke(app, ["eval", "agreement"]).exit_code == 0
+    assert invoke(["eval", "agreement"]).exit_code == 0
     expected = ("exact", "accurate", "balanced", "fast", "fixed(16, 5 %)")
     assert asked[0].policies == expected
 
 
 def test_an_unknown_benchmark_is_wrong_usage():
-    assert runner.invoke(app, ["eval", "riddles"]).exit_code == 2
+    assert invoke(["eval", "riddles"]).exit_code == 2
 
 
 def test_lengths_that_are_no_numbers_are_one_sentence(asked: list[EvaluationOptions]):
-    result = runner.invoke(app, ["eval", "ruler", "--lengths", "4K"])
+    result = invoke(["eval", "ruler", "--lengths", "4K"])
     assert result.exit_code == 1
     assert result.stderr == "fluxion: lengths '4K': whole numbers, separated by commas\n"
     assert not asked
-
-
-def test_commas_inside_brackets_do_not_separate_policies():
-    assert split_policies(" exact,fixed(16, 5 %),threshold(0.1),") == (
-        "exact",
-        "fixed(16, 5 %)",
-        "threshold(0.1)",
-    )

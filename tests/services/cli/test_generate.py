@@ -11,18 +11,16 @@ from types import SimpleNamespace
 
 import grpc
 import pytest
-from typer.testing import CliRunner
 
 from fluxion_core.errors import InvalidRequestError
 from services.cli.generate import read_prompt
-from services.cli.main import app
+from tests.services.cli.command_line import invoke
 
 QUALITY_ACCURATE = 2
-runner = CliRunner()
 
 
 def generate(node: SimpleNamespace, *arguments: str, stdin: str | None = None):
-    return runner.invoke(app, ["generate", "--address", node.address, *arguments], input=stdin)
+    return invoke(["generate", "--address", node.address, *arguments], stdin=stdin)
 
 
 class Terminal(io.StringIO):
@@ -135,7 +133,7 @@ def test_a_stream_without_its_last_message_is_an_error(decode_node: SimpleNamesp
 
 
 def test_no_node_is_one_sentence_with_the_address():
-    result = runner.invoke(app, ["generate", "--address", "127.0.0.1:1", "Why?"])
+    result = invoke(["generate", "--address", "127.0.0.1:1", "Why?"])
     assert result.exit_code == 1
     assert result.stdout == ""
     assert "no node accepts connections at 127.0.0.1:1 (Connection refused)" in result.stderr
@@ -185,7 +183,7 @@ def test_a_reader_that_leaves_ends_the_command_without_a_traceback(decode_node: 
     "flags", [["--quality", "perfect"], ["--max-new-tokens", "0"], ["--top-k", "-1"], ["--seed=-1"]]
 )
 def test_wrong_usage_is_status_2(flags: list[str]):
-    result = runner.invoke(app, ["generate", *flags, "Why?"])
+    result = invoke(["generate", *flags, "Why?"])
     assert result.exit_code == 2
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from fluxion_core.config.command_options import JsonOption
 from fluxion_core.lab.benchmark import handoff
-from fluxion_core.lab.benchmark.report import write_json
 from services.cli.handoff_bench import sending
 
 TINY = handoff.Shape("tiny", num_layers=2, num_kv_heads=2, head_dim=16, num_tokens=300)
@@ -22,6 +22,6 @@ def test_all_three_ways_are_measured_on_the_same_bytes(tmp_path: Path):
     # 304 tokens after padding, 2 layers, 2 heads, K and V of 16 channels in 2 bytes.
     assert result["payload_bytes"] == 304 * 2 * 2 * 2 * 16 * 2
     assert set(result["ways"]) == {"socket", "stream", "hand-off"}
-    write_json(report, tmp_path / "report.json")
+    JsonOption(json=tmp_path / "report.json").write(report)
     assert json.loads((tmp_path / "report.json").read_text())["machine"]["grpcio"]
     assert "hand-off" in console.file.getvalue()

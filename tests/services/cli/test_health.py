@@ -6,18 +6,15 @@ import socket
 from types import ModuleType, SimpleNamespace
 
 import pytest
-from typer.testing import CliRunner
 
 from fluxion_core.config.settings import ClientSettings
 from fluxion_core.errors import PeerUnavailableError
 from services.cli.health import DECODE_SERVICE, PREFILL_SERVICE, wait_until_ready
-from services.cli.main import app
-
-runner = CliRunner()
+from tests.services.cli.command_line import invoke
 
 
 def test_a_ready_node_is_status_0(decode_node: SimpleNamespace):
-    result = runner.invoke(app, ["health", decode_node.address])
+    result = invoke(["health", decode_node.address])
     assert result.exit_code == 0, result.output
     assert DECODE_SERVICE in result.stdout
     assert PREFILL_SERVICE not in result.stdout
@@ -26,7 +23,7 @@ def test_a_ready_node_is_status_0(decode_node: SimpleNamespace):
 def test_a_live_node_that_is_not_ready_is_status_1(fake_node: ModuleType):
     statuses = {"": fake_node.SERVING, PREFILL_SERVICE: fake_node.NOT_SERVING}
     server, port = fake_node.serve(fake_node.FakeGeneration(), statuses, "127.0.0.1:0")
-    result = runner.invoke(app, ["health", f"127.0.0.1:{port}"])
+    result = invoke(["health", f"127.0.0.1:{port}"])
     server.stop(None).wait()
     assert result.exit_code == 1
     assert "NOT_SERVING" in result.stdout
@@ -35,13 +32,13 @@ def test_a_live_node_that_is_not_ready_is_status_1(fake_node: ModuleType):
 def test_a_node_without_our_services_is_status_1(fake_node: ModuleType):
     statuses = {"": fake_node.SERVING}
     server, port = fake_node.serve(fake_node.FakeGeneration(), statuses, "127.0.0.1:0")
-    result = runner.invoke(app, ["health", f"127.0.0.1:{port}"])
+    result = invoke(["health", f"127.0.0.1:{port}"])
     server.stop(None).wait()
     assert result.exit_code == 1
 
 
 def test_no_node_is_one_sentence():
-    result = runner.invoke(app, ["health", "127.0.0.1:1"])
+    result = invoke(["health", "127.0.0.1:1"])
     assert result.exit_code == 1
     assert result.stderr.startswith("fluxion: ")
     assert "127.0.0.1:1" in result.stderr
@@ -50,7 +47,7 @@ def test_no_node_is_one_sentence():
 def test_a_server_that_speaks_no_grpc_is_one_sentence():
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"127.0.0.1:{silent.getsockname()[1]}"
-        result = runner.invoke(app, ["health", address, "--connect-seconds", "0.2"])
+        result = invoke(["health", address, "--connect-seconds", "0.2"])
     assert result.exit_code == 1
     assert f"{address} does not answer within 0.2 s" in result.stderr
 
@@ -70,7 +67,7 @@ async def test_waiting_for_a_service_that_never_serves_has_an_end(decode_node: S
     ],
 )
 def test_credentials_that_do_not_go_together_are_one_sentence(flags: tuple[str, ...], words: str):
-    result = runner.invoke(app, ["health", "127.0.0.1:1", *flags])
+    result = invoke(["health", "127.0.0.1:1", *flags])
     assert result.exit_code == 1
     assert words in result.stderr
     assert result.stderr.count("\n") == 1

@@ -6,12 +6,12 @@ import io
 
 import pytest
 from rich.console import Console
-from typer.testing import CliRunner
 
-from services.cli.main import app
+from services.cli.commands.top import Top
 from services.cli.top import parse_samples, rows_of, run_top
 from services.metrics import NodeMetrics
 from services.metrics_endpoint import MetricsEndpoint
+from tests.services.cli.command_line import invoke
 
 NODE = """# TYPE fluxion_node_ready gauge
 fluxion_node_ready{kind="decode"} 1
@@ -45,13 +45,8 @@ def test_a_real_endpoint_is_shown_at_each_update():
     endpoint = MetricsEndpoint("127.0.0.1:0", NodeMetrics("decode"))
     shown, slept = io.StringIO(), []
     try:
-        run_top(
-            [endpoint.address],
-            Console(file=shown),
-            interval_seconds=3.0,
-            updates=2,
-            sleep=slept.append,
-        )
+        options = Top(addresses=(endpoint.address,), interval_seconds=3.0, updates=2)
+        run_top(options, Console(file=shown), sleep=slept.append)
         assert slept == [3.0, 3.0]
         assert endpoint.address in shown.getvalue()
         assert "no" in shown.getvalue()
@@ -61,6 +56,6 @@ def test_a_real_endpoint_is_shown_at_each_update():
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere.invalid:1"])
 def test_no_node_is_one_sentence(address):
-    result = CliRunner().invoke(app, ["top", address, "--updates", "1"])
+    result = invoke(["top", address, "--updates", "1"])
     assert result.exit_code == 1
     assert result.stderr.startswith(f"fluxion: no metrics at {address}")

@@ -7,15 +7,14 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
-from typer.testing import CliRunner
 
 from fluxion_core.errors import FluxionError
 from fluxion_core.observe.spans import Span
 from fluxion_core.observe.trace import Trace
 from fluxion_core.observe.trace_events import tracks_of
-from services.cli.main import app
 from services.metrics import NodeMetrics
 from services.metrics_endpoint import MetricsEndpoint
+from tests.services.cli.command_line import invoke
 
 TRACE = Trace(
     taken=[],
@@ -42,7 +41,7 @@ def node() -> Iterator[SimpleNamespace]:
 
 
 def trace(address: str, *flags: str):
-    return CliRunner().invoke(app, ["trace", "--address", address, *flags])
+    return invoke(["trace", "--address", address, *flags])
 
 
 def test_the_trace_is_kept_drawn_and_summed_up(node, tmp_path):

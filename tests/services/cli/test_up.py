@@ -12,17 +12,17 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from typer.testing import CliRunner
 
 from fluxion_core.client import AsyncClient, GenerationOptions
 from fluxion_core.config.settings import ClientSettings, ClientTlsSettings
 from fluxion_core.errors import ConfigError, PeerUnavailableError
+from services.cli.commands.up import Up
 from services.cli.health import DECODE_SERVICE, PREFILL_SERVICE
-from services.cli.main import app
-from services.cli.node_plans import NodePlan, UpOptions, plan_nodes
+from services.cli.node_plans import NodePlan, plan_nodes
 from services.cli.processes import NodeGroup
 from services.cli.up import bring_up, run_nodes
 from tests.certificates import Authority, write_secret
+from tests.services.cli.command_line import invoke
 
 PlanFakeNode = Callable[..., NodePlan]
 ANNOUNCEMENT = "Why is the sky dark"
@@ -94,7 +94,7 @@ async def test_a_node_that_dies_while_serving_is_an_error(plan_fake_node: PlanFa
 
 
 def test_a_model_that_is_not_there_is_one_sentence_with_the_remedy(tmp_path: Path):
-    result = CliRunner().invoke(app, ["up", "--models-dir", str(tmp_path)])
+    result = invoke(["up", "--models-dir", str(tmp_path)])
     assert result.exit_code == 1
     assert result.stderr.startswith("fluxion: ")
     assert "fluxion pull smollm2-135m" in result.stderr
@@ -118,8 +118,8 @@ CLIENT_TLS = '[prefill.client.tls]\nauthority = "ca.crt"\n'
 
 def test_with_tls_readiness_is_asked_on_a_listener_of_its_own(model: str, tmp_path: Path):
     prefill, decode = plan_nodes(
-        UpOptions(
-            model,
+        Up(
+            model=model,
             prefill_config=write_config(tmp_path / "prefill.toml", TLS),
             decode_config=write_config(tmp_path / "decode.toml", TLS + CLIENT_TLS),
         )
@@ -128,7 +128,7 @@ def test_with_tls_readiness_is_asked_on_a_listener_of_its_own(model: str, tmp_pa
         assert plan.command[-2:] == ("--server.health-listen", plan.health_address)
         assert plan.uses_tls
     assert len({p for plan in (prefill, decode) for p in (plan.address, plan.health_address)}) == 4
-    plain, _ = plan_nodes(UpOptions(model))
+    plain, _ = plan_nodes(Up(model=model))
     assert plain.health_address == plain.address
     assert "--server.health-listen" not in plain.command
 
@@ -149,8 +149,8 @@ def test_settings_that_do_not_fit_are_told_before_anything_starts(
 ):
     with pytest.raises(ConfigError) as failure:
         plan_nodes(
-            UpOptions(
-                model,
+            Up(
+                model=model,
                 prefill_config=write_config(tmp_path / "prefill.toml", prefill),
                 decode_config=write_config(tmp_path / "decode.toml", decode),
                 gateway=gateway,
@@ -163,14 +163,14 @@ def test_each_node_gets_the_variables_that_it_knows(model: str, monkeypatch):
     monkeypatch.setenv("FLUXION_STORE__HOST_KV_BYTES", "64MiB")
     monkeypatch.setenv("FLUXION_ENGINE__CHUNK_TOKENS", "64")
     monkeypatch.setenv("FLUXION_LOG__LEVEL", "WARNING")
-    prefill, decode = (plan.environment for plan in plan_nodes(UpOptions(model)))
+    prefill, decode = (plan.environment for plan in plan_nodes(Up(model=model)))
     names = ("FLUXION_STORE__HOST_KV_BYTES", "FLUXION_ENGINE__CHUNK_TOKENS", "FLUXION_LOG__LEVEL")
     assert [name in prefill for name in names] == [False, True, True]
     assert [name in decode for name in names] == [True, False, True]
     assert decode["PATH"] == os.environ["PATH"]
     monkeypatch.setenv("FLUXION_STOER__HOST_KV_BYTES", "64MiB")
     with pytest.raises(ConfigError, match="nearest is FLUXION_"):
-        plan_nodes(UpOptions(model))
+        plan_nodes(Up(model=model))
 
 
 async def test_both_nodes_get_ready_with_tls_and_tokens_and_hand_off(
@@ -191,8 +191,8 @@ async def test_both_nodes_get_ready_with_tls_and_tokens_and_hand_off(
         }.items()
     }
     small = "[engine]\nattention_threads = 1\nlocal_prefill_tokens = 0\n"
-    options = UpOptions(
-        str(toy_model_path),
+    options = Up(
+        model=str(toy_model_path),
         decode_listen="127.0.0.1:0",
         device="cpu",
         prefill_config=write_config(
@@ -229,11 +229,23 @@ def test_device_and_lanes_are_handed_to_the_nodes_that_have_them(tmp_path: Path)
     model = tmp_path / "model.gguf"
     model.touch()
     prefill, decode = (
-        plan.command for plan in plan_nodes(UpOptions(str(model), device="cuda:1", lanes="both"))
+        plan.command for plan in plan_nodes(Up(model=str(model), device="cuda:1", lanes="both"))
     )
     assert prefill[-2:] == ("--device", "cuda:1")
     where = decode.index("--device")
     assert decode[where : where + 4] == ("--device", "cuda:1", "--lanes", "both")
-    for plan in plan_nodes(UpOptions(str(model))):
+    for plan in plan_nodes(Up(model=str(model))):
         assert "--device" not in plan.command
+        assert "--log.level" not in plan.command
         assert "--lanes" not in plan.command
+
+
+def test_a_log_level_is_the_nodes_too(model: str):
+    for plan in plan_nodes(Up(model=model, log_level="debug")):
+        where = plan.command.index("--log.level")
+        assert plan.command[where + 1] == "DEBUG"
+
+
+def test_an_address_of_the_gateway_turns_it_on():
+    assert Up(gateway_listen="127.0.0.1:0").has_gateway
+    assert not Up().has_gateway

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from fluxion_core.config.commands import run_module
 from fluxion_core.errors import ConfigError
 from fluxion_core.generation.tokenizer import Tokenizer
+from fluxion_core.lab.evaluation import __main__ as evaluation
 from fluxion_core.lab.evaluation import evaluate as evaluate_module
-from fluxion_core.lab.evaluation.__main__ import main, parse_arguments
+from fluxion_core.lab.evaluation.__main__ import Evaluation
 from fluxion_core.lab.evaluation.agreement import run_agreement
 from fluxion_core.lab.evaluation.case import PromptEncoder
 from fluxion_core.lab.evaluation.evaluate import evaluate
@@ -187,10 +189,15 @@ def test_the_files_that_are_asked_for_are_written(
     assert content["report"]["rows"][0]["task"] == "niah_single_1"
 
 
-def test_arguments_become_options():
-    pairs = ["lengths=1024,2048", "policies=exact; fixed(16, 5 %)", "chat=false", "cases=7"]
-    pairs += ["journal=a.jsonl", "resume=true", "tasks=vt", "host_kv_gib=1.5"]
-    options = parse_arguments(["ruler", *pairs])
+def test_arguments_become_options(monkeypatch: pytest.MonkeyPatch):
+    asked: list[EvaluationOptions] = []
+    monkeypatch.setattr(
+        evaluation, "evaluate", lambda options, _: asked.append(options) or "the report"
+    )
+    words = "ruler --lengths 1024,2048 --raw --cases 7 --journal a.jsonl --resume --tasks vt"
+    flags = [*words.split(), "--policies", "exact, fixed(16, 5 %)", "--host-kv-gib", "1.5"]
+    assert run_module(Evaluation, flags) == 0
+    (options,) = asked
     assert options.lengths == (1024, 2048)
     assert options.policies == ("exact", "fixed(16, 5 %)")
     assert (options.chat, options.resume) == (False, True)
@@ -199,24 +206,23 @@ def test_arguments_become_options():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "status", "message"),
     [
-        ([], "no benchmark"),
-        (["ruler", "cases"], "NAME=VALUE"),
-        (["ruler", "speed=3"], "one of: batch"),
-        (["ruler", "cases=many"], "no int"),
-        (["riddles"], "one of ruler, longbench, leval, agreement"),
-        (["ruler", "cases=0"], "at least 1"),
-        (["ruler", "resume=true"], "resume needs the journal"),
+        ([], 2, "--benchmark requires an argument"),
+        (["ruler", "cases=3"], 2, "'cases=3' is more than the command takes"),
+        (["ruler", "--speed", "3"], 2, "Unknown option: --speed"),
+        (["ruler", "--cases", "many"], 2, "not a whole number"),
+        (["riddles"], 2, 'Choose from: "ruler", "longbench", "leval", "agreement"'),
+        (["ruler", "--cases", "0"], 2, "Must be >= 1"),
+        (["ruler", "--lengths", "0"], 1, "all positive"),
+        (["ruler", "--resume"], 1, "resume needs the journal"),
+        (["ruler", "--model", "absent.gguf"], 1, "does not exist"),
     ],
 )
-def test_wrong_arguments_are_one_sentence_and_status_1(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+def test_wrong_arguments_are_one_sentence(
+    arguments: list[str], status: int, message: str, capsys: pytest.CaptureFixture[str]
 ):
-    assert main(arguments) == 1
-    assert message in capsys.readouterr().err
-
-
-def test_a_model_that_is_not_there_is_status_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    assert main(["ruler", f"model={tmp_path / 'absent.gguf'}"]) == 1
-    assert "does not exist" in capsys.readouterr().err
+    assert run_module(Evaluation, arguments) == status
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1

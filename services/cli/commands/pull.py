@@ -1,0 +1,27 @@
+"""`fluxion pull`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fluxion_core.config.commands import Command
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pull(Command):
+    """Fetch a model, check it, and keep it for the nodes."""
+
+    name: str = field(kw_only=False)
+    """smollm2-135m, or ORG/NAME of the Hugging Face Hub."""
+    models_dir: Path | None = field(default=None, kw_only=False)
+    """Where pulled models are; the user's data directory if not given."""
+
+    def __call__(self) -> None:
+        """Progress goes to stderr."""
+        from rich.console import Console
+
+        from fluxion_core.models.locate import default_models_dir
+        from services.cli.pull import pull_model
+
+        pull_model(self.name, self.models_dir or default_models_dir(), Console(stderr=True))
