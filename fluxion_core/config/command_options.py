@@ -25,7 +25,7 @@ _STANDARD_OUTPUT = Path("-")
 
 @dataclass(frozen=True, kw_only=True)
 class JsonOption:
-    """For a command whose figures are worth keeping."""
+    """A file for the figures of a command."""
 
     json: JsonPath = None
     """Keep the figures in this file, as JSON; - is standard output."""
@@ -50,7 +50,7 @@ class JsonOption:
         return self.json == _STANDARD_OUTPUT
 
     def console(self, width: int | None = None) -> Console:
-        """What people read goes here: standard output, or standard error if that is for JSON.
+        """Takes what people read: standard output, or standard error if that is for JSON.
 
         Args:
             width: in characters; the terminal's if None.
@@ -61,7 +61,7 @@ class JsonOption:
 
 
 def split_outside_brackets(text: str) -> tuple[str, ...]:
-    """What commas separate; those within brackets belong to what they stand in."""
+    """Parts of a text between commas; commas within brackets separate nothing."""
     parts, depth = [""], 0
     for character in text:
         depth += (character == "(") - (character == ")")

@@ -66,7 +66,7 @@ _LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """What every command has."""
+    """Base of every command, with the options that all of them have."""
 
     log_level: LogLevel | None = None
     """Lowest level of log lines on stderr; warning if not given."""
@@ -178,7 +178,7 @@ def run_module(command: Callable[..., Command], arguments: Sequence[str] | None 
 
 
 def show_what_the_terminal_can() -> None:
-    """What a terminal cannot show is shown as what it can, not as a traceback."""
+    """Escape what a terminal cannot show, in place of a traceback."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

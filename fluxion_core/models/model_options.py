@@ -10,7 +10,7 @@ from fluxion_core.models.locate import default_models_dir, locate_model
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """Which model a command is about."""
+    """The model that a command is about."""
 
     model: str = "smollm2-135m"
     """A pulled model's name, a GGUF file or a model directory."""
