@@ -96,37 +96,30 @@ def summarize(
         able_score: what `exact` must score for a task to count.
         seed: of the bootstrap.
     """
-    by_task: dict[tuple[str, int], dict[str, dict[str, Answer]]] = defaultdict(dict)
-    # In an order of their own, not in that of their completion: the same answers, the same report.
-    for answer in sorted(answers, key=lambda answer: answer.case_name):
-        if answer.way in ways and answer.score is not None:
-            of_task = by_task[answer.task, answer.length]
-            of_task.setdefault(answer.case_name, {})[answer.way] = answer
     generator = np.random.default_rng(seed)
     rows, able_samples, able_answers = [], [], []
     all_notes = list(notes)
-    for (task, length), cases in sorted(by_task.items(), key=lambda item: (item[0][1], item[0][0])):
-        whole = [case for case in cases.values() if all(way in case for way in ways)]
-        used = whole or [case for case in cases.values() if EXACT in case]
+    for (task, length), cases in _by_task(answers, ways):
+        whole = [case for case in cases if all(way in case for way in ways)]
+        used = whole or [case for case in cases if EXACT in case]
         scores = {way: _scores(used, way) for way in ways if all(way in case for case in used)}
-        is_able = bool(whole) and float(scores[EXACT].mean()) >= able_score
+        exact_score = float(scores[EXACT].mean())
         samples = _bootstrap({way: s - scores[EXACT] for way, s in scores.items()}, generator)
-        rows.append(
-            TaskRow(
-                task,
-                length,
-                len(used),
-                {way: float(values.mean()) for way, values in scores.items()},
-                {way: _interval(samples[way]) for way in scores if way != EXACT},
-                is_able,
-            )
+        row = TaskRow(
+            task,
+            length,
+            len(used),
+            {way: float(values.mean()) for way, values in scores.items()},
+            {way: _interval(samples[way]) for way in scores if way != EXACT},
+            is_able=bool(whole) and exact_score >= able_score,
         )
-        if is_able:
+        rows.append(row)
+        if row.is_able:
             able_samples.append(samples)
             able_answers += whole
         else:
             all_notes.append(
-                f"{_label(task, length)}: exact scores {scores[EXACT].mean():.1f} over {len(used)} "
+                f"{_label(task, length)}: exact scores {exact_score:.1f} over {len(used)} "
                 f"cases, below {able_score:g}: the model cannot do it; left out of averages"
             )
         if whole and len(whole) < len(cases):
@@ -146,6 +139,20 @@ def summarize(
         bytes_read=_bytes_read(able_answers, ways),
         notes=tuple(all_notes),
     )
+
+
+def _by_task(
+    answers: Iterable[Answer], ways: Sequence[str]
+) -> list[tuple[tuple[str, int], list[dict[str, Answer]]]]:
+    """Cases of each task and length, the shortest first: the scored answer of each way."""
+    by_task: dict[tuple[str, int], dict[str, dict[str, Answer]]] = defaultdict(dict)
+    # In an order of their own, not in that of their completion: the same answers, the same report.
+    for answer in sorted(answers, key=lambda answer: answer.case_name):
+        if answer.way in ways and answer.score is not None:
+            of_task = by_task[answer.task, answer.length]
+            of_task.setdefault(answer.case_name, {})[answer.way] = answer
+    in_order = sorted(by_task.items(), key=lambda item: (item[0][1], item[0][0]))
+    return [(key, list(cases.values())) for key, cases in in_order]
 
 
 def paired_interval(differences: Sequence[float], *, seed: int = 0) -> Interval:
