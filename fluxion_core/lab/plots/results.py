@@ -1,0 +1,117 @@
+"""Plots of lab/results from their figures: `python -m fluxion_core.lab.plots.results`.
+
+Each folder keeps what was measured as JSON; the plot beside it is drawn from that file alone, so
+that it can be drawn again without measuring. Not here: steps with a GPU, which
+lab/benchmark/gpu_step_report.py draws, and what `fluxion bench … --plot` draws as it measures.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from pydantic import TypeAdapter
+
+from fluxion_core.lab.benchmark.serve import LoadFigures
+from fluxion_core.lab.benchmark.serve import plot as draw_loads
+from fluxion_core.lab.evaluation.agreement import AgreementRow
+from fluxion_core.lab.evaluation.render import draw, draw_agreement
+from fluxion_core.lab.evaluation.report import Report
+
+RESULTS = Path(__file__).parents[1] / "results"
+
+
+def draw_all(results: Path = RESULTS) -> list[Path]:
+    """Draw every plot whose figures are there; returns the pictures.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    drawn = []
+    for path in sorted(results.glob("*/*.json")):
+        picture = path.with_suffix(".png")
+        match path.name:
+            case "ruler.json":
+                report = TypeAdapter(Report).validate_python(_read(path)["report"])
+                draw(f"RULER, {path.parent.name}", report, picture)
+            case "agreement.json":
+                rows = TypeAdapter(list[AgreementRow]).validate_python(_read(path)["rows"])
+                draw_agreement(f"Agreement with exact, {path.parent.name}", rows, picture)
+            case "serve.json":
+                loads = TypeAdapter(list[LoadFigures]).validate_python(_read(path)["figures"])
+                draw_loads(picture, loads)
+            case "prefill.json":
+                draw_prefill(_read(path), picture)
+            case "shared-cpus.json":
+                draw_shared_cpus(_read(path), picture)
+            case _:
+                continue
+        drawn.append(picture)
+    return drawn
+
+
+def draw_prefill(report: Mapping[str, object], picture: Path) -> None:
+    """Seconds of a prompt by what its KV does, a group of bars for each length.
+
+    Args:
+        report: as `fluxion bench prefill --json` writes it.
+        picture: PNG or SVG, by its suffix.
+    """
+    rows = TypeAdapter(list[dict[str, int | float | str]]).validate_python(report["rows"])
+    groups: dict[str, dict[str, float]] = {}
+    for row in rows:
+        groups.setdefault(f"{row['tokens']:,} tokens", {})[str(row["way"])] = float(row["seconds"])
+    _bars(groups, picture, unit="s", title=f"Prefill while KV leaves, {report['shape']}")
+
+
+def draw_shared_cpus(report: Mapping[str, object], picture: Path) -> None:
+    """Milliseconds of a step by what is beside it, a group of bars for each policy and context.
+
+    Args:
+        report: as `fluxion_core.lab.benchmark.shared_cpus` writes it.
+        picture: PNG or SVG, by its suffix.
+    """
+    kind = TypeAdapter(list[dict[str, int | float | str | list[float]]])
+    groups: dict[str, dict[str, float]] = {}
+    for row in kind.validate_python(report["figures"]):
+        group = groups.setdefault(f"{row['policy']}\n{row['context']:,} tokens", {})
+        milliseconds = row["median_milliseconds"]
+        assert isinstance(milliseconds, float), "a median is a number"
+        group[str(row["variant"])] = milliseconds
+    _bars(groups, picture, unit="ms", title="Decode steps on CPUs that others use too")
+
+
+def _bars(
+    groups: Mapping[str, Mapping[str, float]], picture: Path, *, unit: str, title: str
+) -> None:
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    ways: Sequence[str] = list(
+        dict.fromkeys(way for of_group in groups.values() for way in of_group)
+    )
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / len(ways)
+    palette = colormaps["tab20"]
+    for number, way in enumerate(ways):
+        places = [place + number * width for place, of in enumerate(groups.values()) if way in of]
+        heights = [of[way] for of in groups.values() if way in of]
+        axes.bar(places, heights, width, label=way, color=palette(number % 20))
+    centre = (len(ways) - 1) * width / 2
+    axes.set_xticks([place + centre for place in range(len(groups))], list(groups))
+    axes.set_ylabel(unit)
+    axes.set_title(title)
+    figure.legend(loc="outside right upper", fontsize="small")
+    figure.savefig(picture, dpi=110)
+
+
+def _read(path: Path) -> Mapping[str, object]:
+    return TypeAdapter(dict[str, object]).validate_python(json.loads(path.read_text()))
+
+
+if __name__ == "__main__":
+    for made in draw_all(*map(Path, sys.argv[1:])):
+        print(made)

@@ -1,0 +1,27 @@
+"""Plots that are drawn again from the figures that lie beside them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from fluxion_core.lab.plots.results import RESULTS, draw_all
+
+
+def test_every_plot_of_a_result_is_drawn_from_its_figures(tmp_path: Path):
+    for path in RESULTS.glob("*/*.json"):
+        (tmp_path / path.parent.name).mkdir(exist_ok=True)
+        shutil.copy(path, tmp_path / path.parent.name / path.name)
+    drawn = draw_all(tmp_path)
+    assert {picture.name for picture in drawn} >= {"prefill.png", "shared-cpus.png", "serve.png"}
+    assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in drawn)
+
+
+def test_every_result_has_a_page_and_a_plot():
+    folders = [path for path in RESULTS.iterdir() if path.is_dir()]
+    assert folders
+    for folder in folders:
+        page = (folder / "README.md").read_text()
+        plots = [path.name for path in folder.glob("*.png")]
+        assert plots, folder.name
+        assert all(f"({name})" in page for name in plots), folder.name
