@@ -6,17 +6,17 @@
 #   OUT           takes reports and journals (.)
 #   PYTEST        arguments of pytest; "none" for no tests
 #   SANITIZE      pytest arguments for one more run under compute-sanitizer's memcheck; unset for none
-#   GPU_STEP      options of fluxion_core.lab.benchmark.gpu_step, separated by spaces; unset for no timing
-#   PLANS         files of recorded plans that are timed beside fixed(16, 5 %), separated by semicolons
+#   GPU_STEP      flags of fluxion_core.lab.benchmark.gpu_step, as `--contexts 32768 --batches 1,4`; unset for no timing
+#   PLANS         files of recorded plans that are timed beside fixed(16, 5 %), separated by commas
 #   WEIGHTS       predictor weights in place of the package's
-#   POLICIES      separated by semicolons
+#   POLICIES      separated by commas
 #   RULER_SECONDS no case is begun after this (600)
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 build=${BUILD_DIR:-build/on_machine}
 out=${OUT:-.}
-policies=${POLICIES:-exact;accurate;balanced;fast;fixed(16, 5 %)}
+policies=${POLICIES:-exact,accurate,balanced,fast,fixed(16, 5 %)}
 export PYTHONPATH=.:protos${PYTHONPATH:+:$PYTHONPATH} OMP_WAIT_POLICY=PASSIVE
 
 "$python" --version
@@ -40,12 +40,13 @@ if [ -n "${SANITIZE:-}" ]; then
 fi
 if [ -n "${GPU_STEP:-}" ]; then
   # shellcheck disable=SC2086
-  "$python" -m fluxion_core.lab.benchmark.gpu_step $GPU_STEP "policies=fixed(16, 5 %)${PLANS:+;$PLANS}" json="$out/gpu-step.json" || status=1
+  "$python" -m fluxion_core.lab.benchmark.gpu_step $GPU_STEP --policies "fixed(16, 5 %)${PLANS:+,$PLANS}" \
+    --json "$out/gpu-step.json" || status=1
   "$python" -m fluxion_core.lab.benchmark.offloaded_cache || status=1
 fi
 if [ -n "${MODEL:-}" ]; then
   evaluate() {
-    "$python" -m fluxion_core.lab.evaluation "$@" model="$MODEL" ${WEIGHTS:+weights="$WEIGHTS"} policies="$policies" ||
+    "$python" -m fluxion_core.lab.evaluation "$@" --model "$MODEL" ${WEIGHTS:+--weights "$WEIGHTS"} --policies "$policies" ||
       status=1
   }
   mkdir -p "$out/prose" "$out/unseen"
@@ -58,10 +59,10 @@ for document in tests:
         if wanted:
             shutil.copy(source / f"{document['name']}.txt", out / folder)
 PYTHON
-  evaluate agreement lengths=7168 data="$out/unseen" cases=20 batch=32 journal="$out/agreement.jsonl" json="$out/agreement.json" \
-    markdown="$out/agreement.md"
-  evaluate ruler lengths=4096,8192 chat=false pilot_cases=0 batch=32 cases="${CASES:-50}" prose="$out/prose" \
-    tasks=niah_single_1,niah_single_2,niah_multikey_1 \
-    stop_after_seconds="${RULER_SECONDS:-600}" journal="$out/ruler.jsonl" json="$out/ruler.json" markdown="$out/ruler.md"
+  evaluate agreement --lengths 7168 --data "$out/unseen" --cases 20 --batch 32 --journal "$out/agreement.jsonl" \
+    --json "$out/agreement.json" --markdown "$out/agreement.md"
+  evaluate ruler --lengths 4096,8192 --raw --pilot-cases 0 --batch 32 --cases "${CASES:-50}" --prose "$out/prose" \
+    --tasks niah_single_1,niah_single_2,niah_multikey_1 --stop-after-seconds "${RULER_SECONDS:-600}" \
+    --journal "$out/ruler.jsonl" --json "$out/ruler.json" --markdown "$out/ruler.md"
 fi
 exit "$status"

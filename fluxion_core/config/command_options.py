@@ -77,6 +77,8 @@ def _whole_numbers(_: object, tokens: Sequence[Token]) -> tuple[int, ...]:
 
 
 def _numbers_of(token: Token) -> tuple[int, ...]:
+    if not token.value.strip():
+        return ()
     try:
         return tuple(int(part) for part in token.value.split(","))
     except ValueError:

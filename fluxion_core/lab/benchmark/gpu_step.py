@@ -1,8 +1,8 @@
 """Time of a decode step on a GPU machine: shapes of real models, policies and lanes side by side.
 
-    python -m fluxion_core.lab.benchmark.gpu_step shape=llama-3.1-8b contexts=131072 batches=1,4
-    mixed=131072+65536+32768 policies="fixed(16, 5 %);profile.safetensors" lanes=cpu,gpu,both
-    steps=20 json=out.json
+    python -m fluxion_core.lab.benchmark.gpu_step --shape llama-3.1-8b --contexts 131072
+    --batches 1,4 --mixed 131072+65536+32768 --policies "fixed(16, 5 %),profile.safetensors"
+    --lanes cpu,gpu,both --steps 20 --json out.json
 
 Weights are random, KV is synthetic and fills its own memory. A policy is one of the engine's, or a
 file of recorded plans. Beside each figure is its limit: the dense step alone in a CUDA graph
@@ -15,20 +15,23 @@ rows as a served one does (`STEP_SAMPLING`), within its time; the dense step alo
 from __future__ import annotations
 
 import gc
-import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from statistics import median
+from typing import Annotated
 
 import numpy as np
 import torch
+from cyclopts import Parameter
 from rich.console import Console
 from rich.table import Table
 
+from fluxion_core.config.command_options import JsonOption, Numbers, Texts
+from fluxion_core.config.commands import Command, run_module, within
 from fluxion_core.decode.device.step import DeviceStep, Lanes
 from fluxion_core.decode.work import GivenPlan, StepRow
 from fluxion_core.errors import ConfigError
@@ -62,33 +65,50 @@ _TOO_DEAR = MarginalPolicy(1e9)
 """A price at which nothing is read: the step's time is that of planning."""
 
 
-@dataclass(frozen=True)
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
 class GpuStepOptions:
     """What to measure."""
 
     shape: str = "llama-3.1-8b"
-    layers: int | None = None
+    """Model shape with random weights."""
+    layers: Annotated[int | None, within(1)] = None
     """Fewer than the shape has, for a quick look; figures are then of so many layers."""
-    contexts: tuple[int, ...] = (131_072,)
-    batches: tuple[int, ...] = (1, 4)
-    """Of sequences of one length, for each of `contexts`."""
-    mixed: tuple[tuple[int, ...], ...] = ()
+    contexts: Numbers = (131_072,)
+    """Lengths of sequences, tokens."""
+    batches: Numbers = (1, 4)
+    """Of sequences of one length, for each of the contexts."""
+    mixed: Annotated[Texts, Parameter(metavar="N+N,N+N")] = ()
     """More batches, each given by its sequences' lengths."""
-    policies: tuple[str, ...] = ("fixed(16, 5 %)",)
+    policies: Texts = ("fixed(16, 5 %)",)
     """Names, or files of recorded plans."""
-    lanes: tuple[str, ...] = ("cpu", "gpu", "both")
-    steps: int = 20
+    lanes: Texts = ("cpu", "gpu", "both")
+    """Who attends to host KV."""
+    steps: Annotated[int, within(1)] = 20
+    """That count."""
     digest_bits: int = 16
+    """16 or 8."""
     device_digests: bool = True
-    """Whether the lane scans copies of digests on the device."""
-    threads: int | None = None
-    """Of the CPU pool; None for as many as a node chooses."""
+    """The lane scans copies of digests on the device."""
+    threads: Annotated[int | None, within(1)] = None
+    """Of the CPU pool; as many as a node chooses if not given."""
 
     @property
     def cases(self) -> list[tuple[int, ...]]:
-        """Lengths of the sequences of every batch."""
+        """Lengths of the sequences of every batch.
+
+        Raises:
+            ConfigError: a mixed batch is not lengths with + between them.
+        """
         same = [(context,) * batch for context in self.contexts for batch in self.batches]
-        return same + [tuple(sorted(lengths, reverse=True)) for lengths in self.mixed]
+        return same + [tuple(sorted(_lengths(text), reverse=True)) for text in self.mixed]
+
+
+def _lengths(text: str) -> list[int]:
+    try:
+        return [int(length) for length in text.split("+")]
+    except ValueError:
+        raise ConfigError(f"mixed {text!r}: lengths with + between them, as 65536+32768") from None
 
 
 @dataclass(frozen=True)
@@ -431,49 +451,17 @@ def run_gpu_step_bench(console: Console, options: GpuStepOptions) -> dict[str, o
     return report
 
 
-def options_from(arguments: Sequence[str]) -> tuple[GpuStepOptions, Path | None]:
-    """Options from words `name=value`, and where the JSON goes.
+@dataclass(frozen=True, kw_only=True)
+class GpuStepCommand(JsonOption, Command):
+    """Time a decode step on a GPU machine: policies and lanes side by side."""
 
-    Raises:
-        ConfigError: a word is not one.
-    """
-    values: dict[str, object] = {}
-    json_path = None
-    numbers = {"contexts", "batches"}
-    for argument in arguments:
-        name, equals, value = argument.partition("=")
-        if name == "json":
-            json_path = Path(value)
-        elif not equals or name not in GpuStepOptions.__dataclass_fields__:
-            raise ConfigError(f"{argument!r}; give name=value, with a name of GpuStepOptions")
-        elif name in numbers:
-            values[name] = tuple(int(number) for number in value.split(","))
-        elif name == "mixed":
-            values[name] = tuple(
-                tuple(int(length) for length in batch.split("+")) for batch in value.split(",")
-            )
-        elif name == "policies":
-            values[name] = tuple(part.strip() for part in value.split(";"))
-        elif name == "lanes":
-            values[name] = tuple(value.split(","))
-        elif name == "shape":
-            values[name] = value
-        elif name == "device_digests":
-            if value not in ("yes", "no"):
-                raise ConfigError(f"{argument!r}; yes or no")
-            values[name] = value == "yes"
-        else:
-            values[name] = int(value)
-    return GpuStepOptions(**values), json_path  # type: ignore[arg-type]
+    options: GpuStepOptions = field(default_factory=GpuStepOptions)
+    """What is measured."""
 
-
-def main() -> None:
-    """The command."""
-    options, json_path = options_from(sys.argv[1:])
-    report = run_gpu_step_bench(Console(width=160), options)
-    if json_path is not None:
-        json_path.write_text(json.dumps(report, indent=1) + "\n")
+    def __call__(self) -> None:
+        """Print a table; keep the figures."""
+        self.write(run_gpu_step_bench(self.console(width=160), self.options))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_module(GpuStepCommand))

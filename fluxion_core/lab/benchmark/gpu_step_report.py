@@ -1,6 +1,6 @@
 """What `gpu_step` measured, as Markdown tables and a picture, from its JSON files.
 
-    python -m fluxion_core.lab.benchmark.gpu_step_report FILE.json… OUT_DIRECTORY
+    python -m fluxion_core.lab.benchmark.gpu_step_report FILE.json… --folder DIRECTORY
 
 Writes tables.md and, for each file, a PNG of its name: step times of every batch, policy and lane,
 with their limits.
@@ -11,9 +11,11 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fluxion_core.config.commands import Command, run_module
 from fluxion_core.errors import ConfigError
 
 BASELINE = "fixed(16, 5 %)"
@@ -21,17 +23,23 @@ _COLOURS = {"both": "#1b6ca8", "cpu": "#9dbad5", "gpu": "#d8a48f"}
 _NOT_A_POLICY = ("all heads streaming", "planning alone")
 
 
-def main() -> None:
-    """The command."""
-    *files, folder = (Path(word) for word in sys.argv[1:])
-    if not files or not folder.is_dir():
-        raise ConfigError("give JSON files of gpu_step, then the directory to write to")
-    reports = [(file.stem, json.loads(file.read_text())) for file in files]
-    lines = ["# Decode steps on a GPU machine", ""]
-    for name, report in reports:
-        lines += markdown(name, report)
-        draw(report, folder / f"{name}.png")
-    (folder / "tables.md").write_text("\n".join(lines).rstrip() + "\n")
+@dataclass(frozen=True, kw_only=True)
+class GpuStepReport(Command):
+    """Write tables.md, and a picture of each file."""
+
+    files: tuple[Path, ...] = field(kw_only=False)
+    """JSON files of gpu_step."""
+    folder: Path
+    """Takes what is written; must be there."""
+
+    def __call__(self) -> None:
+        """Read all files, then write."""
+        reports = [(file.stem, json.loads(file.read_text())) for file in self.files]
+        lines = ["# Decode steps on a GPU machine", ""]
+        for name, report in reports:
+            lines += markdown(name, report)
+            draw(report, self.folder / f"{name}.png")
+        (self.folder / "tables.md").write_text("\n".join(lines).rstrip() + "\n")
 
 
 def markdown(name: str, report: dict[str, Any]) -> list[str]:
@@ -176,4 +184,4 @@ def draw(report: dict[str, Any], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_module(GpuStepReport))

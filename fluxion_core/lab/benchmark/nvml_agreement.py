@@ -1,6 +1,6 @@
 """Known bytes over PCIe beside what the card says of them, on a GPU machine.
 
-python -m fluxion_core.lab.benchmark.nvml_agreement seconds=4 json=agreement.json
+python -m fluxion_core.lab.benchmark.nvml_agreement --seconds 4 --json agreement.json
 
 Host memory is read in place, copied to the device and copied back, for some seconds each. The card
 is looked at as a node does (services/gpu_metrics.py). What it says should be the payload and the
@@ -9,16 +9,16 @@ packets' headers: see `wire_factor`.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import torch
 
+from fluxion_core.config.command_options import JsonOption
+from fluxion_core.config.commands import Command, run_module, within
 from fluxion_core.decode.device.pinned import RegisteredStore
 from fluxion_core.errors import ConfigError
 from fluxion_core.geometry import KvGeometry
@@ -162,22 +162,31 @@ def run(seconds: float) -> list[Agreement]:
         registered.close()
 
 
-def main() -> None:
-    """Measure as the command line says."""
-    given = dict(argument.split("=", 1) for argument in sys.argv[1:])
-    rows = run(float(given.get("seconds", 4)))
-    for row in rows:
-        print(
-            f"{row.name:20} {row.direction}: {row.payload_bytes / row.seconds / 1e9:5.1f} GB/s for "
-            f"{row.seconds:.1f} s; payload {row.payload_bytes / 1e9:7.2f} GB, card "
-            f"{row.card_bytes / 1e9:7.2f} GB, {row.ratio:.3f} times that; "
-            f"the other way {row.opposite_bytes / 1e9:.2f} GB"
+@dataclass(frozen=True, kw_only=True)
+class NvmlAgreementBench(JsonOption, Command):
+    """Compare known bytes over PCIe with what the card says of them."""
+
+    seconds: Annotated[float, within(0.1)] = 4.0
+    """Of each transfer, s."""
+
+    def __call__(self) -> None:
+        """Print lines; keep the figures."""
+        console = self.console(width=200)
+        rows = run(self.seconds)
+        for row in rows:
+            console.print(
+                f"{row.name:20} {row.direction}: {row.payload_bytes / row.seconds / 1e9:5.1f} GB/s "
+                f"for {row.seconds:.1f} s; payload {row.payload_bytes / 1e9:7.2f} GB, card "
+                f"{row.card_bytes / 1e9:7.2f} GB, {row.ratio:.3f} times that; "
+                f"the other way {row.opposite_bytes / 1e9:.2f} GB",
+                highlight=False,
+            )
+        console.print(
+            f"full packets of 128 bytes: {wire_factor(128):.3f}, of 256: {wire_factor(256):.3f}",
+            highlight=False,
         )
-    print(f"full packets of 128 bytes: {wire_factor(128):.3f}, of 256: {wire_factor(256):.3f}")
-    if "json" in given:
-        report = [asdict(row) | {"ratio": row.ratio} for row in rows]
-        Path(given["json"]).write_text(json.dumps(report, indent=2) + "\n")
+        self.write([asdict(row) | {"ratio": row.ratio} for row in rows])
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_module(NvmlAgreementBench))

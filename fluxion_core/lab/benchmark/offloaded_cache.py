@@ -1,6 +1,6 @@
 """The rival on a GPU machine: transformers with its offloaded cache, exact, random weights.
 
-python -m fluxion_core.lab.benchmark.offloaded_cache context=131072 steps=4
+python -m fluxion_core.lab.benchmark.offloaded_cache --context 131072 --steps 4
 """
 
 from __future__ import annotations
@@ -8,10 +8,13 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import dataclass
 from statistics import median
+from typing import Annotated
 
 import torch
 
+from fluxion_core.config.commands import Command, run_module, within
 from fluxion_core.lab.benchmark.model_shapes import shape_named
 
 
@@ -58,14 +61,23 @@ def offloaded_step_seconds(shape: str, context: int, steps: int) -> float:
     return median(seconds[1:])
 
 
-def main() -> None:
-    """The command."""
-    words = dict(argument.split("=", 1) for argument in sys.argv[1:])
-    shape = words.get("shape", "llama-3.1-8b")
-    context = int(words.get("context", "131072"))
-    seconds = offloaded_step_seconds(shape, context, int(words.get("steps", "4")))
-    print(json.dumps({"shape": shape, "context": context, "milliseconds": seconds * 1e3}))
+@dataclass(frozen=True, kw_only=True)
+class OffloadedCacheBench(Command):
+    """Time a step of transformers with its offloaded cache; prints JSON."""
+
+    shape: str = "llama-3.1-8b"
+    """Model shape of the Llama family, with random weights."""
+    context: Annotated[int, within(1)] = 131_072
+    """Tokens in the cache."""
+    steps: Annotated[int, within(1)] = 4
+    """That count, after one that does not."""
+
+    def __call__(self) -> None:
+        """Print the figures."""
+        seconds = offloaded_step_seconds(self.shape, self.context, self.steps)
+        figures = {"shape": self.shape, "context": self.context, "milliseconds": seconds * 1e3}
+        print(json.dumps(figures))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_module(OffloadedCacheBench))

@@ -10,15 +10,16 @@ seconds are the process's, all threads.
 
 from __future__ import annotations
 
-import argparse
-import json
+import sys
 import time
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from statistics import median
+from typing import Annotated
 
 import torch
 
+from fluxion_core.config.command_options import JsonOption, Numbers
+from fluxion_core.config.commands import Command, run_module, within
 from fluxion_core.decode.host.attention import HybridAttention
 from fluxion_core.decode.host.decoder import HostDecoder
 from fluxion_core.decode.host.profiling import PromptProfiling
@@ -29,7 +30,6 @@ from fluxion_core.kvstore.digest_index import gather_kv
 from fluxion_core.kvstore.sequence import SequenceKv
 from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.lab.benchmark.model_shapes import (
-    SHAPES,
     fill_sequences,
     random_decoder,
     shape_named,
@@ -149,37 +149,47 @@ def _estimator_seconds(prompt: SequenceKv, query: torch.Tensor, window: WindowSp
         torch.set_num_threads(threads)
 
 
-def main() -> None:
-    """Measure what the command line asks for, and print it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-3.1-8b")
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768])
-    parser.add_argument("--steps", type=int, default=20, help="before there is a profile")
-    parser.add_argument("--threads", type=int, help="of the pool")
-    parser.add_argument("--json", type=Path, help="keep the figures here")
-    asked = parser.parse_args()
-    machine = describe_machine()
-    print("  ".join(f"{name} {value}" for name, value in machine.items()))
-    config = replace(shape_named(asked.shape, asked.layers), vocab_size=VOCABULARY)
-    figures = []
-    for tokens in asked.tokens:
-        one = run_profile(
-            config, asked.shape, tokens=tokens, steps=asked.steps, threads=asked.threads
-        )
-        figures.append(asdict(one))
-        print(
-            f"{one.shape}, {one.num_layers} layers, {one.tokens} tokens, {one.threads} threads: "
-            f"a layer of a step {one.step_layer_ms:.2f} ms; {one.slices} slices of "
-            f"{one.slice_ms:.2f} ms (longest {one.longest_slice_ms:.2f}); a stream's tokens "
-            f"{one.gap_beside_ms:.1f} ms apart, {one.gap_before_ms:.1f} without a profile; "
-            f"{one.layer_cpu_seconds:.3f} CPU s a layer, by the estimator "
-            f"{one.estimator_layer_cpu_seconds:.3f}",
-            flush=True,
-        )
-    if asked.json:
-        asked.json.write_text(json.dumps({"machine": machine, "figures": figures}, indent=2) + "\n")
+@dataclass(frozen=True, kw_only=True)
+class PromptProfileBench(JsonOption, Command):
+    """Time a follow-up's profile beside a stream."""
+
+    shape: str = "llama-3.1-8b"
+    """Model shape with random weights."""
+    layers: Annotated[int, within(1)] = 2
+    """As many of the shape's."""
+    tokens: Numbers = (8192, 32_768)
+    """Of the prompt and of the stream; multiples of 16."""
+    steps: Annotated[int, within(1)] = 20
+    """Of the stream, before there is a profile."""
+    threads: Annotated[int | None, within(1)] = None
+    """Of the pool; as many as a node has if not given."""
+
+    def __call__(self) -> None:
+        """Print a line for each length; keep the figures."""
+        console = self.console(width=400)
+        machine = describe_machine()
+        console.print("  ".join(f"{name} {value}" for name, value in machine.items()))
+        config = replace(shape_named(self.shape, self.layers), vocab_size=VOCABULARY)
+        figures = []
+        for tokens in self.tokens:
+            one = run_profile(
+                config, self.shape, tokens=tokens, steps=self.steps, threads=self.threads
+            )
+            figures.append(asdict(one))
+            console.print(_line(one), highlight=False)
+        self.write({"machine": machine, "figures": figures})
+
+
+def _line(one: ProfileFigures) -> str:
+    return (
+        f"{one.shape}, {one.num_layers} layers, {one.tokens} tokens, {one.threads} threads: "
+        f"a layer of a step {one.step_layer_ms:.2f} ms; {one.slices} slices of "
+        f"{one.slice_ms:.2f} ms (longest {one.longest_slice_ms:.2f}); a stream's tokens "
+        f"{one.gap_beside_ms:.1f} ms apart, {one.gap_before_ms:.1f} without a profile; "
+        f"{one.layer_cpu_seconds:.3f} CPU s a layer, by the estimator "
+        f"{one.estimator_layer_cpu_seconds:.3f}"
+    )
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_module(PromptProfileBench))

@@ -1,7 +1,7 @@
 """Record what a policy decides on real texts, for `recorded_plans.py`.
 
-    python -m fluxion_core.lab.benchmark.record_plans model=MODEL texts=FILE,FILE
-    policy="marginal(0.3)" tokens=7000 steps=16 out=plans.safetensors
+    python -m fluxion_core.lab.benchmark.record_plans --model MODEL --texts FILE,FILE
+    --policy "marginal(0.3)" --tokens 7000 --steps 16 --out plans.safetensors
 
 Every text's beginning is prefilled on the CPU and decoded greedily under the policy; each step's
 plans of all layers and heads are kept, budgets as shares of the region.
@@ -10,11 +10,15 @@ plans of all layers and heads are kept, budgets as shares of the region.
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from fluxion_core.config.command_options import Texts
+from fluxion_core.config.commands import Command, run_module, within
 from fluxion_core.decode.host.attention import HybridAttention
 from fluxion_core.errors import ConfigError
 from fluxion_core.generation.tokenizer import Tokenizer
@@ -23,8 +27,8 @@ from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.lab.benchmark.recorded_plans import RecordedPlans
 from fluxion_core.lab.held_prompt import PromptMaker
 from fluxion_core.models.decoder import Decoder
-from fluxion_core.models.locate import default_models_dir, locate_model
-from fluxion_core.models.weights import load_model
+from fluxion_core.models.model_options import ModelOptions
+from fluxion_core.models.weights import LoadedModel, load_model
 from fluxion_core.planning.planner import Planner
 from fluxion_core.planning.planner_weights import shipped_planner_weights
 from fluxion_core.planning.policy import parse_policy
@@ -94,37 +98,54 @@ def record(
     return torch.stack(levels), torch.stack(shares)
 
 
-def main() -> None:
-    """The command."""
-    words = dict(argument.split("=", 1) for argument in sys.argv[1:])
-    if missing := {"texts", "policy", "out"} - words.keys():
-        raise ConfigError(f"give {', '.join(sorted(missing))} as name=value")
-    path = locate_model(words.get("model", "smollm2-135m"), default_models_dir())
-    model = load_model(path, device=torch.device("cpu"), dtype=torch.float32)
-    tokenizer = Tokenizer.load(path)
+@dataclass(frozen=True, kw_only=True)
+class RecordPlans(ModelOptions, Command):
+    """Record what a policy decides on real texts."""
+
+    texts: Texts
+    """Files of texts; their beginnings are the prompts."""
+    policy: str
+    """As marginal(0.3)."""
+    out: Path
+    """Takes the plans, as safetensors."""
+    tokens: Annotated[int, within(1)] = 7000
+    """Of each prompt."""
+    steps: Annotated[int, within(1)] = 16
+    """Decoded after each prompt."""
+
+    def __call__(self) -> None:
+        """Write the plans."""
+        path = self.locate()
+        model = load_model(path, device=torch.device("cpu"), dtype=torch.float32)
+        tokenizer = Tokenizer.load(path)
+        texts = [Path(name) for name in self.texts]
+        prompts = [tokenizer.encode(text.read_text())[: self.tokens] for text in texts]
+        if short := [
+            text.name for text, ids in zip(texts, prompts, strict=True) if len(ids) < self.tokens
+        ]:
+            raise ConfigError(f"texts of fewer than {self.tokens} tokens: {', '.join(short)}")
+        planner = _planner_of(model)
+        levels, shares = record(model.decoder, planner, prompts, self.policy, self.steps)
+        source = (
+            f"{model.name}, {len(texts)} texts, prompts of {self.tokens} tokens, {self.steps} "
+            f"steps each ({', '.join(text.stem for text in texts)})"
+        )
+        RecordedPlans(self.policy, source, levels, shares).save(self.out)
+
+
+def _planner_of(model: LoadedModel) -> Planner:
     weights = shipped_planner_weights(model.revision_hash)
     if weights is None:
         raise ConfigError(f"there are no predictor weights for {model.name}")
     config = model.config
-    planner = Planner(
+    return Planner(
         weights,
         num_layers=config.num_layers,
         num_heads=config.num_heads,
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
     )
-    count, steps = int(words.get("tokens", "7000")), int(words.get("steps", "16"))
-    texts = [Path(name) for name in words["texts"].split(",")]
-    prompts = [tokenizer.encode(text.read_text())[:count] for text in texts]
-    if short := [text.name for text, ids in zip(texts, prompts, strict=True) if len(ids) < count]:
-        raise ConfigError(f"texts of fewer than {count} tokens: {', '.join(short)}")
-    levels, shares = record(model.decoder, planner, prompts, words["policy"], steps)
-    source = (
-        f"{model.name}, {len(texts)} texts, prompts of {count} tokens, {steps} steps each "
-        f"({', '.join(text.stem for text in texts)})"
-    )
-    RecordedPlans(words["policy"], source, levels, shares).save(Path(words["out"]))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_module(RecordPlans))

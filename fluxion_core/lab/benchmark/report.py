@@ -1,8 +1,7 @@
-"""What all benchmarks share: they name the machine, keep their figures and draw them."""
+"""What all benchmarks share: they name the machine and draw their figures."""
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,12 +9,7 @@ from pathlib import Path
 from fluxion_core.errors import ConfigError
 from fluxion_core.lab.machine import describe_machine
 
-__all__ = ["describe_machine", "draw_bars", "median_of", "write_json"]
-
-
-def write_json(report: dict[str, object], path: Path) -> None:
-    """Keep a report."""
-    path.write_text(json.dumps(report, indent=2) + "\n")
+__all__ = ["describe_machine", "draw_bars", "median_of"]
 
 
 def median_of(

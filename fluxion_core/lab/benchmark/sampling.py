@@ -1,7 +1,7 @@
 """What a step's sampling costs: a row on one thread, and the rows of a step on the pool.
 
-    python -m fluxion_core.lab.benchmark.sampling [vocab=151936] [prompt=1000000] [rows=1,4,16]
-    [threads=15] [repeats=50] [json=out.json]
+    python -m fluxion_core.lab.benchmark.sampling [--vocab 151936] [--prompt 1000000]
+    [--rows 1,4,16] [--threads 15] [--repeats 50] [--json out.json]
 
 Logits are like a model's (a few far above the rest), flat (all differ by little, so that top_p
 keeps most of them) or equal. A row's time is its thread's CPU time. A step's is the clock's, once
@@ -14,20 +14,22 @@ from __future__ import annotations
 import random
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from statistics import median
+from typing import Annotated
 
 import torch
+from cyclopts import Parameter
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from fluxion_core.errors import ConfigError
+from fluxion_core.config.command_options import JsonOption, Numbers
+from fluxion_core.config.commands import Command, run_module, within
 from fluxion_core.generation.sampling import SamplingParams, TokenSampler, sample_rows
-from fluxion_core.lab.benchmark.report import describe_machine, write_json
+from fluxion_core.lab.benchmark.report import describe_machine
 from fluxion_core.pool.cpu_pool import CpuPool
 
 ROW_LIMIT_MS = 0.5
@@ -68,18 +70,21 @@ _PENALTIES: dict[str, SamplingParams] = {
 }
 
 
-@dataclass(frozen=True)
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
     """What to measure."""
 
-    vocab: int = 151_936
-    prompt: int = 1_000_000
-    """Tokens before those that are sampled with penalties."""
-    rows: tuple[int, ...] = (1, 4, 16)
-    """Of steps."""
-    threads: int | None = None
-    """Of the pool; None for the default."""
-    repeats: int = 50
+    vocab: Annotated[int, within(1)] = 151_936
+    """Tokens of the vocabulary."""
+    prompt: Annotated[int, within(0)] = 1_000_000
+    """Tokens of the prompt that penalties count."""
+    rows: Numbers = (1, 4, 16)
+    """Of a step."""
+    threads: Annotated[int | None, within(1)] = None
+    """Of the pool; as many as a node has if not given."""
+    repeats: Annotated[int, within(1)] = 50
+    """Runs of each; medians are told."""
 
 
 @dataclass(frozen=True)
@@ -211,41 +216,17 @@ def _median_ms(
     return median(seconds[3:]) * 1e3
 
 
-def options_from(arguments: Sequence[str]) -> tuple[SamplingOptions, Path | None]:
-    """Options from words `name=value`, and where the JSON goes.
+@dataclass(frozen=True, kw_only=True)
+class SamplingBench(JsonOption, Command):
+    """Measure what a step's sampling costs."""
 
-    Raises:
-        ConfigError: a word is not one.
-    """
-    numbers: dict[str, int] = {}
-    rows = SamplingOptions.rows
-    json_path = None
-    for argument in arguments:
-        name, _, value = argument.partition("=")
-        try:
-            if name == "json" and value:
-                json_path = Path(value)
-            elif name == "rows":
-                rows = tuple(int(count) for count in value.split(","))
-            elif name in ("vocab", "prompt", "threads", "repeats"):
-                numbers[name] = int(value)
-            else:
-                raise ValueError
-        except ValueError:
-            raise ConfigError(
-                f"{argument!r}; give vocab, prompt, threads or repeats=NUMBER, rows=NUMBER,NUMBER "
-                f"or json=FILE"
-            ) from None
-    return SamplingOptions(rows=rows, **numbers), json_path
+    options: SamplingOptions = field(default_factory=SamplingOptions)
+    """What is measured."""
 
-
-def main() -> None:
-    """The command."""
-    options, json_path = options_from(sys.argv[1:])
-    report = run_sampling_bench(Console(width=160), options)
-    if json_path is not None:
-        write_json(report, json_path)
+    def __call__(self) -> None:
+        """Print a table; keep the figures."""
+        self.write(run_sampling_bench(self.console(width=160), self.options))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_module(SamplingBench))

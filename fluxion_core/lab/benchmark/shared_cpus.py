@@ -1,9 +1,10 @@
 """Decode steps on CPUs that others use too: numbers of threads, and busy processes beside them.
 
-    python -m fluxion_core.lab.benchmark.shared_cpus contexts=32768,65536 batch=4 threads=8,12,14,15
-    busy=1,2,4 "policies=fixed(16, 5 %);plans.safetensors" steps=24 json=out.json
+    python -m fluxion_core.lab.benchmark.shared_cpus --contexts 32768,65536 --batch 4
+    --threads 8,12,14,15 --busy 1,2,4 --policies "fixed(16, 5 %),plans.safetensors" --steps 24
+    --json out.json
 
-Without a GPU steps are the CPU's (`layers=4` makes a shape small enough for that). Medians of
+Without a GPU steps are the CPU's (`--layers 4` makes a shape small enough for that). Medians of
 steps. Beside busy processes, each pinned to a CPU of the pool's, there are three pools: the one
 that a node makes; the same without its look for threads that have lost their CPU; and one that
 never had the busy CPUs. Variants take turns, `passes` times.
@@ -12,7 +13,6 @@ never had the busy CPUs. Variants take turns, `passes` times.
 from __future__ import annotations
 
 import gc
-import json
 import os
 import subprocess
 import sys
@@ -22,17 +22,20 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
+from typing import Annotated
 
 import torch
+from cyclopts import Parameter
 from rich.console import Console
 from rich.table import Table
 
+from fluxion_core.config.command_options import JsonOption, Numbers, Texts
+from fluxion_core.config.commands import Command, run_module, within
 from fluxion_core.decode.device.step import DeviceStep
 from fluxion_core.decode.host.attention import HybridAttention
 from fluxion_core.decode.host.decoder import HostDecoder
 from fluxion_core.decode.host.step import HostStep
 from fluxion_core.decode.work import StepRow
-from fluxion_core.errors import ConfigError
 from fluxion_core.geometry import KvGeometry, WindowSpec
 from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.lab.benchmark.model_shapes import fill_sequences, random_decoder, shape_named
@@ -50,22 +53,29 @@ _FOLLOWS_A_RECORD = MarginalPolicy(1e9)
 _NEW_TOKENS = 16
 
 
-@dataclass(frozen=True)
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
 class SharedCpusOptions:
     """What to measure."""
 
     shape: str = "llama-3.1-8b"
-    layers: int | None = None
-    contexts: tuple[int, ...] = (32_768,)
-    batch: int = 4
-    policies: tuple[str, ...] = ("fixed(16, 5 %)",)
+    """Model shape with random weights."""
+    layers: Annotated[int | None, within(1)] = None
+    """Fewer than the shape has."""
+    contexts: Numbers = (32_768,)
+    """Lengths of sequences, tokens."""
+    batch: Annotated[int, within(1)] = 4
+    """Sequences of a step."""
+    policies: Texts = ("fixed(16, 5 %)",)
     """Names, or, with a GPU, files of recorded plans."""
-    threads: tuple[int, ...] = ()
+    threads: Numbers = ()
     """Numbers of threads, beside the default's."""
-    busy: tuple[int, ...] = (1,)
-    """Numbers of CPUs that a busy process is pinned to."""
-    steps: int = 24
-    passes: int = 2
+    busy: Numbers = (1,)
+    """Numbers of CPUs that a busy process is pinned to; an empty text for none."""
+    steps: Annotated[int, within(1)] = 24
+    """Of a pass, that count."""
+    passes: Annotated[int, within(1)] = 2
+    """How often the variants take turns."""
 
 
 @dataclass(frozen=True)
@@ -253,29 +263,6 @@ def _affinity(variant: Variant) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-def options_from(arguments: Sequence[str]) -> tuple[SharedCpusOptions, Path | None]:
-    """Options from words `name=value`, and where the JSON goes.
-
-    Raises:
-        ConfigError: a word is not one.
-    """
-    values: dict[str, object] = {}
-    json_path = None
-    for argument in arguments:
-        name, equals, value = argument.partition("=")
-        if name == "json":
-            json_path = Path(value)
-        elif not equals or name not in SharedCpusOptions.__dataclass_fields__:
-            raise ConfigError(f"{argument!r}; give name=value, with a name of SharedCpusOptions")
-        elif name in ("contexts", "threads", "busy"):
-            values[name] = tuple(int(number) for number in value.split(",") if number)
-        elif name == "policies":
-            values[name] = tuple(part.strip() for part in value.split(";"))
-        else:
-            values[name] = value if name == "shape" else int(value)
-    return SharedCpusOptions(**values), json_path  # type: ignore[arg-type]
-
-
 def run_shared_cpus_bench(console: Console, options: SharedCpusOptions) -> dict[str, object]:
     """Measure; print as it goes, return everything as plain data."""
     machine = describe_machine()
@@ -310,13 +297,17 @@ def run_shared_cpus_bench(console: Console, options: SharedCpusOptions) -> dict[
     }
 
 
-def main() -> None:
-    """The command."""
-    options, json_path = options_from(sys.argv[1:])
-    report = run_shared_cpus_bench(Console(width=180), options)
-    if json_path is not None:
-        json_path.write_text(json.dumps(report, indent=1) + "\n")
+@dataclass(frozen=True, kw_only=True)
+class SharedCpusCommand(JsonOption, Command):
+    """Time decode steps on CPUs that others use too."""
+
+    options: SharedCpusOptions = field(default_factory=SharedCpusOptions)
+    """What is measured."""
+
+    def __call__(self) -> None:
+        """Print a table; keep the figures."""
+        self.write(run_shared_cpus_bench(self.console(width=180), self.options))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_module(SharedCpusCommand))

@@ -46,6 +46,8 @@ def test_commas_separate_and_brackets_hold_together():
     assert made[0].policies == ("exact", "fixed(16, 5 %)", "marginal(1)")
     assert run("--lengths", "1", "--lengths", "2,3") == 0
     assert made[0].lengths == (1, 2, 3)
+    assert run("--lengths", "") == 0
+    assert made[0].lengths == ()
     assert run() == 0
     assert (made[0].lengths, made[0].policies) == ((1,), ("exact",))
 
@@ -55,7 +57,7 @@ def test_by_hand_what_is_split():
     assert split_outside_brackets("") == ()
 
 
-@pytest.mark.parametrize("text", ["4K", "1,,2", "", "1;2", "1.5"])
+@pytest.mark.parametrize("text", ["4K", "1,,2", ",", "1;2", "1.5"])
 def test_numbers_that_are_none_are_one_sentence(text: str, capsys: pytest.CaptureFixture[str]):
     assert run("--lengths", text) == 1
     sentence = f"lengths {text!r}: whole numbers, separated by commas\n"

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fluxion_core.config.commands import run_module
 from fluxion_core.errors import ConfigError
-from fluxion_core.lab.benchmark.gpu_step import options_from
-from fluxion_core.lab.benchmark.gpu_step_report import draw, markdown
+from fluxion_core.lab.benchmark import gpu_step
+from fluxion_core.lab.benchmark.gpu_step import GpuStepCommand, GpuStepOptions
+from fluxion_core.lab.benchmark.gpu_step_report import GpuStepReport, draw, markdown
 
 
 def _figure(policy: str, lanes: str, milliseconds: float, read_gigabytes: float) -> dict[str, Any]:
@@ -73,13 +76,22 @@ def test_the_picture_is_drawn(tmp_path: Path):
     assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_batches_are_of_one_length_or_mixed():
-    options, path = options_from(
-        ["contexts=64,32", "batches=1,2", "mixed=16+48,32", "json=out.json", "device_digests=no"]
-    )
+def test_batches_are_of_one_length_or_mixed(monkeypatch: pytest.MonkeyPatch):
+    asked: list[GpuStepOptions] = []
+    monkeypatch.setattr(gpu_step, "run_gpu_step_bench", lambda _, options: asked.append(options))
+    flags = ["--contexts", "64,32", "--batches", "1,2", "--mixed", "16+48,32"]
+    assert run_module(GpuStepCommand, [*flags, "--no-device-digests"]) == 0
+    (options,) = asked
     assert options.cases == [(64,), (64, 64), (32,), (32, 32), (48, 16), (32,)]
-    assert path == Path("out.json")
     assert not options.device_digests
-    for word in ("context=64", "device_digests=maybe"):
-        with pytest.raises(ConfigError):
-            options_from([word])
+    with pytest.raises(ConfigError, match=r"mixed '16\+': lengths with \+ between them"):
+        _ = GpuStepOptions(mixed=("16+",)).cases
+
+
+def test_the_report_of_files_is_tables_and_pictures(tmp_path: Path):
+    (tmp_path / "run.json").write_text(json.dumps(_report()))
+    folder = ["--folder", str(tmp_path)]
+    assert run_module(GpuStepReport, [str(tmp_path / "run.json"), *folder]) == 0
+    assert (tmp_path / "run.png").exists()
+    assert "run.json" in (tmp_path / "tables.md").read_text()
+    assert run_module(GpuStepReport, folder) == 2

@@ -7,8 +7,13 @@ import json
 import pytest
 from rich.console import Console
 
-from fluxion_core.errors import ConfigError
-from fluxion_core.lab.benchmark.sampling import SamplingOptions, options_from, run_sampling_bench
+from fluxion_core.config.commands import run_module
+from fluxion_core.lab.benchmark import sampling
+from fluxion_core.lab.benchmark.sampling import (
+    SamplingBench,
+    SamplingOptions,
+    run_sampling_bench,
+)
 
 
 def test_every_figure_that_has_a_limit_is_printed_beside_it(tmp_path):
@@ -26,14 +31,26 @@ def test_every_figure_that_has_a_limit_is_printed_beside_it(tmp_path):
     assert report["threads"] == 2
 
 
-def test_options_are_words():
-    options, path = options_from(["rows=2,5", "vocab=99", "threads=3", "json=x.json"])
-    assert options == SamplingOptions(vocab=99, rows=(2, 5), threads=3)
-    assert path is not None
-    assert path.name == "x.json"
+def test_flags_become_options(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(
+        sampling, "run_sampling_bench", lambda _, options: asked.append(options) or {"a": 1}
+    )
+    flags = ["--rows", "2,5", "--vocab", "99", "--threads", "3", "--json", str(tmp_path / "x")]
+    assert run_module(SamplingBench, flags) == 0
+    assert asked == [SamplingOptions(vocab=99, rows=(2, 5), threads=3)]
+    assert json.loads((tmp_path / "x").read_text()) == {"a": 1}
 
 
-@pytest.mark.parametrize("word", ["rows=two", "colour=red", "vocab", "json="])
-def test_words_that_are_no_options_are_refused_by_name(word):
-    with pytest.raises(ConfigError, match=f"'{word}'; give vocab"):
-        options_from([word])
+@pytest.mark.parametrize(
+    ("flags", "status", "words"),
+    [
+        (["--rows", "two"], 1, "rows 'two': whole numbers"),
+        (["--colour", "red"], 2, "Unknown option: --colour"),
+        (["--vocab"], 2, "--vocab"),
+        (["vocab=3"], 2, "'vocab=3' is more than"),
+    ],
+)
+def test_flags_that_are_no_options_are_refused_by_name(flags, status, words, capsys):
+    assert run_module(SamplingBench, flags) == status
+    assert words in capsys.readouterr().err

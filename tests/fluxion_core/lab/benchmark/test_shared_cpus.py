@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import pytest
 
-from fluxion_core.errors import ConfigError
-from fluxion_core.lab.benchmark.shared_cpus import Variant, _affinity, options_from
+from fluxion_core.config.commands import run_module
+from fluxion_core.lab.benchmark import shared_cpus
+from fluxion_core.lab.benchmark.shared_cpus import (
+    SharedCpusCommand,
+    SharedCpusOptions,
+    Variant,
+    _affinity,
+)
 
 
-def test_options_are_words_with_values():
-    options, path = options_from(
-        ["contexts=8192,4096", "busy=", "layers=2", "policies=exact; fixed(16, 5 %)", "json=a.json"]
+def test_flags_become_options(monkeypatch: pytest.MonkeyPatch):
+    asked: list[SharedCpusOptions] = []
+    monkeypatch.setattr(
+        shared_cpus, "run_shared_cpus_bench", lambda _, options: asked.append(options)
     )
+    flags = ["--contexts", "8192,4096", "--busy", "", "--layers", "2"]
+    flags += ["--policies", "exact, fixed(16, 5 %)"]
+    assert run_module(SharedCpusCommand, flags) == 0
+    (options,) = asked
     assert (options.contexts, options.busy, options.layers) == ((8192, 4096), (), 2)
     assert options.policies == ("exact", "fixed(16, 5 %)")
-    assert path == Path("a.json")
-    with pytest.raises(ConfigError, match="'cores=3'"):
-        options_from(["cores=3"])
+    assert run_module(SharedCpusCommand, ["--cores", "3"]) == 2
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
