@@ -2,3 +2,6 @@
 
 Not here: processes, which are in services.
 """
+
+DISTRIBUTION = "fluxion-inference"
+"""What pip knows it as: the name of the command belongs to somebody else's package there."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from fluxion_core import DISTRIBUTION
 from fluxion_core.errors import ConfigError, InvalidRequestError
 from fluxion_core.generation.tokenizer import Tokenizer
 from fluxion_core.lab.benchmark.decode_step import run_decode_step_bench
@@ -58,7 +59,8 @@ def _load_transformers(path: Path) -> torch.nn.Module:
         from transformers import AutoModelForCausalLM
     except ImportError:
         raise ConfigError(
-            "transformers is not installed; pip install 'fluxion[test]' or --no-transformers"
+            f"transformers is not installed; "
+            f"pip install '{DISTRIBUTION}[test]' or --no-transformers"
         ) from None
     if path.is_dir():
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)

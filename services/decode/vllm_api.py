@@ -22,6 +22,7 @@ from typing import NoReturn
 import grpc
 from smg_grpc_proto.generated import common_pb2, vllm_engine_pb2, vllm_engine_pb2_grpc
 
+from fluxion_core import DISTRIBUTION
 from fluxion_core.errors import InvalidRequestError, UnsupportedCallError
 from fluxion_core.generation.tokenizer_files import tokenizer_archive
 from fluxion_core.kvstore.store import HostKvStore
@@ -217,7 +218,7 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):  # type: ignor
         token_bytes = self._store.geometry.token_bytes
         return vllm_engine_pb2.GetLoadsResponse(
             timestamp=datetime.now(UTC).isoformat(),
-            version=metadata.version("fluxion"),
+            version=metadata.version(DISTRIBUTION),
             dp_rank_count=1,
             loads=[
                 vllm_engine_pb2.SchedulerLoad(

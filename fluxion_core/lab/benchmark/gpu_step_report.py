@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fluxion_core import DISTRIBUTION
 from fluxion_core.config.commands import Command, run_module
 from fluxion_core.errors import ConfigError
 
@@ -146,7 +147,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ConfigError("plots need matplotlib: pip install 'fluxion[plots]'") from None
+        raise ConfigError(f"plots need matplotlib: pip install '{DISTRIBUTION}[plots]'") from None
     figures = [f for f in report["figures"] if f["policy"] not in _NOT_A_POLICY]
     batches = list(dict.fromkeys(figure["batch"] for figure in figures))
     picture = Figure(figsize=(4.2 * len(batches), 4.4), layout="constrained")

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from fluxion_core import DISTRIBUTION
 from fluxion_core.errors import ConfigError
 from fluxion_core.lab.machine import describe_machine
 
@@ -42,7 +43,7 @@ def draw_bars(
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ConfigError("plots need matplotlib: pip install 'fluxion[plots]'") from None
+        raise ConfigError(f"plots need matplotlib: pip install '{DISTRIBUTION}[plots]'") from None
     figure = Figure(figsize=(8, 1.2 + 0.3 * len(rows)), layout="constrained")
     axes = figure.subplots()
     labels = [label for label, _ in rows]

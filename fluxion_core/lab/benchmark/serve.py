@@ -18,6 +18,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from fluxion_core import DISTRIBUTION
 from fluxion_core.errors import ConfigError
 
 PERCENTILES = (50, 90, 99)
@@ -235,7 +236,7 @@ def plot(path: Path, figures: Sequence[LoadFigures]) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ConfigError("plots need matplotlib: pip install 'fluxion[plots]'") from None
+        raise ConfigError(f"plots need matplotlib: pip install '{DISTRIBUTION}[plots]'") from None
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     places = range(len(figures))
     panels = figure.subplots(1, 3)

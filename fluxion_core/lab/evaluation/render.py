@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from fluxion_core import DISTRIBUTION
 from fluxion_core.errors import ConfigError
 from fluxion_core.lab.evaluation.agreement import AgreementRow
 from fluxion_core.lab.evaluation.report import Interval, Report
@@ -108,7 +109,7 @@ def draw(title: str, report: Report, path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ConfigError("plots need matplotlib: pip install 'fluxion[plots]'") from None
+        raise ConfigError(f"plots need matplotlib: pip install '{DISTRIBUTION}[plots]'") from None
     if not report.bytes_read:
         raise ConfigError("nothing to draw: there is no task that exact can do")
     figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -138,7 +139,7 @@ def draw_agreement(title: str, rows: Sequence[AgreementRow], path: Path) -> None
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ConfigError("plots need matplotlib: pip install 'fluxion[plots]'") from None
+        raise ConfigError(f"plots need matplotlib: pip install '{DISTRIBUTION}[plots]'") from None
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for row in rows:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fluxion_core import DISTRIBUTION
 from fluxion_core.errors import ConfigError
 from fluxion_core.observe.trace_events import TraceEvent, TraceFile, tracks_of
 
@@ -31,7 +32,7 @@ def draw_trace(file: TraceFile, path: Path, *, title: str) -> None:
         from matplotlib.figure import Figure
         from matplotlib.patches import Patch
     except ImportError:
-        raise ConfigError("--png needs matplotlib: pip install 'fluxion[plots]'") from None
+        raise ConfigError(f"--png needs matplotlib: pip install '{DISTRIBUTION}[plots]'") from None
     tracks = tracks_of(file)
     spans = {
         track: [event for event in events if event["ph"] == "X"] for track, events in tracks.items()

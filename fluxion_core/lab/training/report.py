@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fluxion_core import DISTRIBUTION
 from fluxion_core.errors import ConfigError
 from fluxion_core.planning.features import FEATURES, GROUPS, NUM_FEATURES
 from fluxion_core.planning.head_profile import BUDGETS
@@ -125,7 +126,7 @@ def write_plots(output: Path) -> list[Path]:
     try:
         import matplotlib as mpl
     except ImportError:
-        raise ConfigError("plots need matplotlib: pip install 'fluxion[plots]'") from None
+        raise ConfigError(f"plots need matplotlib: pip install '{DISTRIBUTION}[plots]'") from None
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
