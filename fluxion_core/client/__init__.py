@@ -14,7 +14,7 @@ Not here: choosing among nodes (a gateway's work), and the OpenAI API (likewise)
 from fluxion_core.client.answers import (
     Delta,
     Event,
-    Finished,
+    Finish,
     FinishReason,
     Generation,
     KvReads,
@@ -44,8 +44,8 @@ __all__ = [
     "Conversation",
     "Delta",
     "Event",
+    "Finish",
     "FinishReason",
-    "Finished",
     "Generation",
     "GenerationOptions",
     "GenerationStream",

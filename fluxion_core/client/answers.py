@@ -1,7 +1,7 @@
-"""What comes back: events of a stream, the whole answer, and the figures of a node.
+"""Events of a stream, the whole answer, and the figures of a node.
 
 A stream's events are one Progress or more (if they were asked for), one Delta a token, and
-Finished, last.
+Finish, last.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 @dataclass(frozen=True)
 class KvReads:
-    """What a request read of its retrieval region: the text outside the default window.
+    """Bytes and blocks that a request read of its retrieval region.
 
+    The region is the text outside the default window.
     Bytes and shares are means over decode steps, all layers; 0 while there is no region.
     """
 
@@ -80,7 +81,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far the prompt is; `str` says it in words."""
+    """State of a prompt that is not computed yet; `str` says it in words."""
 
     state: Literal["queued", "prefill"]
     """Waits for room or for its turn, or is computed."""
@@ -107,14 +108,14 @@ class Delta:
 
 
 @dataclass(frozen=True)
-class Finished:
+class Finish:
     """The end of an answer."""
 
     finish_reason: FinishReason
     usage: Usage
 
 
-Event = Progress | Delta | Finished
+Event = Progress | Delta | Finish
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ class Generation:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What does not change while a node runs."""
+    """Model and settings of a node, which do not change while it runs."""
 
     name: str
     architecture: str
@@ -167,7 +168,7 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class NodeLoad:
-    """What a node is doing now."""
+    """Requests and host memory of a node, now."""
 
     running_requests: int
     waiting_requests: int
@@ -196,10 +197,10 @@ class AnswerReader:
         self._pieces: list[str] = []
         self._token_ids: list[int] = []
         self._arrivals: list[float] = []
-        self._finished: Finished | None = None
+        self._finished: Finish | None = None
 
     def take(self, response: generate_pb2.GenerateResponse) -> list[Event]:
-        """What a message says, in order."""
+        """Take a message, and return the events in it, in order."""
         events: list[Event] = []
         self._request_id = response.request_id or self._request_id
         if response.HasField("progress"):
@@ -213,7 +214,7 @@ class AnswerReader:
         if response.finish_reason:
             self._ended = self._clock()
             reason = generate_pb2.FinishReason.Name(response.finish_reason)
-            self._finished = Finished(
+            self._finished = Finish(
                 cast(FinishReason, reason.removeprefix("FINISH_REASON_").lower()),
                 usage_of(response.usage),
             )
@@ -221,10 +222,10 @@ class AnswerReader:
         return events
 
     def generation(self) -> Generation:
-        """All of it.
+        """The whole answer.
 
         Raises:
-            StreamTruncatedError: the stream ended without Finished.
+            StreamTruncatedError: the stream ended without Finish.
         """
         if self._finished is None:
             raise StreamTruncatedError(

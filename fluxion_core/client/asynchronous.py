@@ -102,7 +102,7 @@ class AsyncClient:
         Args:
             prompt: a text as it stands, token ids, or messages for the model's chat template.
             options: how it is answered.
-            on_finish: told the whole once Finished has come.
+            on_finish: told the whole once Finish has come.
 
         Raises:
             InvalidRequestError: the prompt is empty, or a value cannot be sent.
@@ -148,7 +148,7 @@ class AsyncClient:
         return tuple(answer.token_ids)
 
     async def model_info(self, *, deadline_seconds: float = CALL_SECONDS) -> ModelInfo:
-        """What the node serves.
+        """Model and settings of the node.
 
         Raises:
             FluxionError: see the class.
@@ -162,7 +162,7 @@ class AsyncClient:
         return model_info_of(answer)
 
     async def load(self, *, deadline_seconds: float = CALL_SECONDS) -> NodeLoad:
-        """What the node is doing now.
+        """Requests and host memory of the node, now.
 
         Raises:
             FluxionError: see the class.

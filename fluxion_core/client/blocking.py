@@ -106,7 +106,7 @@ class Client:
         Args:
             prompt: a text as it stands, token ids, or messages for the model's chat template.
             options: how it is answered.
-            on_finish: told the whole once Finished has come.
+            on_finish: told the whole once Finish has come.
 
         Raises:
             InvalidRequestError: the prompt is empty, or a value cannot be sent.
@@ -153,7 +153,7 @@ class Client:
         return tuple(answer.token_ids)
 
     def model_info(self, *, deadline_seconds: float = CALL_SECONDS) -> ModelInfo:
-        """What the node serves.
+        """Model and settings of the node.
 
         Raises:
             FluxionError: see the class.
@@ -167,7 +167,7 @@ class Client:
         return model_info_of(answer)
 
     def load(self, *, deadline_seconds: float = CALL_SECONDS) -> NodeLoad:
-        """What the node is doing now.
+        """Requests and host memory of the node, now.
 
         Raises:
             FluxionError: see the class.

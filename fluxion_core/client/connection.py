@@ -53,7 +53,7 @@ async def connect(peer: Address, settings: ClientSettings) -> grpc.aio.Channel:
 
 
 def connect_blocking(peer: Address, settings: ClientSettings) -> grpc.Channel:
-    """As `connect`, for threads; also where an event loop runs in this one.
+    """A channel that is connected, for threads; also where an event loop runs in this one.
 
     Raises:
         FluxionError: see `connect`.

@@ -120,7 +120,7 @@ class Conversation(_Turns[GenerationStream]):
 
 
 class AsyncConversation(_Turns[AsyncGenerationStream]):
-    """As `Conversation`, for an AsyncClient."""
+    """Questions on one document, for an AsyncClient; see `Conversation`."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""What a request says: the prompt and how it is answered, and the message made of both."""
+"""Prompt and options of a request, and the message made of both."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Prompt = str | Sequence[int] | Sequence[ChatMessage]
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """How a request is answered. None leaves a value to the node's default."""
+    """Wishes for an answer. None leaves a value to the node's default."""
 
     max_new_tokens: int = 256
     """Longest answer."""

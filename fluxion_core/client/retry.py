@@ -1,4 +1,4 @@
-"""Whether a call that failed is made again, and when.
+"""Retries: which calls that failed are made again, and when.
 
 A call is made again only while nothing of its answer has come: no token, no report of progress. So
 nobody reads the beginning of an answer twice, and no answer is joined of two. It is made again
@@ -32,7 +32,7 @@ _LEAST_TIMEOUT_SECONDS = 0.001
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How often, and after how long, a call that failed is made again."""
+    """Number of attempts of a call, and the time between them."""
 
     attempts: int = 4
     """In all; 1 makes none again."""

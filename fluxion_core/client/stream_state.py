@@ -1,11 +1,11 @@
-"""What the streams of both clients have in common: everything but reading and waiting."""
+"""State that the streams of both clients have in common: all but reading and waiting."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
 
-from fluxion_core.client.answers import AnswerReader, Event, Finished, Generation
+from fluxion_core.client.answers import AnswerReader, Event, Finish, Generation
 from fluxion_core.client.retry import Attempts
 from fluxion_core.errors import FluxionError
 from fluxion_proto.v1 import generate_pb2
@@ -21,7 +21,7 @@ class StreamState:
 
     Args:
         begin: the attempts, counted from when it is called.
-        on_finish: told the whole once Finished has come.
+        on_finish: told the whole once Finish has come.
     """
 
     def __init__(
@@ -41,15 +41,15 @@ class StreamState:
         return self._attempts.seconds_left()
 
     def take(self, response: generate_pb2.GenerateResponse) -> None:
-        """A message has come."""
+        """Take a message."""
         self._has_answer = True
         events = self._reader.take(response)
         self.events.extend(events)
-        if self._on_finish is not None and any(isinstance(one, Finished) for one in events):
+        if self._on_finish is not None and any(isinstance(one, Finish) for one in events):
             self._on_finish(self._reader.generation())
 
     def take_end(self) -> None:
-        """No message will come any more.
+        """Take the end: no message will come any more.
 
         Raises:
             StreamTruncatedError: and the last one was not there.
@@ -68,7 +68,7 @@ class StreamState:
         return self._attempts.delay_after(failure)
 
     def generation(self) -> Generation:
-        """The whole.
+        """The whole answer.
 
         Raises:
             StreamTruncatedError: it has not come.

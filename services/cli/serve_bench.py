@@ -20,7 +20,7 @@ from fluxion_core.client import (
     NO_RETRIES,
     AsyncClient,
     Delta,
-    Finished,
+    Finish,
     GenerationOptions,
     Usage,
 )
@@ -157,7 +157,7 @@ class _Sender:
             async for event in self._node.stream(self._prompt(one), asked):
                 if isinstance(event, Delta):
                     arrivals += [time.perf_counter()] * len(event.token_ids)
-                elif isinstance(event, Finished):
+                elif isinstance(event, Finish):
                     usage = event.usage
         except FluxionError as error:
             status = status_of(error).name

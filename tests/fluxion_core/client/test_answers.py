@@ -6,7 +6,7 @@ from dataclasses import fields
 
 import pytest
 
-from fluxion_core.client import Delta, Finished, KvReads, ModelInfo, NodeLoad, Progress, Usage
+from fluxion_core.client import Delta, Finish, KvReads, ModelInfo, NodeLoad, Progress, Usage
 from fluxion_core.client.answers import AnswerReader, model_info_of, usage_of
 from fluxion_core.errors import StreamTruncatedError
 from fluxion_proto.v1 import generate_pb2
@@ -45,7 +45,7 @@ def test_an_answer_is_read_with_the_times_of_its_tokens():
         Delta("", (6,)),
         Delta(" sky", (7,)),
     ]
-    assert isinstance(events[4], Finished)
+    assert isinstance(events[4], Finish)
     answer = reader.generation()
     assert (answer.request_id, answer.text, answer.token_ids) == ("r", "The sky", (5, 6, 7))
     assert (answer.finish_reason, answer.usage.generated_tokens) == ("stop", 1)

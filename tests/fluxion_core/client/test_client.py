@@ -20,7 +20,7 @@ from fluxion_core.client import (
     ChatMessage,
     Client,
     Delta,
-    Finished,
+    Finish,
     Generation,
     GenerationOptions,
     Progress,
@@ -81,7 +81,7 @@ async def test_both_clients_stream_what_the_node_says(toy_node: str):
         answer = await stream.result()
     *begun, last = [event for event in events if not isinstance(event, Progress)]
     assert all(isinstance(event, Delta) and len(event.token_ids) == 1 for event in begun)
-    assert isinstance(last, Finished)
+    assert isinstance(last, Finish)
     assert (last.finish_reason, last.usage.generated_tokens) == ("length", 5)
     assert "".join(event.text for event in begun) == answer.text
     blocking_events, blocking_answer = await in_thread(stream_blocking)
