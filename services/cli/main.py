@@ -11,6 +11,7 @@ import sys
 
 from cyclopts import App
 
+from fluxion_core import DISTRIBUTION
 from fluxion_core.config.commands import make_app, run_app, show_what_the_terminal_can
 
 COMMANDS = {
@@ -56,7 +57,7 @@ def make_fluxion() -> App:
 def _version() -> str:
     from importlib.metadata import version
 
-    return version("fluxion")
+    return version(DISTRIBUTION)
 
 
 def main(arguments: list[str]) -> int:
