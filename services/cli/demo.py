@@ -116,7 +116,7 @@ async def _ask(nodes: NodeGroup, options: Demo, console: Console) -> Generation:
 
 
 def figures_table(generation: Generation, *, is_found: bool) -> Table:
-    """What the demo is for: latencies, hand-off rate, host memory, and whether the fact came."""
+    """Figures of the demo: latencies, hand-off rate, host memory, and whether the fact came."""
     usage = generation.usage
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold")

@@ -88,7 +88,7 @@ async def run_generate(command: Generate) -> None:
 
 
 def options_of(command: Generate) -> GenerationOptions:
-    """How the request is answered: the command's options have the names of the client's."""
+    """Options of the request: the command's options have the names of the client's."""
     known = {field.name for field in fields(GenerationOptions)}
     given = {field.name: getattr(command, field.name) for field in fields(command)}
     same = {name: value for name, value in given.items() if name in known}

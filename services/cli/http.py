@@ -20,7 +20,7 @@ def get(url: str, *, seconds: float) -> HTTPResponse:
 
 
 def reason_of(error: Exception) -> str:
-    """Why nothing came, in the system's words without Python's around them."""
+    """Reason for which nothing came, in the system's words without Python's around them."""
     cause = error.reason if isinstance(error, URLError) else error
     if isinstance(cause, OSError) and cause.strerror:
         return cause.strerror

@@ -55,7 +55,7 @@ class Stream:
         self.marks += [(time.perf_counter(), ticks / os.sysconf("SC_CLK_TCK"))] * tokens
 
     def wait(self, tokens: int) -> None:
-        """Until so many more have arrived."""
+        """Wait until so many more have arrived."""
         wanted = len(self.marks) + tokens
         while len(self.marks) < wanted:
             if self.has_ended:
@@ -63,7 +63,7 @@ class Stream:
             time.sleep(0.001)
 
     def window(self, kind: Kind, first: int, last: int) -> Window:
-        """From one token's arrival to another's."""
+        """Window from one token's arrival to another's."""
         (began, began_cpu), (ended, ended_cpu) = self.marks[first], self.marks[last]
         return Window(kind, last - first, ended - began, ended_cpu - began_cpu)
 
@@ -151,7 +151,7 @@ class Watcher:
         self._first = 0
 
     def watch(self, turns: int) -> list[list[Window]]:
-        """So many turns."""
+        """Watch for so many turns."""
         self.stream.wait(self._steps)
         found = []
         for _ in range(turns):

@@ -62,7 +62,7 @@ def parse_samples(text: str) -> Samples:
 
 
 def rows_of(before: Samples, now: Samples, seconds: float) -> list[tuple[str, str]]:
-    """What is shown of one node: a name and a figure with its unit."""
+    """Rows that are shown of one node: a name and a figure with its unit."""
 
     def grown(name: str) -> float:
         return now.get(name, 0.0) - before.get(name, 0.0)

@@ -27,7 +27,7 @@ _GRACE_SECONDS = 30.0
 
 
 class TrackSummary(TypedDict):
-    """What a track did."""
+    """Spans of a track, summed up."""
 
     name: str
     spans: int
@@ -37,7 +37,7 @@ class TrackSummary(TypedDict):
 
 
 class TraceSummary(TypedDict):
-    """What a trace holds."""
+    """Content of a trace, summed up."""
 
     steps: int
     wanted_steps: int
@@ -104,7 +104,7 @@ def fetch_trace(address: str, steps: int, seconds: float) -> str:
 
 
 def summarize(file: TraceFile, wanted_steps: int) -> TraceSummary:
-    """How busy each track was, as plain data."""
+    """Sum up how busy each track was, as plain data."""
     tracks = tracks_of(file)
     work = [event for events in tracks.values() for event in events if event["ph"] == "X"]
     begin = min(event["ts"] for event in work)
@@ -148,7 +148,7 @@ def _print(summary: TraceSummary, console: Console) -> None:
 
 
 def busy_microseconds(events: list[TraceEvent]) -> float:
-    """What the spans of a track cover; those that lie in others count once."""
+    """Time that the spans of a track cover; those that lie in others count once."""
     busy, reached = 0.0, float("-inf")
     for event in events:
         if event["ph"] == "X":

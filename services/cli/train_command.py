@@ -25,7 +25,7 @@ from services.cli.commands.train import Train
 
 
 def train(command: Train) -> Path:
-    """What the command asks for; progress goes to stderr.
+    """Train as the command asks; progress goes to stderr.
 
     Returns:
         The weights' path.

@@ -55,7 +55,7 @@ class DenseStep:
         self._graph = StepGraph(body, torch.cuda.Stream(device))
 
     def milliseconds(self, repeats: int) -> float:
-        """From the graph's first kernel to its last; median."""
+        """Median time from the graph's first kernel to its last."""
         stream, times = self._graph.stream, []
         for _ in range(_WARM_UPS + repeats):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

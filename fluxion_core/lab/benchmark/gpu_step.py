@@ -68,7 +68,7 @@ _TOO_DEAR = MarginalPolicy(1e9)
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class GpuStepOptions:
-    """What to measure."""
+    """Measurements to make."""
 
     shape: str = "llama-3.1-8b"
     """Model shape with random weights."""

@@ -46,7 +46,7 @@ class Shape:
 
     @property
     def layout(self) -> KvLayout:
-        """As both ends must agree on it."""
+        """The layout that both ends must agree on."""
         return KvLayout(
             model_name=self.name,
             revision_hash="bench",
@@ -116,7 +116,7 @@ class Clock:
         self._wall, self._cpu = time.perf_counter(), time.process_time()
 
     def transfer(self, way: str, payload_bytes: int) -> Transfer:
-        """What happened since."""
+        """The transfer since this clock began."""
         seconds = time.perf_counter() - self._wall
         return Transfer(way, payload_bytes, seconds, time.process_time() - self._cpu)
 

@@ -42,10 +42,10 @@ class CardReader(Protocol):
     """An NvmlReader, as far as it is needed here."""
 
     def look(self) -> None:
-        """See NvmlReader."""
+        """Add what happened since the last look."""
 
     def read(self) -> NvmlReadings:
-        """See NvmlReader."""
+        """Look, and tell all that was seen."""
         ...
 
 

@@ -28,7 +28,7 @@ def random_planner(config: ModelConfig, digest_bits: int) -> Planner:
 
 
 def blank_state(planner: Planner) -> PlannerState:
-    """Of a sequence whose prompt said nothing."""
+    """State of a sequence whose prompt said nothing."""
     heads = planner.num_heads
     profile = PromptProfile(
         torch.zeros(heads, len(BLOCK_SIZES), len(BUDGETS)),

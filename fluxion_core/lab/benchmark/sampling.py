@@ -73,7 +73,7 @@ _PENALTIES: dict[str, SamplingParams] = {
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """What to measure."""
+    """Measurements to make."""
 
     vocab: Annotated[int, within(1)] = 151_936
     """Tokens of the vocabulary."""
@@ -98,7 +98,7 @@ class SamplingFigure:
 
 
 def step_samplers(rows: int) -> list[TokenSampler]:
-    """Of sequences that have just begun, each with noise of its own."""
+    """Samplers of sequences that have just begun, each with noise of its own."""
     return [TokenSampler(replace(STEP_PARAMS, seed=row)) for row in range(rows)]
 
 

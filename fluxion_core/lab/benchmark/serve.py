@@ -51,7 +51,7 @@ class Length:
 
 @dataclass(frozen=True)
 class Load:
-    """How a node is loaded; exactly one of the two is given."""
+    """Load of a node; exactly one of the two is given."""
 
     rate: float | None = None
     """Open: requests a second."""
@@ -92,7 +92,7 @@ def plan_requests(
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one request. Seconds from when it was due."""
+    """Outcome of one request. Seconds from when it was due."""
 
     prompt_tokens: int
     status: str
@@ -107,7 +107,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Objectives:
-    """What a request must keep to count as good; None for no demand."""
+    """Limits that a request must keep to count as good; None for no demand."""
 
     first_token_seconds: float | None = None
     token_seconds: float | None = None

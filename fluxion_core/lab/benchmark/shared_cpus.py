@@ -56,7 +56,7 @@ _NEW_TOKENS = 16
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class SharedCpusOptions:
-    """What to measure."""
+    """Measurements to make."""
 
     shape: str = "llama-3.1-8b"
     """Model shape with random weights."""
@@ -107,7 +107,7 @@ class Figure:
 
     @property
     def median_milliseconds(self) -> float:
-        """Of the passes."""
+        """Median over the passes."""
         return median(self.milliseconds)
 
 

@@ -46,7 +46,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Excess:
-    """What a window of one kind costs above the same number of unwatched steps."""
+    """Cost of a window of one kind above the same number of unwatched steps."""
 
     milliseconds: float
     """Trimmed mean."""
@@ -59,7 +59,7 @@ class Excess:
 
 @dataclass(frozen=True)
 class WatchCost:
-    """Of one kind of watching."""
+    """Cost of one kind of watching."""
 
     kind: Kind
     windows: int
@@ -70,7 +70,7 @@ class WatchCost:
 
 
 def watch_costs(turns: Sequence[Sequence[Window]]) -> list[WatchCost]:
-    """What each kind of watching adds.
+    """Costs that each kind of watching adds.
 
     Args:
         turns: windows of every kind in each.

@@ -43,7 +43,7 @@ class Case:
         return f"{self.task}/{self.length}/{self.number}"
 
     def answer_of(self, text: str) -> str:
-        """What of a generated text is the answer."""
+        """The part of a generated text that is the answer."""
         return first_line(text) if self.is_one_line else text
 
     def cannot_change(self, text: str) -> bool:

@@ -15,7 +15,7 @@ from enum import StrEnum
 
 
 class Metric(StrEnum):
-    """How an answer is held against its references."""
+    """Measure of an answer against its references."""
 
     MATCH_ALL = "match_all"
     """Share of the references that occur in the answer."""

@@ -53,7 +53,7 @@ class TaskRow:
 
 @dataclass(frozen=True)
 class WayBytes:
-    """What a way read of the retrieval region per decode step, means over able cases. Bytes."""
+    """Bytes that a way read of the retrieval region per decode step, means over able cases."""
 
     scanned: float
     attended: float
@@ -67,7 +67,7 @@ class WayBytes:
 
 @dataclass(frozen=True)
 class Report:
-    """What a run showed."""
+    """Findings of a run."""
 
     ways: tuple[str, ...]
     rows: tuple[TaskRow, ...]

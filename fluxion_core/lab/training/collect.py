@@ -88,7 +88,7 @@ class _Rows:
 
 
 def prompt_ends(num_tokens: int, every_tokens: int = EVERY_TOKENS) -> list[int]:
-    """Where the prompts of a document of so many tokens end."""
+    """Ends of the prompts of a document of so many tokens."""
     usable = num_tokens // COARSEST * COARSEST
     return list(range(every_tokens, usable - max(RUN_OFFSETS) - RUN_STEPS, every_tokens))
 
@@ -123,7 +123,7 @@ def plan_rows(ends: Sequence[int], device: torch.device) -> _Rows:
 
 
 def select(stacked: _T, index: Tensor) -> _T:
-    """The same for some of its rows."""
+    """Samples of some of its rows."""
     return replace(stacked, **{f.name: getattr(stacked, f.name)[index] for f in fields(stacked)})
 
 

@@ -78,7 +78,7 @@ class Runs:
 
 @dataclass(frozen=True)
 class WayResult:
-    """What one way did, per step."""
+    """Result of one way, per step."""
 
     kl: Tensor
     """[rows]: nats."""

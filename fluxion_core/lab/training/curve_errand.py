@@ -20,7 +20,7 @@ from fluxion_core.planning.network import HeadProfileMlp
 
 @dataclass(frozen=True)
 class CurveErrand:
-    """What a worker needs for it; tensors on the CPU."""
+    """Errand of a worker: its part of a curve; tensors on the CPU."""
 
     token_ids: Sequence[int]
     starts: tuple[int, ...]

@@ -91,7 +91,7 @@ def deviance(predicted: Tensor, observed: Tensor, cap: float = RATIO_CAP) -> Ten
 
 
 def weighted_deviance(predicted: Tensor, observed: Tensor) -> Tensor:
-    """The same, and the larger the predicted error, the more it counts.
+    """Deviance in which a head counts the more, the larger its predicted error.
 
     With the weight `predicted ** 0.5` it is least at the mean as well, as the deviance of a Tweedie
     distribution of power 1.5 is, but spends the network on heads that matter.

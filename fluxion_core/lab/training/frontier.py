@@ -56,7 +56,7 @@ class WayFigure:
 
 
 def family(way: Way) -> str:
-    """What ways of one line in the plot have in common."""
+    """Name of a way's line in the plot."""
     if isinstance(way, FixedWay):
         return "fixed"
     return "direct" if way.policy == "direct" else f"{way.policy}, {way.source}"

@@ -46,7 +46,7 @@ _PASSAGE_TOKENS = (12, 96)
 
 
 def with_lookups(token_ids: Sequence[int], encode: Encode, generator: random.Random) -> list[int]:
-    """The same length, with facts written over some tokens and asked for at every run.
+    """A text as long, with facts written over some tokens and asked for at every run.
 
     Args:
         token_ids: of a text.
@@ -76,7 +76,7 @@ def with_lookups(token_ids: Sequence[int], encode: Encode, generator: random.Ran
 
 
 def repeated_passage(token_ids: Sequence[int], generator: random.Random) -> list[int]:
-    """The same length: the first tokens as they are, then one short passage over and over."""
+    """A text as long: the first tokens as they are, then one short passage over and over."""
     count = generator.randrange(*_PASSAGE_TOKENS)
     first = generator.randrange(len(token_ids) - count)
     passage = list(token_ids[first : first + count])

@@ -33,7 +33,7 @@ class KindOfSteps:
 
 @dataclass(frozen=True)
 class LossReport:
-    """What was compared, and where the difference is."""
+    """Comparison of two ways, and where their difference is."""
 
     predicted: str
     oracle: str

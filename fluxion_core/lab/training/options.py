@@ -18,7 +18,7 @@ DEFAULT_LEVELS = (
 
 @dataclass(frozen=True, kw_only=True)
 class TrainRun:
-    """What a user says of a run: on which texts, how long, and what is measured."""
+    """A run as a user asks for it: its texts, its length, and what is measured."""
 
     output: Path = field(kw_only=False)
     """Takes samples, weights, report, card and plots."""

@@ -64,7 +64,7 @@ def cut(
 
 
 def with_quotations(token_ids: Sequence[int], generator: random.Random) -> list[int]:
-    """The same length, with a copy of earlier tokens at every run that is sampled."""
+    """A text as long, with a copy of earlier tokens at every run that is sampled."""
     ids = list(token_ids)
     count = _LEAD_TOKENS + RUN_STEPS + 2
     for end in prompt_ends(len(ids)):

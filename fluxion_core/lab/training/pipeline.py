@@ -26,7 +26,7 @@ from fluxion_core.lab.training.collect import Samples, collect
 from fluxion_core.lab.training.curve import PlannedWay, Way, WayResult
 from fluxion_core.lab.training.curve_errand import CurveErrand, run_curve_errand
 from fluxion_core.lab.training.direct import DirectMlp, fit_direct
-from fluxion_core.lab.training.fit import fit, fit_cost, fit_priors, with_priors
+from fluxion_core.lab.training.fit import TrainingSet, fit, fit_cost, fit_priors, with_priors
 from fluxion_core.lab.training.frontier import (
     NETWORK,
     figures,
@@ -134,18 +134,8 @@ class Training:
             "shards": len(shards),
             "spread": cost.spread,
             "sensitivity": sensitivity.tolist(),
-            "validation": network_loss(network, validation, priors),
-            "assessment": assess_network(network, assessed, priors),
         }
-        if options.ablation:
-            self._report["ablation"] = ablate(
-                data,
-                validation,
-                assessed,
-                priors,
-                epochs=options.epochs / 5,
-                on_done=lambda done, total: self._progress("ablation", done, total),
-            )
+        self._assess(weights, data, validation, assessed)
         self._write_report()
         direct = {
             f"direct {threshold:g}": fit_direct(data, threshold)
@@ -154,6 +144,28 @@ class Training:
         self._curve(tests, weights, {NETWORK: network} | direct)
         self._write_report()
         return path
+
+    def _assess(
+        self,
+        weights: PlannerWeights,
+        data: TrainingSet,
+        validation: Sequence[Samples],
+        assessed: Sequence[Samples],
+    ) -> None:
+        """Compare the network's labels with true ones, and with networks of fewer features."""
+        network, priors = weights.network, weights.priors
+        assert network is not None
+        self._report["validation"] = network_loss(network, validation, priors)
+        self._report["assessment"] = assess_network(network, assessed, priors)
+        if self._options.ablation:
+            self._report["ablation"] = ablate(
+                data,
+                validation,
+                assessed,
+                priors,
+                epochs=self._options.epochs / 5,
+                on_done=lambda done, total: self._progress("ablation", done, total),
+            )
 
     def _pieces(self, split: str) -> list[tuple[str, list[int]]]:
         def encode(text: str) -> list[int]:

@@ -62,7 +62,7 @@ class ReplayPort:
         self._kv, self._positions, self._window, self._attend = kv, positions, window, attend
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """See AttentionPort."""
+        """Attend as the replayed steps do; arguments as of AttentionPort."""
         own_key, own_value = key.bfloat16().float(), value.bfloat16().float()
         keys, values = self._kv.keys[layer], self._kv.values[layer]
         step = LayerStep(

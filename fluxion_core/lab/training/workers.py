@@ -26,7 +26,7 @@ _models: dict[str, LoadedModel] = {}
 
 @dataclass(frozen=True)
 class Workers:
-    """How many processes, and the model that each loads.
+    """Processes to do errands in, and the model that each loads.
 
     Args:
         count: 1 for this process alone.
@@ -52,11 +52,11 @@ class Workers:
             yield from (call.result() for call in calls)
 
     def decoder(self) -> Decoder:
-        """This process's model, loaded once."""
+        """The model of this process, loaded once."""
         return self.loaded().decoder
 
     def loaded(self) -> LoadedModel:
-        """The same, with what identifies it."""
+        """The model of this process, with what identifies it."""
         key = f"{self.model} {self.device}"
         if key not in _models:
             device = torch.device(self.device)

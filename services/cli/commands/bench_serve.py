@@ -53,7 +53,7 @@ class BenchServe(JsonOption, Command):
 
     @property
     def lengths(self) -> tuple[Length, ...]:
-        """Of prompts.
+        """Lengths of prompts.
 
         Raises:
             ConfigError: a text is none.
@@ -64,7 +64,7 @@ class BenchServe(JsonOption, Command):
 
     @property
     def loads(self) -> tuple[Load, ...]:
-        """One after the other."""
+        """Loads, one after the other."""
         from fluxion_core.lab.benchmark.serve import Load
 
         open_loops = [Load(rate=one) for one in self.rate]
@@ -73,7 +73,7 @@ class BenchServe(JsonOption, Command):
 
     @property
     def objectives(self) -> Objectives:
-        """What a good answer is."""
+        """Limits of a good answer."""
         from fluxion_core.lab.benchmark.serve import Objectives
 
         return Objectives(self.good_first_token_seconds, self.good_token_seconds)

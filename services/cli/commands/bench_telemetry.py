@@ -12,7 +12,7 @@ from fluxion_core.models.model_options import ModelOptions
 
 @dataclass(frozen=True, kw_only=True)
 class BenchTelemetry(ModelOptions, JsonOption, Command):
-    """What scrapes and traces cost a node's decode steps, against steps that nobody watches."""
+    """Cost of scrapes and traces to a node's decode steps, against steps that nobody watches."""
 
     tokens: Annotated[int, within(1)] = 1500
     """Length of the prompt."""

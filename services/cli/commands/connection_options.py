@@ -32,7 +32,7 @@ class ConnectionOptions:
     """File of the token to send; mode 600. Only over TLS, or to this machine."""
 
     def settings(self) -> ClientSettings:
-        """The same as a client takes it.
+        """Settings of the connection, as a client takes them.
 
         Raises:
             ConfigError: flags that go together were not given together.

@@ -18,7 +18,7 @@ from fluxion_core.lab.evaluation.tasks.jsonl import field_of, read_records
 
 @dataclass(frozen=True)
 class LongBenchTask:
-    """How a record becomes a prompt."""
+    """Making of a prompt from a record."""
 
     before: str
     """Comes before the document."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Question:
-    """Before it is a model's prompt."""
+    """A question before it is a model's prompt."""
 
     text: str
     answers: tuple[str, ...]

@@ -38,7 +38,7 @@ Generator = Callable[[int, random.Random], Question]
 
 @dataclass(frozen=True)
 class RulerTask:
-    """How cases of a task are made."""
+    """Making of a task's cases."""
 
     generate: Generator
     """From a size of the haystack, in its own units, and the source of all chance."""
@@ -80,12 +80,12 @@ class RulerSuite:
 
     @property
     def task_names(self) -> tuple[str, ...]:
-        """Of tasks that can be made."""
+        """Names of tasks that can be made."""
         return tuple(name for name in TASK_NAMES if name not in self.needs_file)
 
     @property
     def fingerprint(self) -> str:
-        """Of all wording, vocabulary, prose and question files: equal for the same cases."""
+        """Hash of all wording, vocabulary, prose and question files: equal for the same cases."""
         texts = []
         for name in self.task_names:
             task = self._task(name, SHORT_LENGTH)
@@ -94,7 +94,7 @@ class RulerSuite:
         return hashlib.sha256(repr(texts).encode()).hexdigest()[:16]
 
     def case(self, name: str, length: int, number: int) -> Case:
-        """The same for the same seed, model, task, length and number.
+        """Make a case, the same one for the same seed, model, task, length and number.
 
         Raises:
             ConfigError: no such task, or it needs a file.
