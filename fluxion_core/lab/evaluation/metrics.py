@@ -1,8 +1,8 @@
 """Scores of answers, 0 to 100. Plain text in, numbers out; no model, no tokenizer.
 
 Sources: string match of RULER (arXiv:2404.06654); F1, ROUGE-L, classification and code similarity
-as in LongBench (arXiv:2308.14508). All of it our own code: normalisation is that of SQuAD, ROUGE-L
-is the F-measure over words in lower case, without stemming.
+as in LongBench (arXiv:2308.14508). Normalisation is that of SQuAD, ROUGE-L is the F-measure over
+words in lower case, without stemming. Edit distances and longest common subsequences: rapidfuzz.
 """
 
 from __future__ import annotations
@@ -104,8 +104,11 @@ def rouge_l(answer: str, reference: str) -> float:
 
     Source: Lin, ROUGE (2004), with precision and recall weighing the same.
     """
+    # Imported here: RULER runs on machines that do not have it.
+    from rapidfuzz.distance import LCSseq
+
     given, wanted = _WORD.findall(answer.lower()), _WORD.findall(reference.lower())
-    common = _longest_common_subsequence(given, wanted)
+    common = LCSseq.similarity(given, wanted)
     if not common:
         return 0.0
     precision, recall = common / len(given), common / len(wanted)
@@ -114,8 +117,9 @@ def rouge_l(answer: str, reference: str) -> float:
 
 def edit_similarity(answer: str, reference: str) -> float:
     """1 - edit distance / length of the longer one; 1 for two empty texts."""
-    longest = max(len(answer), len(reference))
-    return 1 - _edit_distance(answer, reference) / longest if longest else 1.0
+    from rapidfuzz.distance import Levenshtein
+
+    return Levenshtein.normalized_similarity(answer, reference)
 
 
 def classification(answer: str, references: Sequence[str], classes: Sequence[str]) -> float:
@@ -142,28 +146,3 @@ def first_code_line(answer: str) -> str:
 
 def _best(of_one: Callable[[str, str], float], answer: str, references: Sequence[str]) -> float:
     return max(of_one(answer, reference) for reference in references)
-
-
-def _longest_common_subsequence(left: Sequence[str], right: Sequence[str]) -> int:
-    """Length; a row of the table at a time."""
-    row = [0] * (len(right) + 1)
-    for word in left:
-        diagonal = 0
-        for index, other in enumerate(right, start=1):
-            above = row[index]
-            row[index] = diagonal + 1 if word == other else max(above, row[index - 1])
-            diagonal = above
-    return row[-1]
-
-
-def _edit_distance(left: str, right: str) -> int:
-    """Insertions, deletions and substitutions; a row of the table at a time."""
-    row = list(range(len(right) + 1))
-    for count, character in enumerate(left, start=1):
-        diagonal, row[0] = row[0], count
-        for index, other in enumerate(right, start=1):
-            above = row[index]
-            change = diagonal if character == other else diagonal + 1
-            row[index] = min(change, above + 1, row[index - 1] + 1)
-            diagonal = above
-    return row[-1]

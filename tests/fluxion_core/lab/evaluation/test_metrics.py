@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fluxion_core.lab.evaluation.metrics import (
     Metric,
@@ -69,6 +71,33 @@ def test_edit_similarity_of_kitten_and_sitting():
     assert edit_similarity("kitten", "sitting") == pytest.approx(4 / 7)
     assert edit_similarity("", "") == 1.0
     assert edit_similarity("", "abc") == 0.0
+
+
+def longest_common_subsequence(left: list[str], right: list[str]) -> int:
+    if not left or not right:
+        return 0
+    if left[-1] == right[-1]:
+        return 1 + longest_common_subsequence(left[:-1], right[:-1])
+    return max(
+        longest_common_subsequence(left[:-1], right), longest_common_subsequence(left, right[:-1])
+    )
+
+
+def edit_distance(left: str, right: str) -> int:
+    if not left or not right:
+        return len(left) + len(right)
+    change = edit_distance(left[:-1], right[:-1]) + (left[-1] != right[-1])
+    return min(change, edit_distance(left[:-1], right) + 1, edit_distance(left, right[:-1]) + 1)
+
+
+@given(st.text("abc", max_size=5), st.text("abc", max_size=5))
+def test_by_definition_for_short_texts(left: str, right: str):
+    longest = max(len(left), len(right), 1)
+    expected = 1 - edit_distance(left, right) / longest
+    assert edit_similarity(left, right) == pytest.approx(expected)
+    common = longest_common_subsequence([*left], [*right])
+    rouge = 2 * common / (len(left) + len(right)) if common else 0.0
+    assert rouge_l(" ".join(left), " ".join(right)) == pytest.approx(rouge)
 
 
 def test_classification_shares_the_point_with_wrong_labels_named():
