@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from fluxion_core import DISTRIBUTION
 from fluxion_core.config.commands import Command
 from fluxion_core.errors import CapacityError
 from services.cli import generate
@@ -156,7 +157,7 @@ def test_an_unknown_command_is_wrong_usage():
 def test_the_version_is_the_installed_packages():
     from importlib.metadata import version
 
-    assert invoke(["--version"]).stdout == f"{version('fluxion')}\n"
+    assert invoke(["--version"]).stdout == f"{version(DISTRIBUTION)}\n"
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
