@@ -19,9 +19,11 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "protos"), str(HERE)]
 
-from generators import api, metrics, settings  # noqa: E402
+from generators import api, commands, metrics, settings  # noqa: E402
 
-REGIONS: dict[str, Callable[[], str]] = settings.REGIONS | metrics.REGIONS | api.REGIONS
+REGIONS: dict[str, Callable[[], str]] = (
+    settings.REGIONS | commands.REGIONS | metrics.REGIONS | api.REGIONS
+)
 
 _REGION = re.compile(r"(<!-- generated: ([\w -]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
