@@ -26,6 +26,7 @@ lint: $(VENV)/.tested  ## formatting, lint, types, imports; stubs, dashboards an
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python protos/regenerate.py --check
+	$(BIN)/python -m fluxion_core.planning.generate --check
 	$(BIN)/python deploy/grafana/generate.py --check
 	$(BIN)/python docs/architecture/packages.py --check
 	$(BIN)/python docs/architecture/flow.py --check

@@ -23,6 +23,12 @@ TILE_BLOCKS = 16
 SPAN_TOKENS = 256
 """Tokens whose 8-bit digests share one map from bytes to keys."""
 
+MAX_GROUP = 16
+"""Most query heads that may share a KV head."""
+
+MAX_HEAD_DIM = 256
+"""Channels of a head that the native kernels have room for."""
+
 BF16_BYTES = 2
 
 

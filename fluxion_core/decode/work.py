@@ -19,19 +19,14 @@ import torch
 from torch import Tensor
 
 from fluxion_core.errors import FluxionError, ShapeError
-from fluxion_core.geometry import BLOCK_SIZES, SPAN_TOKENS, KvGeometry, WindowSpec
+from fluxion_core.geometry import BLOCK_SIZES, MAX_GROUP, SPAN_TOKENS, KvGeometry, WindowSpec
 from fluxion_core.kernels import _native
-from fluxion_core.kernels.isa import MAX_GROUP, native_layout
+from fluxion_core.kernels.isa import native_layout
 from fluxion_core.kvstore.sequence import SequenceKv
 from fluxion_core.kvstore.step_append import StepAppend
+from fluxion_core.planning.constants import READ_NOTHING
 from fluxion_core.planning.planner import PlanNanoseconds, Planner, PlannerState, native_policy
-from fluxion_core.planning.policy import (
-    READ_NOTHING,
-    ExactPolicy,
-    Policy,
-    PredictedPolicy,
-    StepPlan,
-)
+from fluxion_core.planning.policy import ExactPolicy, Policy, PredictedPolicy, StepPlan
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,6 @@ from functools import cache
 from fluxion_core.geometry import KvGeometry
 from fluxion_core.kernels import _native
 
-MAX_GROUP = 16
-"""Most query heads that may share a KV head."""
-
 
 def current_isa() -> str:
     """Name of the instruction set in use: scalar, avx2, avx512 or avx512_vnni."""

@@ -1,9 +1,9 @@
 """One task of the GPU lane, as its kernels read it: a GQA group of one sequence at one layer.
 
 The host writes 32 words of 64 bits into pinned memory before it launches a slot's kernels
-(native/attention/lane_task.h has the same words). The first kernel copies them to the device,
-behind which the kernels leave words for each other. Every address may be of host memory that CUDA
-knows.
+(native/attention/lane_task.h has the same, and compiles only if they are). The first kernel copies
+them to the device, behind which the kernels leave words for each other. Every address may be of
+host memory that CUDA knows.
 """
 
 from __future__ import annotations
@@ -43,6 +43,13 @@ RADIUS_LACK = tl.constexpr(30)
 """Bits of a float32: 1 - radius of the scores (block_score/reference.py); 0 is Quest's bound."""
 
 NUM_WORDS = tl.constexpr(32)
+
+HOST_WORDS = (
+    *("SLAB_TABLE", "KV_OFFSET", "RECORD_OFFSET", "QUERY", "OUTPUT", "LSE", "DONE", "TICKET"),
+    *("LEVEL", "FIRST_BLOCK", "NUM_BLOCKS", "REGION_BEGIN", "REGION_END", "BUDGETS"),
+    *("STATISTICS", "RADIUS_LACK", "NUM_WORDS"),
+)
+"""Names of the words that the host writes, for those who write them in C++."""
 
 # What the kernels leave for each other, behind the task's words on the device.
 BEGIN_NS = tl.constexpr(32)

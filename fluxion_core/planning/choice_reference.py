@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from fluxion_core.geometry import BLOCK_SIZES
+from fluxion_core.planning.constants import BUDGETS, READ_NOTHING
 from fluxion_core.planning.cost_model import COARSE_LEVEL, CostModel
-from fluxion_core.planning.head_profile import BUDGETS, smallest_budgets
-from fluxion_core.planning.policy import READ_NOTHING
+from fluxion_core.planning.head_profile import smallest_budgets
 
 
 @dataclass(frozen=True)

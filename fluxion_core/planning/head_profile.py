@@ -16,19 +16,7 @@ import torch
 from torch import Tensor
 
 from fluxion_core.geometry import BLOCK_SIZES
-
-BUDGETS = (0.0, 1 / 128, 1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
-"""Shares of the retrieval region at which a curve has a value. At 1 the error is 0."""
-
-GROWTH_OF_BUDGET = (0, 0, 0, 1, 1, 2, 2, 2)
-"""Which growth a budget goes by; budget 0 does not grow."""
-
-NUM_GROWTHS = 3
-
-NUM_OUTPUTS = len(BUDGETS) + NUM_GROWTHS
-
-ERROR_FLOOR = 1e-4
-"""Head output errors below this count as this."""
+from fluxion_core.planning.constants import BUDGETS, GROWTH_OF_BUDGET
 
 
 def log_squared_errors(profile: Tensor) -> Tensor:

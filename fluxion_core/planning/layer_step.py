@@ -15,19 +15,19 @@ import torch
 from torch import Tensor
 
 from fluxion_core.geometry import BLOCK_SIZES, BLOCK_TOKENS, WindowSpec
-from fluxion_core.planning.features import (
+from fluxion_core.planning.constants import (
+    BUDGETS,
     CLIP,
+    ERROR_FLOOR,
+    QUEST_RADII,
+    RADII,
     SMALL_BUDGET,
-    StepMemory,
-    StepObservation,
-    kv_distribution,
+    TINY,
+    TINY_MASS,
 )
-from fluxion_core.planning.head_profile import BUDGETS, ERROR_FLOOR
+from fluxion_core.planning.features import StepMemory, StepObservation, kv_distribution
 from fluxion_core.planning.prompt_profile import PromptProfile, QueryNeeds
-from fluxion_core.planning.ranking import QUEST_RADII, RADII, block_scores
-
-TINY = 1e-37
-"""Smallest mass that is divided by or taken the logarithm of."""
+from fluxion_core.planning.ranking import block_scores
 
 _ROW_TENSORS = (
     "highest", "mass", "weighted", "region_end", "in_region", "window_mass", "window_sum",
@@ -97,7 +97,7 @@ class LayerStep:
         self.full_output = (self.window_sum + region_sum) / (self.window_mass + self.region_mass)[
             ..., None
         ]
-        self.norm = torch.linalg.vector_norm(self.full_output, dim=-1).amax((1, 2)).clamp(min=1e-20)
+        self.norm = torch.linalg.vector_norm(self.full_output, dim=-1).amax((1, 2)).clamp(min=TINY)
         """[rows]: the largest output norm of the layer's heads."""
         window_logits = logits.masked_fill(
             self.in_region.repeat_interleave(BLOCK_TOKENS, 1)[:, None, None], -math.inf
@@ -176,7 +176,7 @@ class LayerStep:
 
     def _log_square(self, read: Tensor, read_mass: Tensor) -> Tensor:
         """[..., budgets] from [..., budgets, head_dim] and [..., budgets]."""
-        total = (self.window_mass[..., None] + read_mass).clamp(min=TINY)
+        total = (self.window_mass[..., None] + read_mass).clamp(min=TINY_MASS)
         output = (self.window_sum[..., None, :] + read) / total[..., None]
         error = torch.linalg.vector_norm(output - self.full_output[..., None, :], dim=-1)
         return 2 * torch.log((error / self.norm[:, None, None, None]).clamp(min=ERROR_FLOOR))
@@ -295,7 +295,7 @@ def key_digests(key: Tensor) -> list[tuple[Tensor, Tensor]]:
 def query_needs(step: LayerStep) -> QueryNeeds:
     """What each row of a step would have needed. Finite, whatever the region holds."""
     # A window that a far higher logit of the region has rounded away still has some mass.
-    window_log = step.window_mass.clamp(min=TINY).log()
+    window_log = step.window_mass.clamp(min=TINY_MASS).log()
     logs = step.log_squared_errors().flatten(1, 2)
     bounds = step.bounds[-1].flatten(1, 2) - (window_log + step.highest).flatten(1)[..., None]
     bound_lse = torch.logsumexp(bounds, -1) + math.log(BLOCK_SIZES[-1])

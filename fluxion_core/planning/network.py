@@ -5,14 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fluxion_core.planning.features import NUM_FEATURES
-from fluxion_core.planning.head_profile import NUM_OUTPUTS
+from fluxion_core.planning.constants import CLIP_DEVIATIONS, NUM_FEATURES, NUM_OUTPUTS
 
 HIDDEN = 312
 """Makes 114 thousand parameters; the paper's network has 0.112 million."""
-
-CLIP_DEVIATIONS = 6.0
-"""Standardised features are clipped to this."""
 
 
 class HeadProfileMlp(nn.Module):

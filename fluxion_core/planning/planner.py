@@ -21,19 +21,19 @@ from torch import Tensor
 from fluxion_core.errors import ConfigError, ShapeError
 from fluxion_core.geometry import BLOCK_SIZES, ceil_div
 from fluxion_core.kernels import _native
-from fluxion_core.planning.features import FEATURES, NUM_FEATURES, SMALL_BUDGET
-from fluxion_core.planning.head_profile import BUDGETS
-from fluxion_core.planning.network import HeadProfileMlp
-from fluxion_core.planning.planner_weights import PlannerWeights
-from fluxion_core.planning.policy import (
+from fluxion_core.planning.constants import (
+    BUDGETS,
+    NUM_FEATURES,
+    RADII,
     READ_ALL,
     READ_NOTHING,
-    MarginalPolicy,
-    PredictedPolicy,
-    ThresholdPolicy,
+    SMALL_BUDGET,
 )
+from fluxion_core.planning.features import FEATURES
+from fluxion_core.planning.network import HeadProfileMlp
+from fluxion_core.planning.planner_weights import PlannerWeights
+from fluxion_core.planning.policy import MarginalPolicy, PredictedPolicy, ThresholdPolicy
 from fluxion_core.planning.prompt_profile import PromptProfile, pack
-from fluxion_core.planning.ranking import RADII
 
 _GRID = torch.tensor([*BUDGETS, 1.0], dtype=torch.float64)
 

@@ -19,9 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fluxion_core.errors import ConfigError
+from fluxion_core.planning.constants import NUM_FEATURES, NUM_OUTPUTS
 from fluxion_core.planning.cost_model import CostModel
-from fluxion_core.planning.features import NUM_FEATURES
-from fluxion_core.planning.head_profile import NUM_OUTPUTS
 from fluxion_core.planning.network import HeadProfileMlp
 from fluxion_core.planning.policy import Policy, parse_policy
 

@@ -20,12 +20,7 @@ import numpy.typing as npt
 
 from fluxion_core.errors import ConfigError
 from fluxion_core.geometry import BLOCK_SIZES, ceil_div
-
-READ_ALL = -1
-"""In place of a level: read the whole region."""
-
-READ_NOTHING = -2
-"""In place of a level: the default window is enough."""
+from fluxion_core.planning.constants import READ_ALL
 
 
 @dataclass(frozen=True)

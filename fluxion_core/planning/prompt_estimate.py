@@ -16,11 +16,19 @@ from torch import Tensor
 
 from fluxion_core.errors import ShapeError
 from fluxion_core.geometry import BLOCK_SIZES, BLOCK_TOKENS, WindowSpec, ceil_div
-from fluxion_core.planning.features import CLIP, SMALL_BUDGET, kv_distribution
-from fluxion_core.planning.head_profile import BUDGETS, ERROR_FLOOR
-from fluxion_core.planning.layer_step import TINY, key_digests
+from fluxion_core.planning.constants import (
+    BUDGETS,
+    CLIP,
+    ERROR_FLOOR,
+    RADII,
+    SMALL_BUDGET,
+    TINY,
+    TINY_MASS,
+)
+from fluxion_core.planning.features import kv_distribution
+from fluxion_core.planning.layer_step import key_digests
 from fluxion_core.planning.prompt_profile import PROFILED_QUERIES, PromptProfile, QueryNeeds
-from fluxion_core.planning.ranking import RADII, score_weights
+from fluxion_core.planning.ranking import score_weights
 
 PART_BYTES = 256 << 20
 """Values weighted block by block that are held at a time: the largest part of the memory needed."""
@@ -124,7 +132,7 @@ def _needs(
     errors: Tensor, norms: Tensor, region_mass: Tensor, bound_lse: Tensor, bound_1st: Tensor
 ) -> QueryNeeds:
     """From what `_look` gives, of all rows and heads."""
-    largest = norms.amax(1).clamp(min=1e-20)[:, None, None, None]
+    largest = norms.amax(1).clamp(min=TINY)[:, None, None, None]
     logs = 2 * torch.log((errors / largest).clamp(min=ERROR_FLOOR))
     return QueryNeeds(
         log_squares=logs,
@@ -234,11 +242,11 @@ def _look(
     # Budget 0 is the window alone; it is the same at every level.
     sums[:, :, 2:] += sums[:, :, :1]
     masses[:, :, 2:] += masses[:, :, :1]
-    outputs = sums / masses.clamp(min=TINY)
+    outputs = sums / masses.clamp(min=TINY_MASS)
     errors = torch.linalg.vector_norm(outputs - full[:, :, None], dim=-1)
     nothing = errors[:, :, None, :1].expand(-1, -1, len(BLOCK_SIZES), 1)
     some = torch.unflatten(errors[:, :, 2:], 2, (len(BLOCK_SIZES), -1))
-    window_log = window_mass.clamp(min=TINY).log()
+    window_log = window_mass.clamp(min=TINY_MASS).log()
     coarse = bounds[..., -(tokens // BLOCK_SIZES[-1]) :] - window_log[..., None] - highest
     return (
         torch.cat((nothing, some), -1),

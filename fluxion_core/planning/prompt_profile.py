@@ -15,12 +15,10 @@ from torch import Tensor
 
 from fluxion_core.errors import FrameFormatError
 from fluxion_core.geometry import BLOCK_SIZES
-from fluxion_core.planning.head_profile import BUDGETS
+from fluxion_core.planning.constants import BUDGETS, NUM_KV_STATISTICS
 
 PROFILED_QUERIES = 16
 """Last queries of the prompt that prefill estimates a head's needs from."""
-
-NUM_KV_STATISTICS = 5
 
 
 @dataclass(frozen=True)

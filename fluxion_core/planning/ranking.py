@@ -14,12 +14,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-RADII = (0.3, 0.3, 0.3, 0.15)
-"""By block size: what half the extent of a block's keys counts, per channel."""
-
-QUEST_RADII = (1.0, 1.0, 1.0, 1.0)
-"""Scores are bounds of the best q.k."""
-
 
 def score_weights(query: Tensor, radius: float) -> tuple[Tensor, Tensor]:
     """What a query is multiplied with: the lowest and the highest keys of blocks.

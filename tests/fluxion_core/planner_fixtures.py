@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from fluxion_core.planning.constants import NUM_FEATURES
 from fluxion_core.planning.cost_model import CostModel
-from fluxion_core.planning.features import NUM_FEATURES
 from fluxion_core.planning.network import HeadProfileMlp
 from fluxion_core.planning.planner import Planner
 from fluxion_core.planning.planner_weights import PlannerWeights

@@ -14,13 +14,13 @@ from fluxion_core.kvstore.digest_index import gather_kv
 from fluxion_core.kvstore.sequence import SequenceKv
 from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.planning.choice_reference import GroupPlans, by_price, by_threshold
+from fluxion_core.planning.constants import RADII
 from fluxion_core.planning.features import StepMemory, features
 from fluxion_core.planning.head_profile import log_squared_errors
 from fluxion_core.planning.layer_step import LayerStep, no_memory
 from fluxion_core.planning.planner import Planner, PlannerState
 from fluxion_core.planning.policy import MarginalPolicy, Policy, ThresholdPolicy
 from fluxion_core.planning.prompt_profile import PromptProfile
-from fluxion_core.planning.ranking import RADII
 from tests.fluxion_core.planner_fixtures import random_profile
 
 LAYERS, HEADS, KV_HEADS, DIM = 2, 6, 2, 32

@@ -21,7 +21,7 @@ from fluxion_core.kernels.lane_task import (
     STATISTICS,
 )
 from fluxion_core.kernels.sparse_attention.lane import DigestCopies, LaneKernels
-from fluxion_core.planning.policy import READ_ALL
+from fluxion_core.planning.constants import READ_ALL
 
 _GPU_BYTES_PER_NS = 40.0
 _CPU_BYTES_PER_NS_OF_A_THREAD = 6.0

@@ -42,9 +42,9 @@ from fluxion_core.kernels.head_plan.triton import (
     TILE,
 )
 from fluxion_core.kvstore.sequence import SequenceKv
+from fluxion_core.planning.constants import RADII
 from fluxion_core.planning.planner import Planner, PlannerState, native_policy
 from fluxion_core.planning.policy import PredictedPolicy
-from fluxion_core.planning.ranking import RADII
 
 
 class DevicePlanner:

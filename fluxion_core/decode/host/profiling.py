@@ -23,9 +23,9 @@ from fluxion_core.geometry import BLOCK_SIZES, WindowSpec, ceil_div
 from fluxion_core.kernels import _native
 from fluxion_core.kernels.isa import native_layout
 from fluxion_core.kvstore.sequence import SequenceKv
+from fluxion_core.planning.constants import RADII
 from fluxion_core.planning.prompt_estimate import blocks_of_budgets
 from fluxion_core.planning.prompt_profile import PromptProfile, profile_shapes
-from fluxion_core.planning.ranking import RADII
 from fluxion_core.pool.cpu_pool import WAKE_BYTES, CpuPool
 
 _MOST_OF_A_TILE = 128

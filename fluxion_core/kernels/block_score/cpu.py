@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from fluxion_core.errors import ShapeError
-from fluxion_core.geometry import BLOCK_SIZES, KvGeometry
+from fluxion_core.geometry import BLOCK_SIZES, MAX_GROUP, KvGeometry
 from fluxion_core.kernels import _native
-from fluxion_core.kernels.isa import MAX_GROUP, native_layout
+from fluxion_core.kernels.isa import native_layout
 
 
 def score_blocks(

@@ -10,11 +10,11 @@ import triton
 from torch import Tensor
 
 from fluxion_core.errors import ShapeError
-from fluxion_core.geometry import KvGeometry, WindowSpec, ceil_div
+from fluxion_core.geometry import MAX_GROUP, KvGeometry, WindowSpec, ceil_div
 from fluxion_core.kernels.dense_attention.triton import WindowStates
+from fluxion_core.kernels.head_plan.constants import COARSE_LEVEL
 from fluxion_core.kernels.head_plan.triton import (
     BOUND_WORDS,
-    COARSE_LEVEL,
     ESTIMATE_WORDS,
     FEATURE_COLUMNS,
     HEAD_TILE,
@@ -31,7 +31,6 @@ from fluxion_core.kernels.head_plan.triton import (
 )
 from fluxion_core.kernels.head_plan.triton import copy_coarse as copy_coarse_
 from fluxion_core.kernels.head_shape import check_heads
-from fluxion_core.kernels.isa import MAX_GROUP
 from fluxion_core.kernels.tile_products import MIN_ROWS
 
 MAX_HEADS = 128

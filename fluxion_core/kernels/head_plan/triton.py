@@ -19,10 +19,55 @@ remembers.
 
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
 
 from fluxion_core.kernels.block_score.triton import score_span, score_tile
+from fluxion_core.kernels.head_plan.constants import (
+    BOUND_1ST,
+    BOUND_1ST_EXCESS,
+    BOUND_2ND,
+    BOUND_4TH,
+    BOUND_CHANGE,
+    BOUND_DEVIATION,
+    BOUND_EXCESS,
+    BOUND_LSE,
+    BOUND_MEAN,
+    BOUND_RANK,
+    CLIP,
+    CLIP_DEVIATIONS,
+    COARSE_LEVEL,
+    COARSE_TOKENS,
+    ESTIMATE_MASS,
+    ESTIMATE_NOTHING,
+    EVERYTHING,
+    GROUP_BOUND,
+    GROWTH_1_FROM,
+    GROWTH_2_FROM,
+    KEY_SCALE,
+    LAYER_BOUND,
+    LAYER_BOUND_LSE,
+    LAYER_DEPTH,
+    NO_SHARE_LOG2,
+    NUM_KV_STATISTICS,
+    NUM_PRIORS,
+    PRIOR_NOTHING,
+    QUERY_COSINE,
+    QUERY_SCALE,
+    READ_ALL,
+    READ_MASS,
+    READ_NOTHING,
+    READ_SHARE,
+    REGION_LENGTH,
+    SINK_MASS,
+    TINY,
+    WINDOW_LSE,
+    WINDOW_LSE_CHANGE,
+    WINDOW_OUTPUT_SCALE,
+    WINDOW_OUTPUT_SHARE,
+)
 from fluxion_core.kernels.system_memory import INTERPRETED, store_flag, typed_pointer
 from fluxion_core.kernels.tile_products import float32_dot
 
@@ -62,17 +107,7 @@ TILE = tl.constexpr(64)
 HEAD_TILE = tl.constexpr(16)
 """Heads that it takes: as many as a tensor core."""
 
-COARSE_LEVEL = tl.constexpr(3)
-COARSE_TOKENS = tl.constexpr(128)
-EVERYTHING = tl.constexpr(8)
-"""Index of the budget that is the whole region."""
-READ_ALL = tl.constexpr(-1)
-READ_NOTHING = tl.constexpr(-2)
-
-CLIP = tl.constexpr(60.0)
-CLIP_DEVIATIONS = tl.constexpr(6.0)
-TINY = tl.constexpr(1e-20)
-LOG_128 = tl.constexpr(4.852030263919617)
+LOG_COARSE_TOKENS = tl.constexpr(math.log(COARSE_TOKENS.value))
 INFINITY = tl.constexpr(float("inf"))
 
 # Three products of tensor cores are as exact as float32. The interpreter knows no such thing.
@@ -512,7 +547,7 @@ def see_heads(
             bounds_ptr + (row * HEADS + head) * (PARTS * BOUND_WORDS), mask, PARTS
         )
         bound_1st = _clip(best_1 - window)
-        bound_lse = _clip(lse - window + LOG_128)
+        bound_lse = _clip(lse - window + LOG_COARSE_TOKENS)
         tl.store(best_ptr + row * HEAD_ROWS + head, bound_1st + window)
         norm_of_layer = tl.max(tl.where(mask, norm, TINY), axis=0)
         bound_of_layer = tl.max(tl.where(mask, bound_1st, -CLIP), axis=0)
@@ -537,58 +572,68 @@ def see_heads(
         zero = window * 0.0
 
         # structure
-        _put(to, 0, zero + layer_depth, standards_ptr)
-        _put(to, 1, zero + tl.log2(region.to(tl.float32)), standards_ptr)
-        for index in tl.range(3):
-            _put(to, 2 + index, tl.load(prior + index, mask=mask, other=0.0), standards_ptr)
+        _put(to, LAYER_DEPTH, zero + layer_depth, standards_ptr)
+        _put(to, REGION_LENGTH, zero + tl.log2(region.to(tl.float32)), standards_ptr)
+        for index in tl.range(NUM_PRIORS):
+            _put(
+                to,
+                PRIOR_NOTHING + index,
+                tl.load(prior + index, mask=mask, other=0.0),
+                standards_ptr,
+            )
         # kv_distribution
-        for index in tl.range(5):
+        for index in tl.range(NUM_KV_STATISTICS):
             value = tl.load(estimate + 8 + index, mask=mask, other=0.0)
-            _put(to, 5 + index, value, standards_ptr)
+            _put(to, KEY_SCALE + index, value, standards_ptr)
         # qk_interaction
         query_norm = tl.load(sight_ptr + 5, mask=mask, other=1.0)
-        _put(to, 10, tl.log(query_norm * (HEAD_DIM**-0.5)), standards_ptr)
-        _put(to, 11, window, standards_ptr)
-        _put(to, 12, bound_1st, standards_ptr)
-        _put(to, 13, best_2 - window, standards_ptr)
-        _put(to, 14, best_4 - window, standards_ptr)
-        _put(to, 15, bound_lse, standards_ptr)
-        _put(to, 16, mean - window, standards_ptr)
-        _put(to, 17, deviation, standards_ptr)
+        _put(to, QUERY_SCALE, tl.log(query_norm * (HEAD_DIM**-0.5)), standards_ptr)
+        _put(to, WINDOW_LSE, window, standards_ptr)
+        _put(to, BOUND_1ST, bound_1st, standards_ptr)
+        _put(to, BOUND_2ND, best_2 - window, standards_ptr)
+        _put(to, BOUND_4TH, best_4 - window, standards_ptr)
+        _put(to, BOUND_LSE, bound_lse, standards_ptr)
+        _put(to, BOUND_MEAN, mean - window, standards_ptr)
+        _put(to, BOUND_DEVIATION, deviation, standards_ptr)
         # output_contribution
-        _put(to, 18, tl.log(norm / norm_of_layer), standards_ptr)
+        _put(to, WINDOW_OUTPUT_SHARE, tl.log(norm / norm_of_layer), standards_ptr)
         value_scale = tl.load(estimate + 10, mask=mask, other=0.0)
-        _put(to, 19, tl.log(norm) - value_scale, standards_ptr)
+        _put(to, WINDOW_OUTPUT_SCALE, tl.log(norm) - value_scale, standards_ptr)
         for index in tl.range(3):
             # Of the sink and of the last block, and the peak.
             value = tl.load(sight_ptr + 1 + index, mask=mask, other=0.0)
-            _put(to, 20 + index, value - window, standards_ptr)
+            _put(to, SINK_MASS + index, value - window, standards_ptr)
         # query_dynamics
         for index in tl.range(2):
             value = tl.load(sight_ptr + 6 + index, mask=mask, other=0.0)
-            _put(to, 23 + index, value, standards_ptr)
-        _put(to, 25, tl.where(is_known, window - window_before, 0.0), standards_ptr)
-        _put(to, 26, tl.where(is_known, bound_1st + window - bound_before, 0.0), standards_ptr)
-        _put(to, 27, tl.where(is_known, read_before - window_before, -CLIP), standards_ptr)
-        share = tl.where(is_known, tl.log2(share_before + 1.0 / 1024), -10.0)
-        _put(to, 28, share, standards_ptr)
+            _put(to, QUERY_COSINE + index, value, standards_ptr)
+        _put(to, WINDOW_LSE_CHANGE, tl.where(is_known, window - window_before, 0.0), standards_ptr)
+        _put(
+            to,
+            BOUND_CHANGE,
+            tl.where(is_known, bound_1st + window - bound_before, 0.0),
+            standards_ptr,
+        )
+        _put(to, READ_MASS, tl.where(is_known, read_before - window_before, -CLIP), standards_ptr)
+        share = tl.where(is_known, tl.log2(share_before + 1.0 / 1024), NO_SHARE_LOG2)
+        _put(to, READ_SHARE, share, standards_ptr)
         # prefill_estimate
         for index in tl.range(4):
             # Squared errors: mean and worst at no budget, then at the small one.
             value = tl.load(estimate + index // 2 + index % 2 * 2, mask=mask, other=0.0)
-            _put(to, 29 + index, value, standards_ptr)
+            _put(to, ESTIMATE_NOTHING + index, value, standards_ptr)
         for index in tl.range(2):
             value = tl.load(estimate + 4 + index, mask=mask, other=0.0)
-            _put(to, 33 + index, value, standards_ptr)
+            _put(to, ESTIMATE_MASS + index, value, standards_ptr)
         excess = bound_lse - tl.load(estimate + 6, mask=mask, other=0.0)
-        _put(to, 35, excess, standards_ptr)
+        _put(to, BOUND_EXCESS, excess, standards_ptr)
         excess = bound_1st - tl.load(estimate + 7, mask=mask, other=0.0)
-        _put(to, 36, excess, standards_ptr)
+        _put(to, BOUND_1ST_EXCESS, excess, standards_ptr)
         # cross_head
-        _put(to, 37, in_group, standards_ptr)
-        _put(to, 38, zero + bound_of_layer, standards_ptr)
-        _put(to, 39, zero + lse_of_layer, standards_ptr)
-        _put(to, 40, rank, standards_ptr)
+        _put(to, GROUP_BOUND, in_group, standards_ptr)
+        _put(to, LAYER_BOUND, zero + bound_of_layer, standards_ptr)
+        _put(to, LAYER_BOUND_LSE, zero + lse_of_layer, standards_ptr)
+        _put(to, BOUND_RANK, rank, standards_ptr)
 
 
 @triton.jit
@@ -733,7 +778,8 @@ def choose(
         budget = tl.arange(0, OUTPUT_COLUMNS)
         is_error = inside[:, None] & (budget < EVERYTHING)[None, :]
         does_grow = is_error & (budget > 0)[None, :]
-        growth = EVERYTHING + (budget >= 3).to(tl.int32) + (budget >= 5).to(tl.int32)
+        growth = EVERYTHING + (budget >= GROWTH_1_FROM).to(tl.int32)
+        growth += (budget >= GROWTH_2_FROM).to(tl.int32)
         curve = tl.load(bias_ptr + budget)[None, :] + tl.zeros([GROUP_ROWS, 1], dtype=tl.float32)
         grown = tl.load(bias_ptr + growth)[None, :] + tl.zeros([GROUP_ROWS, 1], dtype=tl.float32)
         for tile in tl.range(TILES):

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from fluxion_core.errors import ShapeError
-from fluxion_core.geometry import BLOCK_TOKENS
+from fluxion_core.geometry import BLOCK_TOKENS, MAX_GROUP, MAX_HEAD_DIM
 from fluxion_core.kernels import _native
-from fluxion_core.kernels.isa import MAX_GROUP
 
 
 def attend_blocks(
@@ -41,7 +40,7 @@ def attend_blocks(
     Cost: reads 64 * head_dim bytes per block, the next block prefetched; nothing else.
     """
     group, head_dim = query.shape
-    if head_dim % 16 or not 0 < head_dim <= 256 or not 0 < group <= MAX_GROUP:
+    if head_dim % 16 or not 0 < head_dim <= MAX_HEAD_DIM or not 0 < group <= MAX_GROUP:
         raise ShapeError(f"query {tuple(query.shape)}: at most 16 heads of 16 to 256, by 16")
     if query.dtype != torch.float32 or not query.is_contiguous() or query.device.type != "cpu":
         raise ShapeError(f"query is {query.dtype} on {query.device}; need float32 on the CPU")

@@ -9,11 +9,10 @@ import triton
 from torch import Tensor
 
 from fluxion_core.errors import ShapeError
-from fluxion_core.geometry import BLOCK_SIZES, BLOCK_TOKENS, KvGeometry, ceil_div
+from fluxion_core.geometry import BLOCK_SIZES, BLOCK_TOKENS, MAX_GROUP, KvGeometry, ceil_div
 from fluxion_core.kernels.block_score.triton import score_task
 from fluxion_core.kernels.block_topk.triton import choose_blocks
 from fluxion_core.kernels.head_shape import check_heads
-from fluxion_core.kernels.isa import MAX_GROUP
 from fluxion_core.kernels.lane_task import DEVICE_WORDS, NUM_WORDS
 from fluxion_core.kernels.sparse_attention.triton import attend_listed, finish_task
 from fluxion_core.kernels.tile_products import MIN_ROWS

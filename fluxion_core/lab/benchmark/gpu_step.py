@@ -49,13 +49,8 @@ from fluxion_core.lab.benchmark.uva_rate import launch_read, measure_uva
 from fluxion_core.machine.cpus import usable_cpus
 from fluxion_core.models.config import ModelConfig
 from fluxion_core.observe.nvml import MIN_LOOK_SECONDS, open_nvml
-from fluxion_core.planning.policy import (
-    READ_NOTHING,
-    ExactPolicy,
-    MarginalPolicy,
-    Policy,
-    parse_policy,
-)
+from fluxion_core.planning.constants import READ_NOTHING
+from fluxion_core.planning.policy import ExactPolicy, MarginalPolicy, Policy, parse_policy
 from fluxion_core.pool.thread_choice import make_pool
 
 WARM_UP_STEPS = 4

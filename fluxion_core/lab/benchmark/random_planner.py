@@ -8,7 +8,7 @@ import torch
 
 from fluxion_core.geometry import BLOCK_SIZES
 from fluxion_core.models.config import ModelConfig
-from fluxion_core.planning.head_profile import BUDGETS
+from fluxion_core.planning.constants import BUDGETS
 from fluxion_core.planning.network import HeadProfileMlp
 from fluxion_core.planning.planner import Planner, PlannerState
 from fluxion_core.planning.planner_weights import PlannerWeights

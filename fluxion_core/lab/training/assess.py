@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fluxion_core.planning.head_profile import BUDGETS, smallest_budgets
+from fluxion_core.planning.constants import BUDGETS
+from fluxion_core.planning.head_profile import smallest_budgets
 
 _GRID = (*BUDGETS, 1.0)
 _HISTOGRAM_BINS = 48

@@ -24,11 +24,11 @@ from fluxion_core.geometry import BLOCK_SIZES, WindowSpec
 from fluxion_core.lab.training.replay import COARSEST, prefill, replay
 from fluxion_core.lab.training.workers import Workers
 from fluxion_core.models.decoder import Decoder
+from fluxion_core.planning.constants import BUDGETS
 from fluxion_core.planning.features import (
     StepMemory,
     features,
 )
-from fluxion_core.planning.head_profile import BUDGETS
 from fluxion_core.planning.layer_step import LayerStep, profile_prompts
 from fluxion_core.planning.prompt_profile import PROFILED_QUERIES, PromptProfile
 

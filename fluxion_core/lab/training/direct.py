@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from fluxion_core.geometry import BLOCK_SIZES
 from fluxion_core.lab.training.fit import TrainingSet, minimise
 from fluxion_core.planning.choice_reference import GroupPlans, by_budgets
+from fluxion_core.planning.constants import BUDGETS, CLIP_DEVIATIONS, NUM_FEATURES
 from fluxion_core.planning.cost_model import CostModel
-from fluxion_core.planning.features import NUM_FEATURES
-from fluxion_core.planning.head_profile import BUDGETS, smallest_budgets
-from fluxion_core.planning.network import CLIP_DEVIATIONS, HIDDEN
+from fluxion_core.planning.head_profile import smallest_budgets
+from fluxion_core.planning.network import HIDDEN
 
 _SLOPE_SCALE = 10.0
 

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from fluxion_core.geometry import BLOCK_SIZES
 from fluxion_core.lab.training.collect import Samples
+from fluxion_core.planning.constants import BUDGETS, SMALL_BUDGET
 from fluxion_core.planning.cost_model import CostModel, fit_spread
-from fluxion_core.planning.features import FEATURES, PRIORS, SMALL_BUDGET
-from fluxion_core.planning.head_profile import BUDGETS, log_squared_errors
+from fluxion_core.planning.features import FEATURES, PRIORS
+from fluxion_core.planning.head_profile import log_squared_errors
 from fluxion_core.planning.network import HeadProfileMlp
 
 RATIO_CAP = 4.0

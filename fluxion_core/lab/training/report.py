@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from fluxion_core import DISTRIBUTION
 from fluxion_core.errors import ConfigError
-from fluxion_core.planning.features import FEATURES, GROUPS, NUM_FEATURES
-from fluxion_core.planning.head_profile import BUDGETS
+from fluxion_core.planning.constants import BUDGETS, NUM_FEATURES
+from fluxion_core.planning.features import FEATURES, GROUPS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -19,7 +19,8 @@ from fluxion_core.geometry import WindowSpec
 from fluxion_core.lab.training.replay import prefill, replay
 from fluxion_core.lab.training.workers import Workers
 from fluxion_core.models.decoder import Decoder
-from fluxion_core.planning.layer_step import TINY, LayerStep
+from fluxion_core.planning.constants import TINY_MASS
+from fluxion_core.planning.layer_step import LayerStep
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def measure_sensitivity(
     parts = list(workers.map(_of_text, texts))
     changes = torch.stack([change for change, _ in parts]).mean(0)
     squares = torch.stack([square for _, square in parts]).mean(0)
-    return changes / (2 * squares).clamp(min=TINY)
+    return changes / (2 * squares).clamp(min=TINY_MASS)
 
 
 def _of_text(decoder: Decoder, text: _Text) -> tuple[Tensor, Tensor]:

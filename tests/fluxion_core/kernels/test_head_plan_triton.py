@@ -29,17 +29,11 @@ from fluxion_core.kernels.head_plan.launch import (
 from fluxion_core.kvstore.step_append import StepAppend
 from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.planning.choice_reference import blocks_of, by_price, by_threshold
+from fluxion_core.planning.constants import RADII, READ_ALL, READ_NOTHING
 from fluxion_core.planning.head_profile import log_squared_errors
 from fluxion_core.planning.layer_step import LayerStep
 from fluxion_core.planning.planner import Planner, native_policy
-from fluxion_core.planning.policy import (
-    READ_ALL,
-    READ_NOTHING,
-    MarginalPolicy,
-    PredictedPolicy,
-    ThresholdPolicy,
-)
-from fluxion_core.planning.ranking import RADII
+from fluxion_core.planning.policy import MarginalPolicy, PredictedPolicy, ThresholdPolicy
 from tests.fluxion_core.planner_fixtures import make_planner, random_network
 from tests.fluxion_core.predicted_step import (
     DIM,

@@ -11,17 +11,12 @@ from torch import Tensor
 
 from fluxion_core.errors import ConfigError, ShapeError
 from fluxion_core.planning.choice_reference import GroupPlans, blocks_of, by_price, by_threshold
-from fluxion_core.planning.head_profile import BUDGETS, log_squared_errors
+from fluxion_core.planning.constants import BUDGETS, READ_ALL, READ_NOTHING
+from fluxion_core.planning.head_profile import log_squared_errors
 from fluxion_core.planning.network import HeadProfileMlp
 from fluxion_core.planning.planner import Planner, native_policy
 from fluxion_core.planning.planner_weights import PlannerWeights
-from fluxion_core.planning.policy import (
-    READ_ALL,
-    READ_NOTHING,
-    MarginalPolicy,
-    PredictedPolicy,
-    ThresholdPolicy,
-)
+from fluxion_core.planning.policy import MarginalPolicy, PredictedPolicy, ThresholdPolicy
 from tests.fluxion_core.planner_fixtures import make_planner, random_network, random_profile
 
 KV_HEADS = 2

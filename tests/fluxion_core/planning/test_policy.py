@@ -5,13 +5,8 @@ from __future__ import annotations
 import pytest
 
 from fluxion_core.errors import ConfigError
-from fluxion_core.planning.policy import (
-    READ_ALL,
-    ExactPolicy,
-    FixedPolicy,
-    StepPlan,
-    parse_policy,
-)
+from fluxion_core.planning.constants import READ_ALL
+from fluxion_core.planning.policy import ExactPolicy, FixedPolicy, StepPlan, parse_policy
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,7 @@ from torch import Tensor
 from fluxion_core.errors import FrameFormatError, ShapeError
 from fluxion_core.geometry import WindowSpec
 from fluxion_core.planning import prompt_profile
-from fluxion_core.planning.features import CLIP
-from fluxion_core.planning.head_profile import ERROR_FLOOR
+from fluxion_core.planning.constants import CLIP, ERROR_FLOOR
 from fluxion_core.planning.layer_step import LayerStep, profile_prompts
 from fluxion_core.planning.prompt_estimate import (
     PromptEstimator,

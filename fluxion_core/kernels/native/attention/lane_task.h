@@ -1,7 +1,7 @@
-// One task as the GPU lane's kernels read it: 32 words of pinned memory, written before the launch.
-// fluxion_core/kernels/lane_task.py names the same words.
+// One task as the GPU lane's kernels read it: words of pinned memory, written before the launch.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "operations/kernel_table.h"
@@ -29,6 +29,25 @@ struct LaneTask {
   int64_t radius_lack;    // bits of a float: 1 - radius of the scores; 0: Quest's bounds
   int64_t spare;
 };
-static_assert(sizeof(LaneTask) == 32 * 8 && kMaxGroup == 16);
+
+// Whether a member lies where fluxion_core/kernels/lane_task.py says that the kernels look for it.
+constexpr bool is_word(size_t offset, int word) { return offset == 8 * size_t(word); }
+static_assert(sizeof(LaneTask) == 8 * lane_word::kNumWords);
+static_assert(is_word(offsetof(LaneTask, slab_table), lane_word::kSlabTable));
+static_assert(is_word(offsetof(LaneTask, kv_offset), lane_word::kKvOffset));
+static_assert(is_word(offsetof(LaneTask, record_offset), lane_word::kRecordOffset));
+static_assert(is_word(offsetof(LaneTask, query), lane_word::kQuery));
+static_assert(is_word(offsetof(LaneTask, output), lane_word::kOutput));
+static_assert(is_word(offsetof(LaneTask, lse), lane_word::kLse));
+static_assert(is_word(offsetof(LaneTask, done), lane_word::kDone));
+static_assert(is_word(offsetof(LaneTask, ticket), lane_word::kTicket));
+static_assert(is_word(offsetof(LaneTask, level), lane_word::kLevel));
+static_assert(is_word(offsetof(LaneTask, first_block), lane_word::kFirstBlock));
+static_assert(is_word(offsetof(LaneTask, num_blocks), lane_word::kNumBlocks));
+static_assert(is_word(offsetof(LaneTask, region_begin), lane_word::kRegionBegin));
+static_assert(is_word(offsetof(LaneTask, region_end), lane_word::kRegionEnd));
+static_assert(is_word(offsetof(LaneTask, budgets), lane_word::kBudgets));
+static_assert(is_word(offsetof(LaneTask, statistics), lane_word::kStatistics));
+static_assert(is_word(offsetof(LaneTask, radius_lack), lane_word::kRadiusLack));
 
 }  // namespace fluxion

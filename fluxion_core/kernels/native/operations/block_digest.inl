@@ -5,7 +5,7 @@
 
 namespace {
 
-constexpr int kMaxHeadDim = 256;
+using fluxion::kMaxHeadDim;
 
 // Low and high of one block per level, in progress.
 struct Extremes {

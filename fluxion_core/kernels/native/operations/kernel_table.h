@@ -5,15 +5,9 @@
 
 #include <cstdint>
 
-namespace fluxion {
+#include "operations/constants.h"
 
-constexpr int kBlockTokens = 16;
-constexpr int kLevels = 4;  // blocks of 16, 32, 64 and 128 tokens
-constexpr int kTileBlocks = 16;
-constexpr int kSpanBlocks = 16;  // 256 tokens share one map from bytes to keys
-constexpr int kMaxHeadDim = 256;
-constexpr int kMaxGroup = 16;  // query heads that share a KV head
-constexpr int kPanelColumns = 16;  // outputs of a network's layer whose weights lie side by side
+namespace fluxion {
 
 constexpr int64_t top_scratch_bytes(int64_t count) { return 8 * count + (count + 63) / 64 * 64; }
 

@@ -103,7 +103,7 @@ inline void need_span(const fluxion::NeedsTile& tile, const float* const* querie
   }
   float masses[ROWS][kBlocks];
   for (int i = 0; i < ROWS; ++i) {
-    float* of_row[kBlocks];
+    float* of_row[kBlocks] = {};
     for (int32_t b = 0; b < count; ++b) of_row[b] = scores[b][i];
     weigh(tile, first + i, of_row, count, masses[i]);
   }

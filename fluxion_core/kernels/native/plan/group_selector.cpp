@@ -8,9 +8,6 @@
 namespace fluxion {
 namespace {
 
-// Which growth a budget goes by; -1: it does not grow.
-constexpr int kGrowthOf[kBudgets] = {-1, 0, 0, 1, 1, 2, 2, 2};
-
 struct Candidate {
   float cost;
   uint8_t budgets[kMaxGroup];
@@ -36,7 +33,7 @@ GroupPlan cheapest(const Candidate* of_level, int64_t group) {
 void curves_of(const float* profile, float* log_squares) {
   for (int level = 0; level < kLevels; ++level) {
     for (int budget = 0; budget < kBudgets; ++budget) {
-      const int growth = kGrowthOf[budget];
+      const int growth = kGrowthOfBudget[budget];
       const float grown = growth < 0 ? 0.0f : float(level) * profile[kBudgets + growth];
       log_squares[level * kBudgets + budget] = profile[budget] + grown;
     }

@@ -8,21 +8,7 @@
 
 namespace fluxion {
 
-// What is read of the region, per KV head: a level of digests to choose by, or one of these.
-constexpr int32_t kReadAll = -1;
-constexpr int32_t kReadNothing = -2;
-
-constexpr int kBudgets = 8;   // of the grid below everything
-constexpr int kGrowths = 3;
-constexpr int kProfileOutputs = kBudgets + kGrowths;
-constexpr int kEverything = kBudgets;  // index of the budget that is the whole region
 constexpr int kHeadCurves = kLevels * kBudgets;
-
-constexpr int kCoarseLevel = kLevels - 1;
-
-// Shares of the retrieval region; kEverything is 1.
-constexpr float kBudgetShares[kBudgets + 1] = {0.0f,   1.0f / 128, 1.0f / 64, 1.0f / 32, 1.0f / 16,
-                                               1.0f / 8, 1.0f / 4,   1.0f / 2,  1.0f};
 
 // Costs are shares of the bytes of the group's KV in the region; see planning/cost_model.py.
 struct PlanCosts {

@@ -6,9 +6,6 @@
 namespace fluxion {
 namespace {
 
-constexpr float kClip = 60.0f;
-constexpr float kTiny = 1e-20f;
-
 float clip(float value) { return std::min(std::max(value, -kClip), kClip); }
 
 // Eight sums, so that the compiler may use vectors.
@@ -22,28 +19,12 @@ float dot(const float* a, const float* b, int64_t count) {
 
 float bound_1st(const HeadSight& sight) { return clip(sight.bounds.best[0] - sight.window_lse); }
 
-// Bounds are of blocks of 128 tokens.
+// Bounds are of the largest blocks.
 float bound_lse(const HeadSight& sight) {
-  return clip(sight.bounds.lse - sight.window_lse + std::log(128.0f));
+  return clip(sight.bounds.lse - sight.window_lse + std::log(float(kCoarseTokens)));
 }
 
 }  // namespace
-
-const char* const kFeatureNames[kFeatures] = {
-    "layer_depth",         "region_length",       "prior_nothing",
-    "prior_small",         "prior_growth",        "key_scale",
-    "key_mean_share",      "value_scale",         "value_mean_share",
-    "sink_value_scale",    "query_scale",         "window_lse",
-    "bound_1st",           "bound_2nd",           "bound_4th",
-    "bound_lse",           "bound_mean",          "bound_deviation",
-    "window_output_share", "window_output_scale", "sink_mass",
-    "recent_mass",         "window_peak",         "query_cosine",
-    "query_change",        "window_lse_change",   "bound_change",
-    "read_mass",           "read_share",          "estimate_nothing",
-    "estimate_nothing_worst", "estimate_small",   "estimate_small_worst",
-    "estimate_mass",       "estimate_mass_worst", "bound_excess",
-    "bound_1st_excess",    "group_bound",         "layer_bound",
-    "layer_bound_lse",     "bound_rank"};
 
 float norm_of(const float* values, int64_t count) { return std::sqrt(dot(values, values, count)); }
 
@@ -88,50 +69,48 @@ void features_of(const LayerSight& layer, const LayerCommon& common, const HeadS
   int64_t higher = 0;
   for (int64_t other = 0; other < layer.heads; ++other) higher += bound_lse(sights[other]) > own_lse;
 
-  float* next = features;
-  const auto put = [&next](float value) { *next++ = clip(value); };
-  // structure
-  put(float(layer.layer) / float(std::max<int64_t>(1, layer.num_layers - 1)));
-  put(std::log2(float(std::max<int64_t>(1, layer.region_tokens))));
-  for (int i = 0; i < kPriors; ++i) put(priors[i]);
-  // kv_distribution
-  for (int i = 0; i < kKvStatistics; ++i) put(estimate.kv[i]);
-  // qk_interaction
-  put(std::log(sight.query_norm / std::sqrt(float(layer.head_dim))));
-  put(window);
-  put(own_1st);
-  put(best[1] - window);
-  put(best[3] - window);
-  put(own_lse);
-  put(sight.bounds.mean - window);
-  put(sight.bounds.deviation);
-  // output_contribution
-  put(std::log(norm / common.output_norm));
-  put(std::log(norm) - estimate.kv[2]);
-  put(sight.sink_lse - window);
-  put(sight.recent_lse - window);
-  put(sight.window_peak - window);
-  // query_dynamics
-  put(sight.query_cosine);
-  put(sight.query_change);
-  put(known ? window - before.window_lse : 0.0f);
-  put(known ? own_1st + window - before.bound_1st : 0.0f);
-  put(known ? before.read_lse - before.window_lse : -kClip);
-  put(known ? std::log2(before.read_share + 1.0f / 1024) : -10.0f);
-  // prefill_estimate
-  put(estimate.nothing);
-  put(estimate.worst[0]);
-  put(estimate.small);
-  put(estimate.worst[1]);
-  put(estimate.region_mass[0]);
-  put(estimate.region_mass[1]);
-  put(own_lse - estimate.bounds[0]);
-  put(own_1st - estimate.bounds[1]);
-  // cross_head
-  put(group_1st);
-  put(common.bound_1st);
-  put(common.bound_lse);
-  put(float(higher) / float(layer.heads));
+  const auto put = [features](int at, float value) { features[at] = clip(value); };
+  using namespace feature;
+  put(kLayerDepth, float(layer.layer) / float(std::max<int64_t>(1, layer.num_layers - 1)));
+  put(kRegionLength, std::log2(float(std::max<int64_t>(1, layer.region_tokens))));
+  for (int i = 0; i < kPriors; ++i) put(kPriorNothing + i, priors[i]);
+  for (int i = 0; i < kKvStatistics; ++i) put(kKeyScale + i, estimate.kv[i]);
+
+  put(kQueryScale, std::log(sight.query_norm / std::sqrt(float(layer.head_dim))));
+  put(kWindowLse, window);
+  put(kBound1st, own_1st);
+  put(kBound2nd, best[1] - window);
+  put(kBound4th, best[3] - window);
+  put(kBoundLse, own_lse);
+  put(kBoundMean, sight.bounds.mean - window);
+  put(kBoundDeviation, sight.bounds.deviation);
+
+  put(kWindowOutputShare, std::log(norm / common.output_norm));
+  put(kWindowOutputScale, std::log(norm) - estimate.kv[kValueScale - kKeyScale]);
+  put(kSinkMass, sight.sink_lse - window);
+  put(kRecentMass, sight.recent_lse - window);
+  put(kWindowPeak, sight.window_peak - window);
+
+  put(kQueryCosine, sight.query_cosine);
+  put(kQueryChange, sight.query_change);
+  put(kWindowLseChange, known ? window - before.window_lse : 0.0f);
+  put(kBoundChange, known ? own_1st + window - before.bound_1st : 0.0f);
+  put(kReadMass, known ? before.read_lse - before.window_lse : -kClip);
+  put(kReadShare, known ? std::log2(before.read_share + 1.0f / 1024) : kNoShareLog2);
+
+  put(kEstimateNothing, estimate.nothing);
+  put(kEstimateNothingWorst, estimate.worst[0]);
+  put(kEstimateSmall, estimate.small);
+  put(kEstimateSmallWorst, estimate.worst[1]);
+  put(kEstimateMass, estimate.region_mass[0]);
+  put(kEstimateMassWorst, estimate.region_mass[1]);
+  put(kBoundExcess, own_lse - estimate.bounds[0]);
+  put(kBound1stExcess, own_1st - estimate.bounds[1]);
+
+  put(kGroupBound, group_1st);
+  put(kLayerBound, common.bound_1st);
+  put(kLayerBoundLse, common.bound_lse);
+  put(kBoundRank, float(higher) / float(layer.heads));
 }
 
 }  // namespace fluxion

@@ -1,5 +1,5 @@
 // The features of query heads at one layer of a decode step, as the network takes them. What each is:
-// fluxion_core/planning/features.py, whose order and arithmetic this follows.
+// fluxion_core/planning/features.py, whose arithmetic this follows.
 #pragma once
 
 #include <cstdint>
@@ -7,11 +7,6 @@
 #include "operations/kernel_table.h"
 
 namespace fluxion {
-
-constexpr int kFeatures = 41;
-constexpr int kPriors = 3;
-constexpr int kKvStatistics = 5;
-constexpr int kSmallBudget = 3;  // index of the budget 1/32
 
 // What prefill estimated for one head.
 struct HeadEstimate {
@@ -58,8 +53,5 @@ LayerCommon see_layer(const LayerSight& layer, const HeadSight* sights);
 void features_of(const LayerSight& layer, const LayerCommon& common, const HeadSight* sights,
                  int64_t head, const HeadEstimate& estimate, const HeadMemory& memory,
                  const float* priors, float* features);
-
-// Names of the features, in order.
-extern const char* const kFeatureNames[kFeatures];
 
 }  // namespace fluxion

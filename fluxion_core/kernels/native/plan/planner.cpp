@@ -54,7 +54,6 @@ void Planner::set_network(const Network& network) {
 }
 
 void Planner::standardise(float* features) const {
-  constexpr float kClipDeviations = 6.0f;
   for (size_t i = 0; i < kFeatures; ++i) {
     const float scaled = (features[i] - feature_mean[i]) * feature_scale[i];
     features[i] = std::min(std::max(scaled, -kClipDeviations), kClipDeviations);

@@ -15,15 +15,12 @@ constexpr int32_t kProfilePhase = 13;
 constexpr int32_t kUnreadSlot = 1 + kNeedsBudgets;  // of blocks of 16 tokens that no budget reads
 constexpr int32_t kSlots = 2 + kLevels * kNeedsBudgets;
 constexpr size_t kErrors = size_t(kLevels) * (1 + kNeedsBudgets);
-constexpr int32_t kSmallBudget = 3;    // features.SMALL_BUDGET: 1/32, at block size 16
-constexpr float kErrorFloor = 1e-4f;   // head_profile.ERROR_FLOOR
 constexpr int32_t kScoredRows = 4;     // whose scores are held at a time
 constexpr int64_t kRecordsAtOnce = 8;  // scored likewise
 // What costs as much as one block for 16 rows: scores of so many blocks for four, ordered scores.
 constexpr int64_t kScoresOfWork = 64, kOrderedOfWork = 512;
 constexpr int64_t kComparedWork = 2;  // of a row's sums
 
-constexpr float kTiny = 1e-37f, kClip = 60.0f, kLeastScale = 1e-20f;
 constexpr float kLn2 = 0.69314718055994530942f;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
@@ -323,10 +320,10 @@ int64_t PromptNeeds::compare(Tile& tile) {
         mass += masses[slot];
         for (int64_t i = 0; i < dim; ++i) part[size_t(i)] += sums[slot * dim + i];
       }
-      *errors++ = distance(part.data(), 1.0f / std::max(mass, kTiny), full.data(), dim);
+      *errors++ = distance(part.data(), 1.0f / std::max(mass, kTinyMass), full.data(), dim);
     }
   }
-  const float window_log = std::log(std::max(masses[kWindowSlot], kTiny));
+  const float window_log = std::log(std::max(masses[kWindowSlot], kTinyMass));
   const float window_lse = window_log + tile.highest[size_t(row)] * kLn2;
   masses_[at] = clip(std::log(region_mass) - window_log);
   bound_lse_[at] = clip(tile.bound_lse[size_t(row)] - window_lse +
@@ -337,7 +334,7 @@ int64_t PromptNeeds::compare(Tile& tile) {
 }
 
 void PromptNeeds::finish_layer(const Results& results) const {
-  std::vector<float> largest(static_cast<size_t>(rows_), kLeastScale);
+  std::vector<float> largest(static_cast<size_t>(rows_), kTiny);
   for (int64_t row = 0; row < rows_; ++row) {
     for (int64_t head = 0; head < heads_; ++head) {
       const float norm = norms_[size_t(row * heads_ + head)];
@@ -387,7 +384,7 @@ void PromptNeeds::write_moments(const Tile& tile, float* to) const {
   float scales[2], means[2];
   for (int part = 0; part < 2; ++part) {
     const double squares = tile.moments[size_t(2 * sums_stride_ + part)];
-    scales[part] = std::max(float(std::sqrt(squares / double(num_tokens_))), kLeastScale);
+    scales[part] = std::max(float(std::sqrt(squares / double(num_tokens_))), kTiny);
     double of_mean = 0.0;
     for (int64_t i = 0; i < sums_stride_; ++i) {
       const double mean = tile.moments[size_t(part * sums_stride_ + i)] / double(num_tokens_);
@@ -401,7 +398,7 @@ void PromptNeeds::write_moments(const Tile& tile, float* to) const {
   std::vector<double> values(size_t(sums_stride_), 0.0);
   double squares = 0.0;
   kernels().add_moments(first_value, 1, int32_t(layout_.head_dim), values.data(), &squares);
-  const float first = std::max(float(std::sqrt(squares)), kLeastScale);
+  const float first = std::max(float(std::sqrt(squares)), kTiny);
   to[0] = std::log(scales[0]);
   to[1] = means[0];
   to[2] = std::log(scales[1]);

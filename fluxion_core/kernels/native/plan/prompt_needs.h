@@ -19,7 +19,7 @@
 
 namespace fluxion {
 
-constexpr int kNeedsBudgets = 7;  // above 0: head_profile.BUDGETS without its first
+constexpr int kNeedsBudgets = kBudgets - 1;  // those above 0
 
 class PromptNeeds final : public Work {
  public:

@@ -17,15 +17,9 @@ from fluxion_core.kernels.isa import native_layout
 from fluxion_core.kvstore.digest_index import gather_kv
 from fluxion_core.kvstore.sequence import SequenceKv
 from fluxion_core.kvstore.store import HostKvStore
+from fluxion_core.planning.constants import READ_ALL, READ_NOTHING
 from fluxion_core.planning.planner import PlannerState
-from fluxion_core.planning.policy import (
-    READ_ALL,
-    READ_NOTHING,
-    ExactPolicy,
-    FixedPolicy,
-    MarginalPolicy,
-    Policy,
-)
+from fluxion_core.planning.policy import ExactPolicy, FixedPolicy, MarginalPolicy, Policy
 from fluxion_core.pool.cpu_pool import WAKE_BYTES, CpuPool
 from tests.fluxion_core.planner_fixtures import make_planner, random_profile
 

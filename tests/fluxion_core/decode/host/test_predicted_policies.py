@@ -10,8 +10,8 @@ from fluxion_core.decode.host.attention import HybridAttention
 from fluxion_core.decode.work import StepReads
 from fluxion_core.errors import FluxionError, ShapeError
 from fluxion_core.geometry import ceil_div
+from fluxion_core.planning.constants import READ_NOTHING
 from fluxion_core.planning.policy import (
-    READ_NOTHING,
     ExactPolicy,
     FixedPolicy,
     MarginalPolicy,

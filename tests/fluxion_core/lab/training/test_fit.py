@@ -20,8 +20,9 @@ from fluxion_core.lab.training.fit import (
     weighted_deviance,
     with_priors,
 )
-from fluxion_core.planning.features import NUM_FEATURES, PRIORS
-from fluxion_core.planning.head_profile import BUDGETS, log_squared_errors
+from fluxion_core.planning.constants import BUDGETS, NUM_FEATURES
+from fluxion_core.planning.features import PRIORS
+from fluxion_core.planning.head_profile import log_squared_errors
 
 LEVELS, GRID = len(BLOCK_SIZES), len(BUDGETS)
 

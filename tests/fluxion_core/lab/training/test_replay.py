@@ -10,9 +10,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from fluxion_core.geometry import BLOCK_SIZES, WindowSpec
 from fluxion_core.lab.training.replay import prefill, replay
-from fluxion_core.planning.head_profile import BUDGETS, ERROR_FLOOR
+from fluxion_core.planning.constants import BUDGETS, ERROR_FLOOR, RADII
 from fluxion_core.planning.layer_step import LayerStep
-from fluxion_core.planning.ranking import RADII
 
 POSITIONS = torch.tensor([900, 1333])
 
