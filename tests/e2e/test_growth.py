@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from fluxion_core.decode.host.attention import HybridAttention
+from fluxion_core.decode.host.decoder import HostDecoder
+from fluxion_core.decode.host.step import HostStep
+from fluxion_core.decode.work import StepRow
 from fluxion_core.generation.chat import ChatMessage
 from fluxion_core.generation.tokenizer import Tokenizer
 from fluxion_core.geometry import KvGeometry, WindowSpec
-from fluxion_core.kvstore.sequence import SequenceKv
 from fluxion_core.kvstore.store import HostKvStore
-from fluxion_core.models.decoder import Decoder
 from fluxion_core.models.weights import load_model
 from fluxion_core.planning.policy import FixedPolicy
 from fluxion_core.pool.cpu_pool import CpuPool
-from fluxion_core.prompt.compute import compute_prompt
 
 FACT = "The access code for the plate vault is 7402958."
 ASKED = (
@@ -27,35 +27,82 @@ ASKED = (
     "<|im_start|>assistant\n"
 )
 RESUMED = "<|im_end|>\n<|im_start|>user\nGo on.<|im_end|>\n<|im_start|>assistant\n"
-ASK_AT = (1000, 2500, 4000, 5500, 7000, 8000)
+ASK_AT = (1000, 2500, 5000, 8000)
 """Tokens after which it is asked; what it answers becomes part of it. The context has 8,192."""
 ANSWER_TOKENS = 24
+CHUNK_TOKENS = 32
+POLICY = FixedPolicy(16, 0.05)
 
 
-def prefilled(decoder: Decoder, store: HostKvStore, token_ids: list[int], new: int) -> SequenceKv:
-    """A committed sequence that holds this prompt."""
-    sequence = store.reserve(token_ids, new)
-    compute_prompt(
-        decoder,
-        store.geometry,
-        token_ids,
-        emit=lambda f: sequence.write_blocks(f.layer, f.first_token, f.num_tokens, f.payload),
-    )
-    sequence.commit()
-    return sequence
+class GrowingText:
+    """A sequence under POLICY, that steps lengthen, or turns whose text is computed in chunks.
+
+    Args:
+        model: its file.
+        token_ids: that it begins with.
+        room: for tokens in all.
+    """
+
+    def __init__(self, model: Path, token_ids: Sequence[int], room: int) -> None:
+        loaded = load_model(model, device=torch.device("cpu"), dtype=torch.bfloat16)
+        config = loaded.config
+        geometry = KvGeometry(config.num_layers, config.num_kv_heads, config.head_dim)
+        self._store = HostKvStore(geometry, 1 << 30, model_key=b"growth")
+        pool = CpuPool()
+        attention = HybridAttention(
+            self._store, WindowSpec(), num_heads=config.num_heads, pool=pool
+        )
+        self._step = HostStep(HostDecoder(loaded.decoder, pool), attention)
+        self._room = room
+        self.token_ids: list[int] = []
+        self._take_turn(token_ids)
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    def add_by_steps(self, token_ids: Sequence[int]) -> int:
+        """As if it had generated them; returns the token that it would go on with."""
+        likeliest = -1
+        for token_id in token_ids:
+            row = StepRow(self._sequence, 0, token_id, POLICY)
+            self.token_ids.append(token_id)
+            logits, _ = self._step.run([row])
+            likeliest = int(logits[0].argmax())
+        return likeliest
+
+    def add_as_turn(self, token_ids: Sequence[int]) -> None:
+        """As a session's next turn, which goes on from all that is stored."""
+        stored = len(self)
+        self._sequence.keep(self.token_ids[self._sequence.num_prompt_tokens :])
+        self._sequence.release()
+        self._take_turn(token_ids)
+        assert self._sequence.shared_tokens == stored
+
+    def _take_turn(self, token_ids: Sequence[int]) -> None:
+        self.token_ids += token_ids
+        self._sequence = self._store.reserve(
+            self.token_ids, self._room - len(self), approximation=str(POLICY)
+        )
+        self._sequence.begin_prompt()
+        for first in range(self._sequence.num_tokens, len(self), CHUNK_TOKENS):
+            self._step.compute_chunk(
+                self._sequence, self.token_ids[first : first + CHUNK_TOKENS], None
+            )
 
 
 @pytest.mark.model
+@pytest.mark.parametrize(
+    "turns",
+    [
+        pytest.param(True, id="by steps, later by turns too"),
+        pytest.param(False, id="by steps alone", marks=pytest.mark.load),
+    ],
+)
 @pytest.mark.timeout(1800)
-@torch.no_grad()
-def test_a_growing_sequence_finds_a_fact_of_its_own_text_under_fixed(smollm2_path: Path):
+def test_a_growing_sequence_finds_a_fact_of_its_own_text_under_fixed(
+    smollm2_path: Path, turns: bool
+):
     tokenizer = Tokenizer.load(smollm2_path)
-    loaded = load_model(smollm2_path, device=torch.device("cpu"), dtype=torch.float32)
-    decoder, config = loaded.decoder, loaded.config
-    geometry = KvGeometry(config.num_layers, config.num_kv_heads, config.head_dim)
-    store = HostKvStore(geometry, 1 << 30, model_key=b"growth")
-    attention = HybridAttention(store, WindowSpec(), num_heads=config.num_heads, pool=CpuPool())
-    policy = FixedPolicy(16, 0.05)
 
     def encode(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False)
@@ -68,31 +115,28 @@ def test_a_growing_sequence_finds_a_fact_of_its_own_text_under_fixed(smollm2_pat
     # What the sequence "generates": the fact, early, then text that does not hold it.
     filler = "\n".join(line for line in document.splitlines() if "access code" not in line)
     written = iter(encode(f"{FACT} {filler}\n{filler}"))
-    sequence = prefilled(decoder, store, prompt, ASK_AT[-1] + 100)
-
-    def step(token_id: int) -> Tensor:
-        attention.begin_step([sequence], [policy])
-        position = torch.tensor([sequence.num_tokens])
-        hidden: Tensor = decoder(torch.tensor([token_id]), position, attention)
-        attention.end_step()
-        return hidden
+    text = GrowingText(smollm2_path, prompt, ASK_AT[-1] + 100)
 
     def ask() -> str:
-        answer: list[int] = []
-        hidden = torch.empty(0)
-        for token_id in encode(ASKED):
-            hidden = step(token_id)
+        answer = [text.add_by_steps(encode(ASKED))]
         while len(answer) < ANSWER_TOKENS:
-            answer.append(int(decoder.logits(hidden).argmax()))
-            hidden = step(answer[-1])
+            answer.append(text.add_by_steps(answer[-1:]))
+        text.add_by_steps(answer[-1:])
         return tokenizer.decode(answer)
 
     answers = {}
     for length in ASK_AT:
-        while sequence.num_tokens + len(encode(ASKED)) < length:
-            step(next(written))
+        missing = length - len(encode(ASKED)) - len(text)
+        if turns and answers:
+            text.add_as_turn(take(written, missing))
+        else:
+            text.add_by_steps(take(written, missing))
         answers[length] = ask()
-        for token_id in encode(RESUMED):
-            step(token_id)
+        text.add_by_steps(encode(RESUMED))
     missed = {length: answer for length, answer in answers.items() if "7402958" not in answer}
     assert not missed
+
+
+def take(token_ids: Iterator[int], count: int) -> list[int]:
+    """The next so many."""
+    return [next(token_ids) for _ in range(count)]
