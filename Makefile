@@ -12,13 +12,16 @@ define patiently
   $(2); status=$$?; kill $$dots; echo >&2; exit $$status
 endef
 
-.PHONY: demo test lint format bench asan tsan fuzz faults protos dashboards docs picture compose-test native clean
+.PHONY: demo test load lint format bench asan tsan fuzz faults protos dashboards docs picture compose-test native clean
 
 demo: $(VENV)/.installed  ## ask a question about a 7,000-token document, through two processes
 	$(BIN)/fluxion demo
 
-test: $(VENV)/.tested  ## the whole test suite
-	$(BIN)/python -m pytest
+test: $(VENV)/.tested  ## the whole test suite, two files at a time
+	$(BIN)/python -m pytest -n 2
+
+load: $(VENV)/.tested  ## what takes many minutes: 64 streams at a time, 8,000 tokens by steps alone
+	$(BIN)/python -m pytest -m load
 
 lint: $(VENV)/.tested  ## formatting, lint, types, imports; stubs, dashboards and picture fresh; the site
 	$(BIN)/ruff format --check .

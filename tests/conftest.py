@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from xdist.remote import Producer
+    from xdist.scheduler import LoadScopeScheduling
+
+if is_one_of_several := "PYTEST_XDIST_WORKER" in os.environ:
+    # Before torch is loaded, here and in the nodes that tests start: threads that wait do not spin.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 
 if native := os.environ.get("FLUXION_NATIVE"):
@@ -23,7 +34,25 @@ if not torch.cuda.is_available():
     # Triton's kernels run in its interpreter. It looks when a kernel's module is imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+torch.set_num_threads(1 if is_one_of_several else min(2, os.cpu_count() or 1))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
+    """Who runs what, where several processes run the tests (`-n 2`).
+
+    The tests of a file stay together, for what its fixtures hold, and so do all of tests/e2e, which
+    share nodes and take longest: files are begun in their order, in which those come early.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.partition("::")[0]
+            return "tests/e2e" if path.startswith("tests/e2e/") else path
+
+    config.option.loadscopereorder = False
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")
@@ -41,5 +70,9 @@ def smollm2_path() -> Path:
     from services.cli.pull import pull_model
 
     models_dir = default_models_dir()
-    pull_model("smollm2-135m", models_dir, Console(stderr=True))
+    models_dir.mkdir(parents=True, exist_ok=True)
+    with (models_dir / ".pulling").open("w") as lock:
+        # Of several processes with tests, one pulls.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        pull_model("smollm2-135m", models_dir, Console(stderr=True))
     return locate_model("smollm2-135m", models_dir)
