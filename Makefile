@@ -27,6 +27,7 @@ lint: $(VENV)/.tested  ## formatting, lint, types, imports; stubs, dashboards an
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/mypy examples
 	$(BIN)/lint-imports
 	$(BIN)/python protos/regenerate.py --check
 	$(BIN)/python -m fluxion_core.planning.generate --check

@@ -30,6 +30,7 @@ from fluxion_core.client.options import ChatMessage, GenerationOptions, Priority
 from fluxion_core.client.retry import NO_RETRIES, RetryPolicy
 from fluxion_core.config.addresses import DEFAULT_DECODE_ADDRESS
 from fluxion_core.config.settings import ClientSettings, ClientTlsSettings
+from fluxion_core.errors import FluxionError
 
 __all__ = [
     "DEFAULT_DECODE_ADDRESS",
@@ -46,6 +47,7 @@ __all__ = [
     "Event",
     "Finish",
     "FinishReason",
+    "FluxionError",
     "Generation",
     "GenerationOptions",
     "GenerationStream",

@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+import os
+import re
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -185,3 +188,18 @@ def test_what_the_node_refuses_is_the_clients_to_correct(gateway: str, model: st
     with answer_of(gateway, "POST", "/v1/chat/completions", asked) as answer:
         assert answer.status == 400
         assert sentence in json.load(answer)["error"]["message"]
+
+
+def test_openais_own_sdk_streams_an_answer_by_the_example(gateway: str):
+    example = Path(__file__).parents[2] / "examples" / "openai_sdk.py"
+    result = subprocess.run(
+        [sys.executable, example, gateway, CHAT[0]["content"]],
+        env=os.environ | {"NO_PROXY": "*"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=HTTP_SECONDS,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "Paris" in result.stdout
+    assert re.search(r"\[\d+ tokens\]", result.stderr)
