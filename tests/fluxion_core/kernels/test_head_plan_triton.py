@@ -34,8 +34,7 @@ from fluxion_core.planning.head_profile import log_squared_errors
 from fluxion_core.planning.layer_step import LayerStep
 from fluxion_core.planning.planner import Planner, native_policy
 from fluxion_core.planning.policy import MarginalPolicy, PredictedPolicy, ThresholdPolicy
-from tests.fluxion_core.planner_fixtures import make_planner, random_network
-from tests.fluxion_core.predicted_step import (
+from tests.fluxion_core.planning.predicted_step import (
     DIM,
     GROUP,
     HEADS,
@@ -49,6 +48,7 @@ from tests.fluxion_core.predicted_step import (
     oracle_step,
     token,
 )
+from tests.fluxion_core.planning.random_planner import make_planner, random_network
 
 SOME = (40, 337, 1301)
 """Without a region, with one of few blocks, across slabs."""

@@ -13,7 +13,7 @@ from fluxion_core.planning.features import FEATURES, StepMemory, StepObservation
 from fluxion_core.planning.layer_step import no_memory
 from fluxion_core.planning.planner import Planner
 from fluxion_core.planning.prompt_profile import PromptProfile
-from tests.fluxion_core.planner_fixtures import make_planner, random_network, random_profile
+from tests.fluxion_core.planning.random_planner import make_planner, random_network, random_profile
 
 LAYERS, DIM = 3, 48
 

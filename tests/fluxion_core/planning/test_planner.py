@@ -17,7 +17,7 @@ from fluxion_core.planning.network import HeadProfileMlp
 from fluxion_core.planning.planner import Planner, native_policy
 from fluxion_core.planning.planner_weights import PlannerWeights
 from fluxion_core.planning.policy import MarginalPolicy, PredictedPolicy, ThresholdPolicy
-from tests.fluxion_core.planner_fixtures import make_planner, random_network, random_profile
+from tests.fluxion_core.planning.random_planner import make_planner, random_network, random_profile
 
 KV_HEADS = 2
 GRID = torch.tensor([*BUDGETS, 1.0])

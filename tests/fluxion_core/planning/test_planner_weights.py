@@ -9,7 +9,7 @@ from fluxion_core.planning.planner_weights import (
     PlannerWeights,
     load_planner_weights,
 )
-from tests.fluxion_core.planner_fixtures import random_network
+from tests.fluxion_core.planning.random_planner import random_network
 
 
 def test_each_fitted_number_changes_the_fingerprint_and_names_do_not():

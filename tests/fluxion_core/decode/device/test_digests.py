@@ -13,7 +13,7 @@ from fluxion_core.decode.device.digests import CoarseDigests, DeviceDigests
 from fluxion_core.decode.device.pinned import RegisteredStore
 from fluxion_core.geometry import KvGeometry, WindowSpec
 from fluxion_core.kvstore.store import HostKvStore
-from tests.fluxion_core.decode.device.small_step import random_sequence, store_for
+from tests.fluxion_core.decode.small_step import random_sequence, store_for
 
 GEOMETRY = KvGeometry(num_layers=1, num_kv_heads=1, head_dim=8, slab_tokens=128)
 WINDOW = WindowSpec(sink_tokens=32, recent_tokens=128)

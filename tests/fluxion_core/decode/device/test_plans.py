@@ -15,14 +15,14 @@ from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.planning.planner import Planner, PlannerState
 from fluxion_core.planning.policy import Policy, parse_policy
 from fluxion_core.pool.cpu_pool import CpuPool
-from tests.fluxion_core.decode.device.small_step import (
+from tests.fluxion_core.decode.small_step import (
     CONFIG,
     WINDOW,
     random_decoder,
     random_sequence,
     store_for,
 )
-from tests.fluxion_core.planner_fixtures import make_planner, random_network, random_profile
+from tests.fluxion_core.planning.random_planner import make_planner, random_network, random_profile
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

@@ -14,7 +14,7 @@ from fluxion_core.kvstore.sequence import SequenceKv
 from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.planning.policy import parse_policy
 from fluxion_core.pool.cpu_pool import CpuPool
-from tests.fluxion_core.decode.device.small_step import (
+from tests.fluxion_core.decode.small_step import (
     WINDOW,
     random_decoder,
     random_sequence,

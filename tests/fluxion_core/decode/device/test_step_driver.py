@@ -21,7 +21,7 @@ from fluxion_core.planning.constants import READ_ALL, READ_NOTHING
 from fluxion_core.planning.planner import PlannerState
 from fluxion_core.planning.policy import ExactPolicy, FixedPolicy, MarginalPolicy, Policy
 from fluxion_core.pool.cpu_pool import WAKE_BYTES, CpuPool
-from tests.fluxion_core.planner_fixtures import make_planner, random_profile
+from tests.fluxion_core.planning.random_planner import make_planner, random_profile
 
 GEOMETRY = KvGeometry(num_layers=3, num_kv_heads=2, head_dim=32, slab_tokens=128)
 WINDOW = WindowSpec(sink_tokens=32, recent_tokens=128)

@@ -13,7 +13,7 @@ from fluxion_core.observe.spans import Span
 from fluxion_core.observe.trace import Trace, TraceRecorder
 from fluxion_core.planning.policy import parse_policy
 from fluxion_core.pool.cpu_pool import CpuPool
-from tests.fluxion_core.decode.device.small_step import (
+from tests.fluxion_core.decode.small_step import (
     CONFIG,
     WINDOW,
     random_decoder,

@@ -22,7 +22,7 @@ from fluxion_core.planning.policy import ExactPolicy
 from fluxion_core.planning.prompt_estimate import PromptEstimator, padded_tokens
 from fluxion_core.planning.prompt_profile import PromptProfile
 from fluxion_core.pool.cpu_pool import CpuPool
-from tests.fluxion_core.decode.device.small_step import CONFIG, WINDOW, random_decoder, store_for
+from tests.fluxion_core.decode.small_step import CONFIG, WINDOW, random_decoder, store_for
 
 PROMPT = [(7 * n * n + n) % CONFIG.vocab_size for n in range(400)]
 

@@ -19,8 +19,7 @@ from fluxion_core.planning.policy import (
     ThresholdPolicy,
 )
 from fluxion_core.pool.cpu_pool import CpuPool
-from tests.fluxion_core.planner_fixtures import make_planner, random_network
-from tests.fluxion_core.predicted_step import (
+from tests.fluxion_core.planning.predicted_step import (
     DIM,
     GROUP,
     HEADS,
@@ -35,6 +34,7 @@ from tests.fluxion_core.predicted_step import (
     oracle_step,
     token,
 )
+from tests.fluxion_core.planning.random_planner import make_planner, random_network
 
 
 def run_step(

@@ -13,7 +13,7 @@ from fluxion_core.decode.work import StepRow
 from fluxion_core.errors import FluxionError
 from fluxion_core.planning.policy import ExactPolicy, FixedPolicy, ThresholdPolicy
 from fluxion_core.pool.cpu_pool import CpuPool
-from tests.fluxion_core.decode.device.small_step import (
+from tests.fluxion_core.decode.small_step import (
     CONFIG,
     WINDOW,
     random_decoder,

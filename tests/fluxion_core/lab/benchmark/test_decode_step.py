@@ -16,7 +16,7 @@ from fluxion_core.lab.benchmark.decode_step import run_decode_step_bench
 from fluxion_core.models.config import ModelConfig, RopeConfig
 from fluxion_core.models.decoder import Decoder
 from fluxion_core.planning.planner_weights import PlannerWeights
-from tests.fluxion_core.planner_fixtures import random_network
+from tests.fluxion_core.planning.random_planner import random_network
 
 CONFIG = ModelConfig(
     architecture="llama",

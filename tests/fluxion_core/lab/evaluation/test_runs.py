@@ -26,7 +26,7 @@ from fluxion_core.models.decoder import Decoder
 from fluxion_core.models.weights import LoadedModel
 from fluxion_core.planning.planner import Planner
 from fluxion_core.planning.planner_weights import PlannerWeights
-from tests.fluxion_core.planner_fixtures import random_network
+from tests.fluxion_core.planning.random_planner import random_network
 
 OPTIONS = EvaluationOptions(
     "ruler",

@@ -21,7 +21,7 @@ from fluxion_core.planning.layer_step import LayerStep, no_memory
 from fluxion_core.planning.planner import Planner, PlannerState
 from fluxion_core.planning.policy import MarginalPolicy, Policy, ThresholdPolicy
 from fluxion_core.planning.prompt_profile import PromptProfile
-from tests.fluxion_core.planner_fixtures import random_profile
+from tests.fluxion_core.planning.random_planner import random_profile
 
 LAYERS, HEADS, KV_HEADS, DIM = 2, 6, 2, 32
 GROUP = HEADS // KV_HEADS
