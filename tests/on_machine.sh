@@ -4,7 +4,8 @@
 # greedy agreement.
 # For machines where the project cannot be installed with its pins; needs what README says to install.
 #   OUT           takes reports and journals (.)
-#   PYTEST        arguments of pytest; "none" for no tests
+#   PYTEST        arguments of pytest, in place of the folders whose tests use a GPU; "none" for no tests
+#                 (tests/e2e/test_on_gpu.py needs gRPC's packages and FLUXION_TEST_MODEL=FILE)
 #   SANITIZE      pytest arguments for one more run under compute-sanitizer's memcheck; unset for none
 #   GPU_STEP      flags of fluxion_core.lab.benchmark.gpu_step, as `--contexts 32768 --batches 1,4`; unset for no timing
 #   PLANS         files of recorded plans that are timed beside fixed(16, 5 %), separated by commas
@@ -23,12 +24,13 @@ export PYTHONPATH=.:protos${PYTHONPATH:+:$PYTHONPATH} OMP_WAIT_POLICY=PASSIVE
 grep -m1 'model name' /proc/cpuinfo; nproc
 cmake -S fluxion_core/kernels/native -B "$build" -G Ninja -DPython_EXECUTABLE="$(command -v "$python")" >/dev/null &&
   cmake --build "$build" 2>&1 | tail -1 && cp "$build"/_native*.so fluxion_core/kernels/ || exit 1
+gpu_tests="tests/fluxion_core/kernels tests/fluxion_core/decode/device tests/fluxion_core/kvstore tests/fluxion_core/prompt"
 status=0
 if [ "${PYTEST:-}" != none ]; then
   # shellcheck disable=SC2086
   # Without this project's own pytest settings: they name plug-ins that may be missing here.
   "$python" -m pytest -c /dev/null --rootdir=. --import-mode=importlib -q -x -p no:cacheprovider \
-    ${PYTEST:-tests/fluxion_core/kernels tests/fluxion_core/decode/device tests/fluxion_core/kvstore} 2>&1 | tail -15
+    ${PYTEST:-$gpu_tests} 2>&1 | tail -15
   status=${PIPESTATUS[0]}
 fi
 if [ -n "${SANITIZE:-}" ]; then
