@@ -7,8 +7,8 @@ RUN python -m venv /opt/fluxion
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_CONSTRAINT=/src/constraints.txt
 # Where torch alone comes from: https://download.pytorch.org/whl/cpu has builds without CUDA. Empty: from where all else does.
 ARG TORCH_INDEX=""
-# "cuda" adds Triton.
-ARG EXTRAS=""
+# "hub" fetches models from the Hugging Face hub, "cuda" adds Triton and NVML: "cuda,hub" for both.
+ARG EXTRAS="hub"
 WORKDIR /src
 COPY constraints.txt pyproject.toml ./
 # Dependencies first: a layer that lasts until they change. Of torch only what runs, a quarter less;
@@ -29,7 +29,7 @@ RUN /opt/fluxion/bin/pip install -q --no-compile --no-deps . \
  && /opt/fluxion/bin/python -m compileall -q -x '/(torch|torchgen|sympy|mpmath|networkx|numpy|pip|setuptools|pygments)/' /opt/fluxion/lib
 
 FROM python:3.11-slim-bookworm
-ARG EXTRAS=""
+ARG EXTRAS="hub"
 # Triton has the system's compiler build its launchers, when a kernel is first used.
 RUN case ",$EXTRAS," in *,cuda,*) \
       apt-get update -qq && apt-get install -y -qq --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/* ;; \

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Literal
 
+from fluxion_core.config.extras import MissingExtraError
 from fluxion_core.errors import FluxionError
 from fluxion_core.observe.device_usage import PCIE_DIRECTIONS, PcieDirection
 from fluxion_core.observe.log import event
@@ -73,14 +74,13 @@ class NvmlReader:
         nvml: the pynvml module.
 
     Raises:
-        FluxionError: NVML is not there, does not know the card, or refuses.
+        FluxionError: NVML is not there, does not know the card, or refuses; a MissingExtraError
+            if its Python package is not installed.
     """
 
     def __init__(self, uuid: str, nvml: ModuleType | None = None) -> None:
         if nvml is None:
-            import pynvml
-
-            nvml = pynvml
+            nvml = _pynvml()
         self._nvml: Any = nvml
         self._pcie_bytes: dict[PcieDirection, float] = {}
         self._active_seconds: dict[str, float] = {}
@@ -226,6 +226,15 @@ class _GpmPair:
             float(answer.value) if answer.nvmlReturn == nvml.NVML_SUCCESS else None
             for answer in question.metrics[: len(metrics)]
         ]
+
+
+def _pynvml() -> ModuleType:
+    try:
+        import pynvml
+    except ImportError:
+        raise MissingExtraError("what the card says of itself", "nvidia-ml-py", "cuda") from None
+    found: ModuleType = pynvml
+    return found
 
 
 def open_nvml(uuid: str) -> NvmlReader | None:

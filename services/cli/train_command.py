@@ -17,10 +17,11 @@ from rich.progress import (
 )
 
 from fluxion_core.errors import ConfigError
+from fluxion_core.lab.plots.training import write_plots
 from fluxion_core.lab.training import corpus
 from fluxion_core.lab.training.options import DEFAULT_LEVELS, TrainRun
 from fluxion_core.lab.training.pipeline import Training, TrainOptions
-from fluxion_core.lab.training.report import write_card, write_plots
+from fluxion_core.lab.training.report import write_card
 from services.cli.commands.train import Train
 
 

@@ -76,7 +76,7 @@ def test_the_gpu_profile_pins_what_it_holds(services):
         assert services[node]["ulimits"]["memlock"] == -1
         (device,) = services[node]["deploy"]["resources"]["reservations"]["devices"]
         assert device["capabilities"] == ["gpu"]
-        assert services[node]["build"]["args"]["EXTRAS"] == "cuda"
+        assert services[node]["build"]["args"]["EXTRAS"] == "cuda,hub"
         assert "TORCH_INDEX" not in services[node]["build"]["args"]
     size = services["decode-gpu"]["environment"]["FLUXION_STORE__HOST_KV_BYTES"]
     assert parse_bytes(re.fullmatch(r"\$\{\w+:-(\w+)\}", size)[1]) == 64 << 30

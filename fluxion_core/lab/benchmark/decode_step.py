@@ -36,9 +36,10 @@ from fluxion_core.geometry import KvGeometry, WindowSpec
 from fluxion_core.kernels import _native
 from fluxion_core.kvstore.digest_index import gather_kv
 from fluxion_core.kvstore.store import HostKvStore
-from fluxion_core.lab.benchmark.report import describe_machine, draw_bars
+from fluxion_core.lab.benchmark.report import describe_machine
 from fluxion_core.lab.benchmark.sampling import STEP_SAMPLING, step_samplers
 from fluxion_core.lab.held_prompt import PromptMaker
+from fluxion_core.lab.plots.bars import draw_bars
 from fluxion_core.machine.cpus import usable_cpus
 from fluxion_core.models.attention_port import AttentionPort
 from fluxion_core.models.decoder import Decoder

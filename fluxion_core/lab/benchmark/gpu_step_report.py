@@ -15,13 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fluxion_core import DISTRIBUTION
 from fluxion_core.config.commands import Command, run_module
-from fluxion_core.errors import ConfigError
+from fluxion_core.lab.plots.gpu_step import NOT_A_POLICY, draw_steps
 
 BASELINE = "fixed(16, 5 %)"
-_COLOURS = {"both": "#1b6ca8", "cpu": "#9dbad5", "gpu": "#d8a48f"}
-_NOT_A_POLICY = ("all heads streaming", "planning alone")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +36,7 @@ class GpuStepReport(Command):
         lines = ["# Decode steps on a GPU machine", ""]
         for name, report in reports:
             lines += markdown(name, report)
-            draw(report, self.folder / f"{name}.png")
+            draw_steps(report, self.folder / f"{name}.png")
         (self.folder / "tables.md").write_text("\n".join(lines).rstrip() + "\n")
 
 
@@ -114,12 +111,12 @@ def _claims(figures: Sequence[dict[str, Any]]) -> list[str]:
         }
         dense = next(f["dense_milliseconds"] for f in figures if f["batch"] == batch)
         parts = []
-        if (_NOT_A_POLICY[0], "both") in ms:
-            streaming = ms[_NOT_A_POLICY[0], "both"]
+        if (NOT_A_POLICY[0], "both") in ms:
+            streaming = ms[NOT_A_POLICY[0], "both"]
             on_gpu = next(
                 f["gpu_milliseconds"]
                 for f in figures
-                if f["batch"] == batch and f["policy"] == _NOT_A_POLICY[0]
+                if f["batch"] == batch and f["policy"] == NOT_A_POLICY[0]
             )
             parts.append(
                 f"streaming {streaming / dense:.2f} of the dense step alone ({dense:.2f} ms), "
@@ -132,56 +129,10 @@ def _claims(figures: Sequence[dict[str, Any]]) -> list[str]:
                 f"{BASELINE} {min(alone) / baseline:.2f} times faster than the better device"
             )
         for (policy, lane), value in ms.items():
-            if baseline and lane == "both" and policy not in (BASELINE, *_NOT_A_POLICY):
+            if baseline and lane == "both" and policy not in (BASELINE, *NOT_A_POLICY):
                 parts.append(f"{policy} {baseline / value:.2f} times faster than {BASELINE}")
         lines.append(f"- {batch}: {'; '.join(parts)}.")
     return lines
-
-
-def draw(report: dict[str, Any], path: Path) -> None:
-    """Bars of step times, a panel for each batch; limits as dashes, the dense step as a line.
-
-    Raises:
-        ConfigError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError(f"plots need matplotlib: pip install '{DISTRIBUTION}[plots]'") from None
-    figures = [f for f in report["figures"] if f["policy"] not in _NOT_A_POLICY]
-    batches = list(dict.fromkeys(figure["batch"] for figure in figures))
-    picture = Figure(figsize=(4.2 * len(batches), 4.4), layout="constrained")
-    panels = picture.subplots(1, len(batches), squeeze=False)[0]
-    for axes, batch in zip(panels, batches, strict=True):
-        of_batch = [figure for figure in figures if figure["batch"] == batch]
-        policies = list(dict.fromkeys(figure["policy"] for figure in of_batch))
-        lanes = [lane for lane in _COLOURS if any(f["lanes"] == lane for f in of_batch)]
-        width = 0.8 / len(lanes)
-        for figure in of_batch:
-            lane = lanes.index(figure["lanes"])
-            place = policies.index(figure["policy"]) - 0.4 + (lane + 0.5) * width
-            first = figure["policy"] == policies[0]
-            axes.bar(
-                place,
-                figure["milliseconds"],
-                width * 0.92,
-                color=_COLOURS[figure["lanes"]],
-                label=figure["lanes"] if first else None,
-            )
-            limit = figure["limit_milliseconds"]
-            axes.hlines(limit, place - width / 2, place + width / 2, "black", linewidth=1.2)
-        axes.axhline(
-            of_batch[0]["dense_milliseconds"], color="#888888", linestyle="--", linewidth=0.8
-        )
-        names = [policy.replace(", recorded", "") for policy in policies]
-        axes.set_xticks(range(len(policies)), names, rotation=20, ha="right", fontsize=8)
-        axes.set_title(batch.replace(" + ", "+"), fontsize=9 if len(batch) < 30 else 6)
-        axes.grid(visible=True, axis="y", alpha=0.3)
-    panels[0].set_ylabel("ms a step; black: limit, dashed: dense step alone")
-    panels[0].legend()
-    shape, gpu = report["options"]["shape"], report["machine"]["gpu"]
-    picture.suptitle(f"{shape}, {gpu}", fontsize=10)
-    picture.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":

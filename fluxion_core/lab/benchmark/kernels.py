@@ -31,7 +31,8 @@ from fluxion_core.kernels import _native
 from fluxion_core.kernels.block_digest import cpu as block_digest
 from fluxion_core.kernels.isa import native_layout
 from fluxion_core.kvstore.store import HostKvStore
-from fluxion_core.lab.benchmark.report import describe_machine, draw_bars, median_of
+from fluxion_core.lab.benchmark.report import describe_machine, median_of
+from fluxion_core.lab.plots.bars import draw_bars
 from fluxion_core.machine.cpus import usable_cpus
 from fluxion_core.planning.constants import READ_ALL, READ_NOTHING
 from fluxion_core.planning.policy import FixedPolicy

@@ -4,7 +4,8 @@ Two ways to load a node. Open: requests come at random moments at a given rate, 
 keeps up or not, and latency counts from the moment a request was due. Closed: so many clients, each
 with one request at a time. Prompts of several lengths are mixed by weight.
 
-Here: the workload, the figures, table and plot. Sending needs gRPC: services/cli/serve_bench.py.
+Here: the workload, the figures, the table. Their plot: lab/plots/serve.py. Sending needs gRPC:
+services/cli/serve_bench.py.
 """
 
 from __future__ import annotations
@@ -12,13 +13,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from fluxion_core import DISTRIBUTION
 from fluxion_core.errors import ConfigError
 
 PERCENTILES = (50, 90, 99)
@@ -225,33 +224,3 @@ def _cells(percentiles: dict[str, dict[str, float]]) -> list[str]:
             else "-"
         )
     return cells
-
-
-def plot(path: Path, figures: Sequence[LoadFigures]) -> None:
-    """Latencies and throughput over the loads.
-
-    Raises:
-        ConfigError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError(f"plots need matplotlib: pip install '{DISTRIBUTION}[plots]'") from None
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
-    places = range(len(figures))
-    panels = figure.subplots(1, 3)
-    for axes, name in zip(panels, ("first_token", "inter_token"), strict=False):
-        for percent in PERCENTILES:
-            values = [one.percentiles.get(name, {}).get(f"p{percent}", np.nan) for one in figures]
-            axes.plot(places, values, marker="o", label=f"p{percent}")
-        axes.set_title(f"{name.replace('_', ' ')}, s")
-        axes.set_ylim(bottom=0)
-        axes.legend()
-    panels[2].plot(places, [one.requests_per_second for one in figures], "o-", label="finished")
-    panels[2].plot(places, [one.goodput for one in figures], "o-", label="good")
-    panels[2].set_title("requests a second")
-    panels[2].set_ylim(bottom=0)
-    panels[2].legend()
-    for axes in panels:
-        axes.set_xticks(places, [one.load for one in figures])
-    figure.savefig(path, dpi=120)

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import TypeAdapter
 
 from fluxion_core.lab.benchmark.serve import LoadFigures
-from fluxion_core.lab.benchmark.serve import plot as draw_loads
 from fluxion_core.lab.evaluation.agreement import AgreementRow
 from fluxion_core.lab.evaluation.render import draw, draw_agreement
 from fluxion_core.lab.evaluation.report import Report
+from fluxion_core.lab.plots.bars import draw_groups
+from fluxion_core.lab.plots.serve import draw_loads
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -63,7 +64,7 @@ def draw_prefill(report: Mapping[str, object], picture: Path) -> None:
     groups: dict[str, dict[str, float]] = {}
     for row in rows:
         groups.setdefault(f"{row['tokens']:,} tokens", {})[str(row["way"])] = float(row["seconds"])
-    _bars(groups, picture, unit="s", title=f"Prefill while KV leaves, {report['shape']}")
+    draw_groups(groups, picture, unit="s", title=f"Prefill while KV leaves, {report['shape']}")
 
 
 def draw_shared_cpus(report: Mapping[str, object], picture: Path) -> None:
@@ -80,32 +81,7 @@ def draw_shared_cpus(report: Mapping[str, object], picture: Path) -> None:
         milliseconds = row["median_milliseconds"]
         assert isinstance(milliseconds, float), "a median is a number"
         group[str(row["variant"])] = milliseconds
-    _bars(groups, picture, unit="ms", title="Decode steps on CPUs that others use too")
-
-
-def _bars(
-    groups: Mapping[str, Mapping[str, float]], picture: Path, *, unit: str, title: str
-) -> None:
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-
-    ways: Sequence[str] = list(
-        dict.fromkeys(way for of_group in groups.values() for way in of_group)
-    )
-    figure = Figure(figsize=(9, 4.2), layout="constrained")
-    axes = figure.subplots()
-    width = 0.8 / len(ways)
-    palette = colormaps["tab20"]
-    for number, way in enumerate(ways):
-        places = [place + number * width for place, of in enumerate(groups.values()) if way in of]
-        heights = [of[way] for of in groups.values() if way in of]
-        axes.bar(places, heights, width, label=way, color=palette(number % 20))
-    centre = (len(ways) - 1) * width / 2
-    axes.set_xticks([place + centre for place in range(len(groups))], list(groups))
-    axes.set_ylabel(unit)
-    axes.set_title(title)
-    figure.legend(loc="outside right upper", fontsize="small")
-    figure.savefig(picture, dpi=110)
+    draw_groups(groups, picture, unit="ms", title="Decode steps on CPUs that others use too")
 
 
 def _read(path: Path) -> Mapping[str, object]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import cycle
 from pathlib import Path
 
-from fluxion_core import DISTRIBUTION
-from fluxion_core.errors import ConfigError
+from fluxion_core.lab.plots.pictures import new_figure, twenty_colors
 from fluxion_core.observe.trace_events import TraceEvent, TraceFile, tracks_of
 
 _HEIGHT = 0.8
@@ -24,23 +24,18 @@ def draw_trace(file: TraceFile, path: Path, *, title: str) -> None:
         title: above the tracks.
 
     Raises:
-        ConfigError: matplotlib is not installed.
+        MissingExtraError: matplotlib is not installed.
         FluxionError: this is no trace of ours.
     """
-    try:
-        from matplotlib import colormaps
-        from matplotlib.figure import Figure
-        from matplotlib.patches import Patch
-    except ImportError:
-        raise ConfigError(f"--png needs matplotlib: pip install '{DISTRIBUTION}[plots]'") from None
     tracks = tracks_of(file)
     spans = {
         track: [event for event in events if event["ph"] == "X"] for track, events in tracks.items()
     }
     names = sorted({event["name"] for events in spans.values() for event in events})
-    palette = colormaps["tab20"]
-    colors = {name: palette(index % palette.N) for index, name in enumerate(names)}
-    figure = Figure(figsize=(14, 1.4 + 0.45 * len(tracks)), layout="constrained")
+    figure = new_figure(14, 1.4 + 0.45 * len(tracks))
+    from matplotlib.patches import Patch
+
+    colors = dict(zip(names, cycle(twenty_colors()), strict=False))
     axes = figure.subplots()
     for row, events in enumerate(spans.values()):
         for (depth, name), bars in _bars(events).items():

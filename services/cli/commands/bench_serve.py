@@ -82,10 +82,10 @@ class BenchServe(JsonOption, Command):
         """Print a table; keep and draw the figures."""
         import asyncio
 
-        from fluxion_core.lab.benchmark.serve import plot
+        from fluxion_core.lab.plots.serve import draw_loads
         from services.cli.serve_bench import bench_serve
 
         report, figures = asyncio.run(bench_serve(self.console(), self))
         self.write(report)
         if self.plot is not None:
-            plot(self.plot, figures)
+            draw_loads(self.plot, figures)

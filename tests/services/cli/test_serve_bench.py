@@ -9,7 +9,8 @@ import pytest
 from rich.console import Console
 
 from fluxion_core.errors import ConfigError, FluxionError
-from fluxion_core.lab.benchmark.serve import Length, Load, plot
+from fluxion_core.lab.benchmark.serve import Length, Load
+from fluxion_core.lab.plots.serve import draw_loads
 from fluxion_proto.v1 import generate_pb2
 from services.cli.commands.bench_serve import BenchServe
 from services.cli.serve_bench import bench_serve
@@ -42,7 +43,7 @@ async def test_both_ways_to_load_a_node(start_prefill, start_decode, tmp_path):
         "seed": 2026,
     }
     assert "50/s" in text.getvalue()
-    plot(tmp_path / "serve.png", figures)
+    draw_loads(tmp_path / "serve.png", figures)
     assert (tmp_path / "serve.png").stat().st_size > 1000
 
 

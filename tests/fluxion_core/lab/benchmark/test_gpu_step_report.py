@@ -12,7 +12,8 @@ from fluxion_core.config.commands import run_module
 from fluxion_core.errors import ConfigError
 from fluxion_core.lab.benchmark import gpu_step
 from fluxion_core.lab.benchmark.gpu_step import GpuStepCommand, GpuStepOptions
-from fluxion_core.lab.benchmark.gpu_step_report import GpuStepReport, draw, markdown
+from fluxion_core.lab.benchmark.gpu_step_report import GpuStepReport, markdown
+from fluxion_core.lab.plots.gpu_step import draw_steps
 
 
 def _figure(policy: str, lanes: str, milliseconds: float, read_gigabytes: float) -> dict[str, Any]:
@@ -72,7 +73,7 @@ def test_runs_whose_steps_did_not_sample_say_so():
 
 
 def test_the_picture_is_drawn(tmp_path: Path):
-    draw(_report(), tmp_path / "run.png")
+    draw_steps(_report(), tmp_path / "run.png")
     assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
 
 
