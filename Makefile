@@ -12,7 +12,7 @@ define patiently
   $(2); status=$$?; kill $$dots; echo >&2; exit $$status
 endef
 
-.PHONY: demo test load lint format bench asan tsan fuzz faults protos dashboards docs picture compose-test native clean
+.PHONY: demo test load lint format bench asan tsan fuzz faults protos dashboards docs picture compose-test native wheel clean
 
 demo: $(VENV)/.installed  ## ask a question about a 7,000-token document, through two processes
 	$(BIN)/fluxion demo
@@ -84,6 +84,16 @@ protos: $(VENV)/.tested  ## stubs from the .proto files
 	$(BIN)/python protos/regenerate.py
 
 native: $(VENV)/.installed  ## rebuild the extension
+
+wheel: $(VENV)/bin/python  ## build/wheel: the wheel, tried in an empty environment
+	rm -rf build/wheel
+	$(call patiently,Building the wheel,PIP_CONSTRAINT=constraints.txt \
+	  $(BIN)/python -m pip wheel --disable-pip-version-check -q --no-deps -w build/wheel .)
+	$(BIN)/python -m venv build/wheel/empty
+	$(call patiently,Installing it into an empty environment,PIP_CONSTRAINT=constraints.txt \
+	  build/wheel/empty/bin/python -m pip install --disable-pip-version-check -q build/wheel/*.whl)
+	cd build/wheel && empty/bin/python -c "from fluxion_core.client import Client; print(Client)"
+	build/wheel/empty/bin/fluxion --version
 
 $(VENV)/bin/python:
 	$(call patiently,Making $(VENV),$(PYTHON) -m venv $(VENV))
