@@ -6,6 +6,7 @@ import fcntl
 import importlib.util
 import os
 import sys
+from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,6 +54,24 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadSco
 
     config.option.loadscopereorder = False
     return ByFile(config, log)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """A test marked `alone` waits for those of other processes, and they for it."""
+    if not is_one_of_several:
+        return (yield)
+    gate, turn = (os.open(path, os.O_RDONLY) for path in (Path(__file__), Path(__file__).parent))
+    mode = fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH
+    try:
+        # Who waits to be alone holds the gate, so that others do not begin before it.
+        fcntl.flock(gate, mode)
+        fcntl.flock(turn, mode)
+        fcntl.flock(gate, fcntl.LOCK_UN)
+        return (yield)
+    finally:
+        os.close(turn)
+        os.close(gate)
 
 
 @pytest.fixture(scope="session")

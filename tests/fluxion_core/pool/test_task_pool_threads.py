@@ -35,6 +35,7 @@ def harness(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return program
 
 
+@pytest.mark.alone
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="threads that meet need two CPUs")
 @pytest.mark.parametrize("scene", SCENES)
 def test_the_pool_alone(harness: Path, scene: str):
