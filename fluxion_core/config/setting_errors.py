@@ -8,12 +8,12 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from fluxion_core.config.setting_sources import Given
+from fluxion_core.config.setting_sources import SourcedValue
 
 _SHOWN_CHARACTERS = 80
 
 
-def problems_of(error: ValidationError, given: Mapping[str, Given]) -> list[str]:
+def problems_of(error: ValidationError, given: Mapping[str, SourcedValue]) -> list[str]:
     """A sentence for each thing that is wrong: which setting, from where, why.
 
     Args:
@@ -23,7 +23,7 @@ def problems_of(error: ValidationError, given: Mapping[str, Given]) -> list[str]
     return [_problem(item, given) for item in error.errors()]
 
 
-def _problem(item: ErrorDetails, given: Mapping[str, Given]) -> str:
+def _problem(item: ErrorDetails, given: Mapping[str, SourcedValue]) -> str:
     names = [part for part in item["loc"] if isinstance(part, str)]
     name = ".".join(names)
     # A value's own type may stand last in the location.

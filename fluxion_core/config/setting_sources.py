@@ -36,8 +36,8 @@ fluxion-something."""
 
 
 @dataclass(frozen=True)
-class Given:
-    """A value as it was written."""
+class SourcedValue:
+    """A value as it was written, and where."""
 
     value: object
     """Text from flags and variables; what TOML makes of it from a file."""
@@ -66,7 +66,9 @@ def settings_of(model: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo
     return found
 
 
-def read_flags(settings: type[BaseModel], flags: Sequence[str], program: str) -> dict[str, Given]:
+def read_flags(
+    settings: type[BaseModel], flags: Sequence[str], program: str
+) -> dict[str, SourcedValue]:
     """Values of flags, as `--store.host-kv-bytes 8GiB` or `--store.host-kv-bytes=8GiB`.
 
     Raises:
@@ -81,23 +83,25 @@ def read_flags(settings: type[BaseModel], flags: Sequence[str], program: str) ->
         if name.startswith("-"):
             raise UnknownSettingError(name, "", known)
         raise ConfigError(f"{left[0]!r} follows no flag")
-    return {name: Given(value, _flag(name)) for name, value in vars(values).items()}
+    return {name: SourcedValue(value, _flag(name)) for name, value in vars(values).items()}
 
 
-def read_environment(settings: type[BaseModel], environment: Mapping[str, str]) -> dict[str, Given]:
+def read_environment(
+    settings: type[BaseModel], environment: Mapping[str, str]
+) -> dict[str, SourcedValue]:
     """Values of variables, as `FLUXION_STORE__HOST_KV_BYTES=8GiB`.
 
     Raises:
         UnknownSettingError: a variable that begins like ours is none.
     """
     names = {_variable(name): name for name in settings_of(settings)}
-    found: dict[str, Given] = {}
+    found: dict[str, SourcedValue] = {}
     for variable, value in environment.items():
         if not variable.upper().startswith(ENV_PREFIX):
             continue
         name = variable.upper()
         if name in names:
-            found[names[name]] = Given(value, variable)
+            found[names[name]] = SourcedValue(value, variable)
         elif name not in _OTHER_VARIABLES and not _is_service_link(name, value):
             raise UnknownSettingError(name, "environment: ", list(names))
     return found
@@ -108,7 +112,7 @@ def variables_of(settings: type[BaseModel]) -> frozenset[str]:
     return frozenset(_variable(name) for name in settings_of(settings))
 
 
-def read_file(settings: type[BaseModel], path: Path) -> dict[str, Given]:
+def read_file(settings: type[BaseModel], path: Path) -> dict[str, SourcedValue]:
     """Values of a TOML file, a table for each section.
 
     Raises:
@@ -125,7 +129,7 @@ def read_file(settings: type[BaseModel], path: Path) -> dict[str, Given]:
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"settings file {path} is no TOML: {error}") from None
     return {
-        name: Given(value, str(path))
+        name: SourcedValue(value, str(path))
         for name, value in _flattened(settings, tables, path, list(settings_of(settings)))
     }
 

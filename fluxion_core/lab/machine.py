@@ -1,4 +1,4 @@
-"""What a figure must be read with: the machine, versions and the commit that it comes from."""
+"""The circumstances of a figure: the machine, versions and the commit that it comes from."""
 
 from __future__ import annotations
 

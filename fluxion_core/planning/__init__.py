@@ -1,4 +1,4 @@
-"""What each head reads: policies, predictor and selector.
+"""Plans of what each head reads: policies, predictor and selector.
 
 Not here: reading itself (decode), and how weights are fitted (lab/training).
 """

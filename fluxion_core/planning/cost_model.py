@@ -1,4 +1,4 @@
-"""What a group plan costs: bytes of digests and of the union of its heads' blocks.
+"""Cost of a group's plan: bytes of digests and of the union of its heads' blocks.
 
 All costs are shares of the bytes of the group's KV in the retrieval region, so that one price holds
 for every length.

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,7 +53,7 @@ PRIORS = slice(FIRST_PRIOR, FIRST_PRIOR + NUM_PRIORS)
 
 @dataclass(frozen=True)
 class StepMemory:
-    """What one layer remembers of the previous step. Rows without one have `is_known` false."""
+    """Memory of one layer of the previous step. Rows without one have `is_known` false."""
 
     is_known: Tensor
     """[rows] bool."""
@@ -70,7 +71,7 @@ class StepMemory:
 
 @dataclass(frozen=True)
 class StepObservation:
-    """What is known of one layer before its retrieval is planned. Rows are sequences. float32."""
+    """One layer as it is known before its retrieval is planned. Rows are sequences. float32."""
 
     layer: int
     num_layers: int
@@ -97,20 +98,40 @@ class StepObservation:
     priors: Tensor = field(default_factory=lambda: torch.zeros(0))
     """[heads, 3] of this layer; empty for zeros."""
 
+    @property
+    def group(self) -> int:
+        """Query heads of a KV head."""
+        return self.query.shape[1] // self.num_kv_heads
+
 
 def features(seen: StepObservation) -> Tensor:
     """[rows, heads, NUM_FEATURES] float32, in the order of FEATURES; not standardised."""
-    rows, heads, head_dim = seen.query.shape
-    group = heads // seen.num_kv_heads
-    device = seen.query.device
+    kv = seen.profiles.kv.repeat_interleave(seen.group, dim=1)
+    bounds = _read_bounds(seen)
+    columns = {
+        **_structure(seen),
+        **dict(zip(FEATURE_GROUPS["kv_distribution"], kv.unbind(-1), strict=True)),
+        **_qk_interaction(seen, bounds),
+        **_output_contribution(seen, value_scale=kv[..., 2]),
+        **_query_dynamics(seen, bounds),
+        **_prefill_estimate(seen.profiles, bounds),
+        **_cross_head(seen, bounds),
+    }
+    return torch.stack([columns[name] for name in FEATURE_NAMES], dim=-1).clamp(-CLIP, CLIP)
 
-    def per_kv_head(values: Tensor) -> Tensor:
-        return values.repeat_interleave(group, dim=1)
 
-    def everywhere(value: float) -> Tensor:
-        return torch.full((rows, heads), value, device=device)
+class _Bounds(NamedTuple):
+    """Bounds of a head's 128-token blocks, less the window's lse. Each [rows, heads]."""
 
-    kv = per_kv_head(seen.profiles.kv)
+    best: Tensor
+    """[rows, heads, 4]: the highest ones."""
+    lse: Tensor
+    """Of all keys, if each had its block's bound."""
+    mean: Tensor
+    variance: Tensor
+
+
+def _read_bounds(seen: StepObservation) -> _Bounds:
     bounds = seen.bounds - seen.window_lse[..., None]
     best = torch.topk(bounds, min(4, bounds.shape[-1]), dim=-1).values
     best = torch.nn.functional.pad(best, (0, 4 - best.shape[-1]), value=-math.inf).clamp(
@@ -120,62 +141,94 @@ def features(seen: StepObservation) -> Tensor:
     count = is_block.sum(-1).clamp(min=1)
     mean = torch.where(is_block, bounds, 0.0).sum(-1) / count
     variance = torch.where(is_block, (bounds - mean[..., None]) ** 2, 0.0).sum(-1) / count
-    bound_lse = (torch.logsumexp(bounds, dim=-1) + math.log(128)).clamp(-CLIP, CLIP)
+    lse = (torch.logsumexp(bounds, dim=-1) + math.log(128)).clamp(-CLIP, CLIP)
+    return _Bounds(best, lse, mean, variance)
 
-    norm = torch.linalg.vector_norm(seen.window_output, dim=-1).clamp(min=TINY)
-    query_norm = torch.linalg.vector_norm(seen.query, dim=-1).clamp(min=TINY)
-    memory = seen.memory
-    known = memory.is_known[:, None]
-    change = torch.linalg.vector_norm(seen.query - memory.query, dim=-1) / query_norm
-    dot = (seen.query * memory.query).sum(-1)
-    memory_norm = torch.linalg.vector_norm(memory.query, dim=-1).clamp(min=TINY)
-    bound_1st = best[..., 0] + seen.window_lse
 
-    grouped_1st = best[..., 0].view(rows, -1, group)
+def _structure(seen: StepObservation) -> dict[str, Tensor]:
+    rows, heads, _ = seen.query.shape
+    device = seen.query.device
+    depth = seen.layer / max(1, seen.num_layers - 1)
+    length = torch.log2(seen.region_tokens.float().clamp(min=1))
     priors = seen.priors if seen.priors.numel() else torch.zeros(heads, NUM_PRIORS, device=device)
-    estimate = seen.profiles
-    columns = {
-        "layer_depth": everywhere(seen.layer / max(1, seen.num_layers - 1)),
-        "region_length": torch.log2(seen.region_tokens.float().clamp(min=1))[:, None].expand(
-            rows, heads
-        ),
+    return {
+        "layer_depth": torch.full((rows, heads), depth, device=device),
+        "region_length": length[:, None].expand(rows, heads),
         "prior_nothing": priors[None, :, 0].expand(rows, heads),
         "prior_small": priors[None, :, 1].expand(rows, heads),
         "prior_growth": priors[None, :, 2].expand(rows, heads),
-        **dict(zip(FEATURE_GROUPS["kv_distribution"], kv.unbind(-1), strict=True)),
-        "query_scale": torch.log(query_norm / math.sqrt(head_dim)),
+    }
+
+
+def _qk_interaction(seen: StepObservation, bounds: _Bounds) -> dict[str, Tensor]:
+    return {
+        "query_scale": torch.log(_norm(seen.query) / math.sqrt(seen.query.shape[-1])),
         "window_lse": seen.window_lse,
-        "bound_1st": best[..., 0],
-        "bound_2nd": best[..., 1],
-        "bound_4th": best[..., 3],
-        "bound_lse": bound_lse,
-        "bound_mean": mean,
-        "bound_deviation": variance.sqrt(),
+        "bound_1st": bounds.best[..., 0],
+        "bound_2nd": bounds.best[..., 1],
+        "bound_4th": bounds.best[..., 3],
+        "bound_lse": bounds.lse,
+        "bound_mean": bounds.mean,
+        "bound_deviation": bounds.variance.sqrt(),
+    }
+
+
+def _output_contribution(seen: StepObservation, *, value_scale: Tensor) -> dict[str, Tensor]:
+    norm = _norm(seen.window_output)
+    return {
         "window_output_share": torch.log(norm / norm.amax(dim=1, keepdim=True)),
-        "window_output_scale": torch.log(norm) - kv[..., 2],
+        "window_output_scale": torch.log(norm) - value_scale,
         "sink_mass": seen.sink_lse - seen.window_lse,
         "recent_mass": seen.recent_lse - seen.window_lse,
         "window_peak": seen.window_peak - seen.window_lse,
-        "query_cosine": torch.where(known, dot / (query_norm * memory_norm), 0.0),
+    }
+
+
+def _query_dynamics(seen: StepObservation, bounds: _Bounds) -> dict[str, Tensor]:
+    memory = seen.memory
+    known = memory.is_known[:, None]
+    query_norm = _norm(seen.query)
+    change = torch.linalg.vector_norm(seen.query - memory.query, dim=-1) / query_norm
+    dot = (seen.query * memory.query).sum(-1)
+    bound_1st = bounds.best[..., 0] + seen.window_lse
+    return {
+        "query_cosine": torch.where(known, dot / (query_norm * _norm(memory.query)), 0.0),
         "query_change": torch.where(known, change, 0.0),
         "window_lse_change": torch.where(known, seen.window_lse - memory.window_lse, 0.0),
         "bound_change": torch.where(known, bound_1st - memory.bound_1st, 0.0),
         "read_mass": torch.where(known, memory.read_lse - memory.window_lse, -CLIP),
         "read_share": torch.where(known, torch.log2(memory.read_share + 1 / 1024), NO_SHARE_LOG2),
+    }
+
+
+def _prefill_estimate(estimate: PromptProfile, bounds: _Bounds) -> dict[str, Tensor]:
+    return {
         "estimate_nothing": estimate.log_squares[:, :, 0, 0],
         "estimate_nothing_worst": estimate.worst_log_squares[..., 0],
         "estimate_small": estimate.log_squares[:, :, 0, SMALL_BUDGET],
         "estimate_small_worst": estimate.worst_log_squares[..., 1],
         "estimate_mass": estimate.region_mass[..., 0],
         "estimate_mass_worst": estimate.region_mass[..., 1],
-        "bound_excess": bound_lse - estimate.bounds[..., 0],
-        "bound_1st_excess": best[..., 0] - estimate.bounds[..., 1],
-        "group_bound": per_kv_head(grouped_1st.amax(-1)),
-        "layer_bound": best[..., 0].amax(dim=1, keepdim=True).expand(rows, heads),
-        "layer_bound_lse": bound_lse.mean(dim=1, keepdim=True).expand(rows, heads),
-        "bound_rank": (bound_lse[:, None, :] > bound_lse[:, :, None]).float().mean(-1),
+        "bound_excess": bounds.lse - estimate.bounds[..., 0],
+        "bound_1st_excess": bounds.best[..., 0] - estimate.bounds[..., 1],
     }
-    return torch.stack([columns[name] for name in FEATURE_NAMES], dim=-1).clamp(-CLIP, CLIP)
+
+
+def _cross_head(seen: StepObservation, bounds: _Bounds) -> dict[str, Tensor]:
+    rows, heads, _ = seen.query.shape
+    bound_1st, lse = bounds.best[..., 0], bounds.lse
+    of_group = bound_1st.view(rows, -1, seen.group).amax(-1)
+    return {
+        "group_bound": of_group.repeat_interleave(seen.group, dim=1),
+        "layer_bound": bound_1st.amax(dim=1, keepdim=True).expand(rows, heads),
+        "layer_bound_lse": lse.mean(dim=1, keepdim=True).expand(rows, heads),
+        "bound_rank": (lse[:, None, :] > lse[:, :, None]).float().mean(-1),
+    }
+
+
+def _norm(vectors: Tensor) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(vectors, dim=-1)
+    return norms.clamp(min=TINY)
 
 
 def kv_distribution(key: Tensor, value: Tensor) -> Tensor:

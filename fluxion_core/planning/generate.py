@@ -75,6 +75,13 @@ def _header_lines() -> Iterator[str]:
     yield ""
     yield "namespace fluxion {"
     yield ""
+    yield from _size_lines()
+    yield from _curve_lines()
+    yield from _place_lines()
+    yield "}  // namespace fluxion"
+
+
+def _size_lines() -> Iterator[str]:
     for name, value in (
         ("BlockTokens", BLOCK_TOKENS),
         ("Levels", len(BLOCK_SIZES)),
@@ -103,6 +110,9 @@ def _header_lines() -> Iterator[str]:
     ):
         yield f"constexpr int k{name} = {value};"
     yield ""
+
+
+def _curve_lines() -> Iterator[str]:
     yield "constexpr float kBudgetShares[kBudgets + 1] = {"
     yield from (f"    {_float(share)}," for share in (*BUDGETS, 1.0))
     yield "};"
@@ -121,6 +131,9 @@ def _header_lines() -> Iterator[str]:
     ):
         yield f"constexpr float k{name} = {_float(number)};"
     yield ""
+
+
+def _place_lines() -> Iterator[str]:
     yield "// Places in a row of features."
     yield "namespace feature {"
     yield from (f"constexpr int k{_camel(name)} = {at};" for at, name in enumerate(FEATURE_NAMES))
@@ -136,7 +149,6 @@ def _header_lines() -> Iterator[str]:
         yield f"constexpr int k{_camel(name)} = {getattr(lane_task, name).value};"
     yield "}  // namespace lane_word"
     yield ""
-    yield "}  // namespace fluxion"
 
 
 def _constexpr_lines() -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""What a head's budget does to its output, as a curve: the head profile.
+"""The head profile: a curve of what a head's budget does to its output.
 
 The head output error of a step is `|o_sparse - o_full| / max over the layer's heads of |o_full|`.
 A profile gives the mean of its **square** over budgets, at block size 16, and by how much its

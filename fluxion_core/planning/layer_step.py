@@ -77,14 +77,33 @@ class LayerStep:
         )
         """[rows, kv_heads, group, blocks, head_dim]: values by these weights."""
         own_weight = (own - self.highest).exp()
-        lengths = (positions + 1).tolist()
-        regions = [window.retrieval_region(length) for length in lengths]
-        self.region_begin = window.sink_tokens // BLOCK_TOKENS
+        self._find_region(positions, window)
+        self._sum_parts(own_weight, own_value)
+        window_logits = logits.masked_fill(
+            self.in_region.repeat_interleave(BLOCK_TOKENS, 1)[:, None, None], -math.inf
+        )
+        self.window_peak = torch.maximum(window_logits.amax(-1), own)
+        self.sink_mass = self.mass[..., 0]
+        last = positions // BLOCK_TOKENS
+        where = last.clamp(max=self.num_blocks - 1)[:, None, None, None].expand(
+            rows, kv_heads, self.group, 1
+        )
+        self.recent_mass = self.mass.gather(-1, where)[..., 0] + own_weight
+        self._key, self._query, self._scale = key, q, scale
+        self._radii: tuple[float, ...] = RADII
+        self._bounds: list[Tensor] | None = None
+
+    def _find_region(self, positions: Tensor, window: WindowSpec) -> None:
+        device = positions.device
+        regions = [window.retrieval_region(length) for length in (positions + 1).tolist()]
         ends = torch.tensor([region.stop for region in regions], device=device) // BLOCK_TOKENS
-        self.region_end = ends
+        self.region_begin, self.region_end = window.sink_tokens // BLOCK_TOKENS, ends
         number = torch.arange(self.num_blocks, device=device)[None]
         self.in_region = (number >= self.region_begin) & (number < ends[:, None])
         """[rows, blocks] bool."""
+
+    def _sum_parts(self, own_weight: Tensor, own_value: Tensor) -> None:
+        """Sum over the window, which has the rows' own tokens, and over the region."""
         outside = (~self.in_region)[:, None, None].float()
         self.window_mass = (self.mass * outside).sum(-1) + own_weight
         self.window_sum = (
@@ -99,19 +118,6 @@ class LayerStep:
         ]
         self.norm = torch.linalg.vector_norm(self.full_output, dim=-1).amax((1, 2)).clamp(min=TINY)
         """[rows]: the largest output norm of the layer's heads."""
-        window_logits = logits.masked_fill(
-            self.in_region.repeat_interleave(BLOCK_TOKENS, 1)[:, None, None], -math.inf
-        )
-        self.window_peak = torch.maximum(window_logits.amax(-1), own)
-        self.sink_mass = self.mass[..., 0]
-        last = positions // BLOCK_TOKENS
-        where = last.clamp(max=self.num_blocks - 1)[:, None, None, None].expand(
-            rows, kv_heads, self.group, 1
-        )
-        self.recent_mass = self.mass.gather(-1, where)[..., 0] + own_weight
-        self._key, self._query, self._scale = key, q, scale
-        self._radii: tuple[float, ...] = RADII
-        self._bounds: list[Tensor] | None = None
 
     @property
     def bounds(self) -> list[Tensor]:
@@ -130,7 +136,7 @@ class LayerStep:
         return self._bounds
 
     def by_quest(self) -> LayerStep:
-        """The same step, its blocks scored by Quest's bound, as `fixed` policies do."""
+        """A copy whose blocks are scored by Quest's bound, as `fixed` policies do."""
         other = copy.copy(self)
         other._radii, other._bounds = QUEST_RADII, None
         return other
@@ -207,7 +213,7 @@ class LayerStep:
         return output.flatten(1, 2), read_mass.log() + self.highest
 
     def rows_of(self, index: Tensor) -> LayerStep:
-        """The same for some of its rows."""
+        """A copy of some of its rows."""
         part = copy.copy(self)
         part.rows = int(index.shape[0])
         for name in _ROW_TENSORS:
@@ -223,7 +229,7 @@ class LayerStep:
         memory: StepMemory,
         priors: Tensor,
     ) -> StepObservation:
-        """What the engine would know of these steps before it plans them."""
+        """Observe these steps as the engine would, before it plans them."""
 
         def lse(mass: Tensor) -> Tensor:
             return (mass.log() + self.highest).flatten(1)
@@ -246,7 +252,7 @@ class LayerStep:
         )
 
     def remember(self, chosen: Tensor, read_lse: Tensor) -> StepMemory:
-        """What the next step will know of these.
+        """Memory of these steps, for the next ones.
 
         Args:
             chosen: bool [rows, kv_heads, group, blocks]: what was read.
@@ -264,7 +270,7 @@ class LayerStep:
 
 
 def no_memory(rows: int, heads: int, head_dim: int, device: torch.device) -> StepMemory:
-    """Of a first step."""
+    """Memory of a first step: none."""
     zeros = torch.zeros(rows, heads, device=device)
     return StepMemory(
         is_known=torch.zeros(rows, dtype=torch.bool, device=device),
@@ -293,7 +299,7 @@ def key_digests(key: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 def query_needs(step: LayerStep) -> QueryNeeds:
-    """What each row of a step would have needed. Finite, whatever the region holds."""
+    """Needs of each row of a step. Finite, whatever the region holds."""
     # A window that a far higher logit of the region has rounded away still has some mass.
     window_log = step.window_mass.clamp(min=TINY_MASS).log()
     logs = step.log_squared_errors().flatten(1, 2)

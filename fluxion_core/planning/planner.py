@@ -100,7 +100,7 @@ class Planner:
         return self.weights.mode
 
     def new_state(self, profiles: Sequence[PromptProfile]) -> PlannerState:
-        """What the planner keeps for one sequence, from its prompt's profile.
+        """State that is kept for one sequence, from its prompt's profile.
 
         Args:
             profiles: one for each layer, as prefill made them.
@@ -143,7 +143,7 @@ class PlannerState:
         self._fixed: tuple[PredictedPolicy, Tensor, Tensor] | None = None
 
     def estimates(self) -> Tensor:
-        """What prefill estimated, as a device's planner takes it.
+        """Estimates of prefill, as a device's planner takes them.
 
         Returns:
             [layers, heads, 13] float32: log squared error at budget 0 and at 1/32, the worst of
@@ -209,7 +209,7 @@ class PlannerState:
 
 
 def native_policy(policy: PredictedPolicy) -> tuple[bool, float]:
-    """Whether plans are chosen by price, and the price; else 2 log(threshold)."""
+    """The policy in native form: whether it has a price, and that, else 2 log(threshold)."""
     if isinstance(policy, MarginalPolicy):
         return True, policy.price
     assert isinstance(policy, ThresholdPolicy)

@@ -1,5 +1,5 @@
-"""What is fitted for one model: the predictor's network and priors, what heads weigh, what plans
-cost, and what the quality levels mean. One safetensors file; `fluxion train` writes it.
+"""Weights that are fitted to one model: the predictor's network and priors, what heads weigh, what
+plans cost, and what the quality levels mean. One safetensors file; `fluxion train` writes it.
 
 Without weights for a model there is the training-free mode: a head's profile is what prefill
 estimated from the prompt's last queries, all heads weigh the same.
@@ -80,7 +80,7 @@ class PlannerWeights:
 
     @staticmethod
     def training_free(num_layers: int, num_heads: int, digest_bits: int = 16) -> PlannerWeights:
-        """For a model that nothing was fitted to."""
+        """Weights for a model that nothing was fitted to."""
         return PlannerWeights(
             network=None,
             priors=torch.zeros(num_layers, num_heads, 3),

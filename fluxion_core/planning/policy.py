@@ -139,7 +139,7 @@ def parse_policy(text: str) -> Policy:
 
 
 class StepPlan:
-    """What every head of a step reads, as the kernels take it.
+    """Plan of a step: what every head reads, as the kernels take it.
 
     Args:
         policies: of each sequence.

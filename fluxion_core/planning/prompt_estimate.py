@@ -62,7 +62,7 @@ class PromptEstimator:
         self._buffers = _Buffers()
 
     def estimate(self, query: Tensor, key: Tensor, value: Tensor) -> PromptProfile:
-        """What the prompt's last queries would have needed of each head's KV, in one layer.
+        """Estimate what the prompt's last queries would have needed of each head's KV in a layer.
 
         Every value is finite: without a retrieval region nothing is needed, which is the floor of
         errors, masses and bounds.

@@ -1,4 +1,4 @@
-"""What prefill says of a prompt's heads: the predictor's estimates, and their bytes on the wire.
+"""The profile of a prompt's heads: the predictor's estimates by prefill, and their wire bytes.
 
 The prefill node has full attention at hand; the decode node does not. So prefill looks at what the
 prompt's last queries would have needed, and sends that along with the KV.
@@ -23,7 +23,7 @@ PROFILED_QUERIES = 16
 
 @dataclass(frozen=True)
 class PromptProfile:
-    """What prefill says of a prompt, for one layer. float32.
+    """Profile of a prompt by prefill, for one layer. float32.
 
     Estimates are means over its last PROFILED_QUERIES queries, of what those would have needed.
     Tensors may have leading dimensions: of prompts, or of rows.
@@ -43,7 +43,7 @@ class PromptProfile:
 
 @dataclass(frozen=True)
 class QueryNeeds:
-    """What single queries would have needed, for one layer. float32, rows are queries."""
+    """Needs of single queries, for one layer. float32, rows are queries."""
 
     log_squares: Tensor
     """[rows, heads, levels, len(BUDGETS)]: log of the squared head output error."""
@@ -86,7 +86,7 @@ def join_needs(parts: Sequence[QueryNeeds]) -> QueryNeeds:
 
 
 def profile_shapes(num_heads: int, num_kv_heads: int) -> dict[str, tuple[int, ...]]:
-    """Of one layer's PromptProfile: its fields in order."""
+    """Shapes of one layer's PromptProfile, its fields in order."""
     return {
         "log_squares": (num_heads, len(BLOCK_SIZES), len(BUDGETS)),
         "worst_log_squares": (num_heads, 2),

@@ -1,4 +1,4 @@
-"""How blocks are scored where plans are predicted: less than Quest's bound.
+"""Scores of blocks where plans are predicted: less than Quest's bound.
 
 Quest scores a block by the corner of its keys' box that suits the query best, which no key of the
 block exceeds and which none comes near: with 64 channels every block of varied text has a far
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def score_weights(query: Tensor, radius: float) -> tuple[Tensor, Tensor]:
-    """What a query is multiplied with: the lowest and the highest keys of blocks.
+    """Weights of a query's products: with the lowest and with the highest keys of blocks.
 
     A score is `q . centre + radius * sum over channels of |q| (high - low) / 2`, which is a plain
     dot product of these with the two.

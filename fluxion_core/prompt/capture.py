@@ -33,7 +33,7 @@ from fluxion_core.planning.prompt_profile import PromptProfile
 
 
 class Outbox(Protocol):
-    """What KV leaves a device through: see prompt/outbox.py."""
+    """The way out of a device for KV; prompt/outbox.py has it."""
 
     def put(self, payload: Tensor, take: Callable[[bytes], None]) -> None:
         """Copy a piece out; `take` gets its bytes, in this or a later call."""
@@ -112,7 +112,7 @@ class KvCapture:
         return sum(stopwatch.seconds for stopwatch in self._profiling)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """See AttentionPort; the tokens are the prompt's next ones.
+        """Attend as AttentionPort says; the tokens are the prompt's next ones.
 
         Raises:
             RequestCancelledError: the receiver went away.

@@ -25,7 +25,7 @@ CHUNK_TOKENS = 1024
 
 @dataclass(frozen=True)
 class ComputedPrompt:
-    """What a prompt's last chunk gives."""
+    """Result of a prompt's last chunk."""
 
     logits: Tensor
     """[vocab_size] float32 on the CPU, after the last token."""

@@ -1,4 +1,4 @@
-"""Where nodes listen on this machine: the default address, and ports that are free."""
+"""Addresses at which nodes listen on this machine: the default address, and ports that are free."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ from services.cli.logs import LogPrinter, render_log_line
 from services.cli.node_plans import plan_nodes
 from services.cli.processes import NodeGroup, finished_before, stop_signals
 from services.cli.up import bring_up
-from services.cli.waiting import Waiting
+from services.cli.waiting import WaitingNote
 
 MODEL = "smollm2-135m"
 QUESTION = "What is the access code for the plate vault at Skerrow Observatory?"
@@ -72,7 +72,7 @@ async def run_demo(options: Demo) -> int:
                 if not await finished_before(asking, stop_requested):
                     return 130
                 generation = asking.result()
-                with Waiting(console, "Ending both nodes"):
+                with WaitingNote(console, "Ending both nodes"):
                     await nodes.stop()
         except FluxionError:
             log.show_recent()
@@ -92,7 +92,7 @@ async def _ask(nodes: NodeGroup, options: Demo, console: Console) -> Generation:
             log_level=options.log_level,
         )
     )
-    with Waiting(console, "Starting a prefill node and a decode node, which load the model"):
+    with WaitingNote(console, "Starting a prefill node and a decode node, which load the model"):
         await bring_up(nodes, plans, ready_seconds=_READY_SECONDS)
     prefill, decode = plans
     console.print(
@@ -101,7 +101,7 @@ async def _ask(nodes: NodeGroup, options: Demo, console: Console) -> Generation:
     title = document.splitlines()[0].lstrip("# ")
     console.print(f"Document: {title}, {len(document.split()):,} words", highlight=False)
     console.print(f"Question: {QUESTION}", style="bold", highlight=False)
-    waiting = Waiting(console, "Asking the decode node")
+    waiting = WaitingNote(console, "Asking the decode node")
     asked = GenerationOptions(
         max_new_tokens=options.max_new_tokens,
         deadline_seconds=_DEADLINE_SECONDS,
@@ -158,7 +158,7 @@ def _pull_if_absent(models_dir: Path | None, console: Console) -> None:
         locate_model(MODEL, directory)
     except ModelNotFoundError:
         # On a terminal it shows itself how far it is.
-        with Waiting(console, f"Fetching {MODEL}", in_place=False):
+        with WaitingNote(console, f"Fetching {MODEL}", in_place=False):
             pull_model(MODEL, directory, console)
 
 

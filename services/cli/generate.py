@@ -27,7 +27,7 @@ from fluxion_core.client import (
 from fluxion_core.config.commands import check_text
 from fluxion_core.errors import InvalidRequestError
 from services.cli.commands.generate import Generate
-from services.cli.waiting import Waiting
+from services.cli.waiting import WaitingNote
 
 
 def read_prompt(prompt: str | None, file: Path | None, stdin: TextIO) -> str:
@@ -73,7 +73,7 @@ async def run_generate(command: Generate) -> None:
     console = Console(stderr=True)
     text = read_prompt(command.prompt, command.file, sys.stdin)
     options = replace(options_of(command), report_progress=console.is_terminal)
-    waiting = Waiting(console, f"waiting for {command.address}", as_lines=False)
+    waiting = WaitingNote(console, f"waiting for {command.address}", as_lines=False)
     write = _write_nothing if command.is_on_standard_output else write_now
     with waiting:
         client = command.connection.settings()
@@ -109,7 +109,7 @@ def _write_nothing(_: str) -> None:
 
 async def show_answer(
     stream: AsyncGenerationStream,
-    waiting: Waiting,
+    waiting: WaitingNote,
     before_progress: str = "",
     *,
     write: Callable[[str], None] | None = None,

@@ -1,4 +1,4 @@
-"""How the nodes' log lines look in one terminal: `decode  │ 12:00:00.123 request finished …`."""
+"""Log lines of both nodes in one terminal: `decode  │ 12:00:00.123 request finished …`."""
 
 from __future__ import annotations
 

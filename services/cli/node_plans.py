@@ -1,4 +1,4 @@
-"""What `fluxion up` and `fluxion demo` start: both nodes' command lines, addresses and variables.
+"""Plans of nodes to start, for `up` and `demo`: command lines, addresses and variables.
 
 The nodes' settings are read here as the nodes themselves will read them, so that what is wrong, or
 does not fit the other node, is told before anything runs.

@@ -1,4 +1,4 @@
-"""What a command waits for, shown while it waits: on a terminal in place, elsewhere as lines.
+"""A note of what a command waits for: on a terminal in place, elsewhere as lines.
 
 Light to import: imports are waited for, too.
 """
@@ -16,7 +16,7 @@ TICK_SECONDS = 1.0
 """Between lines, or changes of the line."""
 
 
-class Waiting:
+class WaitingNote:
     """Shows a text and for how long it has been waited, once a second, from a thread of its own.
 
     Args:

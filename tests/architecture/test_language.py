@@ -187,10 +187,6 @@ PENDING = (
     "fluxion_core/decode/",
     "fluxion_core/kernels/",
     "fluxion_core/lab/",
-    "fluxion_core/planning/",
-    "fluxion_core/prompt/",
-    "fluxion_core/config/setting",
-    "services/cli/",
     "services/decode/__main__.py",
     "services/decode/engine.py",
 )

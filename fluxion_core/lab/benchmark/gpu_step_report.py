@@ -1,4 +1,4 @@
-"""What `gpu_step` measured, as Markdown tables and a picture, from its JSON files.
+"""Report of what `gpu_step` measured: Markdown tables and a picture from its JSON files.
 
     python -m fluxion_core.lab.benchmark.gpu_step_report FILE.json… --folder DIRECTORY
 

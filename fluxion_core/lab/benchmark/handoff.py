@@ -1,4 +1,4 @@
-"""How fast KV crosses from one process to another, and what it costs the receiver.
+"""Speed of KV from one process to another, and what it costs the receiver.
 
 Three ways, interleaved in one run, each with its sender in a process of its own, on loopback:
 

@@ -1,4 +1,4 @@
-"""How fast the CPU part of attention reads memory, beside what this machine's cores can read.
+"""Speed at which the CPU part of attention reads memory, beside what this machine's cores can.
 
 One layer of synthetic KV, larger than any cache; before every timed call another layer is read, so
 that the caches hold nothing useful. In each repeat, for one thread and for all of them:

@@ -1,4 +1,4 @@
-"""What a model's heads were told to read, step by step: recorded once, replayed for other shapes.
+"""Plans of a model's heads, step by step: recorded once, replayed for other shapes.
 
 For shapes with random weights a predictor would decide on noise. Their steps follow decisions
 recorded from a real model instead, layer by layer in proportion; groups of a shape take those of

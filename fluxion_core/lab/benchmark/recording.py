@@ -1,4 +1,4 @@
-"""What recording a trace costs the attention of a step: CPU time, with and without, in turns.
+"""Cost of recording a trace to the attention of a step: CPU time, with and without, in turns.
 
 Attention is where nearly all spans come from. It runs on one thread here, whose own CPU time is
 measured: the one figure that does not move with what else the machine does.

@@ -1,4 +1,4 @@
-"""What all benchmarks share: they name the machine."""
+"""The common part of all benchmarks: they name the machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a step's sampling costs: a row on one thread, and the rows of a step on the pool.
+"""Cost of a step's sampling: a row on one thread, and the rows of a step on the pool.
 
     python -m fluxion_core.lab.benchmark.sampling [--vocab 151936] [--prompt 1000000]
     [--rows 1,4,16] [--threads 15] [--repeats 50] [--json out.json]

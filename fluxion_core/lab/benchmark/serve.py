@@ -1,4 +1,4 @@
-"""What users of a decode node get under load: latencies by percentile, and goodput.
+"""Service that users of a decode node get under load: latencies by percentile, and goodput.
 
 Two ways to load a node. Open: requests come at random moments at a given rate, whether the node
 keeps up or not, and latency counts from the moment a request was due. Closed: so many clients, each

@@ -1,4 +1,4 @@
-"""What watching a decode node costs its steps: scrapes of its metrics, and traces.
+"""Cost of watching a decode node to its steps: scrapes of its metrics, and traces.
 
 One long stream of tokens; in turns nobody watches, the metrics are scraped once, and some steps are
 traced. What steps took longer, and what CPU time the node used more, than steps of the same turn

@@ -1,4 +1,4 @@
-"""How fast the GPU reads host memory in place: the limit of everything the lane does."""
+"""Speed at which the GPU reads host memory in place: the limit of everything the lane does."""
 
 from __future__ import annotations
 

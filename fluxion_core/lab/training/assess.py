@@ -1,4 +1,4 @@
-"""How good a predictor's profiles are: against labels of steps that it has not seen.
+"""Assessment of a predictor's profiles against labels of steps that it has not seen.
 
 The labels are what head_profile.py and the paper call budgets and classes: at a threshold, the
 smallest budget whose error is within it, and streaming where that is 0. A network predicts the mean

@@ -1,4 +1,4 @@
-"""What a byte buys: KL of the next token against exact attention, over bytes read, by policy.
+"""The curve of what a byte buys, by policy: KL of the next token against exact, over bytes read.
 
 Teacher-forced steps of texts that were not trained on. Every policy decides in every layer, with
 the hidden states that its own decisions made; each step starts from exact KV (see replay.py).

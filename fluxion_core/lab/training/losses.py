@@ -1,4 +1,4 @@
-"""Where predicted decisions lose against the oracle's: by layer, head and kind of step.
+"""Losses of predicted decisions against the oracle's: by layer, head and kind of step.
 
 Two ways of about the same bytes are compared. A head's loss is its weighted squared output error
 beyond the oracle's; a step's is its KL beyond the oracle's.

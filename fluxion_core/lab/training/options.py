@@ -1,4 +1,4 @@
-"""What training is told, whoever asks for it."""
+"""Options of training, whoever asks for it."""
 
 from __future__ import annotations
 

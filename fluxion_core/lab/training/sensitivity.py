@@ -1,4 +1,4 @@
-"""What a head's squared output error does to the next token: the weights of policy `marginal`.
+"""Effect of a head's squared output error on the next token: the weights of policy `marginal`.
 
 For a small error of a head's output, the KL of the next-token distribution is half a quadratic form
 in it, with the Fisher information as its matrix: half the mean over tokens drawn from the model of

@@ -1,4 +1,4 @@
-"""How a command reaches a node: options that all commands that call one share."""
+"""Connection of a command to a node: options that all commands that call one share."""
 
 from __future__ import annotations
 

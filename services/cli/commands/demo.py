@@ -28,9 +28,11 @@ class Demo(Command):
 
         from rich.console import Console
 
-        from services.cli.waiting import Waiting
+        from services.cli.waiting import WaitingNote
 
-        with Waiting(Console(stderr=True), "A long document, a question, two processes: loading"):
+        with WaitingNote(
+            Console(stderr=True), "A long document, a question, two processes: loading"
+        ):
             from services.cli.demo import run_demo
 
         return asyncio.run(run_demo(self))

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from services.cli import waiting
-from services.cli.waiting import Waiting
+from services.cli.waiting import WaitingNote
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def console(*, is_terminal: bool) -> Console:
 
 def test_where_there_is_no_terminal_each_tick_is_a_line(never: None):
     out = console(is_terminal=False)
-    with Waiting(out, "Loading") as shown:
+    with WaitingNote(out, "Loading") as shown:
         shown.text = "Computing"
         shown.tick()
     assert out.file.getvalue() == "Loading, 0 s\nComputing, 0 s\n"
@@ -32,7 +32,7 @@ def test_where_there_is_no_terminal_each_tick_is_a_line(never: None):
 def test_a_thread_ticks_by_itself_until_it_is_stopped(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(waiting, "TICK_SECONDS", 1e-4)
     out = console(is_terminal=False)
-    with Waiting(out, "Loading") as shown:
+    with WaitingNote(out, "Loading") as shown:
         while out.file.getvalue().count("Loading") < 3:
             pass
         shown.stop()
@@ -42,7 +42,7 @@ def test_a_thread_ticks_by_itself_until_it_is_stopped(monkeypatch: pytest.Monkey
 
 def test_on_a_terminal_the_text_stands_in_one_place_and_goes(never: None):
     out = console(is_terminal=True)
-    with Waiting(out, "Loading") as shown:
+    with WaitingNote(out, "Loading") as shown:
         shown.text = "Computing"
         shown.tick()
     text = out.file.getvalue()
@@ -55,6 +55,6 @@ def test_on_a_terminal_the_text_stands_in_one_place_and_goes(never: None):
 )
 def test_what_is_not_wanted_there_is_not_shown(never: None, is_terminal, options):
     out = console(is_terminal=is_terminal)
-    with Waiting(out, "Loading", **options) as shown:
+    with WaitingNote(out, "Loading", **options) as shown:
         shown.tick()
     assert out.file.getvalue() == ""

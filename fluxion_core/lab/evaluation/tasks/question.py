@@ -1,4 +1,4 @@
-"""What a generator makes: a text, what answers it, and how the answer begins."""
+"""A generator's question: a text, what answers it, and how the answer begins."""
 
 from __future__ import annotations
 
