@@ -33,6 +33,8 @@ _SIZE = re.compile(r"([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*([A-Za-z]*)", re.ASCII)
 def parse_bytes(value: object) -> object:
     """Turn "8GiB", "512 MB" or a plain number into bytes; leave what is no text to pydantic.
 
+    Not pydantic's ByteSize, which takes true as 1 B, 8Gibit as 1 GiB, and digits of any script.
+
     Raises:
         ValueError: it is no size, or one that no machine has.
     """
