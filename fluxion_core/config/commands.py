@@ -21,32 +21,19 @@ from __future__ import annotations
 
 import io
 import logging
-import math
-import re
 import sys
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from cyclopts import (
-    App,
-    ArgumentCollection,
-    CycloptsError,
-    Parameter,
-    Token,
-    UnknownOptionError,
-    UnusedCliTokensError,
-)
-from cyclopts.annotations import resolve_optional
-from cyclopts.exceptions import CoercionError
+from cyclopts import App, ArgumentCollection, CycloptsError, Parameter, UnusedCliTokensError
 from cyclopts.validators import Number
 
-from fluxion_core.config.limits import MAX_SECONDS
-from fluxion_core.errors import ConfigError, FluxionError, InvalidRequestError
-
-if TYPE_CHECKING:
-    from cyclopts.help import HelpPanel
-    from rich.console import Console, ConsoleOptions
+from fluxion_core.config.command_checks import check_arguments
+from fluxion_core.config.command_help import CommandHelp, shown_default
+from fluxion_core.errors import FluxionError
 
 OK = 0
 """Exit status of a command that did its work."""
@@ -60,17 +47,17 @@ INTERRUPTED = 130
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 _HELP_FLAGS = ("--help", "-h")
-_WHOLE = re.compile(r"[+-]?[0-9]+(_[0-9]+)*", re.ASCII)
 _LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Command:
+class Command(ABC):
     """Base of every command, with the options that all of them have."""
 
     log_level: LogLevel | None = None
     """Lowest level of log lines on stderr; warning if not given."""
 
+    @abstractmethod
     def __call__(self) -> int | None:
         """Do it.
 
@@ -80,7 +67,6 @@ class Command:
         Raises:
             FluxionError: it cannot be done; the text is all that the user sees.
         """
-        raise NotImplementedError
 
 
 def within(
@@ -122,8 +108,8 @@ def make_app(
         version_flags=() if version is None else ("--version",),
         help_flags=_HELP_FLAGS,
         help_format="plaintext",
-        help_formatter=_Help(),
-        default_parameter=Parameter(negative_iterable=(), show_default=_shown_default),
+        help_formatter=CommandHelp(),
+        default_parameter=Parameter(negative_iterable=(), show_default=shown_default),
         print_error=False,
         exit_on_error=False,
     )
@@ -184,38 +170,37 @@ def show_what_the_terminal_can() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def check_text(text: str, what: str) -> None:
-    """Refuse what came in as bytes that are no UTF-8, which Python keeps in a form of its own.
-
-    Raises:
-        InvalidRequestError: the text says which byte.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        place = len(text[: error.start].encode())
-        raise InvalidRequestError(
-            f"{what} is not UTF-8 text (byte {place}); convert it first"
-        ) from None
-
-
 def _parse_and_run(app: App, arguments: Sequence[str]) -> int:
     has_delimiter = "--" in arguments
 
     def check(_: App, __: tuple[str, ...], given: ArgumentCollection) -> None:
-        _check_arguments(given, may_begin_with_hyphen=has_delimiter)
+        check_arguments(given, may_begin_with_hyphen=has_delimiter)
 
     app.config = check
     _learn_what_is_listed(app, arguments)
     chosen, bound, _ = app.parse_args(list(arguments), exit_on_error=False, print_error=False)
     made = chosen(*bound.args, **bound.kwargs)
     if isinstance(made, Command):
-        level = (made.log_level or "warning").upper()
-        logging.basicConfig(level=level, format=_LOG_FORMAT, stream=sys.stderr, force=True)
-        return made() or OK
+        with _log_lines(made.log_level or "warning"):
+            return made() or OK
     # Help or the version was printed: as an answer, or because nothing was asked.
     is_answer = any(one in (*_HELP_FLAGS, *app.version_flags) for one in arguments)
     return OK if is_answer else WRONG_USAGE
+
+
+@contextmanager
+def _log_lines(level: LogLevel) -> Iterator[None]:
+    """Log lines from this level on go to stderr."""
+    root = logging.getLogger()
+    handler, before = logging.StreamHandler(sys.stderr), root.level
+    handler.setFormatter(logging.Formatter(_LOG_FORMAT))
+    root.addHandler(handler)
+    root.setLevel(level.upper())
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(before)
 
 
 def _learn_what_is_listed(app: App, arguments: Sequence[str]) -> None:
@@ -223,83 +208,6 @@ def _learn_what_is_listed(app: App, arguments: Sequence[str]) -> None:
     _, apps, _ = app.parse_commands([one for one in arguments if one not in _HELP_FLAGS])
     if apps[-1].default_command is None:
         apps[-1].resolved_commands()
-
-
-class _Help:
-    """Help as the library prints it, but the lines of a docstring are one paragraph.
-
-    What it needs is imported when help is printed.
-    """
-
-    def __call__(self, console: Console, options: ConsoleOptions, panel: HelpPanel) -> None:
-        """Print a group of options or commands."""
-        from cyclopts.help import DefaultFormatter
-        from rich.text import Text
-
-        for entry in panel.entries:
-            text = getattr(entry.description, "primary_renderable", None)
-            if isinstance(text, Text):
-                entry.description.primary_renderable = Text(" ".join(text.plain.split()))
-        DefaultFormatter()(console, options, panel)
-
-    def render_usage(self, console: Console, options: ConsoleOptions, usage: object) -> None:
-        """Print how the command is called."""
-        from cyclopts.help import DefaultFormatter
-
-        DefaultFormatter().render_usage(console, options, usage)
-
-
-def _check_arguments(given: ArgumentCollection, *, may_begin_with_hyphen: bool) -> None:
-    """Check what was written, before it becomes values: text is text, numbers are finite.
-
-    Raises:
-        InvalidRequestError: a text is not UTF-8.
-        ConfigError: a number is not finite, or a duration is longer than any that makes sense.
-        CycloptsError: a whole number is none, or a flag is unknown.
-    """
-    for argument in given:
-        kind = resolve_optional(argument.hint)
-        has_own_form = argument.parameter.converter is not None
-        for token in argument.tokens:
-            if argument.parameter.allow_leading_hyphen and not may_begin_with_hyphen:
-                _check_hyphen(token, given)
-            if kind in (str, tuple[str, ...]):
-                check_text(token.value, f"argument {argument.field_info.name.upper()}")
-            elif kind in (float, tuple[float, ...]):
-                _check_number(token.value, argument.name)
-            elif kind in (int, tuple[int, ...]) and not has_own_form:
-                _check_whole(token.value, argument.name)
-
-
-def _check_hyphen(token: Token, given: ArgumentCollection) -> None:
-    """A lone `-` is a value; what only begins like a flag is one that nobody knows."""
-    if token.value.startswith("-") and token.value != "-":
-        raise UnknownOptionError(
-            token=Token(keyword=token.value, source="cli"), argument_collection=given
-        )
-
-
-def _check_number(text: str, name: str) -> None:
-    try:
-        value = float(text)
-    except ValueError:
-        return  # It is told which number was wanted where it would become one.
-    if not math.isfinite(value):
-        raise ConfigError(f"{name} is {value}; it must be a finite number")
-    if name.endswith("seconds") and value > MAX_SECONDS:
-        raise ConfigError(f"{name} is {value:g}; it must be at most {MAX_SECONDS:g}, a week")
-
-
-def _check_whole(text: str, name: str) -> None:
-    """Without this, 3.7 would become 4."""
-    if not _WHOLE.fullmatch(text.strip()):
-        raise CoercionError(f'Invalid value "{text}" for {name}: not a whole number.')
-
-
-def _shown_default(value: object) -> str | None:
-    if isinstance(value, tuple):
-        return ", ".join(map(str, value)) or None
-    return None if value is None or isinstance(value, bool) else str(value)
 
 
 def _sentence_of(error: CycloptsError) -> str:

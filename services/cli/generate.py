@@ -24,7 +24,7 @@ from fluxion_core.client import (
     Prompt,
     Usage,
 )
-from fluxion_core.config.commands import check_text
+from fluxion_core.config.command_checks import check_text
 from fluxion_core.errors import InvalidRequestError
 from services.cli.commands.generate import Generate
 from services.cli.waiting import WaitingNote
