@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
@@ -160,3 +161,9 @@ def test_a_strangers_question_is_answered_from_the_front_page(question: str):
     assert where in asked
     assert answer in (ROOT / "docs" / where).read_text()
     assert f"docs/{where}" in (ROOT / "README.md").read_text()
+
+
+def test_every_extra_is_in_the_table_of_the_installation():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    page = (ROOT / "docs" / "guides" / "install.md").read_text()
+    assert set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == set(extras)
