@@ -164,6 +164,8 @@ def test_a_strangers_question_is_answered_from_the_front_page(question: str):
 
 
 def test_every_extra_is_in_the_table_of_the_installation():
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
     page = (ROOT / "docs" / "guides" / "install.md").read_text()
     assert set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == set(extras)
