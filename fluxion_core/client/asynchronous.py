@@ -211,6 +211,9 @@ class AsyncClient:
         while True:
             try:
                 return await call(channel, attempts.seconds_left())
+            except asyncio.CancelledError:
+                _raise_if_the_task_goes_on()
+                raise
             except grpc.aio.AioRpcError as error:
                 failure = client_error(error)
             await asyncio.sleep(attempts.delay_after(failure))
@@ -297,20 +300,18 @@ class AsyncGenerationStream:
     async def _read(self) -> None:
         """Take one message, or wait for the next attempt."""
         try:
+            if self._cancelled.is_set():
+                raise RequestCancelledError(CANCELLED)
             if self._responses is None:
                 self._call = await self._start(self._state.seconds_left)
                 self._responses = aiter(self._call)
-            if self._cancelled.is_set():
-                raise RequestCancelledError(CANCELLED)
             self._state.take(await anext(self._responses))
             return
         except StopAsyncIteration:
             self._state.take_end()
             return
         except asyncio.CancelledError:
-            # A call that is cancelled by us is told from a task that is.
-            if self._cancelled.is_set() and not _is_task_cancelled():
-                raise RequestCancelledError(CANCELLED) from None
+            _raise_if_the_task_goes_on()
             raise
         except grpc.aio.AioRpcError as error:
             failure = client_error(error)
@@ -333,6 +334,14 @@ class AsyncGenerationStream:
         self._call = self._responses = None
 
 
-def _is_task_cancelled() -> bool:
+def _raise_if_the_task_goes_on() -> None:
+    """Tell a call that was cancelled, by this client, from a task that is.
+
+    gRPC raises the same for both.
+
+    Raises:
+        RequestCancelledError: it is the call.
+    """
     task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
+    if task is not None and not task.cancelling():
+        raise RequestCancelledError(CANCELLED) from None

@@ -298,10 +298,10 @@ class GenerationStream:
     def _read(self) -> None:
         """Take one message, or wait for the next attempt."""
         try:
-            if self._call is None:
-                self._call = self._start(self._state.seconds_left)
             if self._cancelled.is_set():
                 raise RequestCancelledError(CANCELLED)
+            if self._call is None:
+                self._call = self._start(self._state.seconds_left)
             self._state.take(next(self._call))
             return
         except StopIteration:

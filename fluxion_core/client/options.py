@@ -63,7 +63,8 @@ class GenerationOptions:
     priority: Priority | None = None
     """Among the requests of this client that wait for room."""
     deadline_seconds: float | None = None
-    """Fail if the whole takes longer, waits before retries included."""
+    """Fail if the whole takes longer, waits before retries included. The first connection has a
+    limit of its own, ClientSettings.connect_seconds."""
     cache_salt: str = ""
     """Only requests of the same salt go on from each other's stored KV."""
     request_id: str = ""

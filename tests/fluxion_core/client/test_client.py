@@ -6,7 +6,6 @@ The blocking client runs on threads here: the node has the event loop.
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -17,15 +16,18 @@ import pytest
 from fluxion_core.client import (
     NO_RETRIES,
     AsyncClient,
+    AsyncGenerationStream,
     ChatMessage,
     Client,
     Delta,
     Finish,
     Generation,
     GenerationOptions,
+    GenerationStream,
     Progress,
     RetryPolicy,
 )
+from fluxion_core.client.stream_state import StreamState
 from fluxion_core.errors import (
     CapacityError,
     ContextLengthError,
@@ -273,19 +275,55 @@ async def test_cancel_from_elsewhere_ends_whoever_reads(scripted: ScriptedNode):
             await reading
 
 
-async def test_cancel_ends_the_wait_for_the_next_attempt(scripted: ScriptedNode):
+async def test_cancel_ends_the_wait_for_the_next_attempt(
+    scripted: ScriptedNode, monkeypatch: pytest.MonkeyPatch
+):
     scripted.scripts = [Script(status=grpc.StatusCode.RESOURCE_EXHAUSTED, retry_after_ms=60_000)]
     slow = RetryPolicy(max_delay_seconds=120)
+
+    def cancel_before_waiting(stream: GenerationStream | AsyncGenerationStream) -> None:
+        delay_after = StreamState.delay_after
+
+        def cancelled(state: StreamState, failure: FluxionError) -> float:
+            stream.cancel()
+            delay = delay_after(state, failure)
+            assert delay >= 60
+            return delay
+
+        monkeypatch.setattr(StreamState, "delay_after", cancelled)
+
     with Client(scripted.address, retry=slow) as client:
         stream = client.stream("Why?")
-        threading.Timer(0.05, stream.cancel).start()
+        cancel_before_waiting(stream)
         with pytest.raises(RequestCancelledError):
             await in_thread(next, stream)
+    monkeypatch.undo()
     async with AsyncClient(scripted.address, retry=slow) as client:
         stream = client.stream("Why?")
-        asyncio.get_running_loop().call_later(0.05, stream.cancel)
+        cancel_before_waiting(stream)
         with pytest.raises(RequestCancelledError):
             await anext(stream)
+    assert len(scripted.requests) == 2
+
+
+async def test_closing_a_client_ends_who_reads_from_it_elsewhere(scripted: ScriptedNode):
+    scripted.scripts = [Script((delta("hi", 1),), waits=True)]
+    with Client(scripted.address) as client:
+        stream = client.stream("Why?")
+        assert await in_thread(next, stream) == Delta("hi", (1,))
+        reading = asyncio.create_task(in_thread(stream.result))
+        await asyncio.sleep(0)
+    with pytest.raises(RequestCancelledError):
+        await reading
+    assert await in_thread(scripted.was_cancelled.wait, 60)
+    scripted.was_cancelled.clear()
+    async with AsyncClient(scripted.address) as client:
+        stream = client.stream("Why?")
+        assert await anext(stream) == Delta("hi", (1,))
+        reading = asyncio.create_task(stream.result())
+        await asyncio.sleep(0)
+    with pytest.raises(RequestCancelledError):
+        await reading
 
 
 async def test_an_address_at_which_nobody_listens_is_told_at_once(unused_tcp_port: int):
