@@ -54,7 +54,7 @@ asan: $(VENV)/.tested  ## the kernels' tests under AddressSanitizer
 	$(BIN)/cmake --build build/asan
 	FLUXION_NATIVE=$$(ls build/asan/_native*.so) LD_PRELOAD=$$(c++ -print-file-name=libasan.so):$$(c++ -print-file-name=libstdc++.so) \
 	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest tests/fluxion_core/kernels tests/fluxion_core/pool \
-	  tests/fluxion_core/decode/host/test_attention.py tests/fluxion_core/decode/host/test_predicted_policies.py tests/fluxion_core/decode/host/test_profiling.py \
+	  tests/fluxion_core/decode/host/test_attention.py tests/fluxion_core/decode/host/test_predicted_policies.py tests/fluxion_core/decode/test_profiling.py \
 	  tests/fluxion_core/generation/test_sampling.py --deselect tests/fluxion_core/kernels/test_isa.py
 
 tsan: $(VENV)/.tested  ## the CPU pool's threads under ThreadSanitizer

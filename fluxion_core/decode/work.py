@@ -1,131 +1,40 @@
 """What is the same in all layers of a decode step over the host KV store.
 
-The sequences' regions, what each row reads of its own, the native tasks that do it, and, when the
-last layer is done, what was read. The same for a chunk of one sequence's prompt, whose tokens are
-the rows of a step that reads everything. How a layer's queries arrive and where its output goes is
-the business of who runs the step: decode/host/attention.py on the CPU alone,
-decode/device/step.py with a GPU.
+The sequences' regions, where each row's plans come from, the native tasks that carry them out, and,
+when the last layer is done, what was read. The same for a chunk of one sequence's prompt, whose
+tokens are the rows of a step that reads everything. How a layer's queries arrive and where its
+output goes is the business of the body that runs the step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from enum import IntEnum
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fluxion_core.errors import FluxionError, ShapeError
-from fluxion_core.geometry import BLOCK_SIZES, MAX_GROUP, SPAN_TOKENS, KvGeometry, WindowSpec
+from fluxion_core.decode.step import StepReads, StepRow
+from fluxion_core.errors import ShapeError
+from fluxion_core.geometry import MAX_GROUP, SPAN_TOKENS, KvGeometry, WindowSpec
 from fluxion_core.kernels import _native
 from fluxion_core.kernels.isa import native_layout
 from fluxion_core.kvstore.sequence import SequenceKv
 from fluxion_core.kvstore.step_append import StepAppend
-from fluxion_core.planning.constants import READ_NOTHING
-from fluxion_core.planning.planner import PlanNanoseconds, Planner, PlannerState, native_policy
-from fluxion_core.planning.policy import ExactPolicy, Policy, PredictedPolicy, StepPlan
-
-
-@dataclass(frozen=True)
-class StepReads:
-    """What one sequence's step read of its retrieval region, all layers. Bytes.
-
-    The window is not counted: every policy reads it.
-    """
-
-    scanned_bytes: int
-    """Digests, by whoever scanned them."""
-    attended_bytes: int
-    """K and V: the union of what the heads of each group chose."""
-    region_bytes: int = 0
-    """K and V of the whole region: what `exact` reads."""
-    streaming_heads: int = 0
-    """Heads that read nothing of the region, summed over layers; 0 where there is no region."""
-    planned_heads: int = 0
-    """All heads, summed over layers; 0 where there is no region."""
-    groups_of_size: tuple[int, ...] = (0,) * len(BLOCK_SIZES)
-    """Groups that read blocks of each of BLOCK_SIZES, summed over layers."""
-    groups_nothing: int = 0
-    """Groups that read nothing of the region, summed over layers."""
-    groups_everything: int = 0
-    """Groups that read the whole region without a choice, summed over layers."""
-    device_scanned_bytes: int = 0
-    """Of the digests, what a GPU scanned in its own memory to make plans."""
-
-    @property
-    def total_bytes(self) -> int:
-        """Digests, K and V."""
-        return self.scanned_bytes + self.attended_bytes
-
-    @property
-    def streaming_share(self) -> float:
-        """Share of heads that read nothing of the region; 0 where there is no region."""
-        return self.streaming_heads / max(1, self.planned_heads)
-
-
-@dataclass(frozen=True)
-class GivenPlan:
-    """One row's plan of all layers, in place of a policy's: recorded decisions, for benchmarks."""
-
-    levels: Tensor
-    """[layers, kv_heads] int32: index into BLOCK_SIZES, READ_ALL or READ_NOTHING."""
-    budgets: Tensor
-    """[layers, heads] int32: blocks of that level."""
-
-
-@dataclass(frozen=True)
-class Told:
-    """Where a row's plans are made elsewhere: what is to be known there of what was read."""
-
-    address: int
-    """Of layer 0: [heads, 2] float32, lse and share of the region."""
-    stride: int
-    """Floats from one layer's to the next."""
-
-
-class PlanSource(IntEnum):
-    """Who says what a row reads; native/lane/step_driver.h has the same."""
-
-    GIVEN = 0
-    FROM_DEVICE = 1
-    TIMED_ONLY = 2
-    """The row's plan is given; the device's is made and waited for all the same."""
-
-
-@dataclass(frozen=True)
-class StepRow:
-    """One sequence of a step."""
-
-    sequence: SequenceKv
-    """With room for one more token."""
-    slot: int
-    """Given when it joined."""
-    token_id: int
-    """Its newest token, whose KV is not yet stored."""
-    policy: Policy
-    """What to read of its region."""
-    state: PlannerState | None = None
-    """For policies that need head profiles."""
-    given: GivenPlan | None = None
-    """In place of the policy's decisions, which are made all the same if there is a state; a GPU's
-    steps only."""
+from fluxion_core.planning.planner import PlanNanoseconds, Planner
+from fluxion_core.pool.cpu_pool import WAKE_BYTES, CpuPool
 
 
 class StepWork:
     """One token of every sequence of a batch, through all layers.
 
     Args:
-        sequences: committed, with room for one more token.
-        policies: what to read of each one's region.
-        states: of planner, for the rows whose policies need head profiles; see `checked_states`.
-        window: which tokens every head always attends to.
+        rows: of the step; their sequences have room for one more token.
+        regions: retrieval region of each row.
+        sources: of each row's plans; None where the region is empty.
         num_heads: query heads of the model.
         attends_window: whether the window is attended to here too; else only the region is.
-        given: plans that stand in for policies' decisions, by row.
-        told: by row; of those whose plans are made elsewhere, not natively.
 
     Raises:
         FluxionError: a sequence's reservation is used up.
@@ -133,66 +42,41 @@ class StepWork:
 
     def __init__(
         self,
-        sequences: Sequence[SequenceKv],
-        policies: Sequence[Policy],
-        states: Sequence[PlannerState | None],
-        window: WindowSpec,
+        rows: Sequence[StepRow],
+        regions: Sequence[range],
+        sources: Sequence[_native.PlanSource | None],
         num_heads: int,
         *,
         attends_window: bool = True,
-        given: Sequence[GivenPlan | None] | None = None,
-        told: Sequence[Told | None] | None = None,
     ) -> None:
+        sequences = [row.sequence for row in rows]
         geometry = sequences[0].store.geometry
         self._geometry = geometry
         self.append = StepAppend(geometry, sequences)
-        # The new token counts: it attends to itself.
-        lengths = [sequence.num_tokens + 1 for sequence in sequences]
-        self.regions = [window.retrieval_region(length) for length in lengths]
-        rows = [
-            (sequence.slab_table.data_ptr(), length, region.start, region.stop, attends_window)
-            for sequence, length, region in zip(sequences, lengths, self.regions, strict=True)
+        self.regions = regions
+        """Retrieval region of each row."""
+        views = [
+            (
+                sequence.slab_table.data_ptr(),
+                sequence.num_tokens + 1,  # The new token counts: it attends to itself.
+                region.start,
+                region.stop,
+                attends_window,
+            )
+            for sequence, region in zip(sequences, regions, strict=True)
         ]
-        table = torch.tensor(rows, dtype=torch.int64)
         self.tasks = _native.LayerAttention(
-            native_layout(geometry), table.data_ptr(), len(rows), num_heads
+            native_layout(geometry), np.array(views, np.int64), num_heads, list(sources)
         )
-        plan = StepPlan(
-            policies, self.regions, num_kv_heads=geometry.num_kv_heads, num_heads=num_heads
-        )
-        self.levels = plan.levels[None]
-        """[layers or 1, batch, kv_heads] int32; rows whose plans are made later are not read."""
-        self.budgets = plan.budgets[None]
-        """[layers or 1, batch, heads] int32."""
-        self.sources: npt.NDArray[np.int32] = np.full(len(rows), PlanSource.GIVEN, np.int32)
-        """[batch] PlanSource."""
-        self._is_planned_later = np.zeros(len(rows), np.bool_)
         self._are_exact = [
-            isinstance(policy, ExactPolicy) or not region
-            for policy, region in zip(policies, self.regions, strict=True)
+            row.policy.reads_everything or not region
+            for row, region in zip(rows, regions, strict=True)
         ]
-        for row, (policy, state) in enumerate(zip(policies, states, strict=True)):
-            plan_of_row = given[row] if given is not None else None
-            to_tell = told[row] if told is not None and self.regions[row] else None
-            if plan_of_row is not None:
-                self._set_plan(row, plan_of_row.levels, plan_of_row.budgets)
-                self._are_exact[row] = False
-            if to_tell is not None and state is not None:
-                self._plan_elsewhere(row, state, to_tell, is_given=plan_of_row is not None)
-            elif (
-                plan_of_row is None
-                and state is not None
-                and isinstance(policy, PredictedPolicy)
-                and self.regions[row]
-            ):
-                self._predict(row, policy, state)
 
     def needs_nothing(self) -> npt.NDArray[np.bool_]:
-        """[layers or 1] bool: layers of which no row reads anything of its region."""
-        reads = (self.levels != READ_NOTHING).any(2)
-        has_region = np.array([bool(region) for region in self.regions])
-        result: npt.NDArray[np.bool_] = ~((reads | self._is_planned_later) & has_region).any(1)
-        return result
+        """[layers] bool: layers of which no row reads anything of its region."""
+        may_read = [self.tasks.may_read(layer) for layer in range(self._geometry.num_layers)]
+        return ~np.array(may_read, np.bool_)
 
     def finish(self) -> list[StepReads]:
         """Count the new tokens; returns what was read for each sequence.
@@ -206,26 +90,6 @@ class StepWork:
     def plan_nanoseconds(self) -> PlanNanoseconds:
         """What planning took."""
         return PlanNanoseconds(*self.tasks.plan_nanoseconds())
-
-    def _predict(self, row: int, policy: PredictedPolicy, state: PlannerState) -> None:
-        planner = state.planner
-        if planner.mode == "network":
-            self.tasks.predict(row, planner.native, state.native, *native_policy(policy))
-            self._is_planned_later[row] = True
-            return
-        self.tasks.rank_by(row, planner.native)
-        self._set_plan(row, *state.fixed_plans(policy, self.regions[row]))
-
-    def _plan_elsewhere(self, row: int, state: PlannerState, told: Told, *, is_given: bool) -> None:
-        self.tasks.plan_elsewhere(row, state.planner.native, told.address, told.stride)
-        self._is_planned_later[row] = True
-        self.sources[row] = PlanSource.TIMED_ONLY if is_given else PlanSource.FROM_DEVICE
-
-    def _set_plan(self, row: int, levels: Tensor, budgets: Tensor) -> None:
-        if len(self.levels) < len(levels):
-            self.levels = np.repeat(self.levels, len(levels), axis=0)
-            self.budgets = np.repeat(self.budgets, len(levels), axis=0)
-        self.levels[:, row], self.budgets[:, row] = levels.numpy(), budgets.numpy()
 
     def _reads(self, row: int) -> StepReads:
         scanned, attended, scanned_for_plans = self.tasks.read_bytes(row)
@@ -266,12 +130,9 @@ class ChunkWork:
         table = sequence.slab_table.data_ptr()
         # Without a region everything is the window, which is read in one piece.
         rows = [(table, length, 0, 0, True) for length in range(first + 1, first + count + 1)]
-        views = torch.tensor(rows, dtype=torch.int64)
         self.tasks = _native.LayerAttention(
-            native_layout(geometry), views.data_ptr(), count, num_heads
+            native_layout(geometry), np.array(rows, np.int64), num_heads, [None] * count
         )
-        self.levels = np.full((1, count, geometry.num_kv_heads), READ_NOTHING, np.int32)
-        self.budgets = np.zeros((1, count, num_heads), np.int32)
 
     def finish(self) -> None:
         """Count the tokens.
@@ -282,48 +143,6 @@ class ChunkWork:
         self.append.advance([True])
         if self._sequence.damage is not None:
             raise self._sequence.damage
-
-
-def checked_states(
-    planner: Planner | None,
-    policies: Sequence[Policy],
-    states: Sequence[PlannerState | None] | None,
-) -> list[PlannerState | None]:
-    """The states that are needed; None elsewhere.
-
-    Raises:
-        FluxionError: a policy needs head profiles and there is no planner, or no state of it.
-    """
-    needed: list[PlannerState | None] = []
-    for policy, state in zip(policies, states or [None] * len(policies), strict=True):
-        if not isinstance(policy, PredictedPolicy):
-            needed.append(None)
-            continue
-        if planner is None:
-            raise FluxionError(
-                f"policy {policy} needs a planner, and this attention was made without one; "
-                f"use exact or fixed, or give it a planner"
-            )
-        if state is None or state.planner is not planner:
-            raise FluxionError(
-                f"policy {policy} needs its sequence's planner state, made by this "
-                f"attention's planner from the prompt profile that prefill sends"
-            )
-        if any(state is other for other in needed):
-            raise FluxionError("two sequences of a step share a planner state; make one each")
-        needed.append(state)
-    return needed
-
-
-def check_row(row: StepRow, planner: Planner | None) -> None:
-    """Raise what would keep a row from taking part in a step, whatever others there are.
-
-    Raises:
-        FluxionError: the sequence has not been committed, or its reservation is used up; or see
-            `checked_states`.
-    """
-    row.sequence.make_room(1)
-    checked_states(planner, [row.policy], [row.state])
 
 
 def check_step_shapes(
@@ -359,3 +178,57 @@ def _check_planner(planner: Planner, geometry: KvGeometry, num_heads: int) -> No
             raise ShapeError(
                 f"the planner's {name} is {getattr(planner, name)}, the model's {number}"
             )
+
+
+class RowAttention:
+    """Attention of one layer after the other by the CPU pool alone, into memory of its own.
+
+    Args:
+        work: of a step or of a chunk.
+        pool: threads that do it, with the calling one.
+        num_rows: of the work.
+        num_heads: query heads of the model.
+        head_dim: of the model.
+    """
+
+    def __init__(
+        self,
+        work: StepWork | ChunkWork,
+        pool: CpuPool,
+        num_rows: int,
+        num_heads: int,
+        head_dim: int,
+    ) -> None:
+        self._work, self._pool = work, pool
+        self._output = torch.empty(num_rows, num_heads, head_dim)
+        self._lse = torch.empty(num_rows, num_heads)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Store the rows' keys and values, and attend; see AttentionPort.
+
+        Returns:
+            [rows, heads, head_dim], on the query's device and of its dtype.
+        """
+        work = self._work
+        work.append.append(layer, _host_rows(key), _host_rows(value))
+        rows = _host_rows(query)
+        # Pointers into arrays that live until `wait` returns.
+        work.tasks.submit(
+            self._pool.native,
+            layer,
+            rows.data_ptr(),
+            rows.stride(0),
+            self._output.data_ptr(),
+            self._lse.data_ptr(),
+            WAKE_BYTES,
+        )
+        self._pool.wait()
+        work.tasks.finish_layer()
+        return self._output.to(query.device, query.dtype, copy=True)
+
+
+def _host_rows(tensor: Tensor) -> Tensor:
+    """[tokens, heads, head_dim] in float32 on the CPU, each token's values contiguous."""
+    tensor = tensor.to("cpu", torch.float32)
+    is_contiguous = tensor.stride()[1:] == (tensor.shape[2], 1)
+    return tensor if is_contiguous else tensor.contiguous()

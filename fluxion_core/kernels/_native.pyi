@@ -2,6 +2,9 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
+
 class SlabLayout:
     def __init__(
         self,
@@ -160,32 +163,77 @@ class PlannerState:
     def __init__(self, planner: Planner, profile: int, /) -> None: ...
     def remember(self, layer: int, query: int, seen: int, /) -> None: ...
 
+class PlanSource:
+    """Where one row's plans come from in one step; see plan/plan_source.h."""
+
+class GivenPlans(PlanSource):
+    """Levels [layers or 1, kv_heads] and budgets [layers or 1, heads], both int32 and copied."""
+
+    def __init__(
+        self,
+        levels: npt.NDArray[np.int32],
+        budgets: npt.NDArray[np.int32],
+        ranker: Planner | None = None,
+    ) -> None: ...
+    def plan(self, layer: int, /) -> tuple[list[int], list[int]]:
+        """Levels [kv_heads] and budgets [heads] of a layer."""
+
+class PredictedPlans(PlanSource):
+    """Made by a planner's network on the pool, layer by layer."""
+
+    def __init__(
+        self, planner: Planner, state: PlannerState, by_price: bool, number: float, /
+    ) -> None: ...
+
+class DevicePlans(PlanSource):
+    """Announced by a GPU on the driver's board, layer by layer."""
+
+    def __init__(
+        self, driver: StepDriver, row: int, planner: Planner, told: int, told_stride: int, /
+    ) -> None: ...
+
+class ReplayedPlans(PlanSource):
+    """For measurements: given plans in place of another source's, which are made all the same."""
+
+    def __init__(
+        self,
+        levels: npt.NDArray[np.int32],
+        budgets: npt.NDArray[np.int32],
+        behind: PlanSource | None = None,
+    ) -> None: ...
+
+class PlanRecorder(PlanSource):
+    """For measurements: another source's plans, kept."""
+
+    def __init__(self, of: PlanSource, kv_heads: int, heads: int) -> None: ...
+    @property
+    def levels(self) -> list[int]:
+        """[layers * kv_heads], of the layers that were asked for."""
+    @property
+    def budgets(self) -> list[int]:
+        """[layers * heads]."""
+
 class LayerAttention:
-    def __init__(self, layout: SlabLayout, sequences: int, batch: int, heads: int, /) -> None: ...
+    def __init__(
+        self,
+        layout: SlabLayout,
+        sequences: npt.NDArray[np.int64],
+        heads: int,
+        sources: Sequence[PlanSource | None],
+        /,
+    ) -> None: ...
+    def may_read(self, layer: int, /) -> bool: ...
     def submit(
         self,
         pool: TaskPool,
         layer: int,
         query: int,
         query_stride: int,
-        levels: int,
-        budgets: int,
         output: int,
         lse: int,
         wake_bytes: int,
         /,
     ) -> None: ...
-    def predict(
-        self,
-        row: int,
-        planner: Planner,
-        state: PlannerState,
-        by_price: bool,
-        number: float,
-        /,
-    ) -> None: ...
-    def rank_by(self, row: int, planner: Planner, /) -> None: ...
-    def plan_elsewhere(self, row: int, planner: Planner, told: int, stride: int, /) -> None: ...
     def finish_layer(self) -> None: ...
     def plan(self, sequence: int, kv_head: int, /) -> tuple[int, list[int]]: ...
     def group_counts(self, sequence: int, /) -> tuple[tuple[int, ...], int, int, int, int]: ...
@@ -320,10 +368,6 @@ class StepDriver:
         slabs: int,
         tokens: int,
         first_not_finite: int,
-        levels: int,
-        budgets: int,
-        plan_layers: int,
-        sources: int,
         wake_bytes: int,
         /,
     ) -> None: ...

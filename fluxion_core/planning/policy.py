@@ -4,35 +4,78 @@
 one size up to a share of the region: the paper's baselines. `threshold(error)` and
 `marginal(price)` decide anew at every step, per group and head, from predicted head profiles.
 
-A policy becomes numbers for the kernels in a `StepPlan`: per KV head the digest level to choose by
-(one of the levels below 0 means no choice), per query head how many blocks of that level.
+In a step a policy becomes a source of plans for each of its rows: per layer and KV head the digest
+level to choose by (one of the levels below 0 means no choice), per query head how many blocks of
+that level.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from fluxion_core.errors import ConfigError
 from fluxion_core.geometry import BLOCK_SIZES, ceil_div
+from fluxion_core.kernels import _native
 from fluxion_core.planning.constants import READ_ALL
 
 
 @dataclass(frozen=True)
-class ExactPolicy:
+class PlanInputs:
+    """Facts of a row that its policy may use when a step begins."""
+
+    region: range
+    """The retrieval region, in tokens; not empty."""
+    num_kv_heads: int
+    """Of the model."""
+    num_heads: int
+    """Query heads of the model."""
+    predicted: Callable[[PredictedPolicy], _native.PlanSource]
+    """The body's own source of plans from head profiles, for this row."""
+
+
+class Policy(ABC):
+    """Rule by which steps read a region; one for many sequences, immutable."""
+
+    @property
+    def needs_profile(self) -> bool:
+        """Whether its sequences need head profiles."""
+        return False
+
+    @property
+    def reads_everything(self) -> bool:
+        """Whether every head attends to all tokens."""
+        return False
+
+    @abstractmethod
+    def plans(self, inputs: PlanInputs) -> _native.PlanSource:
+        """Source of one row's plans in one step."""
+
+
+@dataclass(frozen=True)
+class ExactPolicy(Policy):
     """Every head attends to all tokens."""
+
+    @property
+    def reads_everything(self) -> bool:
+        """Whether every head attends to all tokens."""
+        return True
+
+    def plans(self, inputs: PlanInputs) -> _native.PlanSource:
+        """Source of one row's plans in one step."""
+        return _uniform(inputs, READ_ALL, 0)
 
     def __str__(self) -> str:
         return "exact"
 
 
 @dataclass(frozen=True)
-class FixedPolicy:
+class FixedPolicy(Policy):
     """Every head attends to the same share of the region, in blocks of one size.
 
     Source: the baselines of arXiv:2605.07719.
@@ -62,12 +105,29 @@ class FixedPolicy:
         # Without the margin, 5 % of 100 blocks would be 6: 0.05 is a little above a twentieth.
         return math.ceil(self.budget * total * (1 - 1e-9)) if region else 0
 
+    def plans(self, inputs: PlanInputs) -> _native.PlanSource:
+        """Source of one row's plans in one step."""
+        return _uniform(inputs, self.level, self.num_blocks(inputs.region))
+
     def __str__(self) -> str:
         return f"fixed({self.block_size}, {self.budget * 100:g} %)"
 
 
+class PredictedPolicy(Policy):
+    """Base of policies that decide from head profiles."""
+
+    @property
+    def needs_profile(self) -> bool:
+        """Whether its sequences need head profiles."""
+        return True
+
+    def plans(self, inputs: PlanInputs) -> _native.PlanSource:
+        """Source of one row's plans in one step."""
+        return inputs.predicted(self)
+
+
 @dataclass(frozen=True)
-class ThresholdPolicy:
+class ThresholdPolicy(PredictedPolicy):
     """The cheapest plan that keeps every head's predicted error within a threshold.
 
     Source: the policy of arXiv:2605.07719.
@@ -84,7 +144,7 @@ class ThresholdPolicy:
 
 
 @dataclass(frozen=True)
-class MarginalPolicy:
+class MarginalPolicy(PredictedPolicy):
     """The plan with the least sum of weighted squared errors plus price times bytes."""
 
     price: float
@@ -96,11 +156,6 @@ class MarginalPolicy:
     def __str__(self) -> str:
         return f"marginal({self.price:g})"
 
-
-PredictedPolicy = ThresholdPolicy | MarginalPolicy
-"""Policies that need head profiles."""
-
-Policy = ExactPolicy | FixedPolicy | PredictedPolicy
 
 _FIXED = re.compile(r"fixed\(\s*(\d+)\s*,\s*([0-9.]+)\s*(%?)\s*\)")
 _PREDICTED = re.compile(r"(threshold|marginal)\(\s*([0-9.eE+-]+)\s*\)")
@@ -138,30 +193,7 @@ def parse_policy(text: str) -> Policy:
     )
 
 
-class StepPlan:
-    """Plan of a step: what every head reads, as the kernels take it.
-
-    Args:
-        policies: of each sequence.
-        regions: retrieval region of each sequence, in tokens.
-        num_kv_heads: of the model.
-        num_heads: query heads of the model.
-    """
-
-    def __init__(
-        self,
-        policies: Sequence[Policy],
-        regions: Sequence[range],
-        *,
-        num_kv_heads: int,
-        num_heads: int,
-    ) -> None:
-        batch = len(policies)
-        self.levels: npt.NDArray[np.int32] = np.full((batch, num_kv_heads), READ_ALL, np.int32)
-        """[batch, kv_heads] int32: index into BLOCK_SIZES, READ_ALL or READ_NOTHING."""
-        self.budgets: npt.NDArray[np.int32] = np.zeros((batch, num_heads), np.int32)
-        """[batch, heads] int32: blocks of that level."""
-        for row, (policy, region) in enumerate(zip(policies, regions, strict=True)):
-            if isinstance(policy, FixedPolicy):
-                self.levels[row] = policy.level
-                self.budgets[row] = policy.num_blocks(region)
+def _uniform(inputs: PlanInputs, level: int, num_blocks: int) -> _native.PlanSource:
+    """The same for all heads and layers."""
+    levels = np.full((1, inputs.num_kv_heads), level, np.int32)
+    return _native.GivenPlans(levels, np.full((1, inputs.num_heads), num_blocks, np.int32))

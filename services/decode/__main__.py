@@ -9,12 +9,10 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 from functools import partial
 from types import ModuleType
-from typing import TYPE_CHECKING
 
-from fluxion_core.decode.host.attention import HybridAttention
-from fluxion_core.decode.host.decoder import HostDecoder
-from fluxion_core.decode.host.step import HostStep
-from fluxion_core.errors import ConfigError, RequestCancelledError
+from fluxion_core.decode.bodies import step_for
+from fluxion_core.decode.step import DecodeStep
+from fluxion_core.errors import RequestCancelledError
 from fluxion_core.geometry import WindowSpec
 from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.observe.log import event
@@ -46,9 +44,6 @@ from services.metrics import NodeMetrics
 from services.metrics_endpoint import MetricsEndpoint
 from services.node import DeviceFailure, NodeModel, load_node_model, run_node
 from services.readiness import Readiness
-
-if TYPE_CHECKING:
-    from fluxion_core.decode.device.step import DeviceStep
 
 _log = logging.getLogger(__name__)
 
@@ -88,13 +83,11 @@ async def serve(settings: DecodeSettings, ending: asyncio.Event) -> None:
             raise EndedWhileLoadingError
         nodes = PrefillNodes(settings.prefill.addresses, settings.prefill.client)
         closing.push_async_callback(nodes.close)
-        limit = local_prefill_limit(settings, step)
+        limit = settings.engine.local_prefill_tokens
         costs = make_costs(model, store, step)
         trace = TraceRecorder(step.span_source)
         engine = DecodeEngine(
             step,
-            prompts=step if isinstance(step, HostStep) else None,
-            pool=step.pool,
             on_failure=failure.tell,
             on_chunk=costs.here.learn,
             trace=trace,
@@ -254,32 +247,11 @@ def make_store(settings: DecodeSettings, model: NodeModel) -> HostKvStore:
     )
 
 
-def make_costs(model: NodeModel, store: HostKvStore, step: HostStep | DeviceStep) -> PromptCosts:
+def make_costs(model: NodeModel, store: HostKvStore, step: DecodeStep) -> PromptCosts:
     """Estimates of what prompts cost here and on prefill nodes."""
     loaded = model.loaded
-    item_bytes = loaded.decoder.embedding.dtype.itemsize
-    # A step on a GPU computes no prompts.
-    threads = step.pool.num_threads if isinstance(step, HostStep) else 1
-    return PromptCosts.of(ModelCosts.of(loaded.config, store.geometry, item_bytes), threads)
-
-
-def local_prefill_limit(settings: DecodeSettings, step: HostStep | DeviceStep) -> int | None:
-    """Prompts of which at most so many tokens are not stored are computed on this node.
-
-    None: whichever are done sooner here.
-
-    Raises:
-        ConfigError: it was asked for where steps run on a GPU.
-    """
-    limit = settings.engine.local_prefill_tokens
-    if isinstance(step, HostStep):
-        return limit
-    if limit:
-        raise ConfigError(
-            f"engine.local_prefill_tokens is {limit}, and this node decodes on a GPU, where it "
-            f"computes no prompts; leave it out, or set it to 0"
-        )
-    return 0
+    costs = ModelCosts.of(loaded.config, store.geometry, loaded.decoder.embedding.dtype.itemsize)
+    return PromptCosts.of(costs, step.pool.num_threads)
 
 
 async def load_step(
@@ -288,7 +260,7 @@ async def load_step(
     store: HostKvStore,
     planning: Planning,
     ending: asyncio.Event,
-) -> HostStep | DeviceStep:
+) -> DecodeStep:
     """`make_step` off the event loop.
 
     Raises:
@@ -311,44 +283,23 @@ def make_step(
     planning: Planning,
     *,
     goes_on: Callable[[], bool],
-) -> HostStep | DeviceStep:
-    """What runs steps: with a GPU if the model is on one. Pins the store's memory then.
+) -> DecodeStep:
+    """What runs steps, where the model is.
 
     Raises:
         RequestCancelledError: `goes_on` said no before all was pinned; nothing is pinned then.
-        ConfigError: lanes that the device does not have.
-        ShapeError: the window is too short for the digests, or heads do not form groups.
-        CapacityError: the store's memory cannot be pinned.
+        ConfigError, ShapeError, CapacityError: see `step_for`.
     """
-    decoder, lanes = model.loaded.decoder, settings.engine.lanes
     pool, choice = make_pool(settings.engine.attention_threads)
     _log.info(event("attention threads", threads=choice.num_threads, measured=choice.measured))
-    device = decoder.embedding.device
-    if device.type == "cpu":
-        if lanes not in ("auto", "cpu"):
-            raise ConfigError(
-                f"engine.lanes is {lanes}, and the model is on the CPU; use auto or cpu, or set "
-                f"model.device to cuda"
-            )
-        attention = HybridAttention(
-            store,
-            planning.window,
-            num_heads=model.loaded.config.num_heads,
-            pool=pool,
-            planner=planning.planner,
-        )
-        return HostStep(HostDecoder(decoder, pool), attention)
-    from fluxion_core.decode.device.step import DeviceStep
-
-    return DeviceStep(
-        decoder,
+    return step_for(
+        model.loaded.decoder,
         store,
         planning.window,
         pool,
-        max_rows=settings.engine.max_running_sequences,
-        max_context_tokens=model.loaded.config.context_tokens,
-        lanes="both" if lanes == "auto" else lanes,
         planner=planning.planner,
+        lanes=settings.engine.lanes,
+        max_rows=settings.engine.max_running_sequences,
         goes_on=goes_on,
     )
 

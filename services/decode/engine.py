@@ -26,14 +26,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from fluxion_core.decode.host.chunk import PromptEnd, next_chunk_tokens
-from fluxion_core.decode.host.profiling import PromptProfiling
-from fluxion_core.decode.work import StepReads, StepRow
+from fluxion_core.decode.chunk import next_chunk_tokens
+from fluxion_core.decode.profiling import PromptProfiling
+from fluxion_core.decode.step import DecodeStep, StepReads, StepRow
 from fluxion_core.errors import DeviceError, FluxionError, NonFiniteLogitsError
 from fluxion_core.generation.sampling import SamplingParams, TokenSampler, sample_rows
 from fluxion_core.geometry import WindowSpec
@@ -44,8 +43,6 @@ from fluxion_core.observe.log import event
 from fluxion_core.observe.trace import ENGINE_TRACK, TraceRecorder
 from fluxion_core.planning.planner import Planner, PlannerState
 from fluxion_core.planning.policy import Policy
-from fluxion_core.planning.prompt_profile import PromptProfile
-from fluxion_core.pool.cpu_pool import CpuPool
 from services.decode.read_totals import ReadTotals
 
 _log = logging.getLogger(__name__)
@@ -174,50 +171,12 @@ class CurrentStep:
     request_ids: tuple[str, ...]
 
 
-class DecodeStep(Protocol):
-    """What runs a step: decode.device.step or decode.host.step. One thread only."""
-
-    @property
-    def usage(self) -> DeviceUsage | None:
-        """Counters of the GPU; None where there is none."""
-
-    def join(self, sequence: SequenceKv) -> int:
-        """A slot for a committed sequence."""
-        ...
-
-    def leave(self, slot: int) -> None:
-        """Give the slot back."""
-
-    def check(self, row: StepRow) -> None:
-        """Raise what would keep this row from taking part in a step, whatever others there are."""
-
-    def run(self, rows: Sequence[StepRow]) -> tuple[Tensor, list[StepReads]]:
-        """One token of every row: [rows, vocab_size] float32 logits on the CPU, and its reads."""
-        ...
-
-
-class PromptComputer(Protocol):
-    """What computes prompts on this node: decode.host.step.HostStep. The step's thread only."""
-
-    def compute_chunk(
-        self, sequence: SequenceKv, token_ids: Sequence[int], profile_window: WindowSpec | None
-    ) -> PromptEnd | None:
-        """Compute and store the next tokens of a prompt; its end, after the last."""
-        ...
-
-    def advance_profile(self, profiling: PromptProfiling) -> list[PromptProfile] | None:
-        """Go on with a profile, for as long as one layer of a step takes; it, once it is done."""
-        ...
-
-
 class DecodeEngine:
     """Runs steps on a thread of its own while there are sequences.
 
     Args:
-        step: runs them.
-        prompts: computes what is not stored of prompts; without it they must be whole.
-        pool: samples the rows of a step beside each other; without it they take turns. Its rounds
-            are this engine's alone.
+        step: runs them, and computes what is not stored of prompts. Its pool samples the rows of a
+            step beside each other; the pool's rounds are this engine's alone.
         on_failure: told when the device has failed for good.
         on_chunk: told after each chunk of a prompt: its tokens, those before it, and the seconds
             that it took.
@@ -228,16 +187,12 @@ class DecodeEngine:
         self,
         step: DecodeStep,
         *,
-        prompts: PromptComputer | None = None,
-        pool: CpuPool | None = None,
         on_failure: Callable[[DeviceError], None] = lambda _: None,
         on_chunk: Callable[[int, int, float], None] = lambda *_: None,
         trace: TraceRecorder | None = None,
     ) -> None:
         self._step = step
         self._trace = trace or TraceRecorder()
-        self._prompts = prompts
-        self._pool = pool
         self._on_failure = on_failure
         self._on_chunk = on_chunk
         self._load = EngineLoad()
@@ -275,8 +230,6 @@ class DecodeEngine:
                 raise self._failure
             if self._stopping:
                 raise FluxionError("the decode engine has stopped")
-            if self._prompts is None and not sequence.generated_token_ids:
-                raise FluxionError("this engine computes no prompts; they must be whole")
             sequence.submitted = time.perf_counter()
             self._joining.append(sequence)
             self._changed.notify()
@@ -405,17 +358,15 @@ class DecodeEngine:
         sequence.prefill_seconds += seconds
 
     def _advance_profile(self, sequence: DecodeSequence) -> None:
-        assert self._prompts is not None
         assert sequence.profiling is not None
         assert sequence.profiled is not None
-        profiles = self._prompts.advance_profile(sequence.profiling)
+        profiles = self._step.advance_profile(sequence.profiling)
         if profiles is not None:
             sequence.planner_state = sequence.profiled.planner.new_state(profiles)
             sequence.profiling = None
 
     def _compute_chunk(self, sequence: DecodeSequence, *, has_streams: bool) -> bool:
         """The next tokens of a prompt, and after its last the first new one; whether to go on."""
-        assert self._prompts is not None
         prompt, profiled = sequence.prompt_token_ids, sequence.profiled
         first = sequence.kv.num_tokens
         size = CHUNK_BESIDE_STREAMS if has_streams else CHUNK_ALONE
@@ -423,7 +374,7 @@ class DecodeEngine:
             len(prompt) - first, size.at(first), wants_profile=profiled is not None
         )
         started = time.perf_counter()
-        end = self._prompts.compute_chunk(
+        end = self._step.compute_chunk(
             sequence.kv,
             prompt[first : first + count],
             None if profiled is None else profiled.window,
@@ -477,7 +428,7 @@ class DecodeEngine:
         with self._trace.span(ENGINE_TRACK, "forward"):
             logits, reads = self._step.run(list(rows.values()))
         with self._trace.span(ENGINE_TRACK, "sample"):
-            tokens = sample_rows(logits, [sequence.sampler for sequence in rows], self._pool)
+            tokens = sample_rows(logits, [sequence.sampler for sequence in rows], self._step.pool)
         finished = []
         for sequence, token, read in zip(rows, tokens, reads, strict=True):
             self._statistics.reads.add(read)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from fluxion_core.decode.work import StepReads
+from fluxion_core.decode.step import StepReads
 from fluxion_core.geometry import BLOCK_SIZES
 
 

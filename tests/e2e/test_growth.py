@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fluxion_core.decode.host.attention import HybridAttention
+from fluxion_core.decode.host.attention import HostAttention
 from fluxion_core.decode.host.decoder import HostDecoder
 from fluxion_core.decode.host.step import HostStep
-from fluxion_core.decode.work import StepRow
+from fluxion_core.decode.step import StepRow
 from fluxion_core.generation.chat import ChatMessage
 from fluxion_core.generation.tokenizer import Tokenizer
 from fluxion_core.geometry import KvGeometry, WindowSpec
@@ -49,9 +49,7 @@ class GrowingText:
         geometry = KvGeometry(config.num_layers, config.num_kv_heads, config.head_dim)
         self._store = HostKvStore(geometry, 1 << 30, model_key=b"growth")
         pool = CpuPool()
-        attention = HybridAttention(
-            self._store, WindowSpec(), num_heads=config.num_heads, pool=pool
-        )
+        attention = HostAttention(self._store, WindowSpec(), num_heads=config.num_heads, pool=pool)
         self._step = HostStep(HostDecoder(loaded.decoder, pool), attention)
         self._room = room
         self.token_ids: list[int] = []

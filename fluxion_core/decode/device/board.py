@@ -9,6 +9,9 @@ from fluxion_core.geometry import KvGeometry
 from fluxion_core.kernels import _native
 from fluxion_core.kernels.isa import native_layout
 
+STUCK_NS = 10_000_000_000
+"""A hand-over that takes longer than this is a fault: the step ends with an error."""
+
 
 class Board:
     """Flags and rows of up to `capacity` sequences. Every flag has one writer, and says which step.

@@ -8,17 +8,16 @@ into pinned memory, which each step copies once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from fluxion_core.decode.device.digests import CoarseDigests
 from fluxion_core.decode.device.pinned import pinned
-from fluxion_core.decode.work import StepRow, Told
+from fluxion_core.decode.step import StepRow
 from fluxion_core.errors import FluxionError
 from fluxion_core.geometry import KvGeometry, WindowSpec
+from fluxion_core.kernels import _native
 from fluxion_core.kernels.dense_attention.triton import WindowStates
 from fluxion_core.kernels.head_plan.launch import (
     HeadPlan,
@@ -48,7 +47,7 @@ from fluxion_core.planning.policy import PredictedPolicy
 
 
 class DevicePlanner:
-    """Makes the plans of up to `capacity` sequences.
+    """Makes the plans of up to `capacity` sequences; see plans.NetworkPlans.
 
     Args:
         planner: with a network.
@@ -59,6 +58,7 @@ class DevicePlanner:
         max_context_tokens: of a sequence.
         capacity: sequences of a step, and slots.
         device: where the dense part runs.
+        driver: of the host's side, which waits for the plans.
 
     Raises:
         ShapeError: no kernel takes the model's heads.
@@ -75,8 +75,9 @@ class DevicePlanner:
         max_context_tokens: int,
         capacity: int,
         device: torch.device,
+        driver: _native.StepDriver,
     ) -> None:
-        self._digests = digests
+        self._digests, self._driver = digests, driver
         self._weights = pack_weights(planner, device)
         self._plan = HeadPlan(
             geometry,
@@ -94,53 +95,53 @@ class DevicePlanner:
         """By slot: whose estimates it holds."""
         self._is_known = [False] * capacity
         """By slot: whether it remembers a step."""
+        self.begin(0)
 
     def leave(self, slot: int) -> None:
         """Forget the sequence in a slot."""
         self._states[slot] = None
         self._is_known[slot] = False
 
-    def write_input(
+    def begin(self, num_rows: int) -> None:
+        """A step of so many rows begins: none of them is planned here yet."""
+        del num_rows
+        self._has_rows = False
+        self._words = np.zeros((self._input.shape[0], ROW_WORDS.value), dtype=np.int64)
+
+    def source(
         self,
-        rows: Sequence[StepRow],
-        states: Sequence[PlannerState | None],
-        regions: Sequence[range],
-    ) -> list[Told | None] | None:
-        """Say what the next step has to plan; what it needs is copied on the current stream.
+        index: int,
+        row: StepRow,
+        state: PlannerState,
+        region: range,
+        policy: PredictedPolicy,
+    ) -> _native.PlanSource:
+        """Plan the step's row `index` too; what that needs is copied on the current stream."""
+        self._take_slot(row.slot, state, row.sequence)
+        self._digests.follow(row.slot, row.sequence, region.stop)
+        by_price, number = native_policy(policy)
+        words = self._words[index]
+        words[MODE.value] = BY_PRICE.value if by_price else BY_THRESHOLD.value
+        words[NUMBER.value] = np.float32(number).view(np.int32)
+        words[REGION_BEGIN.value] = region.start
+        words[REGION_END.value] = region.stop
+        words[IS_KNOWN.value] = self._is_known[row.slot]
+        words[SLAB_TABLE.value] = row.sequence.slab_table.data_ptr()
+        self._is_known[row.slot] = True
+        self._has_rows = True
+        return _native.DevicePlans(
+            self._driver,
+            index,
+            state.planner.native,
+            self._told[0, row.slot].data_ptr(),
+            self._told.stride(0),
+        )
 
-        Args:
-            rows: of the step.
-            states: of those whose plans are predicted.
-            regions: retrieval regions of all.
-
-        Returns:
-            By row, where the host tells what was read; None if there is nothing to plan.
-        """
-        if not any(states):
-            return None
-        words = np.zeros((len(rows), ROW_WORDS.value), dtype=np.int64)
-        told: list[Told | None] = [None] * len(rows)
-        for index, (row, state, region) in enumerate(zip(rows, states, regions, strict=True)):
-            if state is None or not region:
-                continue
-            self._take_slot(row.slot, state, row.sequence)
-            self._digests.follow(row.slot, row.sequence, region.stop)
-            assert isinstance(row.policy, PredictedPolicy)
-            by_price, number = native_policy(row.policy)
-            words[index, MODE.value] = BY_PRICE.value if by_price else BY_THRESHOLD.value
-            words[index, NUMBER.value] = np.float32(number).view(np.int32)
-            words[index, REGION_BEGIN.value] = region.start
-            words[index, REGION_END.value] = region.stop
-            words[index, IS_KNOWN.value] = self._is_known[row.slot]
-            words[index, SLAB_TABLE.value] = row.sequence.slab_table.data_ptr()
-            self._is_known[row.slot] = True
-            told[index] = Told(self._told[0, row.slot].data_ptr(), self._told.stride(0))
-        if not any(told):
-            return None
-        to = self._input.numpy()
-        to[: len(rows)] = words
-        to[len(rows) :] = 0
-        return told
+    def write_input(self) -> bool:
+        """Hand the step's rows to the graph; whether there is anything to plan."""
+        if self._has_rows:
+            self._input.numpy()[:] = self._words
+        return self._has_rows
 
     def new_layers(self, size: int) -> LayerPlans:
         """Launches of a graph for `size` rows."""

@@ -27,7 +27,9 @@ class DeviceWindows:
     def __init__(
         self, geometry: KvGeometry, window: WindowSpec, num_slots: int, device: torch.device
     ) -> None:
-        self._geometry, self._window = geometry, window
+        self.geometry = geometry
+        """Of the model's KV."""
+        self._window = window
         self.tensors: Tensor = torch.zeros(
             geometry.num_layers,
             2,
@@ -77,7 +79,7 @@ class DeviceWindows:
             )
         slot = self._free.pop()
         fill_window(
-            self._geometry,
+            self.geometry,
             self._window,
             sequence.slab_table,
             sequence.num_tokens,

@@ -28,8 +28,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from fluxion_core.decode.host.attention import HybridAttention
+from fluxion_core.decode.host.attention import HostAttention
 from fluxion_core.decode.host.decoder import HostDecoder
+from fluxion_core.decode.step import StepRow
 from fluxion_core.errors import ConfigError
 from fluxion_core.generation.sampling import sample_rows
 from fluxion_core.geometry import KvGeometry, WindowSpec
@@ -209,7 +210,7 @@ class _Bench:
         self.states: list[PlannerState | None] = [None] * len(policies)
         if predicts:
             self.states = [self.planner.new_state(prompt.profiles) for _ in policies]
-        self.attention = HybridAttention(
+        self.attention = HostAttention(
             self.store,
             self.window,
             num_heads=config.num_heads,
@@ -225,7 +226,7 @@ class _Bench:
         sequence = self.sequences[row]
         position = sequence.num_tokens
         start = time.perf_counter()
-        self.attention.begin_step([sequence], [policy], [self.states[row]])
+        self.attention.begin_step([StepRow(sequence, 0, token_id, policy, self.states[row])])
         logits = self._forward(token_id, position, self.attention)
         reads = self.attention.end_step()[0]
         sampling_seconds = self._sample(logits)
@@ -380,7 +381,7 @@ def _peace_with_torch(bench: _Bench, *, repeats: int = 30) -> dict[str, float]:
     square = torch.randn(1024, 1024)
 
     def round_seconds(before: Callable[[], object]) -> float:
-        bench.attention.begin_step([sequence], [parse_policy("exact")])
+        bench.attention.begin_step([StepRow(sequence, 0, 0, parse_policy("exact"))])
         before()
         start = time.perf_counter()
         # What it appends is overwritten by the next round: the step is never ended.

@@ -33,7 +33,7 @@ from rich.table import Table
 from fluxion_core.config.command_options import JsonOption, Numbers, Texts
 from fluxion_core.config.commands import Command, run_module, within
 from fluxion_core.decode.device.step import DeviceStep, Lanes
-from fluxion_core.decode.work import GivenPlan, StepRow
+from fluxion_core.decode.step import StepRow
 from fluxion_core.errors import ConfigError
 from fluxion_core.generation.sampling import sample_rows
 from fluxion_core.geometry import KvGeometry, WindowSpec
@@ -43,6 +43,7 @@ from fluxion_core.lab.benchmark.dense_step import DenseStep
 from fluxion_core.lab.benchmark.model_shapes import fill_sequences, random_decoder, shape_named
 from fluxion_core.lab.benchmark.random_planner import blank_state, random_planner
 from fluxion_core.lab.benchmark.recorded_plans import RecordedPlans
+from fluxion_core.lab.benchmark.replayed_policy import ReplayedPolicy
 from fluxion_core.lab.benchmark.report import describe_machine
 from fluxion_core.lab.benchmark.sampling import STEP_SAMPLING, step_samplers
 from fluxion_core.lab.benchmark.uva_rate import launch_read, measure_uva
@@ -50,7 +51,7 @@ from fluxion_core.machine.cpus import usable_cpus
 from fluxion_core.models.config import ModelConfig
 from fluxion_core.observe.nvml import MIN_LOOK_SECONDS, open_nvml
 from fluxion_core.planning.constants import READ_NOTHING
-from fluxion_core.planning.policy import ExactPolicy, MarginalPolicy, Policy, parse_policy
+from fluxion_core.planning.policy import MarginalPolicy, Policy, parse_policy
 from fluxion_core.pool.thread_choice import make_pool
 
 WARM_UP_STEPS = 4
@@ -155,11 +156,15 @@ class _Way:
     name: str
     plans: RecordedPlans | None = None
 
-    @property
-    def policy(self) -> Policy:
-        if self.name == PLANNING or self.plans is not None:
-            return _TOO_DEAR
-        return ExactPolicy() if self.name == STREAMING else parse_policy(self.name)
+    def policy(self, config: ModelConfig, region: range, step: int, row: int) -> Policy:
+        """Of one row in one step."""
+        if self.name == STREAMING:
+            levels = torch.full((config.num_layers, config.num_kv_heads), READ_NOTHING)
+            budgets = torch.zeros(config.num_layers, config.num_heads)
+            return ReplayedPolicy(levels.int(), budgets.int())
+        if self.plans is not None:
+            return self.plans.policy_for(config, region, step, row, behind=_TOO_DEAR)
+        return _TOO_DEAR if self.name == PLANNING else parse_policy(self.name)
 
 
 class GpuStepBench:
@@ -277,11 +282,9 @@ class GpuStepBench:
             for index, sequence in enumerate(chosen):
                 # The same step again and again: what the last one appended is overwritten.
                 sequence.num_tokens = lengths[index]
-                given = _given(way, self.config, regions[index], number, index)
+                policy = way.policy(self.config, regions[index], number, index)
                 token = (number * 7919 + index) % self.config.vocab_size
-                rows.append(
-                    StepRow(sequence, slots[index], token, way.policy, self.states[index], given)
-                )
+                rows.append(StepRow(sequence, slots[index], token, policy, self.states[index]))
             start = time.perf_counter()
             logits, reads = step.run(rows)
             sampling = time.perf_counter()
@@ -392,16 +395,6 @@ def _way(name: str) -> _Way:
         plans = RecordedPlans.load(Path(name))
         return _Way(f"{plans.policy}, recorded", plans)
     return _Way(name)
-
-
-def _given(way: _Way, config: ModelConfig, region: range, step: int, row: int) -> GivenPlan | None:
-    if way.name == STREAMING:
-        levels = torch.full((config.num_layers, config.num_kv_heads), READ_NOTHING)
-        budgets = torch.zeros(config.num_layers, config.num_heads)
-        return GivenPlan(levels.int(), budgets.int())
-    if way.plans is not None:
-        return way.plans.plan_for(config, region, step, row)
-    return None
 
 
 def _lanes(name: str) -> Lanes:

@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from fluxion_core.geometry import BLOCK_SIZES, KvGeometry
 from fluxion_core.kernels import _native
@@ -246,24 +245,22 @@ class _Measured:
     def task(self, pool: CpuPool, level: int, budget_blocks: int) -> tuple[int, float]:
         """One layer of a decode step without its window: all KV heads, on the pool."""
         geometry, shape = self.geometry, self.shape
-        sequence = torch.tensor(
-            [[self._table.data_ptr(), shape.num_tokens, 0, shape.num_tokens, 0]]
+        sequence = np.array(
+            [[self._table.data_ptr(), shape.num_tokens, 0, shape.num_tokens, 0]], np.int64
         )
-        attention = _native.LayerAttention(
-            native_layout(geometry), sequence.data_ptr(), 1, self._query.shape[0]
-        )
-        levels = torch.full((shape.num_kv_heads,), level, dtype=torch.int32)
-        nothing = torch.full_like(levels, READ_NOTHING)
-        budgets = torch.full((self._query.shape[0],), budget_blocks, dtype=torch.int32)
+        num_heads = self._query.shape[0]
+        budgets = np.full((1, num_heads), budget_blocks, np.int32)
 
-        def run(levels: Tensor) -> None:
+        def attention_of(level: int) -> _native.LayerAttention:
+            plans = _native.GivenPlans(np.full((1, shape.num_kv_heads), level, np.int32), budgets)
+            return _native.LayerAttention(native_layout(geometry), sequence, num_heads, [plans])
+
+        def run(attention: _native.LayerAttention) -> None:
             attention.submit(
                 pool.native,
                 self._layer,
                 self._query.data_ptr(),
                 0,
-                levels.data_ptr(),
-                budgets.data_ptr(),
                 self._output.data_ptr(),
                 self._lse.data_ptr(),
                 0,
@@ -271,8 +268,9 @@ class _Measured:
             pool.wait()
 
         # Decoding goes from layer to layer; its threads are awake.
-        run(nothing)
-        seconds = _seconds(lambda: run(levels))
+        run(attention_of(READ_NOTHING))
+        attention = attention_of(level)
+        seconds = _seconds(lambda: run(attention))
         attention.finish_layer()
         return sum(attention.read_bytes(0)), seconds
 

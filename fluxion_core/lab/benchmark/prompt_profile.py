@@ -20,11 +20,11 @@ import torch
 
 from fluxion_core.config.command_options import JsonOption, Numbers
 from fluxion_core.config.commands import Command, run_module, within
-from fluxion_core.decode.host.attention import HybridAttention
+from fluxion_core.decode.host.attention import HostAttention
 from fluxion_core.decode.host.decoder import HostDecoder
-from fluxion_core.decode.host.profiling import PromptProfiling
 from fluxion_core.decode.host.step import HostStep
-from fluxion_core.decode.work import StepRow
+from fluxion_core.decode.profiling import PromptProfiling
+from fluxion_core.decode.step import StepRow
 from fluxion_core.geometry import KvGeometry, WindowSpec
 from fluxion_core.kvstore.digest_index import gather_kv
 from fluxion_core.kvstore.sequence import SequenceKv
@@ -93,7 +93,7 @@ def run_profile(
     store = HostKvStore(geometry, (slabs + 1) * (geometry.slab_bytes + 4096), model_key=b"")
     prompt, stream = fill_sequences(store, [tokens, tokens], new_tokens, threads=2)
     decoder = HostDecoder(random_decoder(config, torch.device("cpu")), pool)
-    attention = HybridAttention(store, window, num_heads=config.num_heads, pool=pool)
+    attention = HostAttention(store, window, num_heads=config.num_heads, pool=pool)
     step = HostStep(decoder, attention)
     row = StepRow(stream, step.join(stream), 1, ExactPolicy())
 

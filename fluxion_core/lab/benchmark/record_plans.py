@@ -19,82 +19,96 @@ from torch import Tensor
 
 from fluxion_core.config.command_options import Texts
 from fluxion_core.config.commands import Command, run_module, within
-from fluxion_core.decode.host.attention import HybridAttention
+from fluxion_core.decode.bodies import step_for
+from fluxion_core.decode.step import StepRow
 from fluxion_core.errors import ConfigError
+from fluxion_core.generation.sampling import SamplingParams, TokenSampler
 from fluxion_core.generation.tokenizer import Tokenizer
 from fluxion_core.geometry import BLOCK_SIZES, KvGeometry, WindowSpec, ceil_div
+from fluxion_core.kernels import _native
 from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.lab.benchmark.recorded_plans import RecordedPlans
 from fluxion_core.lab.held_prompt import PromptMaker
 from fluxion_core.models.decoder import Decoder
 from fluxion_core.models.model_options import ModelOptions
 from fluxion_core.models.weights import LoadedModel, load_model
+from fluxion_core.planning.constants import READ_ALL
 from fluxion_core.planning.planner import Planner
 from fluxion_core.planning.planner_weights import shipped_planner_weights
-from fluxion_core.planning.policy import parse_policy
+from fluxion_core.planning.policy import PlanInputs, Policy, PredictedPolicy, parse_policy
 from fluxion_core.pool.cpu_pool import CpuPool
 
 
-class _RecordingAttention(HybridAttention):
-    """Keeps each layer's plan of the one sequence of a step."""
+@dataclass(frozen=True, eq=False)
+class _KeptPlans(Policy):
+    """A policy whose plans are kept, a step's at a time."""
 
-    plans: list[list[tuple[int, list[int]]]]
+    of: PredictedPolicy
+    steps: list[_native.PlanRecorder]
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """See AttentionPort."""
-        output = super().attend(layer, query, key, value)
-        assert self._step is not None
-        heads = range(self._geometry.num_kv_heads)
-        self.plans.append([self._step.tasks.plan(0, head) for head in heads])
-        return output
+    @property
+    def needs_profile(self) -> bool:
+        """Whether its sequences need head profiles."""
+        return True
+
+    def plans(self, inputs: PlanInputs) -> _native.PlanSource:
+        """Source of one row's plans in one step."""
+        source = _native.PlanRecorder(self.of.plans(inputs), inputs.num_kv_heads, inputs.num_heads)
+        self.steps.append(source)
+        return source
 
 
-def _shares(plans: list[list[tuple[int, list[int]]]], region: range) -> tuple[Tensor, Tensor]:
+def _shares(plans: _native.PlanRecorder, region: range, num_layers: int) -> tuple[Tensor, Tensor]:
     """Levels [layers, kv_heads] int8 and shares of the region [layers, heads] float32."""
     totals = [ceil_div(region.stop, size) - region.start // size for size in BLOCK_SIZES]
-    levels = torch.tensor([[level for level, _ in layer] for layer in plans], dtype=torch.int8)
-    shares = [
-        [
-            (blocks / totals[level] if level >= 0 else float(level == -1))
-            for level, budgets in layer
-            for blocks in budgets
-        ]
-        for layer in plans
-    ]
-    return levels, torch.tensor(shares)
+    levels = torch.tensor(plans.levels).view(num_layers, -1)
+    budgets = torch.tensor(plans.budgets).view(*levels.shape, -1)
+    of_level = torch.tensor(totals)[levels.clamp(min=0)][..., None]
+    shares = torch.where(levels[..., None] >= 0, budgets / of_level, levels[..., None] == READ_ALL)
+    return levels.to(torch.int8), shares.float().flatten(1)
 
 
 def record(
     decoder: Decoder, planner: Planner, prompts: list[list[int]], policy: str, steps: int
 ) -> tuple[Tensor, Tensor]:
-    """Plans of `steps` steps after each prompt: levels and shares, see RecordedPlans."""
+    """Plans of `steps` steps after each prompt: levels and shares, see RecordedPlans.
+
+    Args:
+        decoder: the model, on the CPU; it cannot be used any more.
+        planner: of the model.
+        prompts: token ids.
+        policy: one that needs head profiles.
+        steps: after each prompt.
+
+    Raises:
+        ConfigError: the policy needs no head profiles: its plans are not worth a record.
+    """
+    chosen = parse_policy(policy)
+    if not isinstance(chosen, PredictedPolicy):
+        raise ConfigError(f"policy {policy} plans nothing; record threshold or marginal")
     config = decoder.config
     geometry = KvGeometry(config.num_layers, config.num_kv_heads, config.head_dim)
     window = WindowSpec()
+    held = [PromptMaker(decoder, geometry).make(one, profile_window=window) for one in prompts]
+    slabs = sum(geometry.slabs_for(len(prompt) + steps) for prompt in prompts)
+    store = HostKvStore(geometry, slabs * (geometry.slab_bytes + 4096), model_key=b"")
+    step = step_for(decoder, store, window, CpuPool(), planner=planner, max_rows=1)
     levels, shares = [], []
-    for prompt in prompts:
-        held = PromptMaker(decoder, geometry).make(prompt, profile_window=window)
-        token = held.first_token_id
-        slabs = geometry.slabs_for(len(prompt) + steps)
-        store = HostKvStore(geometry, slabs * (geometry.slab_bytes + 4096), model_key=b"")
-        sequence = held.store_into(store, prompt, steps)
-        state = planner.new_state(held.profiles)
-        attention = _RecordingAttention(
-            store, window, num_heads=config.num_heads, pool=CpuPool(), planner=planner
-        )
+    for prompt, kv in zip(prompts, held, strict=True):
+        token = kv.first_token_id
+        sequence = kv.store_into(store, prompt, steps)
+        state = planner.new_state(kv.profiles)
+        kept = _KeptPlans(chosen, [])
+        slot, greedy = step.join(sequence), TokenSampler(SamplingParams())
         for _ in range(steps):
-            attention.plans = []
             region = window.retrieval_region(sequence.num_tokens + 1)
-            attention.begin_step([sequence], [parse_policy(policy)], [state])
-            with torch.inference_mode():
-                hidden = decoder(
-                    torch.tensor([token]), torch.tensor([sequence.num_tokens]), attention
-                )
-                token = int(decoder.logits(hidden).argmax())
-            attention.end_step()
-            step_levels, step_shares = _shares(attention.plans, region)
+            logits, _ = step.run([StepRow(sequence, slot, token, kept, state)])
+            token = greedy.sample(logits[0])
+            step_levels, step_shares = _shares(kept.steps[-1], region, config.num_layers)
             levels.append(step_levels)
             shares.append(step_shares)
+        step.leave(slot)
+        sequence.release()
     return torch.stack(levels), torch.stack(shares)
 
 

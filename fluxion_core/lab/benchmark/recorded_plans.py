@@ -16,10 +16,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fluxion_core.decode.work import GivenPlan
 from fluxion_core.errors import ConfigError
 from fluxion_core.geometry import BLOCK_SIZES, ceil_div
+from fluxion_core.lab.benchmark.replayed_policy import ReplayedPolicy
 from fluxion_core.models.config import ModelConfig
+from fluxion_core.planning.policy import PredictedPolicy
 
 
 @dataclass(frozen=True)
@@ -61,14 +62,22 @@ class RecordedPlans:
         except Exception as error:
             raise ConfigError(f"recorded plans {path}: {error}") from None
 
-    def plan_for(self, config: ModelConfig, region: range, step: int, row: int) -> GivenPlan:
-        """One step's plan of a shape.
+    def policy_for(
+        self,
+        config: ModelConfig,
+        region: range,
+        step: int,
+        row: int,
+        behind: PredictedPolicy | None = None,
+    ) -> ReplayedPolicy:
+        """One row's policy for one step of a shape.
 
         Args:
             config: of the shape.
             region: in tokens.
             step: any number; the recorded steps are gone through in a circle.
             row: of the batch; rows and groups are at different steps.
+            behind: whose plans are made all the same.
         """
         steps, layers, kv_heads = self.levels.shape
         group = self.shares.shape[2] // kv_heads
@@ -86,4 +95,4 @@ class RecordedPlans:
         )
         total = totals[levels.clamp(min=0).long()][..., None]
         budgets = torch.ceil(chosen * total * (1 - 1e-6)).int()
-        return GivenPlan(levels.contiguous(), budgets.flatten(1).contiguous())
+        return ReplayedPolicy(levels.contiguous(), budgets.flatten(1).contiguous(), behind)

@@ -14,7 +14,8 @@ from statistics import median, stdev
 import torch
 from rich.console import Console
 
-from fluxion_core.decode.host.attention import HybridAttention
+from fluxion_core.decode.host.attention import HostAttention
+from fluxion_core.decode.step import StepRow
 from fluxion_core.geometry import BLOCK_TOKENS, KvGeometry, WindowSpec, ceil_div
 from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.observe.trace import TraceRecorder
@@ -63,15 +64,16 @@ def measure_recording(tokens: int = 1000, *, turns: int = 60) -> RecordingCost:
         sequence.write_blocks(layer, 0, tokens, payload)
     sequence.commit()
     pool = CpuPool(1)
-    attention = HybridAttention(store, WindowSpec(), num_heads=NUM_HEADS, pool=pool)
+    attention = HostAttention(store, WindowSpec(), num_heads=NUM_HEADS, pool=pool)
     recorder = TraceRecorder(PoolSpans(pool))
+    row = StepRow(sequence, 0, 0, FixedPolicy(block_size=16, budget=0.05))
     query = torch.randn(1, NUM_HEADS, GEOMETRY.head_dim)
     key = torch.randn(1, GEOMETRY.num_kv_heads, GEOMETRY.head_dim)
 
     def step() -> float:
         begin = time.thread_time()
         with recorder.step(1):
-            attention.begin_step([sequence], [FixedPolicy(block_size=16, budget=0.05)])
+            attention.begin_step([row])
             for layer in range(GEOMETRY.num_layers):
                 attention.attend(layer, query, key, key)
             # What it appended is overwritten by the next step: this one is never ended.

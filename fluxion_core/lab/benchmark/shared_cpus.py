@@ -32,10 +32,10 @@ from rich.table import Table
 from fluxion_core.config.command_options import JsonOption, Numbers, Texts
 from fluxion_core.config.commands import Command, run_module, within
 from fluxion_core.decode.device.step import DeviceStep
-from fluxion_core.decode.host.attention import HybridAttention
+from fluxion_core.decode.host.attention import HostAttention
 from fluxion_core.decode.host.decoder import HostDecoder
 from fluxion_core.decode.host.step import HostStep
-from fluxion_core.decode.work import StepRow
+from fluxion_core.decode.step import StepRow
 from fluxion_core.geometry import KvGeometry, WindowSpec
 from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.lab.benchmark.model_shapes import fill_sequences, random_decoder, shape_named
@@ -185,7 +185,7 @@ class SharedCpusBench:
     def _make_step(self, pool: CpuPool) -> HostStep | DeviceStep:
         config = self.config
         if self.device.type == "cpu":
-            attention = HybridAttention(
+            attention = HostAttention(
                 self.store,
                 self.window,
                 num_heads=config.num_heads,
@@ -218,7 +218,6 @@ class SharedCpusBench:
         name: str,
     ) -> tuple[float, str]:
         plans = RecordedPlans.load(Path(name)) if name.endswith(".safetensors") else None
-        policy: Policy = parse_policy(name) if plans is None else _FOLLOWS_A_RECORD
         region = self.window.retrieval_region(context + 1)
         turns = []
         for number in range(WARM_UP_STEPS + self.options.steps):
@@ -226,16 +225,18 @@ class SharedCpusBench:
             for index, sequence in enumerate(self.sequences):
                 # The same step again and again: what the last one appended is overwritten.
                 sequence.num_tokens = context
-                given = None
-                if plans is not None:
-                    given = plans.plan_for(self.config, region, number, index)
+                policy: Policy = (
+                    parse_policy(name)
+                    if plans is None
+                    else plans.policy_for(self.config, region, number, index, _FOLLOWS_A_RECORD)
+                )
                 token = (number * 7919 + index) % self.config.vocab_size
                 state = self.states[index]
-                rows.append(StepRow(sequence, slots[index], token, policy, state, given))
+                rows.append(StepRow(sequence, slots[index], token, policy, state))
             start = time.perf_counter()
             step.run(rows)
             turns.append(time.perf_counter() - start)
-        return median(turns[WARM_UP_STEPS:]) * 1e3, plans.policy if plans else str(policy)
+        return median(turns[WARM_UP_STEPS:]) * 1e3, plans.policy if plans else name
 
 
 @contextmanager

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fluxion_core.decode.host.attention import HybridAttention
+from fluxion_core.decode.host.attention import HostAttention
+from fluxion_core.decode.step import StepRow
 from fluxion_core.errors import CapacityError, ConfigError, ContextLengthError
 from fluxion_core.generation.tokenizer import Tokenizer
 from fluxion_core.geometry import KvGeometry, WindowSpec
@@ -86,7 +87,7 @@ class Runner:
         self._window = window or WindowSpec()
         self._batch = batch
         self._planner = planner
-        self._attention = HybridAttention(
+        self._attention = HostAttention(
             self._store,
             self._window,
             num_heads=config.num_heads,
@@ -240,9 +241,11 @@ class Runner:
         token_ids = torch.tensor([*(inputs[branch] for branch in going), *spare])
         positions = torch.tensor([*places, *spare])
         self._attention.begin_step(
-            [branch.kv for branch in going],
-            [branch.way.policy for branch in going],
-            [branch.state for branch in going],
+            [
+                StepRow(branch.kv, 0, token_id, branch.way.policy, branch.state)
+                for branch, token_id in inputs.items()
+                if token_id is not None
+            ]
         )
         hidden = self._decoder(token_ids, positions, _PaddedAttention(self._attention, len(going)))
         reads = self._attention.end_step()
@@ -308,7 +311,7 @@ class Runner:
 class _PaddedAttention:
     """Attention of the first rows of a step; the others are there for their number alone."""
 
-    def __init__(self, attention: HybridAttention, rows: int) -> None:
+    def __init__(self, attention: HostAttention, rows: int) -> None:
         self._attention, self._rows = attention, rows
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

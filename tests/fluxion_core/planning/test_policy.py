@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from fluxion_core.errors import ConfigError
+from fluxion_core.kernels import _native
 from fluxion_core.planning.constants import READ_ALL
-from fluxion_core.planning.policy import ExactPolicy, FixedPolicy, StepPlan, parse_policy
+from fluxion_core.planning.policy import ExactPolicy, FixedPolicy, PlanInputs, Policy, parse_policy
 
 
 @pytest.mark.parametrize(
@@ -42,8 +43,11 @@ def test_budgets_are_shares_of_the_regions_blocks_rounded_up():
     assert FixedPolicy(16, 0.5).num_blocks(range(64, 64)) == 0
 
 
-def test_a_plan_has_a_row_for_every_sequence():
-    policies = [ExactPolicy(), FixedPolicy(64, 0.5)]
-    plan = StepPlan(policies, [range(64, 640), range(64, 640)], num_kv_heads=2, num_heads=6)
-    assert plan.levels.tolist() == [[READ_ALL] * 2, [2, 2]]
-    assert plan.budgets.tolist() == [[0] * 6, [5] * 6]
+def test_policies_that_need_no_profile_give_all_heads_and_layers_the_same_plan():
+    def no_network(policy: Policy) -> _native.PlanSource:
+        raise AssertionError(policy)
+
+    inputs = PlanInputs(range(64, 640), num_kv_heads=2, num_heads=6, predicted=no_network)
+    for layer in (0, 7):
+        assert ExactPolicy().plans(inputs).plan(layer) == ([READ_ALL] * 2, [0] * 6)
+        assert FixedPolicy(64, 0.5).plans(inputs).plan(layer) == ([2, 2], [5] * 6)

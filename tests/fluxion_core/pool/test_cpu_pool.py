@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 
+import numpy as np
 import pytest
 import torch
 
@@ -44,14 +45,14 @@ class Round:
             self.tables.append(table)
             end = max(64, (length - 256) // 16 * 16)
             rows.append((table.data_ptr(), length, 64, end, 1))
-        self.sequences = torch.tensor(rows)
         self.query = torch.randn(len(LENGTHS), HEADS, 64, generator=generator)
-        self.levels = torch.tensor([[0, 3], [-1, 0], [1, -1], [-2, 2], [0, 0]], dtype=torch.int32)
-        self.budgets = torch.full((len(LENGTHS), HEADS), 12, dtype=torch.int32)
+        self.levels = np.array([[0, 3], [-1, 0], [1, -1], [-2, 2], [0, 0]], np.int32)
+        budgets = np.full((1, HEADS), 12, np.int32)
+        plans = [_native.GivenPlans(of_row[None], budgets) for of_row in self.levels]
         self.output = torch.empty(len(LENGTHS), HEADS, 64)
         self.lse = torch.empty(len(LENGTHS), HEADS)
         self.tasks = _native.LayerAttention(
-            native_layout(GEOMETRY), self.sequences.data_ptr(), len(LENGTHS), HEADS
+            native_layout(GEOMETRY), np.array(rows, np.int64), HEADS, plans
         )
 
     def submit(self, pool: CpuPool) -> None:
@@ -61,8 +62,6 @@ class Round:
             0,
             self.query.data_ptr(),
             self.query.stride(0),
-            self.levels.data_ptr(),
-            self.budgets.data_ptr(),
             self.output.data_ptr(),
             self.lse.data_ptr(),
             0,

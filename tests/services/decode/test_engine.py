@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fluxion_core.decode.work import StepReads, StepRow
+from fluxion_core.decode.step import DecodeStep, StepReads, StepRow
 from fluxion_core.errors import CapacityError, DeviceError, FluxionError, NonFiniteLogitsError
 from fluxion_core.generation.sampling import SamplingParams, sample
 from fluxion_core.observe.device_usage import DeviceUsage
@@ -32,17 +32,37 @@ READS = StepReads(
 NO_REGION = StepReads(scanned_bytes=0, attended_bytes=0)
 
 
-class FakeStep:
+class FakeStep(DecodeStep):
     """Always makes token 1. Every step of a sequence with a policy that chooses reads READS.
 
     A sequence whose KV has a `fault` cannot `join`, has no `room`, or gets NaN `logits`.
     """
 
-    def __init__(self, usage: DeviceUsage | None = None, failure: Exception | None = None) -> None:
-        self.usage = usage
+    def __init__(
+        self, usage: DeviceUsage | None = None, failure: Exception | None = None, threads: int = 1
+    ) -> None:
+        self._usage = usage
         self.failure = failure
+        self.pool = CpuPool(threads)
         self.ran: list[list[StepRow]] = []
         self.slots: set[int] = set()
+
+    @property
+    def usage(self):
+        return self._usage
+
+    @property
+    def span_source(self):
+        raise NotImplementedError
+
+    def compute_chunk(self, sequence, token_ids, profile_window):
+        raise NotImplementedError
+
+    def advance_profile(self, profiling):
+        raise NotImplementedError
+
+    def close(self):
+        pass
 
     def join(self, sequence):
         if fault_of(sequence) == "join":
@@ -230,10 +250,10 @@ def test_what_is_wrong_with_one_sequence_ends_that_one_only(fault, expected) -> 
     assert theirs.empty()
 
 
-@pytest.mark.parametrize("threads", [None, 2])
+@pytest.mark.parametrize("threads", [1, 2])
 def test_sequences_of_a_step_are_sampled_as_each_would_be_alone(threads) -> None:
-    step, ends = FakeStep(), queue.Queue()
-    engine = DecodeEngine(step, pool=None if threads is None else CpuPool(threads))
+    step, ends = FakeStep(threads=threads), queue.Queue()
+    engine = DecodeEngine(step)
     sequences = []
     for seed in range(5):
         one = sequence_of(ExactPolicy(), None, 8, ends)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import queue
 from types import SimpleNamespace
 
-import pytest
 import torch
 
-from fluxion_core.decode.host.chunk import PromptEnd
+from fluxion_core.decode.chunk import PromptEnd
 from fluxion_core.errors import FluxionError
 from fluxion_core.geometry import WindowSpec
 from fluxion_core.planning.policy import ExactPolicy, ThresholdPolicy
@@ -69,8 +68,15 @@ def prompt_of(
     return sequence
 
 
+def step_with(step: FakeStep, prompts: FakePrompts) -> FakeStep:
+    """The step, whose prompts these are."""
+    step.compute_chunk = prompts.compute_chunk
+    step.advance_profile = prompts.advance_profile
+    return step
+
+
 def run(step: FakeStep, prompts: FakePrompts, sequences, ends: queue.Queue) -> list:
-    engine = DecodeEngine(step, prompts=prompts)
+    engine = DecodeEngine(step_with(step, prompts))
     for sequence in sequences:
         engine.submit(sequence)
     engine.start()
@@ -206,7 +212,7 @@ def test_chunks_are_told_and_the_load_says_what_is_left():
         told.append((tokens, stored))
         loads.append(engine.load())
 
-    engine = DecodeEngine(step, prompts=FakePrompts(step), on_chunk=on_chunk)
+    engine = DecodeEngine(step_with(step, FakePrompts(step)), on_chunk=on_chunk)
     stream = sequence_of(ExactPolicy(), None, 9, ends)
     engine.submit(stream)
     engine.submit(prompt_of(50, 0, ends, stored=30))
@@ -245,8 +251,3 @@ def test_a_prompt_that_is_given_up_is_computed_no_further():
     sequence = prompt_of(5, 2, ends, is_cancelled=True)
     assert run(step, prompts, [sequence], ends) == [None]
     assert prompts.ran == []
-
-
-def test_an_engine_that_computes_no_prompts_says_so():
-    with pytest.raises(FluxionError, match="computes no prompts"):
-        DecodeEngine(FakeStep()).submit(prompt_of(5, 2, queue.Queue()))

@@ -729,7 +729,7 @@ async def test_who_does_not_read_keeps_neither_memory_nor_place(
 async def test_a_step_that_fails_is_an_internal_error_with_a_request_id_only(
     start_prefill, start_decode, open_stub, monkeypatch: pytest.MonkeyPatch
 ):
-    from fluxion_core.decode.host.attention import HybridAttention
+    from fluxion_core.decode.host.attention import HostAttention
 
     def broken(self, layer, query, key, value):
         raise ZeroDivisionError("secret detail")
@@ -737,7 +737,7 @@ async def test_a_step_that_fails_is_an_internal_error_with_a_request_id_only(
     async with start_prefill() as prefill, start_decode(prefill.address) as node:
         async with open_stub(node.address) as stub:
             with monkeypatch.context() as patch:
-                patch.setattr(HybridAttention, "attend", broken)
+                patch.setattr(HostAttention, "attend", broken)
                 failure = await failure_of(stub, request_of(request_id="r-1"))
             assert failure.code() is grpc.StatusCode.INTERNAL
             assert "r-1" in failure.details()

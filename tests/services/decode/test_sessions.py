@@ -9,10 +9,7 @@ import grpc
 import pytest
 
 from fluxion_core.decode.host.step import HostStep
-from fluxion_core.errors import ConfigError
 from fluxion_proto.v1 import generate_pb2
-from services.decode.__main__ import local_prefill_limit
-from services.decode.config import DecodeSettings, EngineSettings
 
 TURNS = ([*range(3, 203)], [7, 9, 11, *range(40, 70)], [5] * 21, [*range(250, 0, -1)])
 """What each turn adds, in tokens of the toy model."""
@@ -187,23 +184,6 @@ async def test_a_session_whose_client_went_away_can_go_on(
             open_stub(other.address) as alone,
         ):
             assert tokens == (await answer_of(alone, follow_up))[0]
-
-
-@pytest.mark.parametrize(("asked", "limit"), [(None, None), (0, 0), (9, 9)])
-def test_where_steps_run_on_the_cpu_a_setting_says_what_is_computed_here(asked, limit):
-    settings = DecodeSettings(engine=EngineSettings(local_prefill_tokens=asked))
-    step = HostStep.__new__(HostStep)
-    assert local_prefill_limit(settings, step) == limit
-
-
-def test_where_steps_run_on_a_gpu_no_prompt_is_computed_and_who_asks_is_told():
-    step = object()
-    for asked in (None, 0):
-        settings = DecodeSettings(engine=EngineSettings(local_prefill_tokens=asked))
-        assert local_prefill_limit(settings, step) == 0
-    settings = DecodeSettings(engine=EngineSettings(local_prefill_tokens=9))
-    with pytest.raises(ConfigError, match="decodes on a GPU"):
-        local_prefill_limit(settings, step)
 
 
 async def test_without_a_prefill_node_and_a_limit_prompts_of_any_length_are_computed_here(

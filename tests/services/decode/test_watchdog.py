@@ -29,7 +29,7 @@ threading.Event().wait()
 class StuckStep:
     """Steps that do not end before they are told to."""
 
-    usage = None
+    usage = pool = None
 
     def __init__(self) -> None:
         self.may_end = threading.Event()

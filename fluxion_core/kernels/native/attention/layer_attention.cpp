@@ -22,10 +22,13 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 }  // namespace
 
 LayerAttention::LayerAttention(const SlabLayout& layout, const int64_t* sequences, int64_t batch,
-                               int64_t heads)
-    : layout_(layout), group_(heads / layout.kv_heads), heads_(heads) {
+                               int64_t heads, std::vector<std::shared_ptr<PlanSource>> sources)
+    : layout_(layout), group_(heads / layout.kv_heads), heads_(heads), sources_(std::move(sources)) {
   if (heads <= 0 || heads % layout.kv_heads || group_ > kMaxGroup) {
     throw std::invalid_argument("query heads: a multiple of the KV heads, up to 16 to each");
+  }
+  if (sources_.size() != size_t(batch)) {
+    throw std::invalid_argument("as many sources of plans as rows");
   }
   attend_chunk_blocks_ = int32_t(std::max<int64_t>(1, kAttendChunkBytes / layout.block_bytes));
   for (int64_t i = 0; i < batch; ++i, sequences += 5) {
@@ -36,79 +39,72 @@ LayerAttention::LayerAttention(const SlabLayout& layout, const int64_t* sequence
   priorities_.resize(tasks_.size());
   read_bytes_.resize(size_t(batch));
   group_counts_.resize(size_t(batch));
-  rankers_.resize(size_t(batch));
-  told_.resize(size_t(batch));
-}
-
-void LayerAttention::check_shape(const Planner& planner) const {
-  if (planner.heads != heads_ || planner.kv_heads != layout_.kv_heads ||
-      planner.head_dim != layout_.head_dim) {
-    throw std::invalid_argument("the planner is of a model of another shape");
+  for (size_t row = 0; row < sources_.size(); ++row) {
+    if (!has_region(row)) {
+      sources_[row] = nullptr;
+      continue;
+    }
+    if (!sources_[row]) throw std::invalid_argument("a row with a region has no source of plans");
+    const Planner* ranker = sources_[row]->ranker();
+    if (ranker) check_shape(*ranker, layout_, heads_);
+    sources_[row]->begin(layout_, int64_t(row), sequences_[row], plan_);
   }
 }
 
-void LayerAttention::predict(int64_t row, const Planner& planner, PlannerState& state,
-                             bool by_price, float number) {
-  check_shape(planner);
-  const SequenceView& sequence = sequences_[size_t(row)];
-  if (sequence.region_end <= sequence.region_begin) return;
-  if (!plan_) plan_ = std::make_unique<LayerPlan>(layout_, planner);
-  plan_->add(row, sequence, state, by_price, number);
-  rank_by(row, planner);
-  predicted_.push_back(&state);
+bool LayerAttention::may_read(int64_t layer) const {
+  return std::any_of(sources_.begin(), sources_.end(), [layer](const auto& source) {
+    return source && source->may_read(layer);
+  });
 }
 
-void LayerAttention::plan_elsewhere(int64_t row, const Planner& planner, float* told,
-                                    int64_t told_stride) {
-  check_shape(planner);
-  const SequenceView& sequence = sequences_[size_t(row)];
-  if (sequence.region_end <= sequence.region_begin) return;
-  rank_by(row, planner);
-  const int64_t size = (int64_t(kBlockTokens) << kCoarseLevel) * layout_.record_blocks(kCoarseLevel);
-  const int64_t records = ceil_div(sequence.region_end, size) - sequence.region_begin / size;
-  told_[size_t(row)] = {told, told_stride,
-                        layout_.kv_heads * records * layout_.record_bytes(kCoarseLevel)};
+bool LayerAttention::needs_new_tokens() const {
+  return std::any_of(sources_.begin(), sources_.end(), [](const auto& source) {
+    return source && source->needs_new_tokens();
+  });
 }
 
 void LayerAttention::submit(TaskPool& pool, int64_t layer, const float* query,
-                            int64_t query_stride, const int32_t* levels, const int32_t* budgets,
-                            float* output, float* lse, int64_t wake_bytes, bool others_only,
-                            Consumer* consumer) {
+                            int64_t query_stride, float* output, float* lse, int64_t wake_bytes,
+                            bool others_only, Consumer* consumer) {
   query_ = query;
   query_stride_ = query_stride;
   output_ = output;
   lse_ = lse;
   if (plan_) plan_->run_layer(pool, layer, query, query_stride, wake_bytes);
-  prepare(layer, levels, budgets);
+  prepare(layer);
   // Too little to wake anybody for is done by who waits.
   if (!others_only && total_priority() < wake_bytes) consumer = nullptr;
   pool.submit(this, priorities_, wake_bytes, false, others_only, consumer);
 }
 
-void LayerAttention::skip_layer(int64_t layer, const int32_t* levels, const int32_t* budgets) {
-  prepare(layer, levels, budgets);
+void LayerAttention::skip_layer(int64_t layer) {
+  prepare(layer);
   for (const Task& task : tasks_) count_groups(task);
 }
 
-void LayerAttention::prepare(int64_t layer, const int32_t* levels, const int32_t* budgets) {
+// The one place where plans come from their sources to the tasks.
+void LayerAttention::prepare(int64_t layer) {
   layer_ = layer;
-  for (size_t i = 0; i < tasks_.size(); ++i) {
-    Task& task = tasks_[i];
-    task.sequence = int64_t(i) / layout_.kv_heads;
-    task.kv_head = int64_t(i) % layout_.kv_heads;
-    task.seen = plan_ ? plan_->seen(task.sequence, task.kv_head) : nullptr;
-    task.level = task.seen ? task.seen->level : levels[i];
-    task.budgets = task.seen ? task.seen->budgets : budgets + int64_t(i) * group_;
-    task.bytes = {};
-    std::fill_n(task.head_blocks, group_, 0);
-    const SequenceView& sequence = sequences_[size_t(task.sequence)];
-    if (sequence.region_end <= sequence.region_begin) task.level = kReadNothing;
-    if (task.level >= 0) {
-      const int64_t size = int64_t(kBlockTokens) << task.level;
-      task.first_block = int32_t(sequence.region_begin / size);
-      task.num_blocks = int32_t(ceil_div(sequence.region_end, size)) - task.first_block;
+  for (size_t row = 0; row < sources_.size(); ++row) {
+    const SequenceView& sequence = sequences_[row];
+    const RowPlan plan = sources_[row] ? sources_[row]->plan(layer) : RowPlan{};
+    for (int64_t kv_head = 0; kv_head < layout_.kv_heads; ++kv_head) {
+      const size_t index = row * size_t(layout_.kv_heads) + size_t(kv_head);
+      Task& task = tasks_[index];
+      task.sequence = int64_t(row);
+      task.kv_head = kv_head;
+      task.level = plan.levels ? plan.levels[kv_head] : kReadNothing;
+      task.budgets = plan.budgets ? plan.budgets + kv_head * group_ : nullptr;
+      task.sight = plan.sights ? plan.sights + kv_head : nullptr;
+      task.bytes = {};
+      std::fill_n(task.head_blocks, group_, 0);
+      if (task.level >= 0) {
+        const int64_t size = int64_t(kBlockTokens) << task.level;
+        task.first_block = int32_t(sequence.region_begin / size);
+        task.num_blocks = int32_t(ceil_div(sequence.region_end, size)) - task.first_block;
+      }
+      priorities_[index] = planned_bytes(task);
     }
-    priorities_[i] = planned_bytes(task);
   }
 }
 
@@ -132,7 +128,8 @@ void LayerAttention::describe(int32_t index, const float* queries, LaneTask* to)
   to->level = task.level;
   to->first_block = task.level >= 0 ? task.first_block : 0;
   to->num_blocks = task.level >= 0 ? task.num_blocks : 0;
-  const Planner* ranker = rankers_[size_t(task.sequence)];
+  const PlanSource* source = sources_[size_t(task.sequence)].get();
+  const Planner* ranker = source ? source->ranker() : nullptr;
   const float lack = task.level >= 0 && ranker ? 1.0f - ranker->radii[size_t(task.level)] : 0.0f;
   to->radius_lack = 0;
   std::memcpy(&to->radius_lack, &lack, sizeof lack);
@@ -146,16 +143,13 @@ void LayerAttention::describe(int32_t index, const float* queries, LaneTask* to)
 void LayerAttention::finish_elsewhere(int32_t index, const LaneStatistics& read) {
   Task& task = tasks_[size_t(index)];
   task.bytes = {read.digest_bytes, read.kv_bytes};
-  if (task.seen) task.bytes.scanned += task.seen->scanned_bytes;
+  if (task.sight) task.bytes.scanned += task.sight->scanned_bytes;
   const int64_t region = region_blocks(task);
   for (int64_t head = 0; head < group_; ++head) {
     // The blocks at the region's ends may be cut; that is not told here.
     task.head_blocks[head] =
         task.level >= 0 ? std::min(int64_t(task.budgets[head]) << task.level, region) : region;
-    if (!task.seen) continue;
-    const int64_t in_layer = task.kv_head * group_ + head;
-    plan_->remember(task.sequence, in_layer, lse_[task.sequence * heads_ + in_layer],
-                    float(task.head_blocks[head]) / float(region));
+    tell(task, head, lse_[task.sequence * heads_ + task.kv_head * group_ + head]);
   }
 }
 
@@ -164,16 +158,11 @@ int64_t LayerAttention::region_blocks(const Task& task) const {
   return (sequence.region_end - sequence.region_begin) / kBlockTokens;
 }
 
-// What the next step's plan will know of this one, to who makes it.
-void LayerAttention::tell(const Task& task) {
-  const Told& told = told_[size_t(task.sequence)];
-  if (told.of_layer == nullptr) return;
-  for (int64_t head = 0; head < group_; ++head) {
-    const int64_t in_layer = task.kv_head * group_ + head;
-    float* to = told.of_layer + layer_ * told.stride + in_layer * 2;
-    to[0] = lse_[task.sequence * heads_ + in_layer];
-    to[1] = float(task.head_blocks[head]) / float(region_blocks(task));
-  }
+void LayerAttention::tell(const Task& task, int64_t head, float lse) {
+  PlanSource* source = sources_[size_t(task.sequence)].get();
+  if (source == nullptr || !source->wants_reads()) return;
+  const float share = float(task.head_blocks[head]) / float(region_blocks(task));
+  source->head_read(layer_, task.kv_head * group_ + head, lse, share);
 }
 
 void LayerAttention::finish_layer() {
@@ -182,13 +171,14 @@ void LayerAttention::finish_layer() {
     total.scanned += task.bytes.scanned;
     total.attended += task.bytes.attended;
     count_groups(task);
-    tell(task);
   }
-  for (size_t row = 0; row < told_.size(); ++row) {
-    read_bytes_[row].scanned += told_[row].scanned_bytes;
-    read_bytes_[row].scanned_for_plans += told_[row].scanned_bytes;
+  for (size_t row = 0; row < sources_.size(); ++row) {
+    if (!sources_[row]) continue;
+    const int64_t scanned = sources_[row]->bytes_scanned_elsewhere();
+    read_bytes_[row].scanned += scanned;
+    read_bytes_[row].scanned_for_plans += scanned;
+    sources_[row]->layer_read(layer_);
   }
-  for (PlannerState* state : predicted_) state->known[size_t(layer_)] = 1;
 }
 
 void LayerAttention::count_groups(const Task& task) {
@@ -212,7 +202,7 @@ int64_t LayerAttention::planned_bytes(const Task& task) const {
   const SequenceView& sequence = sequences_[size_t(task.sequence)];
   const int64_t token_bytes = layout_.block_bytes / kBlockTokens;
   const int64_t region = sequence.region_end - sequence.region_begin;
-  int64_t bytes = sequence.attends_rest && !task.seen ? (sequence.num_tokens - region) * token_bytes : 0;
+  int64_t bytes = sequence.attends_rest && !task.sight ? (sequence.num_tokens - region) * token_bytes : 0;
   if (task.level == kReadAll) bytes += region * token_bytes;
   if (task.level < 0) return bytes;
   int64_t blocks = 0;
@@ -252,10 +242,10 @@ int32_t LayerAttention::open_scores(Task& task) {
   const SequenceView& sequence = sequences_[size_t(task.sequence)];
   task.chosen.resize(size_t(ceil_div(task.num_blocks, 64) * group_));
   task.select_scratch.resize(size_t(top_scratch_bytes(task.num_blocks) * group_));
-  if (task.seen && task.level == kCoarseLevel) {
+  if (task.sight && task.level == kCoarseLevel) {
     // They were scored for the plan.
-    task.scores_from = task.seen->coarse_scores;
-    task.score_stride = task.seen->score_stride;
+    task.scores_from = task.sight->coarse_scores;
+    task.score_stride = task.sight->score_stride;
     return 0;
   }
   const int32_t width = layout_.record_blocks(task.level);
@@ -274,8 +264,8 @@ int32_t LayerAttention::open_attend(Task& task) {
   const uint16_t all = uint16_t((1u << group_) - 1);
   task.runs.clear();
   task.chunks.clear();
-  const bool attends_rest = sequence.attends_rest && !task.seen;
-  if (task.seen) task.bytes.scanned += task.seen->scanned_bytes;
+  const bool attends_rest = sequence.attends_rest && !task.sight;
+  if (task.sight) task.bytes.scanned += task.sight->scanned_bytes;
   if (attends_rest) add_range(task, 0, std::min(sequence.region_begin, sequence.num_tokens), all);
   if (task.level == kReadAll) {
     add_range(task, sequence.region_begin, sequence.region_end, all);
@@ -371,7 +361,8 @@ void LayerAttention::run(int32_t index, int32_t phase, int32_t chunk) {
       const int32_t total = int32_t(task.records.size());
       const int32_t in_chunk = int32_t(chunk_records(task.level));
       const int32_t first = chunk * in_chunk, count = std::min(in_chunk, total - first);
-      const Planner* ranker = rankers_[size_t(task.sequence)];
+      const PlanSource* source = sources_[size_t(task.sequence)].get();
+  const Planner* ranker = source ? source->ranker() : nullptr;
       const float radius = ranker ? ranker->radii[size_t(task.level)] : 1.0f;
       return score_records(layout_.digest_bits, query, group, head_dim, radius,
                            task.records.data() + first, count, total - first - count, width,
@@ -401,6 +392,8 @@ void LayerAttention::close(int32_t index) {
   Task& task = tasks_[size_t(index)];
   const int64_t dim = layout_.head_dim;
   const bool attends_rest = sequences_[size_t(task.sequence)].attends_rest;
+  const PlanSource* source = sources_[size_t(task.sequence)].get();
+  const bool tells = source != nullptr && source->wants_reads();
   for (int64_t head = 0; head < group_; ++head) {
     const int64_t in_layer = task.kv_head * group_ + head;
     const int64_t row = task.sequence * heads_ + in_layer;
@@ -410,8 +403,8 @@ void LayerAttention::close(int32_t index) {
       highest = std::max(highest, partial(task, int32_t(chunk)).highest[head]);
     }
     const float highest_read = highest;
-    if (task.seen && attends_rest) {
-      highest = std::max(highest, task.seen->window.highest[head]);
+    if (task.sight && attends_rest) {
+      highest = std::max(highest, task.sight->window.highest[head]);
     }
     std::fill(output, output + dim, 0.0f);
     float weight_sum = 0.0f;
@@ -423,13 +416,11 @@ void LayerAttention::close(int32_t index) {
       for (int64_t i = 0; i < dim; ++i) output[i] += sums[i] * factor;
     };
     for (size_t chunk = 0; chunk < task.chunks.size(); ++chunk) add(partial(task, int32_t(chunk)));
-    if (task.seen) {
+    if (tells) {
       const bool any = highest_read != kMinusInfinity;
-      const float lse = any ? (highest + std::log2(weight_sum)) * kLn2 : kMinusInfinity;
-      plan_->remember(task.sequence, in_layer, lse,
-                      float(task.head_blocks[head]) / float(region_blocks(task)));
-      if (attends_rest) add(task.seen->window);
+      tell(task, head, any ? (highest + std::log2(weight_sum)) * kLn2 : kMinusInfinity);
     }
+    if (task.sight && attends_rest) add(task.sight->window);
     if (highest == kMinusInfinity) {
       lse_[row] = kMinusInfinity;
       continue;

@@ -12,10 +12,11 @@
 #include <utility>
 #include <vector>
 
-#include "attention/lane_task.h"
 #include "operations/kernel_table.h"
-#include "operations/slab_layout.h"
+#include "attention/lane_task.h"
 #include "plan/layer_plan.h"
+#include "plan/plan_source.h"
+#include "operations/slab_layout.h"
 #include "pool/task_pool.h"
 
 namespace fluxion {
@@ -35,35 +36,26 @@ struct GroupCounts {
 
 class LayerAttention final : public Work {
  public:
-  LayerAttention(const SlabLayout& layout, const int64_t* sequences, int64_t batch, int64_t heads);
+  // sequences: [batch] rows of 5 numbers, see SequenceView. sources: [batch], of each row's plans; null
+  // where the row has no region.
+  LayerAttention(const SlabLayout& layout, const int64_t* sequences, int64_t batch, int64_t heads,
+                 std::vector<std::shared_ptr<PlanSource>> sources);
 
-  // Before the first layer: this row's plans are made anew in every layer, by this planner. Rows
-  // without a region stay as they are. number: 2 log(threshold), or the price.
-  void predict(int64_t row, const Planner& planner, PlannerState& state, bool by_price,
-               float number);
+  // Whether any row's plan of this layer may be to read something: known before the layer.
+  bool may_read(int64_t layer) const;
 
-  // Before the first layer: this row's plans are made by another device, which has `planner` and scans
-  // the coarsest digests for them; they come as levels and budgets. told: of layer 0, [heads][2], takes
-  // lse and share of the region of what was read; the next layer's lie told_stride floats on.
-  void plan_elsewhere(int64_t row, const Planner& planner, float* told, int64_t told_stride);
+  // Whether a layer's new tokens must be in the store before `submit`, for the plans.
+  bool needs_new_tokens() const;
 
-  // Before the first layer: choose this row's blocks by scores with the planner's radii. Otherwise, by
-  // the bounds of Quest.
-  void rank_by(int64_t row, const Planner& planner) { rankers_[size_t(row)] = &planner; }
-
-  // Whether plans are made here: then the layer's new tokens must be in the store before `submit`.
-  bool makes_plans() const { return plan_ != nullptr; }
-
-  // Start a layer on the pool, after its plans have been made where they are. Everything pointed to must live until the pool's `wait` returns.
+  // Start a layer on the pool, once each row's source has said what to read. Everything pointed to must
+  // live until the pool's `wait` returns.
   //   query    [batch] rows of [heads][head_dim], query_stride apart, unscaled
-  //   levels   [batch][kv_heads]  level of digests, or kReadAll, or kReadNothing
-  //   budgets  [batch][heads]     blocks of that level that each query head reads; of rows whose
-  //            plans are made here, neither counts
   //   output   [batch][heads][head_dim], normalised; zeros where nothing was read
   //   lse      [batch][heads], natural log; -inf where nothing was read
+  // Throws what PlanSource::plan does.
   void submit(TaskPool& pool, int64_t layer, const float* query, int64_t query_stride,
-              const int32_t* levels, const int32_t* budgets, float* output, float* lse,
-              int64_t wake_bytes, bool others_only = false, Consumer* consumer = nullptr);
+              float* output, float* lse, int64_t wake_bytes, bool others_only = false,
+              Consumer* consumer = nullptr);
 
   // What the last layer's task of this sequence and KV head attended to.
   const std::vector<BlockRun>& runs(int64_t sequence, int64_t kv_head) const {
@@ -92,8 +84,8 @@ class LayerAttention final : public Work {
   int64_t total_priority() const;
   int64_t total_scan_bytes() const;
 
-  // In place of a layer in which every plan is to read nothing: count it.
-  void skip_layer(int64_t layer, const int32_t* levels, const int32_t* budgets);
+  // In place of a layer in which no plan may be to read anything: count it.
+  void skip_layer(int64_t layer);
 
   // After the pool's `wait`: add what the layer read to the sequences' numbers, and remember it.
   void finish_layer();
@@ -114,7 +106,7 @@ class LayerAttention final : public Work {
     const int32_t* budgets;  // of this group's heads
     int32_t first_block, num_blocks;  // of the level, those that touch the region
     int64_t score_stride;
-    const LayerPlan::Seen* seen;      // null: the plan was given
+    const PlanSight* sight;           // null: the window was not looked at for the plan
     int64_t head_blocks[kMaxGroup];   // of 16 tokens, that each head reads of the region
     const float* scores_from;         // [group][score_stride]
     std::vector<const void*> records;  // tiles or spans of digests
@@ -128,7 +120,12 @@ class LayerAttention final : public Work {
     ReadBytes bytes;
   };
 
-  void prepare(int64_t layer, const int32_t* levels, const int32_t* budgets);
+  void prepare(int64_t layer);
+  bool has_region(size_t row) const {
+    return sequences_[row].region_end > sequences_[row].region_begin;
+  }
+  // A head of a task has read of the region; lse of that alone.
+  void tell(const Task& task, int64_t head, float lse);
   int64_t chunk_records(int32_t level) const;
   int32_t open_scores(Task& task);
   int32_t open_attend(Task& task);
@@ -138,8 +135,6 @@ class LayerAttention final : public Work {
   int64_t planned_bytes(const Task& task) const;
   int64_t digest_bytes(const Task& task) const;
   int64_t region_blocks(const Task& task) const;
-  void check_shape(const Planner& planner) const;
-  void tell(const Task& task);
   void count_groups(const Task& task);
 
   SlabLayout layout_;
@@ -150,14 +145,8 @@ class LayerAttention final : public Work {
   std::vector<int64_t> priorities_;
   std::vector<ReadBytes> read_bytes_;
   std::vector<GroupCounts> group_counts_;
-  std::unique_ptr<LayerPlan> plan_;
-  std::vector<PlannerState*> predicted_;
-  std::vector<const Planner*> rankers_;  // [batch], null for bounds
-  struct Told {
-    float* of_layer = nullptr;
-    int64_t stride = 0, scanned_bytes = 0;
-  };
-  std::vector<Told> told_;  // [batch], null where plans are not made elsewhere
+  std::unique_ptr<LayerPlan> plan_;                   // of all rows whose plans are made here
+  std::vector<std::shared_ptr<PlanSource>> sources_;  // [batch], null without a region
 
   int64_t layer_ = 0;
   const float* query_ = nullptr;

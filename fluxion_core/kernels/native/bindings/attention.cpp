@@ -1,19 +1,23 @@
 // What Python sees of attention and its plans; see module.cpp.
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/pair.h>
+#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
 #include <array>
+#include <memory>
 #include <string>
 #include <tuple>
 #include <vector>
 
-#include "attention/layer_attention.h"
 #include "operations/kernel_table.h"
+#include "attention/layer_attention.h"
+#include "plan/plan_source.h"
 #include "plan/planner.h"
 
 namespace nb = nanobind;
@@ -142,35 +146,69 @@ void bind_planner(nb::module_& m) {
       .def("remember", &remember);
 }
 
+// Rows of whole numbers: [rows, columns] int32 on the CPU.
+using Int32Rows = nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+// One row of 5 numbers a sequence, see SequenceView.
+using SequenceRows = nb::ndarray<const int64_t, nb::shape<-1, 5>, nb::c_contig, nb::device::cpu>;
+
+GivenPlans given_plans(const Int32Rows& levels, const Int32Rows& budgets, const Planner* ranker) {
+  if (levels.shape(0) == 0 || levels.shape(0) != budgets.shape(0)) {
+    throw nb::value_error("levels and budgets: as many layers each, and at least one");
+  }
+  return GivenPlans(levels.data(), budgets.data(), int64_t(levels.shape(0)),
+                    int64_t(levels.shape(1)), int64_t(budgets.shape(1)), ranker);
+}
+
+void bind_plan_sources(nb::module_& m) {
+  // Planners and states live on while a source of theirs does.
+  nb::class_<PlanSource>(m, "PlanSource");
+  nb::class_<GivenPlans, PlanSource>(m, "GivenPlans")
+      .def("__init__",
+           [](GivenPlans* self, const Int32Rows& levels, const Int32Rows& budgets,
+              const Planner* ranker) { new (self) GivenPlans(given_plans(levels, budgets, ranker)); },
+           nb::arg("levels"), nb::arg("budgets"), nb::arg("ranker") = nb::none(),
+           nb::keep_alive<1, 4>())
+      .def("plan", [](GivenPlans& self, int64_t layer) {
+        const RowPlan plan = self.plan(layer);
+        return std::make_tuple(
+            std::vector<int32_t>(plan.levels, plan.levels + self.kv_heads()),
+            std::vector<int32_t>(plan.budgets, plan.budgets + self.heads()));
+      });
+  nb::class_<PredictedPlans, PlanSource>(m, "PredictedPlans")
+      .def(nb::init<const Planner&, PlannerState&, bool, float>(), nb::keep_alive<1, 2>(),
+           nb::keep_alive<1, 3>());
+  nb::class_<ReplayedPlans, PlanSource>(m, "ReplayedPlans")
+      .def("__init__",
+           [](ReplayedPlans* self, const Int32Rows& levels, const Int32Rows& budgets,
+              std::shared_ptr<PlanSource> behind) {
+             new (self) ReplayedPlans(given_plans(levels, budgets, nullptr), std::move(behind));
+           },
+           nb::arg("levels"), nb::arg("budgets"), nb::arg("behind") = nb::none());
+  nb::class_<PlanRecorder, PlanSource>(m, "PlanRecorder")
+      .def(nb::init<std::shared_ptr<PlanSource>, int64_t, int64_t>(), nb::arg("of"),
+           nb::arg("kv_heads"), nb::arg("heads"))
+      .def_prop_ro("levels", &PlanRecorder::levels)
+      .def_prop_ro("budgets", &PlanRecorder::budgets);
+}
+
 }  // namespace
 
 void bind_attention(nb::module_& m) {
   bind_planner(m);
+  bind_plan_sources(m);
   nb::class_<LayerAttention>(m, "LayerAttention")
       .def("__init__",
-           [](LayerAttention* self, const SlabLayout& layout, uintptr_t sequences, int64_t batch,
-              int64_t heads) {
-             new (self)
-                 LayerAttention(layout, reinterpret_cast<const int64_t*>(sequences), batch, heads);
+           [](LayerAttention* self, const SlabLayout& layout, const SequenceRows& sequences,
+              int64_t heads, std::vector<std::shared_ptr<PlanSource>> sources) {
+             new (self) LayerAttention(layout, sequences.data(), int64_t(sequences.shape(0)), heads,
+                                       std::move(sources));
            })
-      // The planner and the states live on while the attention does.
-      .def("predict", &LayerAttention::predict, nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>())
-      .def("rank_by", &LayerAttention::rank_by, nb::keep_alive<1, 3>())
-      .def(
-          "plan_elsewhere",
-          [](LayerAttention& self, int64_t row, const Planner& planner, uintptr_t told,
-             int64_t stride) {
-            self.plan_elsewhere(row, planner, reinterpret_cast<float*>(told), stride);
-          },
-          nb::keep_alive<1, 3>())
+      .def("may_read", &LayerAttention::may_read)
       .def("submit",
            [](LayerAttention& self, TaskPool& pool, int64_t layer, uintptr_t query,
-              int64_t query_stride, uintptr_t levels, uintptr_t budgets, uintptr_t output,
-              uintptr_t lse, int64_t wake_bytes) {
+              int64_t query_stride, uintptr_t output, uintptr_t lse, int64_t wake_bytes) {
              nb::gil_scoped_release unlocked;
              self.submit(pool, layer, floats(query), query_stride,
-                         reinterpret_cast<const int32_t*>(levels),
-                         reinterpret_cast<const int32_t*>(budgets),
                          reinterpret_cast<float*>(output), reinterpret_cast<float*>(lse),
                          wake_bytes);
            })

@@ -6,6 +6,7 @@
 #include <array>
 #include <vector>
 
+#include "lane/device_plans.h"
 #include "lane/gpu_lane.h"
 #include "lane/step_driver.h"
 
@@ -61,16 +62,21 @@ void bind_driver(nb::module_& m) {
           "run",
           [](StepDriver& self, TaskPool& pool, LayerAttention& attention, GpuLane* lane, bool alone,
              int64_t batch, int32_t step, uintptr_t slabs, uintptr_t tokens,
-             uintptr_t first_not_finite, uintptr_t levels, uintptr_t budgets, int64_t plan_layers, uintptr_t sources, int64_t wake_bytes) {
+             uintptr_t first_not_finite, int64_t wake_bytes) {
             nb::gil_scoped_release unlocked;
             self.run(pool, attention, lane, alone, batch, step, at<const int64_t>(slabs),
-                     at<const int64_t>(tokens), at<int32_t>(first_not_finite),
-                     at<const int32_t>(levels),
-                     at<const int32_t>(budgets), plan_layers, at<const int32_t>(sources),
-                     wake_bytes);
+                     at<const int64_t>(tokens), at<int32_t>(first_not_finite), wake_bytes);
           },
-          nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
-          nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg());
+          nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+          nb::arg(), nb::arg(), nb::arg());
+  nb::class_<DevicePlans, PlanSource>(m, "DevicePlans")
+      .def(
+          "__init__",
+          [](DevicePlans* self, const StepDriver& driver, int64_t row, const Planner& planner,
+             uintptr_t told, int64_t told_stride) {
+            new (self) DevicePlans(driver, row, planner, at<float>(told), told_stride);
+          },
+          nb::keep_alive<1, 2>(), nb::keep_alive<1, 4>());
 }
 
 }  // namespace

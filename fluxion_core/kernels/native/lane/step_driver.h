@@ -7,10 +7,10 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
-#include "attention/layer_attention.h"
 #include "lane/gpu_lane.h"
+#include "attention/layer_attention.h"
+#include "plan/plan_source.h"
 #include "operations/slab_layout.h"
 #include "pool/task_pool.h"
 
@@ -31,13 +31,6 @@ struct StepBoard {
   const int32_t* plan_budgets;        // [layers][capacity][heads]
 };
 
-// Who says what a row reads.
-enum PlanSource : int32_t {
-  kGiven = 0,        // who calls `run`
-  kFromDevice = 1,   // the GPU, layer by layer
-  kTimedOnly = 2,    // who calls `run`; the GPU's plan is made and waited for all the same
-};
-
 class StepDriver {
  public:
   StepDriver(const SlabLayout& layout, const StepBoard& board, int64_t heads, int64_t timeout_ns);
@@ -45,20 +38,19 @@ class StepDriver {
   // One step, whose graph has been launched.
   //   slabs, tokens    [batch] where each sequence's new token goes
   //   first_not_finite  [batch] lowered to the first layer in which its K or V is not finite
-  //   levels, budgets  [plan_layers][batch]…, see LayerAttention::submit; plan_layers may be 1
-  //   sources          [batch] PlanSource
   //   lane             null: the CPUs alone. alone: the lane alone.
   // Throws std::runtime_error if the GPU does not publish in time.
   void run(TaskPool& pool, LayerAttention& attention, GpuLane* lane, bool alone, int64_t batch,
            int32_t step, const int64_t* slabs, const int64_t* tokens, int32_t* first_not_finite,
-           const int32_t* levels, const int32_t* budgets, int64_t plan_layers, const int32_t* sources, int64_t wake_bytes);
+           int64_t wake_bytes);
+
+  // A row's plan of a layer, once the GPU has made it for the step that runs. Throws as `run` does.
+  RowPlan await_plan(int64_t layer, int64_t row) const;
 
  private:
   // What a step waits with: until when is known once it has waited for long.
-  void await_flag(const volatile int32_t& flag, int32_t step, int64_t layer, const char* what) const;
-  void await(int64_t layer, int64_t batch, int32_t step) const;
-  void take_plans(int64_t layer, int64_t batch, int32_t step, const int32_t* levels,
-                  const int32_t* budgets, const int32_t* sources);
+  void await_flag(const volatile int32_t& flag, int64_t layer, const char* what) const;
+  void await(int64_t layer, int64_t batch) const;
   void append(int64_t layer, int64_t batch, const int64_t* slabs, const int64_t* tokens,
               int32_t* first_not_finite) const;
   int64_t row_stride() const { return (heads_ + 2 * layout_.kv_heads) * layout_.head_dim; }
@@ -69,7 +61,7 @@ class StepDriver {
   SlabLayout layout_;
   StepBoard board_;
   int64_t heads_, timeout_ns_;
-  std::vector<int32_t> levels_, budgets_;  // of a layer, from all sources
+  int32_t step_ = 0;  // that runs
 };
 
 }  // namespace fluxion

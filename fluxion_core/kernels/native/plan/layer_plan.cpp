@@ -24,13 +24,13 @@ LayerPlan::LayerPlan(const SlabLayout& layout, const Planner& planner)
     : layout_(layout),
       planner_(&planner),
       group_(planner.group),
-      state_floats_(group_ * (layout.head_dim + 2)) {}
+      state_floats_(group_ * (layout.head_dim + 2)) {
+  check_shape(planner, layout, planner.heads);
+}
 
-void LayerPlan::add(int64_t row, const SequenceView& sequence, PlannerState& state, bool by_price,
-                    float number) {
+int64_t LayerPlan::add(int64_t row, const SequenceView& sequence, PlannerState& state,
+                       bool by_price, float number) {
   const int64_t heads = planner_->heads, kv_heads = layout_.kv_heads;
-  if (task_of_row_.size() <= size_t(row)) task_of_row_.resize(size_t(row + 1), -1);
-  task_of_row_[size_t(row)] = int32_t(tasks_.size());
   tasks_.emplace_back();
   Task& task = tasks_.back();
   task.row = row;
@@ -56,7 +56,9 @@ void LayerPlan::add(int64_t row, const SequenceView& sequence, PlannerState& sta
   task.log_squares.resize(size_t(heads * kHeadCurves));
   task.plans.resize(size_t(kv_heads));
   task.budgets.resize(size_t(heads));
-  task.seen.resize(size_t(kv_heads));
+  task.levels.resize(size_t(kv_heads));
+  task.plan_sights.resize(size_t(kv_heads));
+  return int64_t(tasks_.size()) - 1;
 }
 
 void LayerPlan::run_layer(TaskPool& pool, int64_t layer, const float* query, int64_t query_stride,
@@ -83,13 +85,8 @@ void LayerPlan::run_layer(TaskPool& pool, int64_t layer, const float* query, int
   }
 }
 
-const LayerPlan::Seen* LayerPlan::seen(int64_t row, int64_t kv_head) const {
-  const int32_t index = size_t(row) < task_of_row_.size() ? task_of_row_[size_t(row)] : -1;
-  return index < 0 ? nullptr : &tasks_[size_t(index)].seen[size_t(kv_head)];
-}
-
-void LayerPlan::remember(int64_t row, int64_t head, float read_lse, float read_share) {
-  Task& task = tasks_[size_t(task_of_row_[size_t(row)])];
+void LayerPlan::remember(int64_t index, int64_t head, float read_lse, float read_share) {
+  Task& task = tasks_[size_t(index)];
   const HeadSight& sight = task.sights[size_t(head)];
   const HeadMemory memory = task.state->memory(layer_, head);
   std::copy_n(query_of(task) + head * layout_.head_dim, layout_.head_dim, memory.query);
@@ -193,8 +190,9 @@ void LayerPlan::select(Task& task) {
     // Without a choice there is nothing to scan.
     if (is_everything) level = kReadAll;
     const float* scores = task.scores.data() + kv_head * group_ * task.score_stride + skip;
-    task.seen[size_t(kv_head)] = {
-        level,  budgets, window(task, kv_head), scores, task.score_stride,
+    task.levels[size_t(kv_head)] = level;
+    task.plan_sights[size_t(kv_head)] = {
+        window(task, kv_head), scores, task.score_stride,
         task.num_records * layout_.record_bytes(kCoarseLevel)};
   }
   task.done_at = now_ns();

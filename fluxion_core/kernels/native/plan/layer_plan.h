@@ -23,6 +23,14 @@ struct SequenceView {
   int64_t attends_rest;  // whether the tokens outside the region are read here too
 };
 
+// What was seen of one KV head while its plan was made here; attention uses all of it again.
+struct PlanSight {
+  PartialState window;         // of the tokens outside the region
+  const float* coarse_scores;  // [group][score_stride], of the coarsest blocks that touch the region
+  int64_t score_stride;
+  int64_t scanned_bytes;
+};
+
 struct PlanNanoseconds {
   int64_t scan = 0;     // of all threads
   int64_t predict = 0;  // from the first statistics to the last profile
@@ -33,29 +41,22 @@ class LayerPlan final : public Work {
  public:
   LayerPlan(const SlabLayout& layout, const Planner& planner);
 
-  // Before the first layer. number: 2 log(threshold), or the price.
-  void add(int64_t row, const SequenceView& sequence, PlannerState& state, bool by_price,
-           float number);
-  bool empty() const { return tasks_.empty(); }
+  // Before the first layer; returns the task's number. number: 2 log(threshold), or the price. Throws
+  // std::invalid_argument if the planner is not of the layout's shape.
+  int64_t add(int64_t row, const SequenceView& sequence, PlannerState& state, bool by_price,
+              float number);
 
   // Make the plans of a layer; another round follows at once. Query as for LayerAttention.
   void run_layer(TaskPool& pool, int64_t layer, const float* query, int64_t query_stride,
                  int64_t wake_bytes);
 
-  // What a KV head's plan is, and what was seen for it.
-  struct Seen {
-    int32_t level;
-    const int32_t* budgets;      // [group] blocks of that level
-    PartialState window;         // of the tokens outside the region
-    const float* coarse_scores;  // [group][stride], of the coarsest blocks that touch the region
-    int64_t score_stride;
-    int64_t scanned_bytes;
-  };
-  // null: the row was not added.
-  const Seen* seen(int64_t row, int64_t kv_head) const;
+  // The plan of a task in this layer: [kv_heads] levels, [heads] budgets, [kv_heads] sights.
+  const int32_t* levels(int64_t task) const { return tasks_[size_t(task)].levels.data(); }
+  const int32_t* budgets(int64_t task) const { return tasks_[size_t(task)].budgets.data(); }
+  const PlanSight* sights(int64_t task) const { return tasks_[size_t(task)].plan_sights.data(); }
 
   // After attention: what the next step will know of this one.
-  void remember(int64_t row, int64_t head, float read_lse, float read_share);
+  void remember(int64_t task, int64_t head, float read_lse, float read_share);
 
   const PlanNanoseconds& nanoseconds() const { return nanoseconds_; }
 
@@ -89,8 +90,8 @@ class LayerPlan final : public Work {
     std::vector<HeadSight> sights;
     std::vector<float> features, hidden[2], outputs, log_squares;
     std::vector<GroupPlan> plans;
-    std::vector<int32_t> budgets;
-    std::vector<Seen> seen;
+    std::vector<int32_t> levels, budgets;
+    std::vector<PlanSight> plan_sights;
     int64_t seeing_since, selecting_since, done_at;
   };
 
@@ -109,7 +110,6 @@ class LayerPlan final : public Work {
   int64_t group_;
   int64_t state_floats_;  // of a partial state
   std::vector<Task> tasks_;
-  std::vector<int32_t> task_of_row_;
   std::vector<int64_t> priorities_;
   PlanNanoseconds nanoseconds_;
 

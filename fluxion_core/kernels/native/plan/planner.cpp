@@ -70,6 +70,13 @@ void Planner::select(const float* log_squares, int64_t layer, bool by_price, flo
   }
 }
 
+void check_shape(const Planner& planner, const SlabLayout& layout, int64_t heads) {
+  if (planner.heads != heads || planner.kv_heads != layout.kv_heads ||
+      planner.head_dim != layout.head_dim) {
+    throw std::invalid_argument("the planner is of a model of another shape");
+  }
+}
+
 PlannerState::PlannerState(const Planner& planner, const float* profile)
     : heads(planner.heads),
       head_dim(planner.head_dim),

@@ -9,6 +9,7 @@
 
 #include "plan/group_selector.h"
 #include "plan/head_features.h"
+#include "operations/slab_layout.h"
 
 namespace fluxion {
 
@@ -55,6 +56,9 @@ struct Planner {
   std::vector<float> feature_mean, feature_scale, output_mean;
   DenseLayer hidden[2], output;
 };
+
+// Throws std::invalid_argument if a planner is not of a model with this layout and so many heads.
+void check_shape(const Planner& planner, const SlabLayout& layout, int64_t heads);
 
 // Of one sequence.
 struct PlannerState {

@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from fluxion_core.decode.work import StepRow
+from fluxion_core.decode.step import StepRow
 from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.planning.policy import parse_policy
 from fluxion_core.pool.cpu_pool import CpuPool

@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from fluxion_core.decode.host.attention import HybridAttention
-from fluxion_core.decode.work import StepReads, StepRow
+from fluxion_core.decode.host.attention import HostAttention
+from fluxion_core.decode.step import StepReads, StepRow
 from fluxion_core.kvstore.sequence import SequenceKv
 from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.planning.planner import Planner, PlannerState
 from fluxion_core.planning.policy import Policy, parse_policy
 from fluxion_core.pool.cpu_pool import CpuPool
+from tests.fluxion_core.decode.rows import rows_of
 from tests.fluxion_core.decode.small_step import (
     CONFIG,
     WINDOW,
@@ -76,17 +77,17 @@ def _present(step: int) -> list[int]:
 class _Recording:
     """Attention port that keeps each layer's plans."""
 
-    def __init__(self, attention: HybridAttention) -> None:
+    def __init__(self, attention: HostAttention) -> None:
         self._attention = attention
         self.plans: list[list[Plan]] = []
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         output = self._attention.attend(layer, query, key, value)
-        step = self._attention._step
-        assert step is not None
+        work = self._attention.work
+        assert work is not None
         self.plans.append(
             [
-                step.tasks.plan(row, kv_head)
+                work.tasks.plan(row, kv_head)
                 for row in range(len(query))
                 for kv_head in range(CONFIG.num_kv_heads)
             ]
@@ -97,13 +98,13 @@ class _Recording:
 def _on_cpu(tokens: Tensor) -> tuple[Tensor, list[list[list[Plan]]], list[StepReads]]:
     store, planner = store_for(16), _planner()
     sequences, decoder = _sequences(store, planner), random_decoder("cpu")
-    attention = HybridAttention(store, WINDOW, num_heads=8, pool=CpuPool(2), planner=planner)
+    attention = HostAttention(store, WINDOW, num_heads=8, pool=CpuPool(2), planner=planner)
     logits, plans, reads = [], [], []
     for number, token in enumerate(tokens):
         rows = [sequences[index] for index in _present(number)]
         positions = torch.tensor([sequence.num_tokens for sequence, _, _ in rows])
         attention.begin_step(
-            [row[0] for row in rows], [row[2] for row in rows], [row[1] for row in rows]
+            rows_of([row[0] for row in rows], [row[2] for row in rows], [row[1] for row in rows])
         )
         port = _Recording(attention)
         with torch.inference_mode():

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fluxion_core.decode.host.attention import HybridAttention
-from fluxion_core.decode.work import StepReads, StepRow
+from fluxion_core.decode.host.attention import HostAttention
+from fluxion_core.decode.step import StepReads, StepRow
 from fluxion_core.kvstore.sequence import SequenceKv
 from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.planning.policy import parse_policy
 from fluxion_core.pool.cpu_pool import CpuPool
+from tests.fluxion_core.decode.rows import rows_of
 from tests.fluxion_core.decode.small_step import (
     WINDOW,
     random_decoder,
@@ -46,11 +47,11 @@ def _on_cpu(policy: str, digest_bits: int, tokens: Tensor) -> tuple[Tensor, list
     store = store_for(digest_bits)
     sequences = _sequences(store)
     decoder = random_decoder("cpu")
-    attention = HybridAttention(store, WINDOW, num_heads=8, pool=CpuPool(2))
+    attention = HostAttention(store, WINDOW, num_heads=8, pool=CpuPool(2))
     logits, reads = [], []
     for token in tokens:
         positions = torch.tensor([sequence.num_tokens for sequence in sequences])
-        attention.begin_step(sequences, [parse_policy(policy)] * len(sequences))
+        attention.begin_step(rows_of(sequences, [parse_policy(policy)] * len(sequences)))
         with torch.inference_mode():
             logits.append(decoder.logits(decoder(token, positions, attention)))
         reads = attention.end_step()

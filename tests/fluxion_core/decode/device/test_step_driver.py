@@ -10,18 +10,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from fluxion_core.decode.work import GivenPlan, StepWork, Told
+from fluxion_core.decode.plans import StepPlans
+from fluxion_core.decode.work import StepWork
 from fluxion_core.geometry import KvGeometry, WindowSpec
 from fluxion_core.kernels import _native
 from fluxion_core.kernels.isa import native_layout
 from fluxion_core.kvstore.digest_index import gather_kv
 from fluxion_core.kvstore.sequence import SequenceKv
 from fluxion_core.kvstore.store import HostKvStore
+from fluxion_core.lab.benchmark.replayed_policy import ReplayedPolicy
 from fluxion_core.planning.constants import READ_ALL, READ_NOTHING
 from fluxion_core.planning.planner import PlannerState
 from fluxion_core.planning.policy import ExactPolicy, FixedPolicy, MarginalPolicy, Policy
 from fluxion_core.pool.cpu_pool import WAKE_BYTES, CpuPool
-from tests.fluxion_core.planning.random_planner import make_planner, random_profile
+from tests.fluxion_core.decode.rows import rows_of
+from tests.fluxion_core.planning.random_planner import make_planner, random_network, random_profile
 
 GEOMETRY = KvGeometry(num_layers=3, num_kv_heads=2, head_dim=32, slab_tokens=128)
 WINDOW = WindowSpec(sink_tokens=32, recent_tokens=128)
@@ -140,24 +143,12 @@ class _Machine:
         *,
         wake_bytes: int = 0,
         states: Sequence[PlannerState | None] | None = None,
-        given: Sequence[GivenPlan | None] | None = None,
     ) -> StepWork:
         number = 1
         batch = len(self.sequences)
-        told = [
-            Told(self.told[0, row].data_ptr(), self.told.stride(0)) if states else None
-            for row in range(batch)
-        ]
-        work = StepWork(
-            self.sequences,
-            [policy] * batch,
-            states or [None] * batch,
-            WINDOW,
-            HEADS,
-            attends_window=False,
-            given=given,
-            told=told,
-        )
+        planner = None if states is None else next(s.planner for s in states if s is not None)
+        plans = StepPlans(GEOMETRY, HEADS, planner, self)
+        work = work_of(self.sequences, policy, states, plans)
         graph = threading.Thread(target=self._play_graph, args=(number,), daemon=True)
         graph.start()
         self.driver.run(
@@ -168,14 +159,21 @@ class _Machine:
             batch,
             number,
             *work.append.addresses,
-            work.levels.ctypes.data,
-            work.budgets.ctypes.data,
-            len(work.levels),
-            work.sources.ctypes.data,
             wake_bytes,
         )
         graph.join()
         return work
+
+    def begin(self, num_rows: int) -> None:
+        """See NetworkPlans."""
+
+    def source(self, index, row, state, region, policy) -> _native.PlanSource:
+        """See NetworkPlans: the GPU runs the network."""
+        del row, region, policy
+        told = self.told[0, index].data_ptr()
+        return _native.DevicePlans(
+            self.driver, index, state.planner.native, told, self.told.stride(0)
+        )
 
     def _play_graph(self, number: int) -> None:
         for layer in range(GEOMETRY.num_layers):
@@ -229,6 +227,19 @@ class _Machine:
         tokens = words[END] - words[BEGIN]
         self.statistics[:2] = torch.tensor([0, tokens * 2 * dim * 2])
         self.done[0] = words[TICKET]
+
+
+def work_of(
+    sequences: list[SequenceKv],
+    policy: Policy,
+    states: Sequence[PlannerState | None] | None,
+    plans: StepPlans,
+) -> StepWork:
+    """A step of all sequences, each under the same policy."""
+    rows = rows_of(sequences, [policy] * len(sequences), states)
+    regions = [WINDOW.retrieval_region(sequence.num_tokens + 1) for sequence in sequences]
+    sources = plans.sources(rows, regions)
+    return StepWork(rows, regions, sources, HEADS, attends_window=False)
 
 
 def _attention(query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -341,7 +352,7 @@ def _random_plans() -> tuple[Tensor, Tensor]:
 
 def _planner_states(count: int) -> list[PlannerState | None]:
     layers, kv_heads = GEOMETRY.num_layers, GEOMETRY.num_kv_heads
-    planner = make_planner(layers, HEADS, kv_heads, GEOMETRY.head_dim, network=None)
+    planner = make_planner(layers, HEADS, kv_heads, GEOMETRY.head_dim, network=random_network(0))
     profile = random_profile(HEADS, kv_heads, torch.Generator().manual_seed(5))
     return [planner.new_state([profile] * layers) for _ in range(count)]
 
@@ -357,8 +368,6 @@ def test_plans_of_the_gpu_are_followed_and_what_was_read_is_told(lane: bool) -> 
     states = _planner_states(len(sequences))
     work = machine.step(MarginalPolicy(1.0), lane, False, states=states)
     group, dim = HEADS // GEOMETRY.num_kv_heads, GEOMETRY.head_dim
-    # Without a region there is nothing to plan or tell.
-    assert work.sources.tolist() == [0, 1, 1]
     assert machine.told[:, 0].isnan().all()
     for layer, received in enumerate(machine.received):
         assert received is not None
@@ -397,15 +406,11 @@ def test_a_plan_that_is_only_timed_is_awaited_and_not_followed() -> None:
     machine = _Machine(sequences, answers=lambda: 0)
     levels, budgets = _random_plans()
     machine.plans = torch.full_like(levels, READ_ALL), budgets
-    nothing = GivenPlan(torch.full_like(levels[:, 0], READ_NOTHING), budgets[:, 0])
-    work = machine.step(
-        MarginalPolicy(1.0),
-        False,
-        False,
-        states=_planner_states(len(sequences)),
-        given=[nothing] * len(sequences),
-    )
-    assert work.sources.tolist() == [0, 2, 2]
+    nothing = torch.full_like(levels[:, 0], READ_NOTHING)
+    policy = ReplayedPolicy(nothing, budgets[:, 0], behind=MarginalPolicy(1.0))
+    work = machine.step(policy, False, False, states=_planner_states(len(sequences)))
+    assert machine.told[:, 1:].isfinite().logical_or(machine.told[:, 1:] == -torch.inf).all()
+    assert machine.told[:, 0].isnan().all()
     assert not work.needs_nothing().any()
     assert [read.attended_bytes for read in work.finish()] == [0, 0, 0]
 
@@ -448,27 +453,16 @@ def test_a_gpu_that_publishes_nothing_is_named_stuck() -> None:
         [tensor.data_ptr() for tensor in board],
         1_000_000,
     )
-    batch = len(sequences)
-    work = StepWork(
-        sequences,
-        [FixedPolicy(16, 0.5)] * batch,
-        [None] * batch,
-        WINDOW,
-        HEADS,
-        attends_window=False,
-    )
+    plans = StepPlans(GEOMETRY, HEADS, None)
+    work = work_of(sequences, FixedPolicy(16, 0.5), None, plans)
     with pytest.raises(RuntimeError, match="stuck: the GPU has not published layer 0"):
         driver.run(
             CpuPool(1).native,
             work.tasks,
             None,
             False,
-            batch,
+            len(sequences),
             7,
             *work.append.addresses,
-            work.levels.ctypes.data,
-            work.budgets.ctypes.data,
-            1,
-            work.sources.ctypes.data,
             WAKE_BYTES,
         )

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from fluxion_core.decode.work import StepRow
+from fluxion_core.decode.step import StepRow
 from fluxion_core.observe.spans import Span
 from fluxion_core.observe.trace import Trace, TraceRecorder
 from fluxion_core.planning.policy import parse_policy

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fluxion_core.decode.host.attention import HybridAttention
+from fluxion_core.decode.host.attention import HostAttention
 from fluxion_core.errors import FluxionError, ShapeError
 from fluxion_core.geometry import BLOCK_SIZES, KvGeometry, WindowSpec, ceil_div
 from fluxion_core.kernels.block_topk import reference as topk_reference
@@ -15,6 +15,7 @@ from fluxion_core.kvstore.sequence import SequenceKv
 from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.planning.policy import ExactPolicy, FixedPolicy, Policy
 from fluxion_core.pool.cpu_pool import CpuPool
+from tests.fluxion_core.decode.rows import rows_of
 
 GEOMETRY = KvGeometry(num_layers=2, num_kv_heads=2, head_dim=32, slab_tokens=128)
 WINDOW = WindowSpec(sink_tokens=64, recent_tokens=128)
@@ -41,19 +42,19 @@ def make_store(num_slabs: int = 64, geometry: KvGeometry = GEOMETRY) -> HostKvSt
 
 def make_attention(
     store: HostKvStore, threads: int = 2, window: WindowSpec = WINDOW
-) -> HybridAttention:
-    return HybridAttention(store, window, num_heads=HEADS, pool=CpuPool(threads))
+) -> HostAttention:
+    return HostAttention(store, window, num_heads=HEADS, pool=CpuPool(threads))
 
 
 def step(
-    attention: HybridAttention,
+    attention: HostAttention,
     sequences: list[SequenceKv],
     policies: list[Policy],
     inputs: list[list[torch.Tensor]],
 ) -> tuple[torch.Tensor, list]:
     """One token for each sequence; inputs[i] is [layers, heads + 2 kv_heads, head_dim]."""
     kv_heads = GEOMETRY.num_kv_heads
-    attention.begin_step(sequences, policies)
+    attention.begin_step(rows_of(sequences, policies))
     outputs = []
     for layer in range(GEOMETRY.num_layers):
         qkv = torch.stack([rows[layer] for rows in inputs])
@@ -205,7 +206,7 @@ def test_more_tokens_than_reserved_are_refused():
     attention = make_attention(store)
     sequence = filled(store, 128, 0, 0)
     with pytest.raises(FluxionError, match="reservation"):
-        attention.begin_step([sequence], [ExactPolicy()])
+        attention.begin_step(rows_of([sequence], [ExactPolicy()]))
 
 
 def test_byte_digests_need_a_window_of_a_span():
@@ -217,4 +218,4 @@ def test_byte_digests_need_a_window_of_a_span():
 @pytest.mark.parametrize("heads", [3, 34])
 def test_heads_that_form_no_groups_are_refused(heads: int):
     with pytest.raises(ShapeError):
-        HybridAttention(make_store(), WINDOW, num_heads=heads, pool=CpuPool(1))
+        HostAttention(make_store(), WINDOW, num_heads=heads, pool=CpuPool(1))

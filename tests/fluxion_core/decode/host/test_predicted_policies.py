@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fluxion_core.decode.host.attention import HybridAttention
-from fluxion_core.decode.work import StepReads
+from fluxion_core.decode.host.attention import HostAttention
+from fluxion_core.decode.step import StepReads
 from fluxion_core.errors import FluxionError, ShapeError
 from fluxion_core.geometry import ceil_div
 from fluxion_core.planning.constants import READ_NOTHING
@@ -19,6 +19,7 @@ from fluxion_core.planning.policy import (
     ThresholdPolicy,
 )
 from fluxion_core.pool.cpu_pool import CpuPool
+from tests.fluxion_core.decode.rows import rows_of
 from tests.fluxion_core.planning.predicted_step import (
     DIM,
     GROUP,
@@ -38,13 +39,13 @@ from tests.fluxion_core.planning.random_planner import make_planner, random_netw
 
 
 def run_step(
-    attention: HybridAttention,
+    attention: HostAttention,
     sequences: list[Decoded],
     policies: list[Policy],
     rows: list[Tensor],
 ) -> tuple[Tensor, list[list[Tensor]], list[StepReads]]:
     """Outputs [rows, layers, heads, head_dim]; per layer and row which blocks heads read."""
-    attention.begin_step([s.kv for s in sequences], policies, [s.state for s in sequences])
+    attention.begin_step(rows_of([s.kv for s in sequences], policies, [s.state for s in sequences]))
     outputs, read = [], []
     for layer in range(LAYERS):
         query, key, value = torch.stack([r[layer] for r in rows]).split((HEADS, 2, 2), dim=1)
@@ -53,13 +54,13 @@ def run_step(
     return torch.stack(outputs, 1), read, attention.end_step()
 
 
-def blocks_read(attention: HybridAttention, row: int, sequence: Decoded, layer: int) -> Tensor:
+def blocks_read(attention: HostAttention, row: int, sequence: Decoded, layer: int) -> Tensor:
     """bool [kv_heads, group, blocks] of the region, from the runs that were attended to."""
     store, geometry = sequence.kv.store, sequence.kv.store.geometry
     blocks = torch.zeros(
         KV_HEADS, GROUP, ceil_div(sequence.kv.num_tokens + 1, 16), dtype=torch.bool
     )
-    step = attention._step
+    step = attention.work
     assert step is not None
     place = {}
     for kv_head in range(KV_HEADS):
@@ -87,7 +88,7 @@ def test_every_step_reads_and_gives_what_the_torch_planner_says(
     network = random_network(3) if mode == "network" else None
     planner = make_planner(LAYERS, HEADS, KV_HEADS, DIM, network=network, digest_bits=digest_bits)
     store = make_store(digest_bits)
-    attention = HybridAttention(store, WINDOW, num_heads=HEADS, pool=CpuPool(2), planner=planner)
+    attention = HostAttention(store, WINDOW, num_heads=HEADS, pool=CpuPool(2), planner=planner)
     sequences = [fill(store, planner, length, seed) for seed, length in enumerate(LENGTHS)]
     generator = torch.Generator().manual_seed(11)
     seen_levels = set()
@@ -132,7 +133,7 @@ def test_rows_that_are_not_numbers_leave_the_others_as_they_are(where: str, dige
     for is_damaged in (False, True):
         store = make_store(digest_bits)
         pool = CpuPool(2)
-        attention = HybridAttention(store, WINDOW, num_heads=HEADS, pool=pool, planner=planner)
+        attention = HostAttention(store, WINDOW, num_heads=HEADS, pool=pool, planner=planner)
         sequences = [fill(store, planner, 1301, seed) for seed in range(8)]
         generator = torch.Generator().manual_seed(5)
         for _ in range(3):
@@ -161,12 +162,14 @@ def test_what_an_earlier_owner_left_in_the_memory_changes_no_bit(digest_bits: in
         store = make_store(digest_bits)
         store._arena.bytes.fill_(left)
         pool = CpuPool(2)
-        attention = HybridAttention(store, WINDOW, num_heads=HEADS, pool=pool, planner=planner)
+        attention = HostAttention(store, WINDOW, num_heads=HEADS, pool=pool, planner=planner)
         sequences = [fill(store, planner, length, seed) for seed, length in enumerate(lengths)]
         generator = torch.Generator().manual_seed(5)
         for _ in range(20):
             rows = [token(generator) for _ in sequences]
-            attention.begin_step([s.kv for s in sequences], kinds * 4, [s.state for s in sequences])
+            attention.begin_step(
+                rows_of([s.kv for s in sequences], kinds * 4, [s.state for s in sequences])
+            )
             outputs = []
             for layer in range(LAYERS):
                 parts = torch.stack([r[layer] for r in rows]).split((HEADS, 2, 2), dim=1)
@@ -192,7 +195,7 @@ def test_a_sequences_result_does_not_depend_on_its_company_or_on_the_threads():
     for threads, alone in ((3, False), (1, True)):
         store = make_store(16)
         pool = CpuPool(threads)
-        attention = HybridAttention(store, WINDOW, num_heads=HEADS, pool=pool, planner=planner)
+        attention = HostAttention(store, WINDOW, num_heads=HEADS, pool=pool, planner=planner)
         sequences = [fill(store, planner, length, seed) for seed, length in enumerate(free)]
         generator = torch.Generator().manual_seed(5)
         for _ in range(4):
@@ -217,9 +220,7 @@ def test_a_threshold_that_nothing_meets_is_exact_and_reads_everything():
     outputs = []
     for policy in (ThresholdPolicy(1e-30), ExactPolicy()):
         store = make_store(16)
-        attention = HybridAttention(
-            store, WINDOW, num_heads=HEADS, pool=CpuPool(2), planner=planner
-        )
+        attention = HostAttention(store, WINDOW, num_heads=HEADS, pool=CpuPool(2), planner=planner)
         sequence = fill(store, planner, 1000, 0)
         rows = token(torch.Generator().manual_seed(1))
         output, _, (reads,) = run_step(attention, [sequence], [policy], [rows])
@@ -236,7 +237,7 @@ def test_a_threshold_that_all_meet_reads_nothing_but_the_coarse_digests(mode: st
     network = random_network(3) if mode == "network" else None
     planner = make_planner(LAYERS, HEADS, KV_HEADS, DIM, network=network)
     store = make_store(16)
-    attention = HybridAttention(store, WINDOW, num_heads=HEADS, pool=CpuPool(2), planner=planner)
+    attention = HostAttention(store, WINDOW, num_heads=HEADS, pool=CpuPool(2), planner=planner)
     sequence = fill(store, planner, 1000, 0)
     rows = token(torch.Generator().manual_seed(1))
     _, _, (reads,) = run_step(attention, [sequence], [ThresholdPolicy(1e30)], [rows])
@@ -254,7 +255,7 @@ def test_a_threshold_that_all_meet_reads_nothing_but_the_coarse_digests(mode: st
 def test_without_a_region_nothing_is_planned_or_counted():
     planner = make_planner(LAYERS, HEADS, KV_HEADS, DIM, network=random_network(3))
     store = make_store(16)
-    attention = HybridAttention(store, WINDOW, num_heads=HEADS, pool=CpuPool(1), planner=planner)
+    attention = HostAttention(store, WINDOW, num_heads=HEADS, pool=CpuPool(1), planner=planner)
     sequence = fill(store, planner, 100, 0)
     rows = token(torch.Generator().manual_seed(1))
     _, _, (reads,) = run_step(attention, [sequence], [ThresholdPolicy(0.1)], [rows])
@@ -268,19 +269,19 @@ def test_predicted_policies_without_planner_or_state_are_refused():
     store = make_store(16)
     one, two = (fill(store, planner, 1000, seed) for seed in range(2))
     policy = ThresholdPolicy(0.1)
-    bare = HybridAttention(store, WINDOW, num_heads=HEADS, pool=CpuPool(1))
+    bare = HostAttention(store, WINDOW, num_heads=HEADS, pool=CpuPool(1))
     with pytest.raises(FluxionError, match="without one"):
-        bare.begin_step([one.kv], [policy], [one.state])
-    attention = HybridAttention(store, WINDOW, num_heads=HEADS, pool=CpuPool(1), planner=planner)
+        bare.begin_step(rows_of([one.kv], [policy], [one.state]))
+    attention = HostAttention(store, WINDOW, num_heads=HEADS, pool=CpuPool(1), planner=planner)
     with pytest.raises(FluxionError, match="planner state"):
-        attention.begin_step([one.kv], [policy])
+        attention.begin_step(rows_of([one.kv], [policy]))
     with pytest.raises(FluxionError, match="planner state"):
-        attention.begin_step([one.kv], [policy], [other.new_state(one.profiles)])
+        attention.begin_step(rows_of([one.kv], [policy], [other.new_state(one.profiles)]))
     with pytest.raises(FluxionError, match="share"):
-        attention.begin_step([one.kv, two.kv], [policy] * 2, [one.state] * 2)
+        attention.begin_step(rows_of([one.kv, two.kv], [policy] * 2, [one.state] * 2))
 
 
 def test_a_planner_of_another_shape_is_refused():
     planner = make_planner(LAYERS, HEADS, KV_HEADS, DIM * 2, network=None)
     with pytest.raises(ShapeError, match="head_dim"):
-        HybridAttention(make_store(16), WINDOW, num_heads=HEADS, pool=CpuPool(1), planner=planner)
+        HostAttention(make_store(16), WINDOW, num_heads=HEADS, pool=CpuPool(1), planner=planner)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fluxion_core.decode.host.attention import HybridAttention
+from fluxion_core.decode.host.attention import HostAttention
 from fluxion_core.decode.host.decoder import HostDecoder
 from fluxion_core.decode.host.step import HostStep
-from fluxion_core.decode.work import StepRow
+from fluxion_core.decode.step import StepRow
 from fluxion_core.errors import FluxionError
 from fluxion_core.planning.policy import ExactPolicy, FixedPolicy, ThresholdPolicy
 from fluxion_core.pool.cpu_pool import CpuPool
@@ -28,7 +28,7 @@ def logits_in_batches_of(size: int, threads: int) -> Tensor:
     """[steps, sequences, vocab_size] of two steps of the same sequences."""
     pool = CpuPool(threads)
     store = store_for(16)
-    attention = HybridAttention(store, WINDOW, num_heads=CONFIG.num_heads, pool=pool)
+    attention = HostAttention(store, WINDOW, num_heads=CONFIG.num_heads, pool=pool)
     step = HostStep(HostDecoder(random_decoder("cpu"), pool), attention)
     generator = torch.Generator().manual_seed(4)
     sequences = [
@@ -56,7 +56,7 @@ def test_logits_are_the_same_bits_alone_and_in_any_batch():
 
 def test_a_row_that_cannot_take_part_is_told_before_the_step():
     pool, store = CpuPool(1), store_for(16)
-    attention = HybridAttention(store, WINDOW, num_heads=CONFIG.num_heads, pool=pool)
+    attention = HostAttention(store, WINDOW, num_heads=CONFIG.num_heads, pool=pool)
     step = HostStep(HostDecoder(random_decoder("cpu"), pool), attention)
     size = store.geometry.slab_tokens
     generator = torch.Generator().manual_seed(5)
@@ -77,7 +77,7 @@ def test_a_token_whose_kv_is_not_finite_is_its_sequences_alone():
         if is_damaged:
             with torch.no_grad():
                 decoder.embedding[500] = torch.inf
-        attention = HybridAttention(store, WINDOW, num_heads=CONFIG.num_heads, pool=pool)
+        attention = HostAttention(store, WINDOW, num_heads=CONFIG.num_heads, pool=pool)
         step = HostStep(HostDecoder(decoder, pool), attention)
         generator = torch.Generator().manual_seed(4)
         sequences = [random_sequence(store, 400, 2, generator, first=n) for n in range(3)]

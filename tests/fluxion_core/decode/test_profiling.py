@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fluxion_core.decode.host.profiling import ProfilePace, PromptProfiling
+from fluxion_core.decode.profiling import ProfilePace, PromptProfiling
 from fluxion_core.errors import FluxionError
 from fluxion_core.geometry import BLOCK_TOKENS, KvGeometry, WindowSpec
 from fluxion_core.kernels.isa import available_isas, current_isa, set_isa

@@ -10,18 +10,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from fluxion_core.decode.host.attention import HybridAttention
-from fluxion_core.decode.host.chunk import PromptEnd, compute_chunk, next_chunk_tokens
+from fluxion_core.decode.chunk import PromptComputer, next_chunk_tokens
+from fluxion_core.decode.host.attention import HostAttention
 from fluxion_core.decode.host.decoder import HostDecoder
+from fluxion_core.decode.step import PromptEnd
+from fluxion_core.decode.work import ChunkWork, RowAttention
 from fluxion_core.errors import FluxionError
+from fluxion_core.geometry import WindowSpec
 from fluxion_core.kvstore.digest_index import gather_digests, gather_kv
 from fluxion_core.kvstore.sequence import SequenceKv
-from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.models.decoder import Decoder
 from fluxion_core.planning.policy import ExactPolicy
 from fluxion_core.planning.prompt_estimate import PromptEstimator, padded_tokens
 from fluxion_core.planning.prompt_profile import PromptProfile
 from fluxion_core.pool.cpu_pool import CpuPool
+from tests.fluxion_core.decode.rows import rows_of
 from tests.fluxion_core.decode.small_step import CONFIG, WINDOW, random_decoder, store_for
 
 PROMPT = [(7 * n * n + n) % CONFIG.vocab_size for n in range(400)]
@@ -57,25 +60,29 @@ def host_decoder() -> HostDecoder:
     return HostDecoder(random_decoder("cpu"), CpuPool(1))
 
 
-def attention_over(store: HostKvStore, threads: int = 1) -> HybridAttention:
-    return HybridAttention(store, WINDOW, num_heads=CONFIG.num_heads, pool=CpuPool(threads))
+def attention_of_chunk(sequence: SequenceKv, count: int) -> tuple[ChunkWork, RowAttention]:
+    work = ChunkWork(sequence, count, CONFIG.num_heads)
+    return work, RowAttention(work, CpuPool(1), count, CONFIG.num_heads, CONFIG.head_dim)
 
 
 @torch.inference_mode()
 def in_chunks(
-    decoder: HostDecoder, sequence: SequenceKv, prompt: list[int], most: int, **options
+    decoder: HostDecoder,
+    sequence: SequenceKv,
+    prompt: list[int],
+    most: int,
+    profile_window: WindowSpec | None = None,
 ) -> PromptEnd:
     """The end of a prompt that is computed from where the store ends."""
-    attention = attention_over(sequence.store)
+    prompts = PromptComputer(decoder, torch.device("cpu"), CpuPool(1))
     sequence.begin_prompt()
     end = None
     while end is None:
         first = sequence.num_tokens
         count = next_chunk_tokens(
-            len(prompt) - first, most, wants_profile="profile_window" in options
+            len(prompt) - first, most, wants_profile=profile_window is not None
         )
-        ids = prompt[first : first + count]
-        end = compute_chunk(decoder, attention, sequence, ids, **options)
+        end = prompts.compute_chunk(sequence, prompt[first : first + count], profile_window)
     return end
 
 
@@ -132,14 +139,15 @@ def test_a_row_of_a_chunk_attends_as_a_decode_step_to_the_last_bit():
         store = store_for(16)
         sequence = store.reserve(PROMPT, 8)
         sequence.begin_prompt()
-        attention = attention_over(store, threads=1 + (chunk == 1))
+        steps = HostAttention(store, WINDOW, num_heads=CONFIG.num_heads, pool=CpuPool(2))
         fill = torch.Generator().manual_seed(4)
         for first, length in ((0, start), *((start + n, chunk) for n in range(0, count, chunk))):
             is_step = chunk == 1 and first >= start
+            attention: HostAttention | RowAttention = steps
             if is_step:
-                attention.begin_step([sequence], [ExactPolicy()])
+                steps.begin_step(rows_of([sequence], [ExactPolicy()]))
             else:
-                attention.begin_chunk(sequence, length)
+                work, attention = attention_of_chunk(sequence, length)
             for layer in range(CONFIG.num_layers):
                 if first < start:
                     qkv = torch.randn(length, *rows.shape[2:], generator=fill)
@@ -150,9 +158,9 @@ def test_a_row_of_a_chunk_attends_as_a_decode_step_to_the_last_bit():
                 if first >= start:
                     outputs.append((chunk, layer, attended))
             if is_step:
-                attention.end_step()
+                steps.end_step()
             else:
-                attention.end_chunk()
+                work.finish()
         assert sequence.num_tokens == start + count
         contents.append(
             [
@@ -218,7 +226,7 @@ def test_no_chunk_goes_beyond_the_room():
     sequence = store.reserve(PROMPT[:100], 0)
     sequence.begin_prompt()
     with pytest.raises(FluxionError, match="reservation"):
-        attention_over(store).begin_chunk(sequence, 600)
+        attention_of_chunk(sequence, 600)
 
 
 @pytest.mark.parametrize("most", [1, 8, 64])

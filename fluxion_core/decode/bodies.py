@@ -1,0 +1,71 @@
+"""The body of a decode step that fits where a model is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+from fluxion_core.decode.host.attention import HostAttention
+from fluxion_core.decode.host.decoder import HostDecoder
+from fluxion_core.decode.host.step import HostStep
+from fluxion_core.decode.step import DecodeStep
+from fluxion_core.errors import ConfigError
+from fluxion_core.geometry import WindowSpec
+from fluxion_core.kvstore.store import HostKvStore
+from fluxion_core.models.decoder import Decoder
+from fluxion_core.planning.planner import Planner
+from fluxion_core.pool.cpu_pool import CpuPool
+
+
+def step_for(
+    decoder: Decoder,
+    store: HostKvStore,
+    window: WindowSpec,
+    pool: CpuPool,
+    *,
+    planner: Planner | None = None,
+    lanes: Literal["auto", "cpu", "gpu", "both"] = "auto",
+    max_rows: int,
+    goes_on: Callable[[], bool] = lambda: True,
+) -> DecodeStep:
+    """What runs steps of a model: on the GPU that it is on, else on the CPU alone.
+
+    Args:
+        decoder: the model. On a CPU its weights are taken, and it cannot be used any more.
+        store: where sequences are held; on a GPU its memory is pinned, until the step is closed.
+        window: which tokens every head always attends to.
+        pool: CPU threads; the step's alone.
+        planner: for policies that need head profiles; without one they are refused.
+        lanes: who attends to retrieval regions; auto takes all there are.
+        max_rows: sequences of a step.
+        goes_on: asked before each piece of the store that is pinned.
+
+    Raises:
+        RequestCancelledError: `goes_on` said no before all was pinned; nothing is pinned then.
+        ConfigError: lanes that the device does not have.
+        ShapeError: the window is too short for the digests, or heads do not form groups.
+        CapacityError: the store's memory cannot be pinned.
+    """
+    if decoder.embedding.device.type == "cpu":
+        if lanes not in ("auto", "cpu"):
+            raise ConfigError(
+                f"engine.lanes is {lanes}, and the model is on the CPU; use auto or cpu, or set "
+                f"model.device to cuda"
+            )
+        num_heads = decoder.config.num_heads
+        attention = HostAttention(store, window, num_heads=num_heads, pool=pool, planner=planner)
+        return HostStep(HostDecoder(decoder, pool), attention)
+    # Triton, which is not installed where there is no GPU.
+    from fluxion_core.decode.device.step import DeviceStep
+
+    return DeviceStep(
+        decoder,
+        store,
+        window,
+        pool,
+        max_rows=max_rows,
+        max_context_tokens=decoder.config.context_tokens,
+        lanes="both" if lanes == "auto" else lanes,
+        planner=planner,
+        goes_on=goes_on,
+    )

@@ -1,0 +1,136 @@
+"""Prompts computed where they are decoded: a chunk at a time over the host KV store.
+
+For what a follow-up turn adds to text that is stored already. The tokens of a chunk are the rows of
+one step that all read the same sequence; their keys and values are appended to it like generated
+tokens', so that nothing has to come over the wire. Each row reads everything before it in place,
+by the CPUs, which costs as much a token as a decode step with policy exact: long new parts are a
+prefill node's. Both bodies of a step compute prompts in this way; the decoder is where the body's
+is.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fluxion_core.decode.profiling import ProfilePace, PromptProfiling
+from fluxion_core.decode.step import PromptEnd
+from fluxion_core.decode.work import ChunkWork, RowAttention
+from fluxion_core.geometry import WindowSpec
+from fluxion_core.kvstore.sequence import SequenceKv
+from fluxion_core.models.attention_port import AttentionPort
+from fluxion_core.models.config import ModelConfig
+from fluxion_core.planning.prompt_profile import PROFILED_QUERIES, PromptProfile
+from fluxion_core.pool.cpu_pool import CpuPool
+
+
+def next_chunk_tokens(num_left: int, most: int, *, wants_profile: bool) -> int:
+    """How many of the tokens that are left the next chunk takes.
+
+    Args:
+        num_left: tokens of the prompt that are not stored yet, above 0.
+        most: that a chunk should take.
+        wants_profile: whether the last chunk must have the queries that a profile is made from:
+            those of 16 tokens, or of all that is left.
+    """
+    in_last = PROFILED_QUERIES if wants_profile else 1
+    if num_left <= max(most, in_last):
+        return num_left
+    return min(most, num_left - in_last)
+
+
+class ChunkDecoder(Protocol):
+    """A model, on the CPU or on a device: models.decoder or decode.host.decoder."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """Of the model."""
+
+    def __call__(self, token_ids: Tensor, positions: Tensor, attention: AttentionPort) -> Tensor:
+        """See Decoder.forward."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """See Decoder.logits."""
+        ...
+
+
+class PromptComputer:
+    """Computes prompts for a body, and takes turns with its steps. The body's thread only.
+
+    Args:
+        decoder: the model.
+        device: where its tokens go in.
+        pool: threads that attend, and make profiles.
+    """
+
+    def __init__(self, decoder: ChunkDecoder, device: torch.device, pool: CpuPool) -> None:
+        self._decoder, self._device, self._pool = decoder, device, pool
+        self._pace = ProfilePace(decoder.config.num_layers)
+
+    def step_took(self, seconds: float) -> None:
+        """How long a step took: a slice of a profile takes as long as one of its layers."""
+        self._pace.step_took(seconds)
+
+    @torch.inference_mode()
+    def compute_chunk(
+        self, sequence: SequenceKv, token_ids: Sequence[int], profile_window: WindowSpec | None
+    ) -> PromptEnd | None:
+        """Compute and store a prompt's next tokens; see DecodeStep."""
+        started = time.perf_counter()
+        first, count = sequence.num_tokens, len(token_ids)
+        is_last = first + count == sequence.num_prompt_tokens
+        config = self._decoder.config
+        work = ChunkWork(sequence, count, config.num_heads)
+        attention = _ChunkAttention(
+            RowAttention(work, self._pool, count, config.num_heads, config.head_dim),
+            keeps_queries=is_last and profile_window is not None,
+        )
+        ids = torch.tensor(token_ids, device=self._device)
+        positions = torch.arange(first, first + count, device=self._device)
+        hidden = self._decoder(ids, positions, attention)
+        work.finish()
+        end = None
+        if is_last:
+            sequence.commit()
+            profiling = (
+                PromptProfiling(sequence, profile_window, attention.queries, self._pool)
+                if profile_window is not None
+                else None
+            )
+            logits = self._decoder.logits(hidden[-1:])[0]
+            end = PromptEnd(logits.to("cpu", torch.float32), profiling)
+        self._pace.chunk_took(time.perf_counter() - started)
+        return end
+
+    @torch.inference_mode()
+    def advance_profile(self, profiling: PromptProfiling) -> list[PromptProfile] | None:
+        """Go on with a prompt's profile; see DecodeStep."""
+        self._pace.advance(profiling)
+        return profiling.profiles if profiling.is_done else None
+
+
+class _ChunkAttention:
+    """Attention port of one chunk.
+
+    Args:
+        attention: of the chunk's rows.
+        keeps_queries: whether its last queries are kept, for a profile.
+    """
+
+    def __init__(self, attention: RowAttention, *, keeps_queries: bool) -> None:
+        self._attention = attention
+        self._keeps_queries = keeps_queries
+        self.queries: list[Tensor] = []
+        """Of each layer, [rows, heads, head_dim] float32 on the CPU, if they are kept."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attend in one layer; see AttentionPort."""
+        if self._keeps_queries:
+            last = query[-PROFILED_QUERIES:]
+            self.queries.append(last.to("cpu", torch.float32, copy=True))
+        return self._attention.attend(layer, query, key, value)

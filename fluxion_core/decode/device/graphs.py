@@ -1,0 +1,196 @@
+"""The device's side of a decode step: one CUDA graph for each size of batch, captured at start.
+
+In each layer a graph publishes queries, keys and values on the board, attends to the windows, makes
+plans if there are any to make, waits for the host's flag, and merges what the host attended to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fluxion_core.decode.device.board import STUCK_NS, Board
+from fluxion_core.decode.device.graph import StepGraph
+from fluxion_core.decode.device.planner import DevicePlanner, LayerPlans
+from fluxion_core.decode.device.windows import DeviceWindows
+from fluxion_core.geometry import KvGeometry, WindowSpec
+from fluxion_core.kernels.dense_attention.triton import WindowAttention
+from fluxion_core.kernels.handover.launch import Handover
+from fluxion_core.models.decoder import Decoder
+
+
+class CapturedStep(NamedTuple):
+    """A graph, and the rows that it computes, padding included."""
+
+    num_rows: int
+    graph: StepGraph
+
+
+class StepGraphs:
+    """Graphs for powers of two of rows up to a capacity, and for the capacity.
+
+    Args:
+        decoder: the model, on a CUDA device.
+        board: through which layers are handed over.
+        windows: of the sequences in all slots.
+        window: which tokens every head always attends to.
+        attention: over the windows.
+        planner: makes plans; None where the host makes them all.
+        max_rows: sequences of a step.
+        stream: to capture on, and to launch on.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        board: Board,
+        windows: DeviceWindows,
+        window: WindowSpec,
+        attention: WindowAttention,
+        planner: DevicePlanner | None,
+        *,
+        max_rows: int,
+        stream: torch.cuda.Stream,
+    ) -> None:
+        self._decoder, self._planner, self._stream = decoder, planner, stream
+        self._geometry = windows.geometry
+        self.board, self.windows = board, windows
+        self.window, self.attention = window, attention
+        self.step_number = torch.zeros(1, dtype=torch.int32, device=decoder.embedding.device)
+        """On the device: goes up by one a launch."""
+        sizes = sorted({min(1 << power, max_rows) for power in range(max_rows.bit_length() + 1)})
+        ways = (False, True) if planner is not None else (False,)
+        self._graphs = {
+            (size, plans): self._capture(size, plans=plans) for size in sizes for plans in ways
+        }
+        self.launches = int(self.step_number.item())
+        """So far, captures' included: the number of the newest step."""
+
+    def launch(
+        self, num_rows: int, *, has_plans: bool, events: Sequence[torch.cuda.Event]
+    ) -> CapturedStep:
+        """Launch the smallest graph that takes so many rows.
+
+        Args:
+            num_rows: of the step, up to the capacity.
+            has_plans: whether plans are made for some of them.
+            events: recorded before the graph and after it.
+
+        Raises:
+            FluxionError: CUDA refuses.
+        """
+        size = min(size for size, _ in self._graphs if size >= num_rows)
+        graph = self._graphs[size, has_plans]
+        self.launches += 1
+        events[0].record(self._stream)
+        graph.launch()
+        events[1].record(self._stream)
+        return CapturedStep(size, graph)
+
+    def _capture(self, size: int, *, plans: bool) -> StepGraph:
+        board, device = self.board, self.step_number.device
+        words = torch.zeros(2, size, dtype=torch.int64, device=device)
+        ints = torch.zeros(2, size, dtype=torch.int32, device=device)
+        planner = self._planner.new_layers(size) if self._planner and plans else None
+        port = _GraphAttention(
+            self, self._geometry, size, slots=ints[0], lengths=ints[1], planner=planner
+        )
+
+        @torch.inference_mode()
+        def body() -> None:
+            for index in range(2):
+                words[index].copy_(board.input_words[index, :size], non_blocking=True)
+                ints[index].copy_(board.input_rows[index, :size], non_blocking=True)
+            self.step_number.add_(1)
+            if planner is not None:
+                planner.begin()
+            hidden = self._decoder(words[0], words[1], port)
+            board.logits[:size].copy_(self._decoder.logits(hidden), non_blocking=True)
+            board.stamps.copy_(port.stamps, non_blocking=True)
+
+        return StepGraph(body, self._stream)
+
+
+class _GraphAttention:
+    """Attention port that only launches: everything the kernels read is where it always is."""
+
+    def __init__(
+        self,
+        graphs: StepGraphs,
+        geometry: KvGeometry,
+        size: int,
+        *,
+        slots: Tensor,
+        lengths: Tensor,
+        planner: LayerPlans | None,
+    ) -> None:
+        device = slots.device
+        self._graphs, self._size = graphs, size
+        self._slots, self._lengths = slots, lengths
+        self._planner = planner
+        self._attention = graphs.attention
+        self._handover = Handover(
+            graphs.window,
+            self._attention.num_heads,
+            geometry.num_kv_heads,
+            geometry.head_dim,
+            self._attention.num_splits,
+        )
+        self._states = self._attention.make_states(size, device)
+        self._has_answer = torch.zeros(1, dtype=torch.int32, device=device)
+        self.stamps = torch.zeros(geometry.num_layers, 3, dtype=torch.int64, device=device)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attend in one layer; see AttentionPort: only launches."""
+        graphs, board, size = self._graphs, self._graphs.board, self._size
+        window_key, window_value = graphs.windows.key(layer), graphs.windows.value(layer)
+        self._handover.publish(
+            query,
+            key,
+            value,
+            self._lengths,
+            self._slots,
+            window_key,
+            window_value,
+            board.device_queries,
+            board.rows[layer],
+            board.published[layer],
+            graphs.step_number,
+            self.stamps[layer, 0:1],
+        )
+        self._attention.launch(
+            query, window_key, window_value, self._slots, self._lengths, self._states
+        )
+        if self._planner is not None:
+            self._planner.launch(
+                layer,
+                self._slots,
+                self._lengths,
+                board.device_queries[:size],
+                window_key,
+                self._states,
+                board.plan_levels[layer],
+                board.plan_budgets[layer],
+                board.planned[layer],
+                graphs.step_number,
+            )
+        output = torch.empty(size, *query.shape[1:], dtype=query.dtype, device=query.device)
+        self._handover.await_and_merge(
+            self._states.output,
+            self._states.lse,
+            board.output,
+            board.lse,
+            board.answered[layer : layer + 1],
+            board.skip[layer : layer + 1],
+            graphs.step_number,
+            board.error,
+            self.stamps[layer, 1:3],
+            self._has_answer,
+            output,
+            timeout_ns=STUCK_NS,
+            error_code=layer + 1,
+        )
+        return output
