@@ -20,6 +20,7 @@ COMMANDS = {
     "generate": "generate:Generate",
     "pull": "pull:Pull",
     "health": "health:Health",
+    "info": "info:Info",
     "top": "top:Top",
     "trace": "trace:TraceSteps",
     "eval": "evaluate:Evaluate",
