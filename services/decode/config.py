@@ -62,7 +62,7 @@ class EngineSettings(Section):
     """A prompt of which at most so many tokens are not stored yet is computed on this node, any
     other one by a prefill node, which computes all of it; 0 for never here. Left out: by whoever is
     done sooner, as estimated from what chunks and hand-offs took and from what there is to do; here
-    if no prefill node is configured. Not on a GPU yet: there it is 0."""
+    if no prefill node is configured."""
     attention_threads: Count | None = Field(default=None, gt=0, le=4096)
     """Threads that attend over host KV and, where the model is on the CPU, compute the dense part;
     if not given, one per usable CPU, an eighth of them (at least one) left to others from 4 CPUs

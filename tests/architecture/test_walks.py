@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGES = ROOT / "docs" / "architecture"
-WALKS = ("request.md", "frame.md")
+WALKS = ("request.md", "frame.md", "step.md")
 
 
 def files_of(page: str) -> list[str]:
