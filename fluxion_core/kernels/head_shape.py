@@ -1,4 +1,4 @@
-"""Which heads the Triton kernels take; said once, where their shapes are checked."""
+"""Heads that the Triton kernels take; said once, where their shapes are checked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which instruction set the native kernels use: the best of this CPU, unless told otherwise."""
+"""The instruction set of the native kernels: the best of this CPU, unless told otherwise."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ DEVICE_WORDS = 40
 
 @triton.jit
 def sixteen_token_units(task_ptr):
-    """How many 16-token blocks are visited: all of every listed block, or all of the region."""
+    """16-token blocks that are visited: all of every listed block, or all of the region."""
     level = tl.load(task_ptr + LEVEL)
     units = (tl.load(task_ptr + REGION_END) - tl.load(task_ptr + REGION_BEGIN)) // 16
     if level >= 0:

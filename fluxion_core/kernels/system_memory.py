@@ -25,7 +25,7 @@ if INTERPRETED:
         return tl.cast(time.monotonic_ns(), tl.int64)
 
     def load_flag(flag_ptr):
-        """What a flag of 32 or 64 bits says; whatever it announces can be read after this."""
+        """Read a flag of 32 or 64 bits; whatever it announces can be read after this."""
         return tl.load(flag_ptr, volatile=True)
 
     def store_flag(flag_ptr, value):
@@ -46,7 +46,7 @@ else:
 
     @triton.jit
     def load_flag(flag_ptr):
-        """What a flag of 32 or 64 bits says; whatever it announces can be read after this."""
+        """Read a flag of 32 or 64 bits; whatever it announces can be read after this."""
         if flag_ptr.dtype.element_ty == tl.int64:
             value = tl.inline_asm_elementwise(
                 "ld.acquire.sys.global.b64 $0, [$1];",

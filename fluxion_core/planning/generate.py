@@ -152,7 +152,7 @@ def _place_lines() -> Iterator[str]:
 
 
 def _constexpr_lines() -> Iterator[str]:
-    yield '"""What the GPU\'s planner shares with the others, as compile-time constants.'
+    yield '"""Numbers that the GPU\'s planner shares with the others, as compile-time constants.'
     yield ""
     yield _ORIGIN
     yield _SOURCES

@@ -46,11 +46,7 @@ def score_blocks(
     Cost: reads 4 * head_dim bytes per block.
     Source: Quest (arXiv:2406.10774) for radius 1.
     """
-    group, head_dim = query.shape
-    if head_dim != geometry.head_dim or not 1 <= group <= MAX_GROUP:
-        raise ShapeError(f"query {tuple(query.shape)} does not fit {geometry}")
-    if query.dtype != torch.float32 or not query.is_contiguous():
-        raise ShapeError(f"query is {query.dtype}; need contiguous float32")
+    _check_query(geometry, query)
     if not 0 <= layer < geometry.num_layers or not 0 <= kv_head < geometry.num_kv_heads:
         raise ShapeError(f"layer {layer}, KV head {kv_head} of {geometry}")
     if not 0 <= radius <= 1:
@@ -59,6 +55,7 @@ def score_blocks(
         raise ShapeError(f"slab table of {slab_table.dtype}, level {level}")
     if blocks.step != 1 or blocks.stop > slab_table.numel() * geometry.level_blocks(level):
         raise ShapeError(f"blocks {blocks} of {slab_table.numel()} slabs")
+    group = len(query)
     scores = torch.empty(group, len(blocks))
     _native.score_blocks(
         native_layout(geometry),
@@ -74,3 +71,11 @@ def score_blocks(
         scores.data_ptr(),
     )
     return scores
+
+
+def _check_query(geometry: KvGeometry, query: Tensor) -> None:
+    group, head_dim = query.shape
+    if head_dim != geometry.head_dim or not 1 <= group <= MAX_GROUP:
+        raise ShapeError(f"query {tuple(query.shape)} does not fit {geometry}")
+    if query.dtype != torch.float32 or not query.is_contiguous():
+        raise ShapeError(f"query is {query.dtype}; need contiguous float32")

@@ -31,7 +31,7 @@ def choose_top(scores: Tensor, budgets: Sequence[int]) -> list[Tensor]:
 
 
 def choose_top_marks(scores: Tensor, budgets: Sequence[int]) -> Tensor:
-    """The same as one bit per block: [heads, ceil(blocks / 64)] int64, lowest bit first."""
+    """Choose as one bit per block: [heads, ceil(blocks / 64)] int64, lowest bit first."""
     if scores.dim() != 2 or scores.dtype != torch.float32 or not scores.is_contiguous():
         raise ShapeError(f"scores are {tuple(scores.shape)} {scores.dtype}; need 2-d float32")
     heads, count = scores.shape

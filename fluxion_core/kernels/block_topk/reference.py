@@ -21,7 +21,7 @@ def choose_top(scores: Tensor, budget: int) -> Tensor:
 
 
 def union(chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """What a group reads, and which of its heads want each block.
+    """Blocks that a group reads, and which of its heads want each.
 
     Args:
         chosen: [heads, blocks] bool.

@@ -1,4 +1,4 @@
-"""What lies between a decode step's matrix products, one kernel each: norms, rotation, gating.
+"""Operations between a decode step's matrix products, one kernel each: norms, rotation, gating.
 
 In torch each is three to six kernels, and a step of few rows is bound by launches. Arithmetic is
 that of models/decoder.py: float32 inside, rounded to the model's dtype where that rounds. (Products

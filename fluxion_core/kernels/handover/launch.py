@@ -34,6 +34,18 @@ class Handover:
         """Floats of a row in pinned memory: query, key, value."""
         return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
 
+    @property
+    def _publish_constants(self) -> dict[str, int]:
+        kv_channels = self.num_kv_heads * self.head_dim
+        return {
+            "QUERY_CHANNELS": self.num_heads * self.head_dim,
+            "KV_CHANNELS": kv_channels,
+            "HEAD_DIM": self.head_dim,
+            "SINK": self.window.sink_tokens,
+            "RING": self.window.ring_tokens,
+            "TILE": min(1024, triton.next_power_of_2(kv_channels)),
+        }
+
     def publish(
         self,
         query: Tensor,
@@ -70,10 +82,6 @@ class Handover:
             step: [1] int32 on the device; goes up by one a step.
             stamp: [1] int64 on the device; takes the clock after the first row was published.
         """
-        query_channels, kv_channels = (
-            self.num_heads * self.head_dim,
-            self.num_kv_heads * self.head_dim,
-        )
         publish[(query.shape[0],)](
             query,
             key,
@@ -93,12 +101,7 @@ class Handover:
             host_rows.stride(0),
             window_key.stride(0),
             window_key.stride(1),
-            QUERY_CHANNELS=query_channels,
-            KV_CHANNELS=kv_channels,
-            HEAD_DIM=self.head_dim,
-            SINK=self.window.sink_tokens,
-            RING=self.window.ring_tokens,
-            TILE=min(1024, triton.next_power_of_2(kv_channels)),
+            **self._publish_constants,
             num_warps=8,
         )
 

@@ -1,4 +1,4 @@
-"""What the GPU's planner shares with the others, as compile-time constants.
+"""Numbers that the GPU's planner shares with the others, as compile-time constants.
 
 Written by `python -m fluxion_core.planning.generate`; the numbers are chosen in
 fluxion_core/geometry.py and fluxion_core/planning/constants.py, where they are explained.

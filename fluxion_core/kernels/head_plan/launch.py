@@ -40,7 +40,7 @@ _TILE_SLABS = 128
 
 
 class PlanWeights(NamedTuple):
-    """Of one model's predictor and selector, on the device. float32, contiguous."""
+    """Weights of one model's predictor and selector, on the device. float32, contiguous."""
 
     standards: Tensor
     """[2, 64]: mean and scale of the features; 0 beyond them."""
@@ -112,7 +112,7 @@ def copy_coarse(geometry: KvGeometry, slab_table: Tensor, to: CoarseCopies) -> N
 
 
 class SlotMemory(NamedTuple):
-    """What is kept of the sequence in each slot, on the device. float32, contiguous."""
+    """Memory of the sequence in each slot, on the device. float32, contiguous."""
 
     estimates: Tensor
     """[layers, slots, heads, 16]: what prefill said; see triton.py for the words."""
@@ -125,7 +125,7 @@ class SlotMemory(NamedTuple):
 
 
 class PlanScratch(NamedTuple):
-    """What the kernels leave for each other, on the device."""
+    """Tensors that the kernels leave for each other, on the device."""
 
     slabs: Tensor
     """[rows, slabs] int64."""
@@ -227,7 +227,7 @@ class HeadPlan:
         )
 
     def list_slabs(self, rows: Tensor, scratch: PlanScratch) -> None:
-        """Once a step: where the rows' digests lie. Grid: rows x slabs.
+        """List where the rows' digests lie, once a step. Grid: rows x slabs.
 
         Args:
             rows: [rows, 8] int64; see triton.py for the words.
@@ -286,8 +286,18 @@ class HeadPlan:
 
         Cost: reads the rows' 128-token digests once, 1/128 of the region's KV, in device memory.
         """
-        geometry, copies, count = self.geometry, self.digests.copies, len(rows)
-        scan[(count, geometry.num_kv_heads, self.parts)](
+        self._scan(layer, rows, query, weights, scratch)
+        self._see_window(layer, rows, slots, lengths, query, window_key, states, memory, scratch)
+        self._see_heads(layer, rows, slots, weights, memory, scratch)
+        self._predict(rows, weights, scratch)
+        places = levels, budgets, planned
+        self._choose(layer, rows, slots, weights, memory, scratch, places, step)
+
+    def _scan(
+        self, layer: int, rows: Tensor, query: Tensor, weights: PlanWeights, scratch: PlanScratch
+    ) -> None:
+        geometry, copies = self.geometry, self.digests.copies
+        scan[(len(rows), geometry.num_kv_heads, self.parts)](
             rows,
             query,
             scratch.slabs,
@@ -306,7 +316,20 @@ class HeadPlan:
             PARTS=self.parts,
             num_warps=4,
         )
-        see_window[(count, geometry.num_kv_heads)](
+
+    def _see_window(
+        self,
+        layer: int,
+        rows: Tensor,
+        slots: Tensor,
+        lengths: Tensor,
+        query: Tensor,
+        window_key: Tensor,
+        states: WindowStates,
+        memory: SlotMemory,
+        scratch: PlanScratch,
+    ) -> None:
+        see_window[(len(rows), self.geometry.num_kv_heads)](
             rows,
             slots,
             lengths,
@@ -319,14 +342,24 @@ class HeadPlan:
             scratch.sights,
             **self._shape,
             GROUP_ROWS=self._group_rows,
-            SCALE=geometry.head_dim**-0.5,
+            SCALE=self.geometry.head_dim**-0.5,
             SINK=self.window.sink_tokens,
             RING=self.window.ring_tokens,
             SPLITS=self.num_splits,
             SPLIT_ROWS=triton.next_power_of_2(self.num_splits),
             num_warps=4,
         )
-        see_heads[(count,)](
+
+    def _see_heads(
+        self,
+        layer: int,
+        rows: Tensor,
+        slots: Tensor,
+        weights: PlanWeights,
+        memory: SlotMemory,
+        scratch: PlanScratch,
+    ) -> None:
+        see_heads[(len(rows),)](
             rows,
             slots,
             scratch.bounds,
@@ -338,14 +371,16 @@ class HeadPlan:
             weights.standards,
             scratch.features,
             scratch.best,
-            layer / max(1, geometry.num_layers - 1),
+            layer / max(1, self.geometry.num_layers - 1),
             **self._shape,
             HEADS=self.num_heads,
             HEAD_ROWS=self.head_rows,
             PARTS=self.parts,
             num_warps=4,
         )
-        predict[(count, self.tiles, self.head_rows // HEAD_TILE.value)](
+
+    def _predict(self, rows: Tensor, weights: PlanWeights, scratch: PlanScratch) -> None:
+        predict[(len(rows), self.tiles, self.head_rows // HEAD_TILE.value)](
             rows,
             scratch.features,
             weights.weights[0],
@@ -358,7 +393,19 @@ class HeadPlan:
             HIDDEN=self.hidden,
             num_warps=4,
         )
-        choose[(count, geometry.num_kv_heads)](
+
+    def _choose(
+        self,
+        layer: int,
+        rows: Tensor,
+        slots: Tensor,
+        weights: PlanWeights,
+        memory: SlotMemory,
+        scratch: PlanScratch,
+        places: tuple[Tensor, Tensor, Tensor],
+        step: Tensor,
+    ) -> None:
+        choose[(len(rows), self.geometry.num_kv_heads)](
             rows,
             slots,
             scratch.shares,
@@ -368,9 +415,7 @@ class HeadPlan:
             scratch.sights,
             scratch.best,
             memory.seen[layer],
-            levels,
-            budgets,
-            planned,
+            *places,
             step,
             GROUP=self.group,
             GROUP_ROWS=triton.next_power_of_2(self.group),

@@ -24,7 +24,7 @@ MAX_CHOICE_BLOCKS = 1 << 15
 
 @dataclass(frozen=True)
 class DigestCopies:
-    """Where the slabs of a store have copies of their digests on the device."""
+    """Copies of the digests of a store's slabs, on the device."""
 
     arena_address: int
     """Of the first slab."""
@@ -86,6 +86,7 @@ class LaneKernels:
         )
         self._digests = digests
         self._rows = max(MIN_ROWS, triton.next_power_of_2(group))
+        self._shape = {"GROUP": group, "GROUP_ROWS": self._rows, "HEAD_DIM": geometry.head_dim}
         self._many = max(LEAST_CHOICE, triton.next_power_of_2(blocks))
         self._few = max(LEAST_CHOICE, self._many // 8)
         self._stride = ceil_div(blocks, 64) * 64
@@ -116,9 +117,14 @@ class LaneKernels:
         of the union of the heads' blocks, over the link; on the device 4 * group bytes a block
         written and read, and `programs` states of the group.
         """
+        self._score()
+        self._choose()
+        self._attend()
+        self._finish()
+
+    def _score(self) -> None:
         geometry, digests = self.geometry, self._digests
         widths = [geometry.record_blocks(level) for level in range(len(BLOCK_SIZES))]
-        shape = {"GROUP": self.group, "GROUP_ROWS": self._rows, "HEAD_DIM": geometry.head_dim}
         score_task[(self.programs,)](
             self.descriptor,
             self._task,
@@ -126,7 +132,7 @@ class LaneKernels:
             self._stride,
             digests.arena_address if digests else 0,
             digests.address if digests else 0,
-            **shape,
+            **self._shape,
             DIGEST_BITS=geometry.digest_bits,
             SLAB_BLOCKS=geometry.slab_blocks,
             WIDTH_16=widths[0],
@@ -139,6 +145,8 @@ class LaneKernels:
             COPY_BYTES=geometry.digest_bytes if digests else 0,
             num_warps=4,
         )
+
+    def _choose(self) -> None:
         choose_blocks[(self.group,)](
             self._task,
             self._scores,
@@ -152,6 +160,8 @@ class LaneKernels:
             MANY=self._many,
             num_warps=32,
         )
+
+    def _attend(self) -> None:
         attend_listed[(self.programs,)](
             self._task,
             self._ids,
@@ -159,13 +169,15 @@ class LaneKernels:
             self._outputs,
             self._highest,
             self._sums,
-            **shape,
-            SLAB_BLOCKS=geometry.slab_blocks,
-            SCALE=geometry.head_dim**-0.5,
+            **self._shape,
+            SLAB_BLOCKS=self.geometry.slab_blocks,
+            SCALE=self.geometry.head_dim**-0.5,
             PROGRAMS=self.programs,
             TILE_UNITS=self.tile_units,
             num_warps=4,
         )
+
+    def _finish(self) -> None:
         finish_task[(self.group,)](
             self._task,
             self._outputs,
@@ -173,7 +185,7 @@ class LaneKernels:
             self._sums,
             self._finish_arrivals,
             GROUP=self.group,
-            HEAD_DIM=geometry.head_dim,
+            HEAD_DIM=self.geometry.head_dim,
             PROGRAMS=self.programs,
             PROGRAM_ROWS=triton.next_power_of_2(self.programs),
             TILE_UNITS=self.tile_units,

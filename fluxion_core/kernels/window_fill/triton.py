@@ -88,16 +88,7 @@ def fill_window(
 
     Cost: reads and writes up to slot_tokens tokens of KV.
     """
-    expected = (
-        geometry.num_layers,
-        2,
-        windows.shape[2],
-        geometry.num_kv_heads,
-        window.slot_tokens,
-        geometry.head_dim,
-    )
-    if tuple(windows.shape) != expected or windows.stride(-2) != geometry.head_dim:
-        raise ShapeError(f"windows of {tuple(windows.shape)}; expected {expected}, contiguous")
+    _check_windows(geometry, window, windows)
     if not 0 <= slot < windows.shape[2] or num_tokens < 1:
         raise ShapeError(f"slot {slot} of {windows.shape[2]}, {num_tokens} tokens")
     sink_blocks = window.sink_tokens // BLOCK_TOKENS
@@ -123,3 +114,16 @@ def fill_window(
         BLOCK=BLOCK_TOKENS,
         num_warps=2,
     )
+
+
+def _check_windows(geometry: KvGeometry, window: WindowSpec, windows: Tensor) -> None:
+    expected = (
+        geometry.num_layers,
+        2,
+        windows.shape[2],
+        geometry.num_kv_heads,
+        window.slot_tokens,
+        geometry.head_dim,
+    )
+    if tuple(windows.shape) != expected or windows.stride(-2) != geometry.head_dim:
+        raise ShapeError(f"windows of {tuple(windows.shape)}; expected {expected}, contiguous")
