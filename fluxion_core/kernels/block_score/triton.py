@@ -37,9 +37,9 @@ def _reach(weights, radius):
 def score_tile(at, inside, query, radius, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
     """[rows, records * width] scores from records of 16 bits at the addresses `at`."""
     channel = tl.arange(0, HEAD_DIM)
-    lane = tl.arange(0, WIDTH)
+    block = tl.arange(0, WIDTH)
     pair_ptr = typed_pointer(at, tl.int32)[:, None, None]
-    pair_ptr = pair_ptr + (channel[None, :, None] * WIDTH + lane[None, None, :])
+    pair_ptr = pair_ptr + (channel[None, :, None] * WIDTH + block[None, None, :])
     # Triton cannot tell from an address; without this it reads a word at a time.
     pair_ptr = tl.multiple_of(pair_ptr, (16, 16, 16))
     pairs = tl.load(pair_ptr, mask=inside[:, None, None], other=0)
@@ -73,9 +73,9 @@ def score_span(
     header_ptr = typed_pointer(at, tl.int32)[:, None] + pair[None, :] * 2
     even = tl.load(header_ptr, mask=inside[:, None], other=0)
     odd = tl.load(header_ptr + 1, mask=inside[:, None], other=0)
-    lane = tl.arange(0, WIDTH)
+    block = tl.arange(0, WIDTH)
     word_ptr = typed_pointer(at, tl.int32)[:, None, None] + HEAD_DIM
-    word_ptr = word_ptr + (pair[None, :, None] * WIDTH + lane[None, None, :])
+    word_ptr = word_ptr + (pair[None, :, None] * WIDTH + block[None, None, :])
     word_ptr = tl.multiple_of(word_ptr, (16, 16, 16))
     words = tl.load(word_ptr, mask=inside[:, None, None], other=0)
     terms = _span_half(even, even_query, words & 255, (words >> 8) & 255, radius)
