@@ -11,7 +11,7 @@ from pathlib import Path
 TARGET = Path(__file__).with_name("flow.svg")
 
 WIDTH, HEIGHT = 1000, 760
-LINE = 16
+LINE = 18
 """Pixels from one line of text to the next."""
 
 PROCESS, MEMORY, WORK, GPU = "#eceff1", "#fff3e0", "#ffffff", "#e8f5e9"
@@ -51,8 +51,8 @@ BOXES = (
     Box(300, 20, 680, 720, ("decode node",), PROCESS, is_frame=True),
     Box(320, 56, 190, 56, ("request", "checked, cut into tokens")),
     Box(545, 56, 190, 56, ("admission", "room for all it can need")),
-    Box(770, 56, 190, 56, ("placement", "who computes the prompt")),
-    Box(320, 168, 190, 56, ("hand-off taken in", "checked, digested, copied")),
+    Box(770, 56, 190, 56, ("placement", "who computes it")),
+    Box(320, 168, 190, 56, ("hand-off taken in", "checked and digested")),
     Box(
         545,
         154,
@@ -109,7 +109,7 @@ ARROWS = (
     Arrow(((465, 478), (465, 500))),
     Arrow(((465, 574), (465, 596))),
     Arrow(((795, 478), (795, 500))),
-    Arrow(((795, 556), (795, 578)), "flags in pinned memory", (802, 572)),
+    Arrow(((795, 556), (795, 578)), "flags on a board", (804, 572)),
     Arrow(((716, 618), (716, 652))),
     Arrow(((874, 618), (874, 652))),
     Arrow(((320, 326), (244, 326), (244, 52), (220, 52)), "tokens", (270, 318)),
@@ -150,7 +150,7 @@ def picture() -> str:
     """The SVG."""
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}"'
-        f' height="{HEIGHT}" font-family="sans-serif" font-size="12" fill="#263238">',
+        f' height="{HEIGHT}" font-family="sans-serif" font-size="14" fill="#263238">',
         "<title>A request through both nodes and both devices</title>",
         '<defs><marker id="tip" viewBox="0 0 8 8" refX="8" refY="4" markerWidth="7"'
         ' markerHeight="7" orient="auto"><path d="M0 0 8 4 0 8z" fill="#607d8b"/></marker></defs>',
