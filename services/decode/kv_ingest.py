@@ -163,8 +163,8 @@ class KvIngest:
         if not self._nodes:
             raise PeerUnavailableError(
                 "no prefill node is configured, and this node may not compute the prompt itself; "
-                "start it with --prefill-addresses HOST:PORT, or, where the model is on the CPU, "
-                "without engine.local_prefill_tokens"
+                "start it with --prefill-addresses HOST:PORT, or without "
+                "engine.local_prefill_tokens"
             )
         handoff = _Handoff(
             request_id,
