@@ -28,7 +28,7 @@ def step_for(
     max_rows: int,
     goes_on: Callable[[], bool] = lambda: True,
 ) -> DecodeStep:
-    """What runs steps of a model: on the GPU that it is on, else on the CPU alone.
+    """The step that runs a model: on the GPU that it is on, else on the CPU alone.
 
     Args:
         decoder: the model. On a CPU its weights are taken, and it cannot be used any more.

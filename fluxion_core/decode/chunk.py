@@ -29,7 +29,7 @@ from fluxion_core.pool.cpu_pool import CpuPool
 
 
 def next_chunk_tokens(num_left: int, most: int, *, wants_profile: bool) -> int:
-    """How many of the tokens that are left the next chunk takes.
+    """Tokens that the next chunk takes, of those that are left.
 
     Args:
         num_left: tokens of the prompt that are not stored yet, above 0.
@@ -48,14 +48,14 @@ class ChunkDecoder(Protocol):
 
     @property
     def config(self) -> ModelConfig:
-        """Of the model."""
+        """Config of the model."""
 
     def __call__(self, token_ids: Tensor, positions: Tensor, attention: AttentionPort) -> Tensor:
         """See Decoder.forward."""
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """See Decoder.logits."""
+        """Logits of hidden states; as of `Decoder.logits`."""
         ...
 
 
@@ -73,7 +73,7 @@ class PromptComputer:
         self._pace = ProfilePace(decoder.config.num_layers)
 
     def step_took(self, seconds: float) -> None:
-        """How long a step took: a slice of a profile takes as long as one of its layers."""
+        """Learn how long a step took: a slice of a profile takes as long as one of its layers."""
         self._pace.step_took(seconds)
 
     @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""Where the plans of a step's rows come from: each policy's sources, joined in one place.
+"""Sources of the plans of a step's rows: each policy's, joined in one place.
 
 A source says what one row reads in one layer, block sizes and budgets (kernels/native/plan/
 plan_source.h): plans that are given before the step, those that a network makes on the CPUs, layer
@@ -21,7 +21,7 @@ from fluxion_core.planning.policy import PlanInputs, PredictedPolicy
 
 
 class NetworkPlans(Protocol):
-    """Who runs a planner's network in a body's steps."""
+    """Plans of a body's steps by a planner's network."""
 
     def begin(self, num_rows: int) -> None:
         """A step of so many rows begins."""

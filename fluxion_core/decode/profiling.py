@@ -146,7 +146,7 @@ _LEAST_PARTS, _MOST_PARTS = 4, 8
 
 
 class ProfilePace:
-    """How much of a profile is done at a time: what takes as long as one layer of a step.
+    """Pace of a profile: at a time, what takes as long as one layer of a step.
 
     Args:
         num_layers: of the model.
@@ -170,7 +170,7 @@ class ProfilePace:
 
     @property
     def layer_seconds(self) -> float:
-        """Of a step; before the first one, half of a layer of the last chunk."""
+        """Seconds of a step's layer; before the first step, half of a layer of the last chunk."""
         step = self._chunk_seconds / 2 if self._step_seconds is None else self._step_seconds
         return step / self._num_layers
 

@@ -46,7 +46,7 @@ class StepRow:
 
 @dataclass(frozen=True)
 class StepReads:
-    """What one sequence's step read of its retrieval region, all layers. Bytes.
+    """Reads of one sequence's step in its retrieval region, all layers. Bytes.
 
     The window is not counted: every policy reads it.
     """
@@ -83,7 +83,7 @@ class StepReads:
 
 @dataclass(frozen=True)
 class PromptEnd:
-    """What a prompt's last chunk gives, beside the KV that is now in the store."""
+    """Result of a prompt's last chunk, beside the KV that is now in the store."""
 
     logits: Tensor
     """[vocab_size] float32 on the CPU, after the last token."""

@@ -1,4 +1,4 @@
-"""What is the same in all layers of a decode step over the host KV store.
+"""The common part of all layers of a decode step over the host KV store.
 
 The sequences' regions, where each row's plans come from, the native tasks that carry them out, and,
 when the last layer is done, what was read. The same for a chunk of one sequence's prompt, whose
@@ -88,7 +88,7 @@ class StepWork:
 
     @property
     def plan_nanoseconds(self) -> PlanNanoseconds:
-        """What planning took."""
+        """Time that planning took."""
         return PlanNanoseconds(*self.tasks.plan_nanoseconds())
 
     def _reads(self, row: int) -> StepReads:

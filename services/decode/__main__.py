@@ -221,7 +221,7 @@ def add_services(
 def make_reader(
     settings: DecodeSettings, model: NodeModel, planning: Planning, limits: ClientLimits
 ) -> PromptReader:
-    """What makes requests of what clients send."""
+    """The reader that makes requests of what clients send."""
     return PromptReader(
         model.tokenizer,
         model.loaded.config,
@@ -284,7 +284,7 @@ def make_step(
     *,
     goes_on: Callable[[], bool],
 ) -> DecodeStep:
-    """What runs steps, where the model is.
+    """The step that runs where the model is.
 
     Raises:
         RequestCancelledError: `goes_on` said no before all was pinned; nothing is pinned then.

@@ -49,7 +49,7 @@ _log = logging.getLogger(__name__)
 
 
 class ChunkSize(NamedTuple):
-    """How much of a prompt that is computed here is computed at a time."""
+    """Size of a chunk of a prompt that is computed here."""
 
     tokens: int
     full_context: int
@@ -71,8 +71,8 @@ _NEW_SHARE = 0.3
 
 
 @dataclass(frozen=True)
-class Profiled:
-    """How a prompt that is computed here gets its planner's state."""
+class ProfileRequest:
+    """Request for a profile, from which a prompt computed here gets its planner's state."""
 
     planner: Planner
     window: WindowSpec
@@ -99,7 +99,7 @@ class DecodeSequence:
     """Takes a new token; returns whether to go on."""
     on_end: Callable[[BaseException | None], None]
     """Called once, with what went wrong, if anything did."""
-    profiled: Profiled | None = None
+    profile_request: ProfileRequest | None = None
     """If the prompt is computed here, for policies that need head profiles."""
     profiling: PromptProfiling | None = None
     """The profile that it waits for, between its first token and its first step."""
@@ -151,7 +151,7 @@ class EngineStatistics:
 
 @dataclass(frozen=True)
 class EngineLoad:
-    """What the engine has to do."""
+    """Work before the engine."""
 
     streams: int = 0
     """Sequences that take part in steps."""
@@ -244,7 +244,7 @@ class DecodeEngine:
         return self._current
 
     def load(self) -> EngineLoad:
-        """What there is to do, with what was submitted just now. From any thread."""
+        """Work before the engine, with what was submitted just now. From any thread."""
         with self._changed:
             return _with_prompts(self._load, self._joining)
 
@@ -359,25 +359,25 @@ class DecodeEngine:
 
     def _advance_profile(self, sequence: DecodeSequence) -> None:
         assert sequence.profiling is not None
-        assert sequence.profiled is not None
+        assert sequence.profile_request is not None
         profiles = self._step.advance_profile(sequence.profiling)
         if profiles is not None:
-            sequence.planner_state = sequence.profiled.planner.new_state(profiles)
+            sequence.planner_state = sequence.profile_request.planner.new_state(profiles)
             sequence.profiling = None
 
     def _compute_chunk(self, sequence: DecodeSequence, *, has_streams: bool) -> bool:
         """The next tokens of a prompt, and after its last the first new one; whether to go on."""
-        prompt, profiled = sequence.prompt_token_ids, sequence.profiled
+        prompt, request = sequence.prompt_token_ids, sequence.profile_request
         first = sequence.kv.num_tokens
         size = CHUNK_BESIDE_STREAMS if has_streams else CHUNK_ALONE
         count = next_chunk_tokens(
-            len(prompt) - first, size.at(first), wants_profile=profiled is not None
+            len(prompt) - first, size.at(first), wants_profile=request is not None
         )
         started = time.perf_counter()
         end = self._step.compute_chunk(
             sequence.kv,
             prompt[first : first + count],
-            None if profiled is None else profiled.window,
+            None if request is None else request.window,
         )
         self._on_chunk(count, first, time.perf_counter() - started)
         if end is None:

@@ -27,7 +27,7 @@ from fluxion_core.wire.client_limits import ClientLimits
 from fluxion_proto.v1 import generate_pb2
 from services.decode.admission import Admission
 from services.decode.cache_domain import Sharing, cache_domain
-from services.decode.engine import DecodeEngine, DecodeSequence, Profiled
+from services.decode.engine import DecodeEngine, DecodeSequence, ProfileRequest
 from services.decode.kv_ingest import HandoffResult, KvIngest
 from services.decode.placement import Placement
 from services.decode.planning import Planning
@@ -328,7 +328,7 @@ class Generation:
             sampling=request.sampling,
             on_token=stream.take,
             on_end=stream.end,
-            profiled=Profiled(planner, profile_window) if profile_window else None,
+            profile_request=ProfileRequest(planner, profile_window) if profile_window else None,
         )
 
     async def _reclaim(self, sequence: DecodeSequence, stream: TokenStream) -> BaseException | None:

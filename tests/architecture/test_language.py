@@ -187,7 +187,6 @@ PENDING = (
     "fluxion_core/decode/",
     "fluxion_core/lab/",
     "services/decode/__main__.py",
-    "services/decode/engine.py",
 )
 """Rooms that have some of these left."""
 

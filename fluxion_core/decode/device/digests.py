@@ -54,7 +54,7 @@ class RegionCopies(ABC):
         self._ends[slot] = region_end
 
     def take_copied_bytes(self) -> int:
-        """What went over the link since the last call."""
+        """Take the count of bytes that went over the link since the last call."""
         copied, self._copied_bytes = self._copied_bytes, 0
         return copied
 

@@ -28,7 +28,7 @@ def launch_address() -> int:
 
 
 class StepGraph:
-    """What a function launches, captured once.
+    """Launches of a function, captured once.
 
     Args:
         body: launches on the current stream; called some times before, so that everything is

@@ -153,7 +153,7 @@ class DevicePlanner:
 
     @property
     def told_bytes(self) -> int:
-        """That go over the link in each step that plans."""
+        """Bytes that go over the link in each step that plans."""
         return self._told.nbytes
 
     def _take_slot(self, slot: int, state: PlannerState, sequence: SequenceKv) -> None:
@@ -169,7 +169,7 @@ class DevicePlanner:
 
 
 class LayerPlans:
-    """What a graph launches for the plans of its rows; scratch of its own.
+    """Launches of a graph for the plans of its rows, with scratch of their own.
 
     Args:
         plan: the shape.
@@ -196,7 +196,7 @@ class LayerPlans:
         self._scratch: PlanScratch = plan.make_scratch(size, device)
 
     def begin(self) -> None:
-        """Once a step, before its layers."""
+        """Begin a step, before its layers."""
         self._rows.copy_(self._input, non_blocking=True)
         self._memory.told.copy_(self._told, non_blocking=True)
         self._plan.list_slabs(self._rows, self._scratch)

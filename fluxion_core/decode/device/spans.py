@@ -1,4 +1,4 @@
-"""What a step with a GPU did, as spans: CPU workers, the GPU's dense part and tasks, PCIe.
+"""Spans of a step with a GPU: CPU workers, the GPU's dense part and tasks, PCIe.
 
 The GPU stamps its kernels with a clock of its own. The CPU's spans say how far it is from the
 host's: a layer's tasks begin after the GPU has published the layer, and end before the GPU sees the
@@ -27,7 +27,7 @@ DENSE_TRACK = "gpu"
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What a step has left. Times of the GPU's clock, ns."""
+    """Record of a step. Times of the GPU's clock, ns."""
 
     stamps: npt.NDArray[np.int64]
     """[layers, 3]: published, began to wait, was answered."""
@@ -47,7 +47,7 @@ class RecordedStep(Protocol):
     """A DeviceStep, as far as it is needed here."""
 
     def record(self) -> StepRecord:
-        """What the last step has left."""
+        """Record of the last step."""
         ...
 
 
@@ -70,11 +70,11 @@ class DeviceSpans:
         ]
 
     def record(self, *, on: bool) -> None:
-        """See SpanSource."""
+        """Keep spans from now on, or no longer."""
         self._pool.record(on=on)
 
     def take(self, start_ns: int, end_ns: int) -> TakenSpans:
-        """See SpanSource."""
+        """Take the spans kept since the last call: of the step between these times."""
         rows = self._pool.take_rows()
         if end_ns == 0:
             return TakenSpans(0, tuple)

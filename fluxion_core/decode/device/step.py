@@ -161,7 +161,7 @@ class DeviceStep(DecodeStep):
 
     @property
     def usage(self) -> DeviceUsage:
-        """What steps did to the device; `host_step` and `no_work` are for whoever runs them."""
+        """Counters of the device; `host_step` and `no_work` are for whoever runs the steps."""
         return self._usage
 
     @property
@@ -261,7 +261,7 @@ class DeviceStep(DecodeStep):
         return self._prompts.advance_profile(profiling)
 
     def times(self) -> StepTimes:
-        """Where the last step's time went."""
+        """Times of the last step."""
         assert self._times is not None, "no step has been run"
         return self._times
 
@@ -276,7 +276,7 @@ class DeviceStep(DecodeStep):
         return self._device_planner is not None
 
     def record(self) -> StepRecord:
-        """What the last step has left for a trace."""
+        """Record of the last step, for a trace."""
         board, head_dim = self.board, self._store.geometry.head_dim
         return StepRecord(
             stamps=board.stamps.numpy().copy(),

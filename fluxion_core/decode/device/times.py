@@ -1,4 +1,4 @@
-"""Where a step's time went on the GPU, from the clock stamps of its kernels."""
+"""Times of a step on the GPU, from the clock stamps of its kernels."""
 
 from __future__ import annotations
 

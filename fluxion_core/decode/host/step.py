@@ -41,7 +41,7 @@ class HostStep(DecodeStep):
 
     @property
     def usage(self) -> None:
-        """There is no GPU."""
+        """None: there is no GPU."""
 
     @property
     def span_source(self) -> SpanSource:

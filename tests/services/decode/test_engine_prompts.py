@@ -17,7 +17,7 @@ from services.decode.engine import (
     DecodeEngine,
     DecodeSequence,
     EngineLoad,
-    Profiled,
+    ProfileRequest,
 )
 from tests.services.decode.test_engine import FakeStep, sequence_of
 
@@ -128,7 +128,7 @@ def test_a_prompts_last_chunk_gives_the_planner_its_profile():
         1,
         ends,
         policy=ThresholdPolicy(0.1),
-        profiled=Profiled(planner, window),
+        profile_request=ProfileRequest(planner, window),
     )
     assert run(step, prompts, [sequence], ends) == [None]
     assert prompts.ran == [(CHUNK_ALONE.tokens + 5 - 16, 0, window), (16, 0, window)]
@@ -137,7 +137,10 @@ def test_a_prompts_last_chunk_gives_the_planner_its_profile():
 
 
 PLANNER = SimpleNamespace(new_state=lambda profiles: ("state", *profiles))
-PROFILED = {"policy": ThresholdPolicy(0.1), "profiled": Profiled(PLANNER, WindowSpec())}
+PROFILED = {
+    "policy": ThresholdPolicy(0.1),
+    "profile_request": ProfileRequest(PLANNER, WindowSpec()),
+}
 
 
 def test_streams_make_a_step_between_two_slices_of_a_profile():
