@@ -35,6 +35,8 @@ LayerAttention::LayerAttention(const SlabLayout& layout, const int64_t* sequence
     sequences_.push_back({reinterpret_cast<const int64_t*>(sequences[0]), sequences[1],
                           sequences[2], sequences[3], sequences[4]});
   }
+  no_levels_.assign(size_t(layout.kv_heads), kReadNothing);
+  no_budgets_.assign(size_t(heads), 0);
   tasks_.resize(size_t(batch * layout.kv_heads));
   priorities_.resize(tasks_.size());
   read_bytes_.resize(size_t(batch));
@@ -87,14 +89,15 @@ void LayerAttention::prepare(int64_t layer) {
   layer_ = layer;
   for (size_t row = 0; row < sources_.size(); ++row) {
     const SequenceView& sequence = sequences_[row];
-    const RowPlan plan = sources_[row] ? sources_[row]->plan(layer) : RowPlan{};
+    const RowPlan plan = sources_[row] ? sources_[row]->plan(layer)
+                                       : RowPlan{no_levels_.data(), no_budgets_.data()};
     for (int64_t kv_head = 0; kv_head < layout_.kv_heads; ++kv_head) {
       const size_t index = row * size_t(layout_.kv_heads) + size_t(kv_head);
       Task& task = tasks_[index];
       task.sequence = int64_t(row);
       task.kv_head = kv_head;
-      task.level = plan.levels ? plan.levels[kv_head] : kReadNothing;
-      task.budgets = plan.budgets ? plan.budgets + kv_head * group_ : nullptr;
+      task.level = plan.levels[kv_head];
+      task.budgets = plan.budgets + kv_head * group_;
       task.sight = plan.sights ? plan.sights + kv_head : nullptr;
       task.bytes = {};
       std::fill_n(task.head_blocks, group_, 0);

@@ -147,6 +147,7 @@ class LayerAttention final : public Work {
   std::vector<GroupCounts> group_counts_;
   std::unique_ptr<LayerPlan> plan_;                   // of all rows whose plans are made here
   std::vector<std::shared_ptr<PlanSource>> sources_;  // [batch], null without a region
+  std::vector<int32_t> no_levels_, no_budgets_;       // of a row without a region
 
   int64_t layer_ = 0;
   const float* query_ = nullptr;

@@ -13,6 +13,7 @@ from fluxion_core.kernels.sparse_attention import reference
 from fluxion_core.kvstore.digest_index import gather_digests, gather_kv
 from fluxion_core.kvstore.sequence import SequenceKv
 from fluxion_core.kvstore.store import HostKvStore
+from fluxion_core.planning.constants import READ_NOTHING
 from fluxion_core.planning.policy import ExactPolicy, FixedPolicy, Policy
 from fluxion_core.pool.cpu_pool import CpuPool
 from tests.fluxion_core.decode.rows import rows_of
@@ -219,3 +220,14 @@ def test_byte_digests_need_a_window_of_a_span():
 def test_heads_that_form_no_groups_are_refused(heads: int):
     with pytest.raises(ShapeError):
         HostAttention(make_store(), WINDOW, num_heads=heads, pool=CpuPool(1))
+
+
+def test_a_row_without_a_region_has_a_plan_that_reads_nothing():
+    store = make_store()
+    attention = make_attention(store)
+    sequence = filled(store, 40, 8, 0)
+    attention.begin_step(rows_of([sequence], [FixedPolicy(16, 0.5)]))
+    rows = token(torch.Generator().manual_seed(3))
+    attention.attend(0, *(part[None] for part in rows[0].split((HEADS, 2, 2))))
+    assert attention.work is not None
+    assert attention.work.tasks.plan(0, 1) == (READ_NOTHING, [0] * GROUP)
