@@ -22,6 +22,8 @@ from fluxion_core.generation.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[2]
 READY_SECONDS = 120
+LOCAL_TOKENS = 60
+"""Of a prompt, computed where it is decoded; what has more of them goes the whole way."""
 
 
 def free_port() -> int:
@@ -107,7 +109,11 @@ class Cluster:
 
 @contextmanager
 def running_cluster(
-    model: Path, logs: Path, *flags: str, decode_flags: Sequence[str] = ()
+    model: Path,
+    logs: Path,
+    *flags: str,
+    decode_flags: Sequence[str] = (),
+    prefix: tuple[str, ...] = (),
 ) -> Iterator[Cluster]:
     """Both nodes with a model, ended on the way out.
 
@@ -116,9 +122,10 @@ def running_cluster(
         logs: an empty directory.
         flags: for both nodes.
         decode_flags: for the decode node.
+        prefix: see Node.
     """
     of_model = ["--model", str(model), *flags]
-    prefill = Node("prefill", of_model, logs / "prefill.log").start()
+    prefill = Node("prefill", of_model, logs / "prefill.log", prefix=prefix).start()
     decode = Node(
         "decode",
         [
@@ -128,6 +135,7 @@ def running_cluster(
             *decode_flags,
         ],
         logs / "decode.log",
+        prefix=prefix,
     ).start()
     try:
         yield Cluster(prefill.wait_ready(), decode.wait_ready())
@@ -136,12 +144,15 @@ def running_cluster(
     assert statuses == [0, 0], decode.log() + prefill.log()
 
 
+def read_document(model: Path) -> list[int]:
+    """More than 7,000 tokens of English text, in a model's vocabulary."""
+    text = (resources.files("services.cli") / "demo_document.md").read_text("utf-8")
+    return Tokenizer.load(model).encode(text * 2)
+
+
 @pytest.fixture(scope="session")
 def cluster(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Both nodes with SmolLM2-135M-Instruct on the CPU, for tests that leave them as they were.
-
-    Every prompt goes the whole way, short ones too.
-    """
+    """Both nodes with SmolLM2-135M-Instruct on the CPU, for tests that leave them as they were."""
     with running_cluster(
         smollm2_path,
         tmp_path_factory.mktemp("nodes"),
@@ -154,5 +165,4 @@ def cluster(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
 @pytest.fixture(scope="session")
 def document_tokens(smollm2_path: Path) -> list[int]:
     """More than 7,000 tokens of English text."""
-    text = (resources.files("services.cli") / "demo_document.md").read_text("utf-8")
-    return Tokenizer.load(smollm2_path).encode(text * 2)
+    return read_document(smollm2_path)
