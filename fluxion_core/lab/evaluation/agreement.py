@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
@@ -54,7 +55,14 @@ def run_agreement(
     documents = read_documents(options.data, "agreement compares continuations of long documents")
     fingerprint = hashlib.sha256("\0".join(text for _, text in documents).encode()).hexdigest()
     settings = {"documents": fingerprint[:16], "new tokens": str(options.new_tokens)}
-    session = Session(model, options, settings, on_answer, max(options.lengths))
+    session = Session(
+        model,
+        options,
+        settings,
+        on_answer,
+        max(options.lengths),
+        most_ways=2 * len(options.policies),
+    )
     tokenized = [(name, model.tokenizer.encode(text)) for name, text in documents]
     sources = []
     for length in options.lengths:
@@ -70,7 +78,8 @@ def run_agreement(
     if not sources:
         raise ConfigError(f"no document in {options.data} is long enough for {options.lengths}")
     forced = [replace(way, is_forced=True) for way in session.ways if way.name != EXACT]
-    session.answer(sources, [*session.ways, *forced])
+    with closing(session):
+        session.answer(sources, [*session.ways, *forced])
     names = {source.name for source in sources}
     answers = [a for a in session.journal.answers.values() if a.case_name in names]
     return compare(answers, [way.name for way in session.ways]), session

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 from fluxion_core.lab.evaluation import render
 from fluxion_core.lab.evaluation.agreement import run_agreement
+from fluxion_core.lab.evaluation.divergence import run_divergence
 from fluxion_core.lab.evaluation.files_run import run_files
 from fluxion_core.lab.evaluation.options import EvaluationOptions
 from fluxion_core.lab.evaluation.ruler_run import run_ruler
@@ -20,6 +22,7 @@ _TITLES = {
     "longbench": "LongBench",
     "leval": "L-Eval",
     "agreement": "Greedy agreement with exact",
+    "divergence": "Divergence from exact",
 }
 
 
@@ -35,13 +38,21 @@ def evaluate(options: EvaluationOptions, on_answer: OnAnswer) -> str:
     started = time.perf_counter()
     _check_writable(options.json, options.markdown, options.plot)
     model = EvaluationModel.load(options)
-    title = f"{_TITLES[options.benchmark]}, {model.loaded.name}"
-    if options.benchmark == "agreement":
+    title = f"{_TITLES[options.benchmark]}, {model.name}"
+    draw: Callable[[Path], None]
+    content: dict[str, object]
+    if options.benchmark == "divergence":
+        compared, session = run_divergence(model, options, on_answer)
+        settings = describe(session, started)
+        text = render.divergence_markdown(title, compared, settings, session.notes)
+        draw = partial(render.draw_divergence, title, compared)
+        content = {"rows": [asdict(row) for row in compared], "notes": session.notes}
+    elif options.benchmark == "agreement":
         rows, session = run_agreement(model, options, on_answer)
         settings = describe(session, started)
         text = render.agreement_markdown(title, rows, settings, session.notes)
         draw = partial(render.draw_agreement, title, rows)
-        content: dict[str, object] = {"rows": [asdict(row) for row in rows], "notes": session.notes}
+        content = {"rows": [asdict(row) for row in rows], "notes": session.notes}
     else:
         run = run_ruler if options.benchmark == "ruler" else run_files
         report, session = run(model, options, on_answer)
@@ -66,8 +77,6 @@ def describe(session: Session, started: float) -> dict[str, str]:
     """
     machine = describe_machine()
     done = session.statistics
-    steps, tokens = sum(s.steps for s in done), sum(s.tokens for s in done)
-    prefills, prefill_seconds = sum(s.prefills for s in done), sum(s.prefill_seconds for s in done)
     return session.settings | {
         "machine": ", ".join(f"{name} {value}" for name, value in machine.items()),
         "prompts computed on": session.options.device_name,
@@ -76,8 +85,9 @@ def describe(session: Session, started: float) -> dict[str, str]:
             for way in session.ways
         ),
         "lengths": "prompt and answer together have at most that many of the model's tokens",
-        "this run": f"{time.perf_counter() - started:.0f} s: {tokens} tokens in {steps} steps of "
-        f"{sum(s.step_seconds for s in done):.0f} s, {prefills} prompts in {prefill_seconds:.0f} s",
+        "this run": f"{time.perf_counter() - started:.0f} s: {done.tokens} tokens in {done.steps} "
+        f"steps of {done.step_seconds:.0f} s, {done.prefills} prompts in "
+        f"{done.prefill_seconds:.0f} s",
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import closing
 
 from fluxion_core.errors import ConfigError
 from fluxion_core.lab.evaluation.case import Case
@@ -26,7 +27,7 @@ def run_files(
     is_longbench = options.benchmark == "longbench"
     known = tuple(longbench.TASKS if is_longbench else leval.TASKS)
     make = longbench.longbench_cases if is_longbench else leval.leval_cases
-    context = model.loaded.config.context_tokens
+    context = model.config.context_tokens
     cases = [
         case
         for name in options.tasks or known
@@ -49,7 +50,8 @@ def run_files(
     longest = max(len(case.prompt_token_ids) + case.max_new_tokens for case in cases)
     session = Session(model, options, settings, on_answer, longest)
     session.notes.append("instructions are our own: compare policies, not published tables")
-    session.answer([_source(case) for case in cases], session.ways)
+    with closing(session):
+        session.answer([_source(case) for case in cases], session.ways)
     names = {case.name for case in cases}
     answers = [a for a in session.journal.answers.values() if a.case_name in names]
     ways = [way.name for way in session.ways]

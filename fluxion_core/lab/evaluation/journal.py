@@ -60,7 +60,10 @@ class Journal:
         try:
             head, *rest = [json.loads(line) for line in lines]
             found = head["settings"]
-            answers = [Answer(**{**line, "token_ids": tuple(line["token_ids"])}) for line in rest]
+            answers = [
+                Answer(**{n: tuple(v) if isinstance(v, list) else v for n, v in line.items()})
+                for line in rest
+            ]
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"journal {path} is damaged: {error!r}; start anew") from None
         for name in sorted({*found, *settings}):

@@ -11,8 +11,10 @@ from fluxion_core.config.commands import flag, within
 from fluxion_core.errors import ConfigError
 from fluxion_core.models.model_options import ModelOptions
 
-Benchmark = Literal["ruler", "longbench", "leval", "agreement"]
+Benchmark = Literal["ruler", "longbench", "leval", "agreement", "divergence"]
 Device = Literal["auto", "cpu", "cuda"]
+Step = Literal["host", "device"]
+Dtype = Literal["auto", "float32", "bfloat16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +28,9 @@ class EvaluationOptions(ModelOptions, JsonOption):
     benchmark: Benchmark = field(kw_only=False)
     """What the model is asked."""
     lengths: Numbers = (4096, 8192)
-    """Tokens of prompt and answer together (ruler, agreement)."""
+    """Tokens of prompt and answer together (ruler, agreement, divergence)."""
     cases: Annotated[int, within(1)] = 50
-    """Of each task and length; documents for agreement."""
+    """Of each task and length; documents for agreement and divergence."""
     tasks: Texts = ()
     """By name; all if not given."""
     policies: Texts = ("exact", "accurate", "balanced", "fast", "fixed(16, 5 %)")
@@ -40,7 +42,7 @@ class EvaluationOptions(ModelOptions, JsonOption):
     chat: Annotated[bool, flag(otherwise="--raw")] = True
     """Through the model's chat template, if it has one, or not."""
     data: Path | None = None
-    """Directory: files of longbench or leval, documents of agreement."""
+    """Directory: files of longbench or leval, documents of agreement and divergence."""
     prose: Path | None = None
     """Directory of texts for ruler's prose; generated if not given."""
     squad: Path | None = None
@@ -51,7 +53,7 @@ class EvaluationOptions(ModelOptions, JsonOption):
     """First cases of a ruler task, with exact alone; a task far from possible is given up there. 0
     gives none up."""
     new_tokens: Annotated[int, within(1)] = 128
-    """Generated of each document, for agreement."""
+    """Generated of each document, for agreement; of each text fed, for divergence."""
     minimum_tokens: Annotated[int, within(0)] = 0
     """Shorter prompts are left out (longbench, leval)."""
     batch: Annotated[int, within(1)] = 16
@@ -60,6 +62,10 @@ class EvaluationOptions(ModelOptions, JsonOption):
     """Memory for KV, GiB; 0 for what the batch needs."""
     device: Device = "auto"
     """Where prompts are computed."""
+    step: Step = "host"
+    """What decodes: the CPUs alone, or a CUDA device with them."""
+    dtype: Dtype = "auto"
+    """Of the model; auto is float32 for step host, and bfloat16 for step device, as nodes have it."""
     stop_after_seconds: Annotated[float, within(0)] = 0.0
     """Begin no case after this, s; what is begun is finished, the rest left for a resumed run. 0
     for no limit."""
@@ -68,7 +74,8 @@ class EvaluationOptions(ModelOptions, JsonOption):
     resume: Annotated[bool, flag()] = False
     """Go on with the journal."""
     json: JsonPath = None
-    """Keep {title, settings, report}, or {title, settings, rows, notes} of agreement, in this file;
+    """Keep {title, settings, report}, or {title, settings, rows, notes} of agreement and divergence, in
+    this file;
     - is standard output."""
     markdown: Path | None = None
     """Write the report into this file."""
@@ -88,6 +95,10 @@ class EvaluationOptions(ModelOptions, JsonOption):
             raise ConfigError("resume needs the journal to go on with")
         if self.device not in get_args(Device):
             raise ConfigError(f"device {self.device!r}; one of auto, cpu, cuda")
+        if self.step not in get_args(Step):
+            raise ConfigError(f"step {self.step!r}; one of {', '.join(get_args(Step))}")
+        if self.dtype not in get_args(Dtype):
+            raise ConfigError(f"dtype {self.dtype!r}; one of {', '.join(get_args(Dtype))}")
 
     @property
     def device_name(self) -> str:
@@ -103,3 +114,10 @@ class EvaluationOptions(ModelOptions, JsonOption):
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("device cuda: torch finds no CUDA device; use cpu")
         return self.device
+
+    @property
+    def dtype_name(self) -> str:
+        """float32 or bfloat16."""
+        if self.dtype != "auto":
+            return self.dtype
+        return "bfloat16" if self.step == "device" else "float32"

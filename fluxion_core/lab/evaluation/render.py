@@ -8,6 +8,7 @@ from pathlib import Path
 from fluxion_core import DISTRIBUTION
 from fluxion_core.errors import ConfigError
 from fluxion_core.lab.evaluation.agreement import AgreementRow
+from fluxion_core.lab.evaluation.divergence import DivergenceRow
 from fluxion_core.lab.evaluation.report import Interval, Report
 from fluxion_core.lab.evaluation.work import EXACT
 
@@ -91,6 +92,34 @@ def agreement_markdown(
     return "\n".join([*lines, *(f"- {note}" for note in notes)]).rstrip() + "\n"
 
 
+def divergence_markdown(
+    title: str, rows: Sequence[DivergenceRow], settings: Mapping[str, str], notes: Sequence[str]
+) -> str:
+    """Divergence from `exact`, per length and policy."""
+    lines = [f"# {title}", "", *(f"- {name}: {value}" for name, value in settings.items()), ""]
+    head = ["length", "documents", "steps", "policy", "bytes of exact", "of fixed(16, 5 %)"]
+    head += ["KL, nats", "by a twentieth of the steps", "same token"]
+    lines += table(
+        head,
+        [
+            [
+                str(row.length),
+                str(row.documents),
+                str(row.steps),
+                row.way,
+                f"{row.of_exact:.3f}",
+                "not run" if row.of_fixed is None else f"{row.of_fixed:.2f}",
+                _share(row.divergence, digits=4),
+                f"{row.largest_twentieth:.0%}",
+                _share(row.same_token),
+            ]
+            for row in rows
+        ],
+    )
+    lines += ["", "In brackets: 95 % bootstrap interval over documents.", ""]
+    return "\n".join([*lines, *(f"- {note}" for note in notes)]).rstrip() + "\n"
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of a Markdown table."""
     return [
@@ -136,31 +165,43 @@ def draw_agreement(title: str, rows: Sequence[AgreementRow], path: Path) -> None
     Raises:
         ConfigError: matplotlib is not installed.
     """
+    points = [(f"{row.way}, {row.length}", row.of_exact, row.forced_share) for row in rows]
+    _draw_points(title, points, "steps with exact's token, fed its tokens; bars: 95 %", path)
+
+
+def draw_divergence(title: str, rows: Sequence[DivergenceRow], path: Path) -> None:
+    """KL over bytes relative to `exact`.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    points = [(f"{row.way}, {row.length}", row.of_exact, row.divergence) for row in rows]
+    _draw_points(title, points, "KL of the next token against exact, nats; bars: 95 %", path)
+
+
+def _draw_points(
+    title: str, points: Sequence[tuple[str, float, Interval]], what: str, path: Path
+) -> None:
+    """Points with their names and intervals over bytes read."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise ConfigError(f"plots need matplotlib: pip install '{DISTRIBUTION}[plots]'") from None
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    for row in rows:
-        share = row.forced_share
-        error = [[share.mean - share.low], [share.high - share.mean]]
-        axes.errorbar(row.of_exact, share.mean, yerr=error, fmt="o", capsize=3)
-        axes.annotate(
-            f"{row.way}, {row.length}",
-            (row.of_exact, share.mean),
-            xytext=(6, 5),
-            textcoords="offset points",
-        )
+    for name, place, value in points:
+        error = [[value.mean - value.low], [value.high - value.mean]]
+        axes.errorbar(place, value.mean, yerr=error, fmt="o", capsize=3)
+        axes.annotate(name, (place, value.mean), xytext=(6, 5), textcoords="offset points")
     axes.set_xscale("log")
     axes.set_xlabel("bytes read of the retrieval region, share of exact")
-    axes.set_ylabel("steps with exact's token, fed its tokens; bars: 95 %")
+    axes.set_ylabel(what)
     axes.set_title(title)
     figure.savefig(path, dpi=120)
 
 
-def _share(interval: Interval) -> str:
-    return f"{interval.mean:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
+def _share(interval: Interval, *, digits: int = 3) -> str:
+    return f"{interval.mean:.{digits}f} [{interval.low:.{digits}f}, {interval.high:.{digits}f}]"
 
 
 def _points(difference: Interval) -> str:

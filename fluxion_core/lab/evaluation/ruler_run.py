@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from statistics import mean
 
 from fluxion_core.lab.evaluation.options import EvaluationOptions
@@ -43,9 +44,25 @@ def run_ruler(
         for length in options.lengths
         for name in names
     }
-    exact = [way for way in session.ways if way.name == EXACT]
+    with closing(session):
+        possible = _pilot(session, options, sources)
+        # Task after task in turn, so that a run that is stopped has as many cases of each.
+        session.answer(sorted(possible, key=lambda source: source.number), session.ways)
+    answers = session.journal.answers.values()
+    wanted = {source.name for of_task in sources.values() for source in of_task}
+    ways = [way.name for way in session.ways]
+    used = [answer for answer in answers if answer.case_name in wanted]
+    return summarize(used, ways, session.notes, seed=options.seed), session
+
+
+def _pilot(
+    session: Session,
+    options: EvaluationOptions,
+    sources: Mapping[tuple[str, int], Sequence[CaseSource]],
+) -> list[CaseSource]:
+    """Answer the first cases with `exact` alone; the cases of tasks that it is near enough to."""
     pilots = [s for of_task in sources.values() for s in of_task[: options.pilot_cases]]
-    session.answer(pilots, exact)
+    session.answer(pilots, [way for way in session.ways if way.name == EXACT])
     possible: list[CaseSource] = []
     for (name, length), of_task in sources.items():
         scores = _pilot_scores(session, of_task[: options.pilot_cases])
@@ -55,14 +72,7 @@ def run_ruler(
             )
         else:
             possible += of_task
-    # Task after task in turn, so that a run that is stopped has as many cases of each.
-    possible.sort(key=lambda source: source.number)
-    session.answer(possible, session.ways)
-    answers = session.journal.answers.values()
-    wanted = {source.name for of_task in sources.values() for source in of_task}
-    ways = [way.name for way in session.ways]
-    used = [answer for answer in answers if answer.case_name in wanted]
-    return summarize(used, ways, session.notes, seed=options.seed), session
+    return possible
 
 
 def _pilot_scores(session: Session, pilots: Sequence[CaseSource]) -> list[float]:

@@ -4,8 +4,9 @@ Two threads. One prefills, case after case, and puts sequences into the host KV 
 full; the caller's thread decodes a batch of them, a token a step, and fills places that become
 free at once. Branches of a case share the full slabs of its prompt.
 
-Dense products of a step always have the same number of rows, whatever is live: what a branch
-answers does not depend on what else runs, and differences between policies are theirs.
+Steps are those of a decode node: the same `DecodeStep`, the same sampler. Through the host's body
+an answer does not depend on what else runs, and differences between policies are theirs alone; a
+device's products may sum in another order for another number of rows.
 """
 
 from __future__ import annotations
@@ -19,22 +20,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fluxion_core.decode.host.attention import HostAttention
-from fluxion_core.decode.step import StepRow
-from fluxion_core.errors import CapacityError, ConfigError, ContextLengthError
+from fluxion_core.decode.step import DecodeStep, StepReads, StepRow
+from fluxion_core.errors import (
+    CapacityError,
+    ConfigError,
+    ContextLengthError,
+    NonFiniteLogitsError,
+)
+from fluxion_core.generation.sampling import sample_rows
 from fluxion_core.generation.tokenizer import Tokenizer
-from fluxion_core.geometry import KvGeometry, WindowSpec
+from fluxion_core.geometry import WindowSpec
 from fluxion_core.kvstore.sequence import SequenceKv
 from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.lab.evaluation.case import Case
 from fluxion_core.lab.evaluation.metrics import score
 from fluxion_core.lab.evaluation.work import EXACT, Answer, Branch, Track, Way, Work, check_ways
 from fluxion_core.lab.held_prompt import HeldPrompt, PromptMaker
-from fluxion_core.models.decoder import Decoder
+from fluxion_core.models.config import ModelConfig
 from fluxion_core.planning.planner import Planner, PlannerState
 from fluxion_core.planning.policy import PredictedPolicy
 from fluxion_core.planning.prompt_profile import PromptProfile
-from fluxion_core.pool.cpu_pool import CpuPool
 
 DEFAULT_BATCH = 16
 
@@ -54,46 +59,35 @@ class Runner:
     """A model, a store and threads to answer cases with.
 
     Args:
-        decoder: that decodes; float32 on the CPU.
+        step: runs steps over the store; closed by whoever made it.
+        store: that holds the branches, and nothing else.
+        prompts: computes prompts of the same model.
         tokenizer: of the model.
-        prefill_decoder: the same model on the device where prompts are computed.
-        batch: sequences decoded together.
-        host_kv_bytes: of the store.
-        pool: attention threads.
-        planner: for policies that need head profiles.
-        window: the default window.
+        config: of the model.
+        batch: sequences decoded together, at most; as many as the step takes.
+        planner: of the step, for policies that need head profiles.
+        window: the default window, of the step too.
     """
 
     def __init__(
         self,
-        decoder: Decoder,
+        step: DecodeStep,
+        store: HostKvStore,
+        prompts: PromptMaker,
         tokenizer: Tokenizer,
+        config: ModelConfig,
         *,
-        prefill_decoder: Decoder,
-        host_kv_bytes: int,
         batch: int = DEFAULT_BATCH,
-        pool: CpuPool | None = None,
         planner: Planner | None = None,
         window: WindowSpec | None = None,
     ) -> None:
-        config = decoder.config
-        self._decoder = decoder
+        self._decode_step, self._store, self._prompts = step, store, prompts
         self._tokenizer = tokenizer
         self._context_tokens = config.context_tokens
         self._stops = frozenset(tokenizer.eos_token_ids) | frozenset(config.eos_token_ids)
-        self._geometry = KvGeometry(config.num_layers, config.num_kv_heads, config.head_dim)
-        self._prompts = PromptMaker(prefill_decoder, self._geometry)
-        self._store = HostKvStore(self._geometry, host_kv_bytes, model_key=b"evaluation")
         self._window = window or WindowSpec()
         self._batch = batch
         self._planner = planner
-        self._attention = HostAttention(
-            self._store,
-            self._window,
-            num_heads=config.num_heads,
-            pool=pool or CpuPool(),
-            planner=planner,
-        )
         self.statistics = RunStatistics()
         self._changed = threading.Condition()
         self._ready: deque[Branch] = deque()
@@ -227,41 +221,40 @@ class Runner:
                     return
                 self._changed.wait()
 
-    @torch.inference_mode()
     def _step(self, live: list[Branch]) -> list[Branch]:
         """One token for each branch that has one to go on from; returns those that are finished."""
         finished = [branch for branch in live if self._is_finished(branch)]
-        inputs = {branch: branch.next_input for branch in live if branch not in finished}
-        going = [branch for branch, token_id in inputs.items() if token_id is not None]
-        if not going:
+        rows = {
+            branch: self._row(branch, token_id)
+            for branch in live
+            if branch not in finished and (token_id := branch.next_input) is not None
+        }
+        if not rows:
             return finished
         started = time.perf_counter()
-        places = [branch.kv.num_tokens for branch in going]
-        spare = [0] * (self._batch - len(going))
-        token_ids = torch.tensor([*(inputs[branch] for branch in going), *spare])
-        positions = torch.tensor([*places, *spare])
-        self._attention.begin_step(
-            [
-                StepRow(branch.kv, 0, token_id, branch.way.policy, branch.state)
-                for branch, token_id in inputs.items()
-                if token_id is not None
-            ]
-        )
-        hidden = self._decoder(token_ids, positions, _PaddedAttention(self._attention, len(going)))
-        reads = self._attention.end_step()
-        chosen = self._decoder.logits(hidden).argmax(-1)[: len(going)].tolist()
-        for branch, token_id, read in zip(going, chosen, reads, strict=True):
+        logits, reads = self._decode_step.run(list(rows.values()))
+        samplers = [branch.sampler for branch in rows]
+        chosen = sample_rows(logits, samplers, self._decode_step.pool)
+        for branch, token_id, own, read in zip(rows, chosen, logits, reads, strict=True):
+            if branch.kv.damage is not None:
+                raise branch.kv.damage
+            if isinstance(token_id, NonFiniteLogitsError):
+                raise token_id
+            if branch.work.is_compared:
+                _compare(branch, own)
             branch.token_ids.append(token_id)
-            branch.steps += 1
-            branch.scanned_bytes += read.scanned_bytes
-            branch.attended_bytes += read.attended_bytes
-            branch.region_bytes += read.region_bytes
-            branch.streaming_heads += read.streaming_heads
-            branch.planned_heads += read.planned_heads
+            _count(branch, read)
         self.statistics.steps += 1
-        self.statistics.tokens += len(going)
+        self.statistics.tokens += len(rows)
         self.statistics.step_seconds += time.perf_counter() - started
-        return finished + [branch for branch in going if self._is_finished(branch)]
+        return finished + [branch for branch in rows if self._is_finished(branch)]
+
+    def _row(self, branch: Branch, token_id: int) -> StepRow:
+        if branch.slot is None:
+            branch.slot = self._decode_step.join(branch.kv)
+        row = StepRow(branch.kv, branch.slot, token_id, branch.way.policy, branch.state)
+        self._decode_step.check(row)
+        return row
 
     def _is_finished(self, branch: Branch) -> bool:
         case, ids = branch.work.case, branch.token_ids
@@ -278,6 +271,9 @@ class Runner:
         return self._tokenizer.decode(ids[:-1] if ids[-1] in self._stops else ids)
 
     def _release(self, branch: Branch) -> None:
+        if branch.slot is not None:
+            self._decode_step.leave(branch.slot)
+            branch.slot = None
         branch.kv.release()
         if branch.track and not branch.way.is_forced:
             branch.track.is_ended = True
@@ -305,18 +301,25 @@ class Runner:
             attended_bytes=branch.attended_bytes,
             region_bytes=branch.region_bytes,
             streaming_share=branch.streaming_heads / max(1, branch.planned_heads),
+            divergences=tuple(branch.divergences),
         )
 
 
-class _PaddedAttention:
-    """Attention of the first rows of a step; the others are there for their number alone."""
+def _count(branch: Branch, read: StepReads) -> None:
+    branch.steps += 1
+    branch.scanned_bytes += read.scanned_bytes
+    branch.attended_bytes += read.attended_bytes
+    branch.region_bytes += read.region_bytes
+    branch.streaming_heads += read.streaming_heads
+    branch.planned_heads += read.planned_heads
 
-    def __init__(self, attention: HostAttention, rows: int) -> None:
-        self._attention, self._rows = attention, rows
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """See AttentionPort."""
-        rows = self._rows
-        output = torch.zeros_like(query)
-        output[:rows] = self._attention.attend(layer, query[:rows], key[:rows], value[:rows])
-        return output
+def _compare(branch: Branch, logits: Tensor) -> None:
+    """Hold a step's distribution against that of `exact`, or keep it for the others."""
+    assert branch.track is not None
+    own = torch.log_softmax(logits, -1)
+    kept = branch.track.log_probabilities
+    if branch.is_reference:
+        kept.append(own)
+    exact = kept[branch.steps]
+    branch.divergences.append(max(0.0, float((exact.exp() * (exact - own)).sum())))

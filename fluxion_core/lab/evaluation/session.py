@@ -12,19 +12,23 @@ from dataclasses import dataclass, field
 
 import torch
 
+from fluxion_core.decode.bodies import step_for
+from fluxion_core.decode.step import DecodeStep
 from fluxion_core.errors import ConfigError, ContextLengthError
 from fluxion_core.generation.tokenizer import Tokenizer
-from fluxion_core.geometry import KvGeometry, ceil_div
-from fluxion_core.kvstore.store import SLAB_ALIGNMENT_BYTES
+from fluxion_core.geometry import KvGeometry, WindowSpec, ceil_div
+from fluxion_core.kvstore.store import SLAB_ALIGNMENT_BYTES, HostKvStore
 from fluxion_core.lab.evaluation.case import Case, PromptEncoder
 from fluxion_core.lab.evaluation.journal import Journal
 from fluxion_core.lab.evaluation.options import EvaluationOptions
 from fluxion_core.lab.evaluation.runner import Runner, RunStatistics
 from fluxion_core.lab.evaluation.work import EXACT, Answer, Way, Work
+from fluxion_core.lab.held_prompt import PromptMaker
 from fluxion_core.machine.cpus import num_usable_cpus
+from fluxion_core.models.config import ModelConfig
 from fluxion_core.models.decoder import Decoder
 from fluxion_core.models.locate import default_models_dir, locate_model
-from fluxion_core.models.weights import LoadedModel, load_model
+from fluxion_core.models.weights import load_model
 from fluxion_core.planning.planner import Planner
 from fluxion_core.planning.planner_weights import (
     LEVEL_NAMES,
@@ -33,6 +37,9 @@ from fluxion_core.planning.planner_weights import (
     shipped_planner_weights,
 )
 from fluxion_core.planning.policy import Policy, parse_policy
+from fluxion_core.pool.thread_choice import make_pool
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 OnAnswer = Callable[[int, int, Answer], None]
 """Gets how many are done, of how many, and the newest."""
@@ -46,6 +53,8 @@ class CaseSource:
     length: int
     number: int
     make: Callable[[], Case]
+    fed_token_ids: tuple[int, ...] | None = None
+    """Tokens of the case's own text that all ways are fed, where ways are compared step by step."""
 
     @property
     def name(self) -> str:
@@ -57,7 +66,11 @@ class CaseSource:
 class EvaluationModel:
     """A model with all that turns prompts into answers."""
 
-    loaded: LoadedModel
+    name: str
+    revision_hash: str
+    config: ModelConfig
+    new_decoder: Callable[[], Decoder]
+    """Makes the model of a step, which may take its weights."""
     prefill_decoder: Decoder
     tokenizer: Tokenizer
     encoder: PromptEncoder
@@ -70,18 +83,23 @@ class EvaluationModel:
 
         Raises:
             ModelError: the model cannot be used.
-            ConfigError: the weights cannot.
+            ConfigError: the weights cannot, or there is no CUDA device for the step.
         """
         path = locate_model(options.model, options.models_dir or default_models_dir())
         torch.set_num_threads(num_usable_cpus())
         tokenizer = Tokenizer.load(path)
-        device = torch.device(options.device_name)
-        loaded = load_model(path, device=torch.device("cpu"), dtype=torch.float32)
-        tokenizer.check_fits(loaded.config.vocab_size)
-        prefill_decoder = loaded.decoder
-        if device.type != "cpu":
-            prefill_decoder = load_model(path, device=device, dtype=torch.float32).decoder
-        config = loaded.config
+        device, dtype = torch.device(options.device_name), _DTYPES[options.dtype_name]
+        if options.step == "device" and device.type != "cuda":
+            raise ConfigError("step device needs a CUDA device; use host")
+        loaded = load_model(path, device=device, dtype=dtype)
+        config, prefill_decoder = loaded.config, loaded.decoder
+        tokenizer.check_fits(config.vocab_size)
+
+        def new_decoder() -> Decoder:
+            if options.step == "device":
+                return prefill_decoder
+            return load_model(path, device=torch.device("cpu"), dtype=dtype).decoder
+
         weights = (
             load_planner_weights(options.weights)
             if options.weights
@@ -96,8 +114,23 @@ class EvaluationModel:
             head_dim=config.head_dim,
         )
         is_chat = options.chat and tokenizer.has_chat_template
-        encoder = PromptEncoder(tokenizer, is_chat=is_chat)
-        return cls(loaded, prefill_decoder, tokenizer, encoder, weights, planner)
+        return cls(
+            loaded.name,
+            loaded.revision_hash,
+            config,
+            new_decoder,
+            prefill_decoder,
+            tokenizer,
+            PromptEncoder(tokenizer, is_chat=is_chat),
+            weights,
+            planner,
+        )
+
+    @property
+    def geometry(self) -> KvGeometry:
+        """Of its KV."""
+        config = self.config
+        return KvGeometry(config.num_layers, config.num_kv_heads, config.head_dim)
 
     def policy(self, name: str) -> Policy:
         """A policy from a quality level or from its own name."""
@@ -125,7 +158,7 @@ class EvaluationModel:
 
 @dataclass
 class Session:
-    """A run: answers cases that the journal lacks.
+    """A run: answers cases that the journal lacks. To be closed.
 
     Args:
         model: that answers.
@@ -133,6 +166,7 @@ class Session:
         benchmark_settings: what else makes two runs the same.
         on_answer: called after each answer.
         longest_tokens: of prompt and answer together.
+        most_ways: that a case is answered in; None for one for each policy.
     """
 
     model: EvaluationModel
@@ -140,9 +174,10 @@ class Session:
     benchmark_settings: dict[str, str]
     on_answer: OnAnswer
     longest_tokens: int
+    most_ways: int | None = None
     ways: tuple[Way, ...] = ()
     notes: list[str] = field(default_factory=list)
-    statistics: list[RunStatistics] = field(default_factory=list)
+    statistics: RunStatistics = field(default_factory=RunStatistics)
 
     def __post_init__(self) -> None:
         self.ways = self.model.ways(self.options.policies)
@@ -150,6 +185,14 @@ class Session:
         self.journal = Journal(self.options.journal, self.settings, resume=self.options.resume)
         self._started = time.monotonic()
         self._too_long: set[tuple[str, int]] = set()
+        self._step: DecodeStep | None = None
+        self._runner: Runner | None = None
+
+    def close(self) -> None:
+        """Let go of the step. Idempotent."""
+        if self._step is not None:
+            self._step.close()
+        self._step = self._runner = None
 
     def answer(self, sources: Sequence[CaseSource], ways: Sequence[Way]) -> None:
         """Answer what is missing of these cases."""
@@ -158,14 +201,6 @@ class Session:
         total = sum(len(needed) for _, needed in missing)
         if not total:
             return
-        runner = Runner(
-            self.model.loaded.decoder,
-            self.model.tokenizer,
-            prefill_decoder=self.model.prefill_decoder,
-            host_kv_bytes=self._host_kv_bytes(len(ways)),
-            batch=self.options.batch,
-            planner=self.model.planner,
-        )
         done = 0
 
         def take(answer: Answer) -> None:
@@ -174,10 +209,30 @@ class Session:
             self.journal.add(answer)
             self.on_answer(done, total, answer)
 
-        try:
-            runner.run(self._work(missing), take)
-        finally:
-            self.statistics.append(runner.statistics)
+        self._the_runner().run(self._work(missing), take)
+
+    def _the_runner(self) -> Runner:
+        """One for all calls of `answer`: a step on a GPU takes a while to make."""
+        if self._runner is None:
+            model, batch = self.model, self.options.batch
+            store = HostKvStore(model.geometry, self._host_kv_bytes(), model_key=b"evaluation")
+            window = WindowSpec()
+            pool, _ = make_pool(None)
+            self._step = step_for(
+                model.new_decoder(), store, window, pool, planner=model.planner, max_rows=batch
+            )
+            self._runner = Runner(
+                self._step,
+                store,
+                PromptMaker(model.prefill_decoder, model.geometry),
+                model.tokenizer,
+                model.config,
+                batch=batch,
+                planner=model.planner,
+                window=window,
+            )
+            self.statistics = self._runner.statistics
+        return self._runner
 
     def scores(self, source_names: Sequence[str], way: str) -> list[float]:
         """Of those that are answered."""
@@ -200,29 +255,41 @@ class Session:
                 self._too_long.add((source.task, source.length))
                 self.notes.append(f"{source.task} does not fit {source.length} tokens: {error}")
                 continue
+            if source.fed_token_ids is not None:
+                yield Work(case, needed, source.fed_token_ids, is_compared=True)
+                continue
             exact = self.journal.answers.get((source.name, EXACT))
             yield Work(case, needed, exact.token_ids if exact else None)
 
     def _missing(self, source: CaseSource, ways: Sequence[Way]) -> tuple[Way, ...]:
-        return tuple(way for way in ways if (source.name, way.key) not in self.journal.answers)
+        missing = [way for way in ways if (source.name, way.key) not in self.journal.answers]
+        if source.fed_token_ids is not None and missing:
+            # Distributions are not in the journal: those of `exact` are computed again.
+            return tuple(way for way in ways if way in missing or way.name == EXACT)
+        return tuple(missing)
 
-    def _host_kv_bytes(self, num_ways: int) -> int:
+    def _host_kv_bytes(self) -> int:
         """Room for the batch and for what is prefilled beside it."""
         if self.options.host_kv_gib:
             return int(self.options.host_kv_gib * 2**30)
-        config = self.model.loaded.config
-        geometry = KvGeometry(config.num_layers, config.num_kv_heads, config.head_dim)
+        geometry = self.model.geometry
+        # A pilot's cases have one way each.
+        return max(
+            self._slabs_for(num_ways, geometry) * _stride_bytes(geometry)
+            for num_ways in (1, self.most_ways or len(self.ways))
+        )
+
+    def _slabs_for(self, num_ways: int, geometry: KvGeometry) -> int:
         cases = ceil_div(self.options.batch, num_ways) + 2
         # Branches share full slabs; each has its own last slab of the prompt, and the next.
-        slabs = cases * (geometry.slabs_for(self.longest_tokens) + 2 * num_ways)
-        stride = ceil_div(geometry.slab_bytes, SLAB_ALIGNMENT_BYTES) * SLAB_ALIGNMENT_BYTES
-        return slabs * stride
+        return cases * (geometry.slabs_for(self.longest_tokens) + 2 * num_ways)
 
     def _settings(self) -> dict[str, str]:
         return {
             "benchmark": self.options.benchmark,
-            "model": self.model.loaded.name,
-            "revision": self.model.loaded.revision_hash,
+            "model": self.model.name,
+            "revision": self.model.revision_hash,
+            "step": f"{self.options.step}, {self.options.dtype_name}",
             "prompts": "chat template" if self.model.encoder.is_chat else "plain text",
             "seed": str(self.options.seed),
             "planner": self.model.weights.mode,
@@ -232,3 +299,7 @@ class Session:
             **{f"level {n.lower()}": str(p) for n, p in sorted(self.model.weights.levels.items())},
             **self.benchmark_settings,
         }
+
+
+def _stride_bytes(geometry: KvGeometry) -> int:
+    return ceil_div(geometry.slab_bytes, SLAB_ALIGNMENT_BYTES) * SLAB_ALIGNMENT_BYTES

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from torch import Tensor
 
 from fluxion_core.errors import ConfigError
+from fluxion_core.generation.sampling import SamplingParams, TokenSampler
 from fluxion_core.kvstore.sequence import SequenceKv
 from fluxion_core.lab.evaluation.case import Case
 from fluxion_core.planning.planner import PlannerState
@@ -37,7 +40,11 @@ class Work:
     case: Case
     ways: tuple[Way, ...]
     exact_token_ids: tuple[int, ...] | None = None
-    """What `exact` generated, where that is known already; else a forced way needs an exact one."""
+    """Tokens that forced ways are fed, where they are known already: what `exact` generated, or a
+    text's own. Else a forced way needs an exact one beside it."""
+    is_compared: bool = False
+    """Whether each step's distribution is held against that of `exact`, fed the same tokens; all
+    ways are forced then, and `exact` is among them."""
 
 
 @dataclass(frozen=True)
@@ -63,14 +70,19 @@ class Answer:
     """K and V of the region, all steps: what `exact` reads."""
     streaming_share: float
     """Heads that read nothing of the region, mean over the steps that have one."""
+    divergences: tuple[float, ...] = ()
+    """Of each step, where it was compared: KL of the next token's distribution against that of
+    `exact`, nats."""
 
 
 @dataclass(eq=False)
 class Track:
-    """Tokens that `exact` makes of a case; forced ways follow them."""
+    """Tokens that forced ways are fed, and what `exact` made of them."""
 
     token_ids: list[int]
     is_ended: bool
+    log_probabilities: list[Tensor] = field(default_factory=list)
+    """[vocab_size] float32 of each step of `exact`, where ways are compared."""
 
 
 @dataclass(eq=False)
@@ -84,6 +96,11 @@ class Branch:
     token_ids: list[int]
     track: Track | None
     """To follow, if the way is forced; to write, if it is `exact`."""
+    slot: int | None = None
+    """Of the step, while it takes part in steps."""
+    sampler: TokenSampler = field(default_factory=lambda: TokenSampler(SamplingParams()))
+    """Greedy, as a request that says nothing."""
+    divergences: list[float] = field(default_factory=list)
     steps: int = 0
     scanned_bytes: int = 0
     attended_bytes: int = 0
@@ -92,17 +109,30 @@ class Branch:
     planned_heads: int = 0
 
     @property
+    def is_reference(self) -> bool:
+        """Whether others are compared with it."""
+        return self.work.is_compared and self.way.name == EXACT
+
+    @property
     def next_input(self) -> int | None:
-        """The token to feed; None: `exact` has not made it yet."""
+        """The token to feed; None: `exact` is not so far yet."""
         if not (self.way.is_forced and self.track):
             return self.token_ids[-1]
         made, place = self.track.token_ids, len(self.token_ids) - 1
+        if self.work.is_compared and not self.is_reference:
+            made = made[: len(self.track.log_probabilities)]
         return made[place] if place < len(made) else None
 
 
 def check_ways(work: Work) -> None:
     """Raise ConfigError if a forced way has nothing to follow."""
     is_known = work.exact_token_ids is not None
+    if work.is_compared and not (
+        is_known
+        and all(way.is_forced for way in work.ways)
+        and any(way.name == EXACT for way in work.ways)
+    ):
+        raise ConfigError(f"{work.case.name}: to compare, all ways are fed a text, {EXACT} too")
     has_exact = any(way.name == EXACT and not way.is_forced for way in work.ways)
     for way in work.ways:
         if way.is_forced and not (is_known or has_exact):

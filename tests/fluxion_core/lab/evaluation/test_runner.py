@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import pytest
@@ -9,13 +10,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from fluxion_core.decode.bodies import step_for
 from fluxion_core.errors import CapacityError, ConfigError, ContextLengthError
 from fluxion_core.generation.tokenizer import Tokenizer
-from fluxion_core.geometry import KvGeometry
+from fluxion_core.geometry import KvGeometry, WindowSpec
+from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.lab.evaluation.case import Case
 from fluxion_core.lab.evaluation.metrics import Metric
 from fluxion_core.lab.evaluation.runner import Runner
 from fluxion_core.lab.evaluation.work import Answer, Way, Work
+from fluxion_core.lab.held_prompt import PromptMaker
 from fluxion_core.models.decoder import Decoder
 from fluxion_core.planning.policy import parse_policy
 from fluxion_core.pool.cpu_pool import CpuPool
@@ -35,14 +39,10 @@ def case(number: int, tokens: int, *, metric: Metric | None = None, new: int = 1
 def run(
     decoder: Decoder, tokenizer: Tokenizer, work: Sequence[Work], *, slabs: int = 40, batch: int = 4
 ) -> dict[tuple[str, str], Answer]:
-    runner = Runner(
-        decoder,
-        tokenizer,
-        prefill_decoder=decoder,
-        host_kv_bytes=slabs * (GEOMETRY.slab_bytes + 4096),
-        batch=batch,
-        pool=CpuPool(1),
-    )
+    store = HostKvStore(GEOMETRY, slabs * (GEOMETRY.slab_bytes + 4096), model_key=b"")
+    step = step_for(copy.deepcopy(decoder), store, WindowSpec(), CpuPool(1), max_rows=batch)
+    prompts = PromptMaker(decoder, GEOMETRY)
+    runner = Runner(step, store, prompts, tokenizer, decoder.config, batch=batch)
     answers: list[Answer] = []
     runner.run(work, answers.append)
     found = {(answer.case_name, answer.way): answer for answer in answers}

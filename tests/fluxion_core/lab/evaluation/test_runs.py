@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from fluxion_core.lab.evaluation import evaluate as evaluate_module
 from fluxion_core.lab.evaluation.__main__ import Evaluation
 from fluxion_core.lab.evaluation.agreement import run_agreement
 from fluxion_core.lab.evaluation.case import PromptEncoder
+from fluxion_core.lab.evaluation.divergence import run_divergence
 from fluxion_core.lab.evaluation.evaluate import evaluate
 from fluxion_core.lab.evaluation.files_run import run_files
 from fluxion_core.lab.evaluation.options import EvaluationOptions
@@ -23,7 +25,6 @@ from fluxion_core.lab.evaluation.ruler_run import run_ruler
 from fluxion_core.lab.evaluation.session import EvaluationModel
 from fluxion_core.lab.evaluation.work import Answer
 from fluxion_core.models.decoder import Decoder
-from fluxion_core.models.weights import LoadedModel
 from fluxion_core.planning.planner import Planner
 from fluxion_core.planning.planner_weights import PlannerWeights
 from tests.fluxion_core.planning.random_planner import random_network
@@ -54,9 +55,17 @@ def model(decoder: Decoder, tokenizer: Tokenizer) -> EvaluationModel:
         num_heads=config.num_heads,
         head_dim=config.head_dim,
     )
-    loaded = LoadedModel("toy", decoder, config, "0" * 64)
-    encoder = PromptEncoder(tokenizer, is_chat=False)
-    return EvaluationModel(loaded, decoder, tokenizer, encoder, weights, planner)
+    return EvaluationModel(
+        "toy",
+        "0" * 64,
+        config,
+        lambda: copy.deepcopy(decoder),
+        decoder,
+        tokenizer,
+        PromptEncoder(tokenizer, is_chat=False),
+        weights,
+        planner,
+    )
 
 
 def test_all_policies_answer_all_cases_and_a_hopeless_model_is_said_so(model: EvaluationModel):
@@ -164,6 +173,38 @@ def test_agreement_without_documents_is_refused(model: EvaluationModel, tmp_path
         run_agreement(model, replace(options, data=None), ignore)
 
 
+def test_divergence_feeds_each_document_its_own_text_and_resumes(
+    model: EvaluationModel, tmp_path: Path
+):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for number in range(2):
+        text = " ".join(f"word{number * i % 97}" for i in range(200))
+        (texts / f"{number}.txt").write_text(text)
+    journal = tmp_path / "journal.jsonl"
+    options = replace(
+        OPTIONS, benchmark="divergence", data=texts, lengths=(800,), new_tokens=8, journal=journal
+    )
+    rows, session = run_divergence(model, options, ignore)
+    assert [(row.way, row.documents, row.steps) for row in rows] == [
+        ("fixed(16, 5 %)", 2, 14),
+        ("balanced", 2, 14),
+    ]
+    assert all(row.divergence.mean > 0 for row in rows)
+    assert session.notes == []
+    lines = journal.read_text().splitlines(keepends=True)
+    journal.write_text("".join(lines[:4]))
+    made: list[str] = []
+    again, _ = run_divergence(
+        model, replace(options, resume=True), lambda done, total, answer: made.append(answer.way)
+    )
+    assert again == rows
+    # What is missing, and `exact` beside it, whose distributions are not in the journal.
+    assert len(made) < 6
+    with pytest.raises(ConfigError, match="leaves no prompt"):
+        run_divergence(model, replace(options, lengths=(8,), journal=None), ignore)
+
+
 def test_longbench_runs_from_files(model: EvaluationModel, tmp_path: Path):
     record = {"input": "What?", "context": "text " * 120, "answers": ["this"]}
     (tmp_path / "hotpotqa.jsonl").write_text(json.dumps(record) + "\n")
@@ -212,7 +253,7 @@ def test_arguments_become_options(monkeypatch: pytest.MonkeyPatch):
         (["ruler", "cases=3"], 2, "'cases=3' is more than the command takes"),
         (["ruler", "--speed", "3"], 2, "Unknown option: --speed"),
         (["ruler", "--cases", "many"], 2, "not a whole number"),
-        (["riddles"], 2, 'Choose from: "ruler", "longbench", "leval", "agreement"'),
+        (["riddles"], 2, 'Choose from: "ruler", "longbench", "leval", "agreement", "divergence"'),
         (["ruler", "--cases", "0"], 2, "Must be >= 1"),
         (["ruler", "--lengths", "0"], 1, "all positive"),
         (["ruler", "--resume"], 1, "resume needs the journal"),
