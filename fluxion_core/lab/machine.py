@@ -10,8 +10,12 @@ from pathlib import Path
 from fluxion_core.kernels import isa
 
 
-def describe_machine() -> dict[str, str]:
-    """Processor, cores, and the versions that matter to speed."""
+def describe_machine(commit: str = "") -> dict[str, str]:
+    """Processor, cores, and the versions that matter to speed.
+
+    Args:
+        commit: of the code, where that does not lie in a repository; found out if empty.
+    """
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
@@ -23,7 +27,7 @@ def describe_machine() -> dict[str, str]:
         "isa": isa.current_isa(),
         "python": platform.python_version(),
         **versions,
-        "commit": _commit(),
+        "commit": commit or _commit(),
     }
 
 

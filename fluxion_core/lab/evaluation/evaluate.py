@@ -16,6 +16,7 @@ from fluxion_core.lab.evaluation.options import EvaluationOptions
 from fluxion_core.lab.evaluation.ruler_run import run_ruler
 from fluxion_core.lab.evaluation.session import EvaluationModel, OnAnswer, Session
 from fluxion_core.lab.machine import describe_machine
+from fluxion_core.lab.provenance import Provenance
 
 _TITLES = {
     "ruler": "RULER",
@@ -26,8 +27,15 @@ _TITLES = {
 }
 
 
-def evaluate(options: EvaluationOptions, on_answer: OnAnswer) -> str:
+def evaluate(
+    options: EvaluationOptions, on_answer: OnAnswer, model: EvaluationModel | None = None
+) -> str:
     """Run it; writes the files that the options name.
+
+    Args:
+        options: of the run.
+        on_answer: called after each answer.
+        model: that was loaded for such options; loaded if None.
 
     Returns:
         The report in Markdown.
@@ -37,7 +45,7 @@ def evaluate(options: EvaluationOptions, on_answer: OnAnswer) -> str:
     """
     started = time.perf_counter()
     _check_writable(options.json, options.markdown, options.plot)
-    model = EvaluationModel.load(options)
+    model = model or EvaluationModel.load(options)
     title = f"{_TITLES[options.benchmark]}, {model.name}"
     draw: Callable[[Path], None]
     content: dict[str, object]
@@ -60,7 +68,11 @@ def evaluate(options: EvaluationOptions, on_answer: OnAnswer) -> str:
         text = render.markdown(title, report, settings)
         draw = partial(render.draw, title, report)
         content = {"report": asdict(report)}
-    options.write({"title": title, "settings": settings, **content})
+    about = Provenance.here(
+        model.name, model.revision_hash, model.weights.fingerprint, options.commit
+    )
+    whole = {"title": title, "about": about.as_json(), "settings": settings, **content}
+    options.write(whole)
     if options.markdown:
         options.markdown.write_text(text, encoding="utf-8")
     if options.plot:
@@ -75,7 +87,7 @@ def describe(session: Session, started: float) -> dict[str, str]:
         session: that has run.
         started: time.perf_counter() at its start.
     """
-    machine = describe_machine()
+    machine = describe_machine(session.options.commit)
     done = session.statistics
     return session.settings | {
         "machine": ", ".join(f"{name} {value}" for name, value in machine.items()),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from fluxion_core.errors import ConfigError
 from fluxion_core.lab.evaluation.work import Answer
@@ -60,10 +61,7 @@ class Journal:
         try:
             head, *rest = [json.loads(line) for line in lines]
             found = head["settings"]
-            answers = [
-                Answer(**{n: tuple(v) if isinstance(v, list) else v for n, v in line.items()})
-                for line in rest
-            ]
+            answers = [_answer_of(line) for line in rest]
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"journal {path} is damaged: {error!r}; start anew") from None
         for name in sorted({*found, *settings}):
@@ -73,3 +71,8 @@ class Journal:
                     f"is {settings.get(name)!r}; name another file"
                 )
         self.answers = {(answer.case_name, answer.way): answer for answer in answers}
+
+
+def _answer_of(line: dict[str, Any]) -> Answer:
+    lists = {name: tuple(value) for name, value in line.items() if isinstance(value, list)}
+    return Answer(**{**line, **lists})

@@ -65,7 +65,7 @@ class EvaluationOptions(ModelOptions, JsonOption):
     step: Step = "host"
     """What decodes: the CPUs alone, or a CUDA device with them."""
     dtype: Dtype = "auto"
-    """Of the model; auto is float32 for step host, and bfloat16 for step device, as nodes have it."""
+    """Of the model; auto is float32 for step host, bfloat16 for step device, as nodes have it."""
     stop_after_seconds: Annotated[float, within(0)] = 0.0
     """Begin no case after this, s; what is begun is finished, the rest left for a resumed run. 0
     for no limit."""
@@ -74,11 +74,12 @@ class EvaluationOptions(ModelOptions, JsonOption):
     resume: Annotated[bool, flag()] = False
     """Go on with the journal."""
     json: JsonPath = None
-    """Keep {title, settings, report}, or {title, settings, rows, notes} of agreement and divergence, in
-    this file;
-    - is standard output."""
+    """Keep {title, about, settings, report}, or {title, about, settings, rows, notes} of agreement
+    and divergence, in this file; - is standard output."""
     markdown: Path | None = None
     """Write the report into this file."""
+    commit: str = ""
+    """Of the code, for the results, where it does not lie in a repository."""
     plot: Path | None = None
     """Draw the figures into this PNG or SVG file."""
 

@@ -4,7 +4,7 @@ Two threads. One prefills, case after case, and puts sequences into the host KV 
 full; the caller's thread decodes a batch of them, a token a step, and fills places that become
 free at once. Branches of a case share the full slabs of its prompt.
 
-Steps are those of a decode node: the same `DecodeStep`, the same sampler. Through the host's body
+Steps are those of a decode node: the same bodies, the same sampler. Through the host's body
 an answer does not depend on what else runs, and differences between policies are theirs alone; a
 device's products may sum in another order for another number of rows.
 """
@@ -16,11 +16,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from fluxion_core.decode.step import DecodeStep, StepReads, StepRow
+from fluxion_core.decode.host.step import HostStep
+from fluxion_core.decode.work import StepReads, StepRow
 from fluxion_core.errors import (
     CapacityError,
     ConfigError,
@@ -40,6 +42,9 @@ from fluxion_core.models.config import ModelConfig
 from fluxion_core.planning.planner import Planner, PlannerState
 from fluxion_core.planning.policy import PredictedPolicy
 from fluxion_core.planning.prompt_profile import PromptProfile
+
+if TYPE_CHECKING:
+    from fluxion_core.decode.device.step import DeviceStep
 
 DEFAULT_BATCH = 16
 
@@ -71,7 +76,7 @@ class Runner:
 
     def __init__(
         self,
-        step: DecodeStep,
+        step: HostStep | DeviceStep,
         store: HostKvStore,
         prompts: PromptMaker,
         tokenizer: Tokenizer,
@@ -235,14 +240,14 @@ class Runner:
         logits, reads = self._decode_step.run(list(rows.values()))
         samplers = [branch.sampler for branch in rows]
         chosen = sample_rows(logits, samplers, self._decode_step.pool)
-        for branch, token_id, own, read in zip(rows, chosen, logits, reads, strict=True):
+        for branch, token, own, read in zip(rows, chosen, logits, reads, strict=True):
             if branch.kv.damage is not None:
                 raise branch.kv.damage
-            if isinstance(token_id, NonFiniteLogitsError):
-                raise token_id
+            if isinstance(token, NonFiniteLogitsError):
+                raise token
             if branch.work.is_compared:
                 _compare(branch, own)
-            branch.token_ids.append(token_id)
+            branch.token_ids.append(token)
             _count(branch, read)
         self.statistics.steps += 1
         self.statistics.tokens += len(rows)

@@ -16,7 +16,8 @@ from pydantic import TypeAdapter
 
 from fluxion_core.lab.benchmark.serve import LoadFigures
 from fluxion_core.lab.evaluation.agreement import AgreementRow
-from fluxion_core.lab.evaluation.render import draw, draw_agreement
+from fluxion_core.lab.evaluation.divergence import DivergenceRow
+from fluxion_core.lab.evaluation.render import draw, draw_agreement, draw_divergence
 from fluxion_core.lab.evaluation.report import Report
 from fluxion_core.lab.plots.bars import draw_groups
 from fluxion_core.lab.plots.serve import draw_loads
@@ -33,19 +34,23 @@ def draw_all(results: Path = RESULTS) -> list[Path]:
     drawn = []
     for path in sorted(results.glob("*/*.json")):
         picture = path.with_suffix(".png")
-        match path.name:
-            case "ruler.json":
+        # Of several bodies of a step, each has its file.
+        match path.stem.removesuffix("-host").removesuffix("-device"):
+            case "ruler":
                 report = TypeAdapter(Report).validate_python(_read(path)["report"])
                 draw(f"RULER, {path.parent.name}", report, picture)
-            case "agreement.json":
+            case "agreement":
                 rows = TypeAdapter(list[AgreementRow]).validate_python(_read(path)["rows"])
                 draw_agreement(f"Agreement with exact, {path.parent.name}", rows, picture)
-            case "serve.json":
+            case "divergence":
+                compared = TypeAdapter(list[DivergenceRow]).validate_python(_read(path)["rows"])
+                draw_divergence(f"Divergence from exact, {path.parent.name}", compared, picture)
+            case "serve":
                 loads = TypeAdapter(list[LoadFigures]).validate_python(_read(path)["figures"])
                 draw_loads(picture, loads)
-            case "prefill.json":
+            case "prefill":
                 draw_prefill(_read(path), picture)
-            case "shared-cpus.json":
+            case "shared-cpus":
                 draw_shared_cpus(_read(path), picture)
             case _:
                 continue
