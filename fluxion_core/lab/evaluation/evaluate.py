@@ -16,6 +16,7 @@ from fluxion_core.lab.evaluation.options import EvaluationOptions
 from fluxion_core.lab.evaluation.ruler_run import run_ruler
 from fluxion_core.lab.evaluation.session import EvaluationModel, OnAnswer, Session
 from fluxion_core.lab.machine import describe_machine
+from fluxion_core.lab.plots.evaluation import draw_agreement, draw_divergence, draw_scores
 from fluxion_core.lab.provenance import Provenance
 
 _TITLES = {
@@ -53,20 +54,20 @@ def evaluate(
         compared, session = run_divergence(model, options, on_answer)
         settings = describe(session, started)
         text = render.divergence_markdown(title, compared, settings, session.notes)
-        draw = partial(render.draw_divergence, title, compared)
+        draw = partial(draw_divergence, title, compared)
         content = {"rows": [asdict(row) for row in compared], "notes": session.notes}
     elif options.benchmark == "agreement":
         rows, session = run_agreement(model, options, on_answer)
         settings = describe(session, started)
         text = render.agreement_markdown(title, rows, settings, session.notes)
-        draw = partial(render.draw_agreement, title, rows)
+        draw = partial(draw_agreement, title, rows)
         content = {"rows": [asdict(row) for row in rows], "notes": session.notes}
     else:
         run = run_ruler if options.benchmark == "ruler" else run_files
         report, session = run(model, options, on_answer)
         settings = describe(session, started)
         text = render.markdown(title, report, settings)
-        draw = partial(render.draw, title, report)
+        draw = partial(draw_scores, title, report)
         content = {"report": asdict(report)}
     about = Provenance.here(
         model.name, model.revision_hash, model.weights.fingerprint, options.commit

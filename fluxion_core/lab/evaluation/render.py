@@ -1,12 +1,9 @@
-"""Reports as Markdown and as pictures."""
+"""Reports as Markdown; as pictures, lab/plots/evaluation.py has them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
-from fluxion_core import DISTRIBUTION
-from fluxion_core.errors import ConfigError
 from fluxion_core.lab.evaluation.agreement import AgreementRow
 from fluxion_core.lab.evaluation.divergence import DivergenceRow
 from fluxion_core.lab.evaluation.report import Interval, Report
@@ -127,77 +124,6 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
         f"|{'|'.join('---' for _ in head)}|",
         *(f"| {' | '.join(row)} |" for row in rows),
     ]
-
-
-def draw(title: str, report: Report, path: Path) -> None:
-    """Average score against bytes per token relative to `exact`, a point for each policy.
-
-    Raises:
-        ConfigError: matplotlib is not installed, or no task counts.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError(f"plots need matplotlib: pip install '{DISTRIBUTION}[plots]'") from None
-    if not report.bytes_read:
-        raise ConfigError("nothing to draw: there is no task that exact can do")
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    axes.axhline(report.average_scores[EXACT], color="#888888", linewidth=0.8, linestyle="--")
-    for way, read in report.bytes_read.items():
-        score = report.average_scores[way]
-        interval = report.average_differences.get(way)
-        error = None
-        if interval is not None:
-            error = [[interval.mean - interval.low], [interval.high - interval.mean]]
-        axes.errorbar(read.of_exact, score, yerr=error, fmt="o", capsize=3)
-        axes.annotate(way, (read.of_exact, score), xytext=(6, 5), textcoords="offset points")
-    axes.set_xscale("log")
-    axes.set_xlabel("bytes read of the retrieval region, share of exact")
-    axes.set_ylabel("average score; bars: 95 % of the difference to exact")
-    axes.set_title(title)
-    figure.savefig(path, dpi=120)
-
-
-def draw_agreement(title: str, rows: Sequence[AgreementRow], path: Path) -> None:
-    """Share of steps with the same token against bytes relative to `exact`.
-
-    Raises:
-        ConfigError: matplotlib is not installed.
-    """
-    points = [(f"{row.way}, {row.length}", row.of_exact, row.forced_share) for row in rows]
-    _draw_points(title, points, "steps with exact's token, fed its tokens; bars: 95 %", path)
-
-
-def draw_divergence(title: str, rows: Sequence[DivergenceRow], path: Path) -> None:
-    """KL over bytes relative to `exact`.
-
-    Raises:
-        ConfigError: matplotlib is not installed.
-    """
-    points = [(f"{row.way}, {row.length}", row.of_exact, row.divergence) for row in rows]
-    _draw_points(title, points, "KL of the next token against exact, nats; bars: 95 %", path)
-
-
-def _draw_points(
-    title: str, points: Sequence[tuple[str, float, Interval]], what: str, path: Path
-) -> None:
-    """Points with their names and intervals over bytes read."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError(f"plots need matplotlib: pip install '{DISTRIBUTION}[plots]'") from None
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for name, place, value in points:
-        error = [[value.mean - value.low], [value.high - value.mean]]
-        axes.errorbar(place, value.mean, yerr=error, fmt="o", capsize=3)
-        axes.annotate(name, (place, value.mean), xytext=(6, 5), textcoords="offset points")
-    axes.set_xscale("log")
-    axes.set_xlabel("bytes read of the retrieval region, share of exact")
-    axes.set_ylabel(what)
-    axes.set_title(title)
-    figure.savefig(path, dpi=120)
 
 
 def _share(interval: Interval, *, digits: int = 3) -> str:

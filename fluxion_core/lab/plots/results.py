@@ -17,9 +17,9 @@ from pydantic import TypeAdapter
 from fluxion_core.lab.benchmark.serve import LoadFigures
 from fluxion_core.lab.evaluation.agreement import AgreementRow
 from fluxion_core.lab.evaluation.divergence import DivergenceRow
-from fluxion_core.lab.evaluation.render import draw, draw_agreement, draw_divergence
 from fluxion_core.lab.evaluation.report import Report
 from fluxion_core.lab.plots.bars import draw_groups
+from fluxion_core.lab.plots.evaluation import draw_agreement, draw_divergence, draw_scores
 from fluxion_core.lab.plots.serve import draw_loads
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -38,7 +38,7 @@ def draw_all(results: Path = RESULTS) -> list[Path]:
         match path.stem.removesuffix("-host").removesuffix("-device"):
             case "ruler":
                 report = TypeAdapter(Report).validate_python(_read(path)["report"])
-                draw(f"RULER, {path.parent.name}", report, picture)
+                draw_scores(f"RULER, {path.parent.name}", report, picture)
             case "agreement":
                 rows = TypeAdapter(list[AgreementRow]).validate_python(_read(path)["rows"])
                 draw_agreement(f"Agreement with exact, {path.parent.name}", rows, picture)

@@ -10,6 +10,7 @@ import pytest
 from fluxion_core.lab.evaluation import render
 from fluxion_core.lab.evaluation.report import FIXED, paired_interval, summarize
 from fluxion_core.lab.evaluation.work import Answer
+from fluxion_core.lab.plots.evaluation import draw_scores
 
 Both = Callable[[str, list[tuple[float, float]]], list[Answer]]
 
@@ -117,5 +118,5 @@ def test_markdown_holds_settings_scores_differences_and_bytes(both: Both):
 
 def test_a_picture_is_drawn(both: Both, tmp_path: Path):
     path = tmp_path / "scores.png"
-    render.draw("Title", summarize(both("easy", [(100, 90)] * 3), WAYS), path)
+    draw_scores("Title", summarize(both("easy", [(100, 90)] * 3), WAYS), path)
     assert path.read_bytes().startswith(b"\x89PNG")
