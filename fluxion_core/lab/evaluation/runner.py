@@ -4,7 +4,7 @@ Two threads. One prefills, case after case, and puts sequences into the host KV 
 full; the caller's thread decodes a batch of them, a token a step, and fills places that become
 free at once. Branches of a case share the full slabs of its prompt.
 
-Steps are those of a decode node: the same bodies, the same sampler. Through the host's body
+Steps are those of a decode node: the same `DecodeStep`, the same sampler. Through the host's body
 an answer does not depend on what else runs, and differences between policies are theirs alone; a
 device's products may sum in another order for another number of rows.
 """
@@ -16,13 +16,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from fluxion_core.decode.host.step import HostStep
-from fluxion_core.decode.work import StepReads, StepRow
+from fluxion_core.decode.step import DecodeStep, StepReads, StepRow
 from fluxion_core.errors import (
     CapacityError,
     ConfigError,
@@ -40,11 +38,7 @@ from fluxion_core.lab.evaluation.work import EXACT, Answer, Branch, Track, Way, 
 from fluxion_core.lab.held_prompt import HeldPrompt, PromptMaker
 from fluxion_core.models.config import ModelConfig
 from fluxion_core.planning.planner import Planner, PlannerState
-from fluxion_core.planning.policy import PredictedPolicy
 from fluxion_core.planning.prompt_profile import PromptProfile
-
-if TYPE_CHECKING:
-    from fluxion_core.decode.device.step import DeviceStep
 
 DEFAULT_BATCH = 16
 
@@ -76,7 +70,7 @@ class Runner:
 
     def __init__(
         self,
-        step: HostStep | DeviceStep,
+        step: DecodeStep,
         store: HostKvStore,
         prompts: PromptMaker,
         tokenizer: Tokenizer,
@@ -160,7 +154,7 @@ class Runner:
                 context_tokens=self._context_tokens,
             )
         started = time.perf_counter()
-        needs_profiles = any(isinstance(way.policy, PredictedPolicy) for way in work.ways)
+        needs_profiles = any(way.policy.needs_profile for way in work.ways)
         prompt = self._prompts.make(
             case.prompt_token_ids, profile_window=self._window if needs_profiles else None
         )
@@ -200,7 +194,7 @@ class Runner:
             return kv
 
     def _new_state(self, way: Way, profiles: Sequence[PromptProfile]) -> PlannerState | None:
-        if not isinstance(way.policy, PredictedPolicy):
+        if not way.policy.needs_profile:
             return None
         if self._planner is None:
             raise ConfigError(f"policy {way.policy} needs a planner; this run has none")

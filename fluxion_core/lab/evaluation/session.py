@@ -9,11 +9,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 
-from fluxion_core.decode.host.step import HostStep
+from fluxion_core.decode.bodies import step_for
+from fluxion_core.decode.step import DecodeStep
 from fluxion_core.errors import ConfigError, ContextLengthError
 from fluxion_core.generation.tokenizer import Tokenizer
 from fluxion_core.geometry import KvGeometry, WindowSpec, ceil_div
@@ -24,7 +24,6 @@ from fluxion_core.lab.evaluation.options import EvaluationOptions
 from fluxion_core.lab.evaluation.runner import Runner, RunStatistics
 from fluxion_core.lab.evaluation.work import EXACT, Answer, Way, Work
 from fluxion_core.lab.held_prompt import PromptMaker
-from fluxion_core.lab.step_bodies import step_for
 from fluxion_core.machine.cpus import num_usable_cpus
 from fluxion_core.models.config import ModelConfig
 from fluxion_core.models.decoder import Decoder
@@ -39,9 +38,6 @@ from fluxion_core.planning.planner_weights import (
 )
 from fluxion_core.planning.policy import Policy, parse_policy
 from fluxion_core.pool.thread_choice import make_pool
-
-if TYPE_CHECKING:
-    from fluxion_core.decode.device.step import DeviceStep
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -189,7 +185,7 @@ class Session:
         self.journal = Journal(self.options.journal, self.settings, resume=self.options.resume)
         self._started = time.monotonic()
         self._too_long: set[tuple[str, int]] = set()
-        self._step: HostStep | DeviceStep | None = None
+        self._step: DecodeStep | None = None
         self._runner: Runner | None = None
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fluxion_core.decode.bodies import step_for
 from fluxion_core.errors import ConfigError
 from fluxion_core.generation.tokenizer import Tokenizer
 from fluxion_core.geometry import KvGeometry, WindowSpec
@@ -22,7 +23,6 @@ from fluxion_core.lab.evaluation.journal import Journal
 from fluxion_core.lab.evaluation.runner import Runner
 from fluxion_core.lab.evaluation.work import Answer, Way, Work
 from fluxion_core.lab.held_prompt import PromptMaker
-from fluxion_core.lab.step_bodies import step_for
 from fluxion_core.models.decoder import Decoder
 from fluxion_core.planning.policy import parse_policy
 from fluxion_core.pool.cpu_pool import CpuPool

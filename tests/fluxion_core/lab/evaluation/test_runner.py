@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from fluxion_core.decode.bodies import step_for
 from fluxion_core.errors import CapacityError, ConfigError, ContextLengthError
 from fluxion_core.generation.tokenizer import Tokenizer
 from fluxion_core.geometry import KvGeometry, WindowSpec
@@ -19,7 +20,6 @@ from fluxion_core.lab.evaluation.metrics import Metric
 from fluxion_core.lab.evaluation.runner import Runner
 from fluxion_core.lab.evaluation.work import Answer, Way, Work
 from fluxion_core.lab.held_prompt import PromptMaker
-from fluxion_core.lab.step_bodies import step_for
 from fluxion_core.models.decoder import Decoder
 from fluxion_core.planning.policy import parse_policy
 from fluxion_core.pool.cpu_pool import CpuPool
