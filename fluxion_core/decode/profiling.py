@@ -73,12 +73,11 @@ class PromptProfiling:
         counts = blocks_of_budgets(touched).int().contiguous()
         self._native = _native.PromptNeeds(
             native_layout(geometry),
-            sequence.slab_table.data_ptr(),
+            sequence.slab_table.numpy(),
             tokens,
-            rows,
             heads,
-            edges.data_ptr(),
-            counts.data_ptr(),
+            edges.numpy(),
+            counts.numpy(),
             RADII,
         )
         self._shapes = profile_shapes(heads, geometry.num_kv_heads)
@@ -117,12 +116,12 @@ class PromptProfiling:
 
     def _begin_layer(self) -> None:
         layer = len(self.profiles)
-        self._native.begin_layer(layer, self._queries[layer].data_ptr())
+        self._native.begin_layer(layer, self._queries[layer].numpy())
 
     def _end_layer(self) -> None:
         # NumPy's: torch would wake its own threads for it.
         parts = {name: np.empty(shape, np.float32) for name, shape in self._shapes.items()}
-        self._native.finish_layer([part.ctypes.data for part in parts.values()])
+        self._native.finish_layer(*parts.values())
         if not all(np.isfinite(part).all() for part in parts.values()):
             raise FluxionError(
                 f"the prompt's profile holds values that are not finite in layer "

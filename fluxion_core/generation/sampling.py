@@ -171,9 +171,7 @@ def sample_rows(
     choices = _native.sample_rows(
         None if pool is None else pool.native,
         [sampler.native for sampler in samplers],
-        logits.data_ptr(),
-        logits.stride(0),
-        logits.shape[1],
+        logits.numpy(),
         WAKE_BYTES,
     )
     return [token if token >= 0 else NonFiniteLogitsError(largest) for token, largest in choices]

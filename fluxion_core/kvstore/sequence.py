@@ -118,18 +118,19 @@ class SequenceKv:
             raise FrameFormatError(f"{len(payload)} B for {num_tokens} tokens of one layer")
         self._grow_to(end)
         self._tail = None
-        address = np.frombuffer(payload, dtype=np.uint8).ctypes.data
+        heads = np.frombuffer(payload, dtype=np.uint8).reshape(geometry.num_kv_heads, -1)
         is_finite = True
         for ordinal, inside, count in geometry.split_by_slab(first_token, num_tokens):
             done = ordinal * geometry.slab_tokens + inside - first_token
+            begin = done // BLOCK_TOKENS * geometry.block_bytes
+            end_of_part = begin + ceil_div(count, BLOCK_TOKENS) * geometry.block_bytes
             is_finite &= block_digest.ingest_blocks(
                 geometry,
                 int(self.slab_table[ordinal]),
                 layer,
                 inside,
                 count,
-                address + done // BLOCK_TOKENS * geometry.block_bytes,
-                num_blocks * geometry.block_bytes,
+                heads[:, begin:end_of_part],
             )
         if not is_finite:
             token = first_token + _first_not_finite(geometry, payload, num_tokens)

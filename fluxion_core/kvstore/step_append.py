@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from fluxion_core.errors import NonFiniteKvError
@@ -41,9 +41,9 @@ class StepAppend:
             for sequence, count in zip(sequences, self._counts, strict=True)
             for place in sequence.grow_for_next_tokens(count)
         ]
-        self._slabs = torch.tensor([slab for slab, _ in places], dtype=torch.int64)
-        self._tokens = torch.tensor([token for _, token in places], dtype=torch.int64)
-        self._first_not_finite = torch.full((len(places),), geometry.num_layers, dtype=torch.int32)
+        self._slabs = np.array([slab for slab, _ in places], dtype=np.int64)
+        self._tokens = np.array([token for _, token in places], dtype=np.int64)
+        self._first_not_finite = np.full(len(places), geometry.num_layers, dtype=np.int32)
 
     @property
     def addresses(self) -> tuple[int, int, int]:
@@ -53,9 +53,9 @@ class StepAppend:
         which its K or V is not finite, the number of layers if in none.
         """
         return (
-            self._slabs.data_ptr(),
-            self._tokens.data_ptr(),
-            self._first_not_finite.data_ptr(),
+            self._slabs.ctypes.data,
+            self._tokens.ctypes.data,
+            self._first_not_finite.ctypes.data,
         )
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> None:

@@ -78,8 +78,6 @@ def _measure(pool: CpuPool) -> dict[int, float]:
     seconds = {}
     for threads in sorted({most, -(-most * 3 // 4), -(-most // 2)}, reverse=True):
         pool.use_threads(threads)
-        times = _native.read_rounds(
-            pool.native, buffer.address, buffer.size_bytes, _ROUND_BYTES, _ROUNDS
-        )
+        times = _native.read_rounds(pool.native, buffer.bytes.numpy(), _ROUND_BYTES, _ROUNDS)
         seconds[threads] = median(times[_ROUNDS // 4 :])
     return seconds

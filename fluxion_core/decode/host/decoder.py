@@ -52,7 +52,7 @@ class HostDecoder:
         self._packing = packing = _Packing(decoder, layers)
         norms, products = [], []
         for layer in layers:
-            norms.append([packing.vector(layer.input_norm), packing.vector(layer.post_norm)])
+            norms.append([padded_vector(layer.input_norm), padded_vector(layer.post_norm)])
             products.append(
                 [
                     packing.product(layer.qkv, layer.qkv_bias),
@@ -71,10 +71,10 @@ class HostDecoder:
             config.num_kv_heads,
             config.head_dim,
             config.rms_norm_eps,
-            frequencies.data_ptr(),
+            frequencies.float().numpy(),
             norms,
             products,
-            packing.vector(decoder.final_norm),
+            padded_vector(decoder.final_norm),
             head,
         )
 
@@ -93,10 +93,10 @@ class HostDecoder:
         rows, heads, kv_heads = len(token_ids), config.num_heads, config.num_kv_heads
         embedded = self._embedded(token_ids)
         qkv = torch.empty(rows, native.qkv_width)
-        native.begin(
-            pool, rows, embedded.data_ptr(), positions.data_ptr(), qkv.data_ptr(), WAKE_BYTES
-        )
+        next_qkv = qkv.numpy()
+        native.begin(pool, embedded.numpy(), positions.numpy(), next_qkv, WAKE_BYTES)
         hidden = torch.empty(rows, native.hidden_width)
+        last = hidden.numpy()
         in_heads = qkv[:, : (heads + 2 * kv_heads) * config.head_dim].view(
             rows, heads + 2 * kv_heads, config.head_dim
         )
@@ -104,8 +104,8 @@ class HostDecoder:
         value = in_heads[:, heads + kv_heads :]
         for layer in range(config.num_layers):
             attended = attention.attend(layer, query, key, value).contiguous()
-            to = qkv if layer + 1 < config.num_layers else hidden
-            native.advance(pool, layer, attended.data_ptr(), to.data_ptr(), WAKE_BYTES)
+            to = next_qkv if layer + 1 < config.num_layers else last
+            native.advance(pool, layer, attended.numpy(), to, WAKE_BYTES)
         return hidden[:, : config.hidden_size]
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -114,15 +114,19 @@ class HostDecoder:
         if hidden.stride() != (native.hidden_width, 1):
             wide = torch.zeros(rows, native.hidden_width)
             wide[:, : self.config.hidden_size] = hidden
-            hidden = wide
+            hidden = wide[:, : self.config.hidden_size]
         logits = torch.empty(rows, native.logits_width)
-        native.logits(self._pool.native, rows, hidden.data_ptr(), logits.data_ptr(), WAKE_BYTES)
+        native.logits(self._pool.native, hidden.numpy(), logits.numpy(), WAKE_BYTES)
         return logits[:, : self.config.vocab_size]
 
     def _embedded(self, token_ids: Tensor) -> Tensor:
         if self._embedding is not None:
             return F.embedding(token_ids, self._embedding).float()
         return packed_rows(self._head_panels, token_ids).float()
+
+
+Product = tuple[Tensor, Tensor]
+"""Panels [panels, inputs, 16] of a matrix, and its bias [outputs] float32."""
 
 
 class _Packing:
@@ -138,12 +142,11 @@ class _Packing:
         dtype = decoder.head.dtype
         self._weights = Arena(count * dtype.itemsize).bytes.view(dtype)
         self._used = 0
-        self._vectors: list[Tensor] = []
         self.panels = torch.empty(0)
         """Of the last product."""
 
-    def product(self, weight: Tensor, bias: Tensor | None = None, *, parts: int = 1) -> list[int]:
-        """Pack a matrix and free it; returns the words of a native PackedProduct.
+    def product(self, weight: Tensor, bias: Tensor | None = None, *, parts: int = 1) -> Product:
+        """Pack a matrix and free it; returns its panels and its bias, filled with zeros.
 
         Args:
             weight: [outputs, inputs]; empty afterwards.
@@ -159,10 +162,4 @@ class _Packing:
             pack(part, self.panels[turn::parts])
         weight.data = weight.new_empty(0)
         zeros = torch.zeros(width) if bias is None else bias
-        is_bfloat16 = weight.dtype == torch.bfloat16
-        return [*(place.data_ptr(), self.vector(zeros), inputs), len(self.panels), is_bfloat16]
-
-    def vector(self, values: Tensor) -> int:
-        """Address of a vector, filled with zeros to whole panels."""
-        self._vectors.append(padded_vector(values))
-        return self._vectors[-1].data_ptr()
+        return self.panels, padded_vector(zeros)

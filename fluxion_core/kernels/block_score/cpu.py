@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fluxion_core.errors import ShapeError
-from fluxion_core.geometry import BLOCK_SIZES, MAX_GROUP, KvGeometry
+from fluxion_core.geometry import KvGeometry
 from fluxion_core.kernels import _native
 from fluxion_core.kernels.isa import native_layout
 
@@ -46,36 +46,21 @@ def score_blocks(
     Cost: reads 4 * head_dim bytes per block.
     Source: Quest (arXiv:2406.10774) for radius 1.
     """
-    _check_query(geometry, query)
-    if not 0 <= layer < geometry.num_layers or not 0 <= kv_head < geometry.num_kv_heads:
-        raise ShapeError(f"layer {layer}, KV head {kv_head} of {geometry}")
     if not 0 <= radius <= 1:
         raise ShapeError(f"radius {radius:g} of block scores; from 0 to 1")
-    if slab_table.dtype != torch.int64 or not 0 <= level < len(BLOCK_SIZES):
-        raise ShapeError(f"slab table of {slab_table.dtype}, level {level}")
-    if blocks.step != 1 or blocks.stop > slab_table.numel() * geometry.level_blocks(level):
-        raise ShapeError(f"blocks {blocks} of {slab_table.numel()} slabs")
-    group = len(query)
-    scores = torch.empty(group, len(blocks))
+    if blocks.step != 1:
+        raise ShapeError(f"blocks {blocks}: need consecutive ones")
+    scores = torch.empty(query.shape[0], len(blocks))
     _native.score_blocks(
         native_layout(geometry),
-        slab_table.data_ptr(),
+        slab_table.numpy(),
         layer,
         kv_head,
         level,
         blocks.start,
         len(blocks),
-        query.data_ptr(),
-        group,
+        query.numpy(),
         radius,
-        scores.data_ptr(),
+        scores.numpy(),
     )
     return scores
-
-
-def _check_query(geometry: KvGeometry, query: Tensor) -> None:
-    group, head_dim = query.shape
-    if head_dim != geometry.head_dim or not 1 <= group <= MAX_GROUP:
-        raise ShapeError(f"query {tuple(query.shape)} does not fit {geometry}")
-    if query.dtype != torch.float32 or not query.is_contiguous():
-        raise ShapeError(f"query is {query.dtype}; need contiguous float32")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fluxion_core.errors import ShapeError
+from fluxion_core.geometry import ceil_div
 from fluxion_core.kernels import _native
 
 
@@ -23,7 +24,7 @@ def choose_top(scores: Tensor, budgets: Sequence[int]) -> list[Tensor]:
         Per head [min(budget, blocks)] int64, ascending.
 
     Raises:
-        ShapeError: shapes or dtypes differ from the above.
+        ShapeError: shapes, dtypes or strides differ from the above.
     """
     marks, count = choose_top_marks(scores, budgets), scores.shape[1]
     bits = np.unpackbits(marks.numpy().view(np.uint8), axis=1, bitorder="little", count=count)
@@ -32,12 +33,9 @@ def choose_top(scores: Tensor, budgets: Sequence[int]) -> list[Tensor]:
 
 def choose_top_marks(scores: Tensor, budgets: Sequence[int]) -> Tensor:
     """Choose as one bit per block: [heads, ceil(blocks / 64)] int64, lowest bit first."""
-    if scores.dim() != 2 or scores.dtype != torch.float32 or not scores.is_contiguous():
-        raise ShapeError(f"scores are {tuple(scores.shape)} {scores.dtype}; need 2-d float32")
-    heads, count = scores.shape
-    if len(budgets) != heads or not count:
-        raise ShapeError(f"{len(budgets)} budgets for scores {tuple(scores.shape)}")
-    wanted = torch.tensor(budgets, dtype=torch.int32)
-    marks = torch.empty(heads, -(-count // 64), dtype=torch.int64)
-    _native.choose_top(scores.data_ptr(), heads, count, wanted.data_ptr(), marks.data_ptr())
+    if scores.dim() != 2 or not scores.shape[1]:
+        raise ShapeError(f"scores are {tuple(scores.shape)}; need [heads, blocks]")
+    wanted = np.array(budgets, dtype=np.int32)
+    marks = torch.empty(scores.shape[0], ceil_div(scores.shape[1], 64), dtype=torch.int64)
+    _native.choose_top(scores.numpy(), wanted, marks.numpy())
     return marks

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from fluxion_core.errors import ShapeError
@@ -20,21 +19,15 @@ def merge_into(output: Tensor, lse: Tensor, other_output: Tensor, other_lse: Ten
 
     Raises:
         ShapeError: shapes, dtypes or strides differ from the above.
+        TypeError: a tensor is one that NumPy has no view of: bfloat16, or on another device.
     """
-    if output.shape != other_output.shape or lse.shape != other_lse.shape:
+    if output.shape != other_output.shape or output.dim() < 2:
         raise ShapeError(f"cannot merge {tuple(other_output.shape)} into {tuple(output.shape)}")
-    if output.shape[:-1] != lse.shape:
+    if output.shape[:-1] != lse.shape or lse.shape != other_lse.shape:
         raise ShapeError(f"lse {tuple(lse.shape)} does not fit output {tuple(output.shape)}")
-    for tensor in (output, lse, other_output, other_lse):
-        if tensor.dtype != torch.float32 or not tensor.is_contiguous():
-            raise ShapeError("states must be contiguous float32")
-        if tensor.device.type != "cpu":
-            raise ShapeError(f"state on {tensor.device}; need the CPU")
+    if not all(tensor.is_contiguous() for tensor in (output, lse, other_output, other_lse)):
+        raise ShapeError("states to merge must be contiguous")
     _native.merge_into(
-        output.data_ptr(),
-        lse.data_ptr(),
-        other_output.data_ptr(),
-        other_lse.data_ptr(),
-        lse.numel(),
-        output.shape[-1],
+        *(output.flatten(0, -2).numpy(), lse.flatten().numpy()),
+        *(other_output.flatten(0, -2).numpy(), other_lse.flatten().numpy()),
     )

@@ -9,8 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fluxion_core.errors import ShapeError
-from fluxion_core.geometry import BLOCK_TOKENS, MAX_GROUP, MAX_HEAD_DIM
+from fluxion_core.geometry import BLOCK_TOKENS
 from fluxion_core.kernels import _native
 
 
@@ -35,29 +34,18 @@ def attend_blocks(
         without blocks.
 
     Raises:
-        ShapeError: shapes or dtypes differ from the above.
+        ShapeError: shapes, dtypes or strides differ from the above.
+        TypeError: a tensor is one that NumPy has no view of: bfloat16, or on another device.
 
     Cost: reads 64 * head_dim bytes per block, the next block prefetched; nothing else.
     """
-    group, head_dim = query.shape
-    if head_dim % 16 or not 0 < head_dim <= MAX_HEAD_DIM or not 0 < group <= MAX_GROUP:
-        raise ShapeError(f"query {tuple(query.shape)}: at most 16 heads of 16 to 256, by 16")
-    if query.dtype != torch.float32 or not query.is_contiguous() or query.device.type != "cpu":
-        raise ShapeError(f"query is {query.dtype} on {query.device}; need float32 on the CPU")
-    if block_addresses.dtype != torch.int64 or head_masks.dtype != torch.int32:
-        raise ShapeError("block addresses must be int64, head masks int32")
-    if block_addresses.shape != head_masks.shape or not 0 < last_tokens <= BLOCK_TOKENS:
-        raise ShapeError(f"{head_masks.numel()} masks for {block_addresses.numel()} blocks")
-    output, lse = torch.empty_like(query), torch.empty(group)
+    output, lse = torch.empty_like(query), torch.empty(query.shape[0])
     _native.attend_blocks(
-        head_dim,
-        query.data_ptr(),
-        group,
-        block_addresses.contiguous().data_ptr(),
-        head_masks.contiguous().data_ptr(),
-        block_addresses.numel(),
+        query.numpy(),
+        block_addresses.contiguous().numpy(),
+        head_masks.contiguous().numpy(),
         last_tokens,
-        output.data_ptr(),
-        lse.data_ptr(),
+        output.numpy(),
+        lse.numpy(),
     )
     return output, lse

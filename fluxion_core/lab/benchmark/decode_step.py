@@ -272,10 +272,7 @@ class _Bench:
         inside = np.arange(0, self.geometry.kv_bytes // piece * piece, piece)
         starts = np.asarray([self.store.slab_address(slab) for slab in slabs])
         pieces = np.ascontiguousarray((starts[:, None] + inside).ravel())
-        seconds = [
-            _native.read_seconds(pieces.ctypes.data, len(pieces), piece, usable_cpus())
-            for _ in range(5)
-        ]
+        seconds = [_native.read_seconds(pieces, piece, usable_cpus()) for _ in range(5)]
         return len(pieces) * piece / median(seconds)
 
 

@@ -356,10 +356,7 @@ class GpuStepBench:
         slabs = range(min(self.store.num_slabs, 4 * 2**30 // self.geometry.slab_bytes))
         starts = np.asarray([self.store.slab_address(slab) for slab in slabs])
         pieces = np.ascontiguousarray((starts[:, None] + inside).ravel())
-        seconds = [
-            _native.read_seconds(pieces.ctypes.data, len(pieces), piece, usable_cpus())
-            for _ in range(repeats)
-        ]
+        seconds = [_native.read_seconds(pieces, piece, usable_cpus()) for _ in range(repeats)]
         return len(pieces) * piece / median(seconds)
 
     def _measure_together(self) -> tuple[float, float]:

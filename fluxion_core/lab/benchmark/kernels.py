@@ -111,7 +111,7 @@ def measure_top_k(*, blocks: int = 8192, budget: int = 410, repeats: int = 7) ->
     marks = torch.empty(heads, -(-blocks // 64), dtype=torch.int64)
 
     def native() -> None:
-        _native.choose_top(scores.data_ptr(), heads, blocks, budgets.data_ptr(), marks.data_ptr())
+        _native.choose_top(scores.numpy(), budgets.numpy(), marks.numpy())
 
     def with_torch() -> None:
         for row in scores:
@@ -182,27 +182,26 @@ class _Measured:
                     layer,
                     0,
                     geometry.slab_tokens,
-                    payload.data_ptr(),
-                    geometry.head_kv_bytes,
+                    block_digest.payload_of(payload),
                 )
 
     def clear_caches(self) -> None:
         """Read the layer that is not measured next; the layers take turns."""
         pieces = self._pieces(READ_PIECE_BYTES, self._layer)
         cpus = usable_cpus()
-        _native.read_seconds(pieces.ctypes.data, len(pieces), READ_PIECE_BYTES, cpus)
+        _native.read_seconds(pieces, READ_PIECE_BYTES, cpus)
         self._layer = 1 - self._layer
 
     def read_sequential(self, cpus: list[int]) -> tuple[int, float]:
         """The limit of everything that goes through memory in order."""
         pieces = self._pieces(READ_PIECE_BYTES, self._layer)
-        seconds = _native.read_seconds(pieces.ctypes.data, len(pieces), READ_PIECE_BYTES, cpus)
+        seconds = _native.read_seconds(pieces, READ_PIECE_BYTES, cpus)
         return len(pieces) * READ_PIECE_BYTES, seconds
 
     def read_random(self, cpus: list[int]) -> tuple[int, float]:
         """The limit of everything that goes through blocks in any order."""
         blocks, size = self._random_blocks(), self.geometry.block_bytes
-        seconds = _native.read_seconds(blocks.ctypes.data, len(blocks), size, cpus)
+        seconds = _native.read_seconds(blocks, size, cpus)
         return len(blocks) * size, seconds
 
     def scan(self, level: int, cpus: list[int]) -> tuple[int, float]:
@@ -218,11 +217,8 @@ class _Measured:
         records = np.ascontiguousarray((np.concatenate(heads)[:, None] + inside).ravel())
         seconds = _native.score_seconds(
             geometry.digest_bits,
-            self._query.data_ptr(),
-            self.shape.group,
-            geometry.head_dim,
-            records.ctypes.data,
-            len(records),
+            self._query.numpy(),
+            records,
             record_bytes,
             width,
             cpus,
@@ -233,11 +229,8 @@ class _Measured:
         """All blocks in random order."""
         blocks = self._random_blocks()
         seconds = _native.attend_seconds(
-            self._query.data_ptr(),
-            self.shape.group,
-            self.geometry.head_dim,
-            blocks.ctypes.data,
-            len(blocks),
+            self._query.numpy(),
+            blocks,
             cpus,
         )
         return len(blocks) * self.geometry.block_bytes, seconds

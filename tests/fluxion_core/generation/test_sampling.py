@@ -53,8 +53,7 @@ def chosen(logits: Tensor, params: SamplingParams, noise: float) -> int:
     for name in isa.available_isas():
         isa.set_isa(name)
         token, largest = _native.choose_token(
-            logits.data_ptr(),
-            len(logits),
+            logits.numpy(),
             params.temperature,
             params.top_k,
             params.top_p,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,9 +20,9 @@ FINITE = (0x7F7F, 0xFF7F, 0x0001, 0x8000)
 
 def append(geometry, slabs, token: int, key, value, layer: int = 0) -> list[int]:
     """The next token of each sequence; returns the first layer in which it is not finite."""
-    found = torch.full((len(slabs),), geometry.num_layers, dtype=torch.int32)
-    tokens = torch.full((len(slabs),), token)
-    cpu.append_tokens(geometry, slabs, tokens, layer, key, value, found)
+    found = np.full(len(slabs), geometry.num_layers, np.int32)
+    tokens = np.full(len(slabs), token, np.int64)
+    cpu.append_tokens(geometry, slabs.numpy(), tokens, layer, key, value, found)
     return found.tolist()
 
 
@@ -36,9 +37,7 @@ def test_isas_give_the_same_digests(each_isa: str, head_dim: int, slab_tokens: i
     store = HostKvStore(geometry, 2 * (geometry.slab_bytes + 4096), model_key=b"toy")
     generator = torch.Generator().manual_seed(4)
     kv = torch.randn(2, geometry.slab_blocks, 2, 16, head_dim, generator=generator).bfloat16()
-    cpu.ingest_blocks(
-        geometry, store.slab_address(0), 1, 0, slab_tokens, kv.data_ptr(), geometry.head_kv_bytes
-    )
+    cpu.ingest_blocks(geometry, store.slab_address(0), 1, 0, slab_tokens, cpu.payload_of(kv))
     assert torch.equal(store.slab_kv(0)[1], kv)
     for level, block_size in enumerate(BLOCK_SIZES):
         for head in range(2):
@@ -61,7 +60,7 @@ def test_byte_digests_bound_the_keys_tightly(each_isa: str, head_dim: int, step_
         part = kv[:, first : first + count].contiguous()
         cpu.ingest_blocks(
             *(geometry, store.slab_address(0), 0, first * 16, count * 16),
-            *(part.data_ptr(), count * geometry.block_bytes),
+            cpu.payload_of(part),
         )
     keys = kv[0, :, 0].flatten(0, 1).float()
     span = keys.unflatten(0, (2, 256))
@@ -97,9 +96,7 @@ def test_behind_the_last_token_there_are_zeros(num_tokens: int):
     store = HostKvStore(geometry, geometry.slab_bytes + 4096, model_key=b"toy")
     store.slab_kv(0).fill_(float("nan"))
     kv = torch.ones(1, 2, 2, 16, 16).bfloat16()
-    cpu.ingest_blocks(
-        geometry, store.slab_address(0), 0, 0, num_tokens, kv.data_ptr(), geometry.head_kv_bytes
-    )
+    cpu.ingest_blocks(geometry, store.slab_address(0), 0, 0, num_tokens, cpu.payload_of(kv))
     last = (num_tokens - 1) // 16
     rows = store.slab_kv(0)[0, 0, last]
     tail = num_tokens - last * 16
@@ -124,20 +121,29 @@ def test_appending_rounds_as_torch_does_and_clears_the_block():
 
 def test_arguments_that_do_not_fit_are_refused():
     geometry = KvGeometry(num_layers=1, num_kv_heads=2, head_dim=64, slab_tokens=128)
-    with pytest.raises(ShapeError):
-        cpu.ingest_blocks(geometry, 0, 0, 120, 16, 0, 0)
-    with pytest.raises(ShapeError):
-        cpu.ingest_blocks(geometry, 0, 1, 0, 16, 0, 0)
-    one = torch.zeros(1, dtype=torch.int64)
-    fits, found = torch.zeros(1, 2, 64), torch.ones(1, dtype=torch.int32)
-    with pytest.raises(ShapeError):
+    payload = np.zeros((2, geometry.block_bytes), np.uint8)
+    for layer, first, of in (
+        (0, 120, payload),
+        (1, 0, payload),
+        (0, 0, payload[:1]),
+        (0, 0, payload[:, 1:]),
+        (0, 0, payload.view(np.int8)),
+        (0, 0, np.zeros((geometry.block_bytes, 2), np.uint8).T),
+    ):
+        with pytest.raises(ShapeError):
+            cpu.ingest_blocks(geometry, 0, layer, first, 16, of)
+    one = np.zeros(1, np.int64)
+    fits, found = torch.zeros(1, 2, 64), np.ones(1, np.int32)
+    with pytest.raises(TypeError, match="BFloat16"):
         cpu.append_tokens(geometry, one, one, 0, fits, fits.bfloat16(), found)
+    with pytest.raises(ShapeError, match="value is float64; need float32"):
+        cpu.append_tokens(geometry, one, one, 0, fits, fits.double(), found)
     with pytest.raises(ShapeError):
         cpu.append_tokens(geometry, one, one, 1, fits, fits, found)
     with pytest.raises(ShapeError):
         cpu.append_tokens(geometry, one, one, 0, fits, torch.zeros(1, 64, 2).transpose(1, 2), found)
     with pytest.raises(ShapeError):
-        cpu.append_tokens(geometry, one, one, 0, fits, fits, found.long())
+        cpu.append_tokens(geometry, one, one, 0, fits, fits, found.astype(np.int64))
 
 
 @pytest.mark.parametrize("digest_bits", [8, 16])
@@ -154,7 +160,7 @@ def test_ingest_tells_what_is_not_finite(
     def is_finite() -> bool:
         return cpu.ingest_blocks(
             *(geometry, store.slab_address(0), 0, 0, num_tokens),
-            *(kv.data_ptr(), blocks * geometry.block_bytes),
+            cpu.payload_of(kv),
         )
 
     def in_token_order() -> torch.Tensor:
@@ -196,7 +202,7 @@ def test_the_lowest_layer_is_told_in_whatever_order_layers_come():
     geometry = KvGeometry(3, 1, 16, 128)
     store = HostKvStore(geometry, geometry.slab_bytes + 4096, model_key=b"toy")
     slab, bad = torch.tensor([store.slab_address(0)]), torch.full((1, 1, 16), torch.nan)
-    found = torch.full((1,), 3, dtype=torch.int32)
+    found = np.full(1, 3, np.int32)
     for layer, lowest in ((2, 2), (0, 0), (1, 0)):
-        cpu.append_tokens(geometry, slab, torch.tensor([0]), layer, bad, bad, found)
+        cpu.append_tokens(geometry, slab.numpy(), np.zeros(1, np.int64), layer, bad, bad, found)
         assert found.tolist() == [lowest]

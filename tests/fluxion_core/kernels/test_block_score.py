@@ -25,7 +25,7 @@ def digested(geometry: KvGeometry, num_slabs: int) -> tuple[torch.Tensor, torch.
         kv = torch.randn(shape, generator=generator).bfloat16()
         layer = geometry.num_layers - 1
         block_digest.ingest_blocks(
-            geometry, address, layer, 0, geometry.slab_tokens, kv.data_ptr(), geometry.head_kv_bytes
+            geometry, address, layer, 0, geometry.slab_tokens, block_digest.payload_of(kv)
         )
         keys.append(kv[:, :, 0].flatten(1, 2))
     return slabs, torch.cat(keys, 1), store
@@ -95,7 +95,9 @@ def test_by_hand():
     store = HostKvStore(geometry, geometry.slab_bytes + 4096, model_key=b"toy")
     kv = torch.zeros(1, 1, 2, 16, 16).bfloat16()
     kv[0, 0, 0, :, 5] = torch.arange(3, 19)
-    block_digest.ingest_blocks(geometry, store.slab_address(0), 0, 0, 16, kv.data_ptr(), 1024)
+    block_digest.ingest_blocks(
+        geometry, store.slab_address(0), 0, 0, 16, block_digest.payload_of(kv)
+    )
     query = torch.zeros(2, 16)
     query[0, 5], query[1, 5] = 2.0, -2.0
     slabs = torch.tensor([store.slab_address(0)])
@@ -109,7 +111,9 @@ def test_by_hand_with_a_smaller_radius():
     store = HostKvStore(geometry, geometry.slab_bytes + 4096, model_key=b"toy")
     kv = torch.zeros(1, 1, 2, 16, 16).bfloat16()
     kv[0, 0, 0, :, 5] = torch.arange(3, 19)
-    block_digest.ingest_blocks(geometry, store.slab_address(0), 0, 0, 16, kv.data_ptr(), 1024)
+    block_digest.ingest_blocks(
+        geometry, store.slab_address(0), 0, 0, 16, block_digest.payload_of(kv)
+    )
     query = torch.zeros(2, 16)
     query[0, 5], query[1, 5] = 2.0, -2.0
     slabs = torch.tensor([store.slab_address(0)])

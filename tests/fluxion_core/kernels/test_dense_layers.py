@@ -139,6 +139,11 @@ def test_weights_are_taken_not_copied():
 
 def test_layers_come_in_order():
     decoder = HostDecoder(random_decoder(ODD), CpuPool(1))
-    room = torch.zeros(1, 2000)
+    native, pool = decoder._native, decoder._pool.native
+    config, qkv = decoder.config, torch.zeros(1, native.qkv_width).numpy()
+    native.begin(
+        *(pool, torch.zeros(1, config.hidden_size).numpy(), torch.zeros(1).long().numpy(), qkv, 0)
+    )
+    attended = torch.zeros(1, config.num_heads, config.head_dim).numpy()
     with pytest.raises(ValueError, match="in order"):
-        decoder._native.advance(decoder._pool.native, 1, room.data_ptr(), room.data_ptr(), 0)
+        native.advance(pool, 1, attended, torch.zeros(1, native.hidden_width).numpy(), 0)

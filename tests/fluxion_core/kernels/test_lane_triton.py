@@ -60,15 +60,13 @@ class Sequence:
             self.table[ordinal] = arena[slab].data_ptr()
         for ordinal, inside, count in geometry.split_by_slab(0, self.num_tokens):
             first = ordinal * geometry.slab_blocks
-            address = kv[:, first:].data_ptr()
             block_digest.ingest_blocks(
                 geometry,
                 int(self.table[ordinal]),
                 LAYER,
                 inside,
                 count,
-                address,
-                blocks * geometry.block_bytes,
+                block_digest.payload_of(kv[:, first:]),
             )
         self.blocks = kv[KV_HEAD]
         self.query = torch.randn(self.group, self.head_dim, generator=generator)

@@ -35,7 +35,7 @@ class Round:
             kv = torch.randn(2, 32, 2, 16, 64, generator=generator).bfloat16()
             block_digest.ingest_blocks(
                 *(GEOMETRY, self.store.slab_address(slab), 0, 0, 512),
-                *(kv.data_ptr(), GEOMETRY.head_kv_bytes),
+                block_digest.payload_of(kv),
             )
         self.tables, rows, first = [], [], 0
         for length in LENGTHS:

@@ -1,5 +1,4 @@
-// What Python sees of sampling; see module.cpp.
-#include <nanobind/nanobind.h>
+// What Python sees of sampling.
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/vector.h>
 
@@ -7,9 +6,9 @@
 #include <utility>
 #include <vector>
 
+#include "bindings/arrays.h"
+#include "bindings/bindings.h"
 #include "sampling/token_sampler.h"
-
-namespace nb = nanobind;
 
 namespace fluxion {
 
@@ -28,29 +27,32 @@ void bind_sampling(nb::module_& m) {
         for (const int32_t id : ids) self.take(id);
       })
       .def("set_position", &TokenSampler::set_position);
-  // One row without penalties, by noise of 53 bits.
-  m.def("choose_token", [](uintptr_t logits, int32_t vocab, double temperature, int64_t top_k,
-                           double top_p, double min_p, uint64_t noise) {
+  // One row [vocab] float32 without penalties, by noise of 53 bits.
+  m.def("choose_token", [](const Array& logits, double temperature, int64_t top_k, double top_p,
+                           double min_p, uint64_t noise) {
+    const float* row = values<float>(logits, "logits", {kAnyLength});
+    const int32_t vocab = int32_t(logits.shape(0));
     nb::gil_scoped_release unlocked;
-    const ChoiceRules rules{temperature, top_k, top_p, min_p};
-    const float* row = reinterpret_cast<const float*>(logits);
-    const Choice choice = choose_token(row, vocab, rules, noise);
+    const Choice choice = choose_token(row, vocab, {temperature, top_k, top_p, min_p}, noise);
     return std::make_pair(choice.token, choice.largest);
   });
-  // Of each row its token, -1 if none can be chosen, and its largest logit.
-  m.def("sample_rows",
-        [](TaskPool* pool, const std::vector<TokenSampler*>& samplers, uintptr_t logits,
-           int64_t row_stride, int32_t vocab, int64_t wake_bytes) {
-          std::vector<std::pair<int32_t, float>> choices;
-          nb::gil_scoped_release unlocked;
-          SamplingRound round(samplers, reinterpret_cast<const float*>(logits), row_stride, vocab);
-          for (const Choice& choice : round.run(pool, wake_bytes)) {
-            choices.emplace_back(choice.token, choice.largest);
-          }
-          return choices;
-        },
-        nb::arg("pool").none(), nb::arg("samplers"), nb::arg("logits"), nb::arg("row_stride"),
-        nb::arg("vocab"), nb::arg("wake_bytes"));
+  // Of each row [vocab] its token, -1 if none can be chosen, and its largest logit. Rows may lie apart.
+  m.def(
+      "sample_rows",
+      [](TaskPool* pool, const std::vector<TokenSampler*>& samplers, const Array& logits,
+         int64_t wake_bytes) {
+        const Rows<float> from =
+            rows<float>(logits, "logits", {int64_t(samplers.size()), kAnyLength});
+        const int32_t vocab = int32_t(logits.shape(1));
+        std::vector<std::pair<int32_t, float>> choices;
+        nb::gil_scoped_release unlocked;
+        SamplingRound round(samplers, from.first, from.stride, vocab);
+        for (const Choice& choice : round.run(pool, wake_bytes)) {
+          choices.emplace_back(choice.token, choice.largest);
+        }
+        return choices;
+      },
+      nb::arg("pool").none(), nb::arg("samplers"), nb::arg("logits"), nb::arg("wake_bytes"));
 }
 
 }  // namespace fluxion

@@ -47,6 +47,10 @@ class DenseLayers final : public Work {
   DenseLayers(const Shape& shape, const float* frequencies, std::vector<DenseLayerWeights> layers,
               const float* final_norm, const PackedProduct& head);
 
+  const Shape& shape() const { return shape_; }
+  int64_t num_layers() const { return int64_t(layers_.size()); }
+  // Of the step that was begun.
+  int64_t rows() const { return rows_; }
   // Of hidden states with their padding, and of queries, keys and values.
   int64_t hidden_width() const { return hidden_width_; }
   int64_t qkv_width() const { return layers_[0].qkv.width(); }

@@ -48,6 +48,10 @@ class PromptNeeds final : public Work {
   int64_t advance(TaskPool& pool, int64_t work, int64_t wake_bytes);
   void finish_layer(const Results& results) const;
   int64_t num_tiles() const { return int64_t(tiles_.size()); }
+  int64_t rows() const { return rows_; }
+  int64_t heads() const { return heads_; }
+  int64_t kv_heads() const { return layout_.kv_heads; }
+  int64_t head_dim() const { return layout_.head_dim; }
 
   int32_t num_phases() const override;
   int64_t layer() const override { return layer_; }
