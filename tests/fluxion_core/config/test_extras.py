@@ -74,7 +74,7 @@ import fluxion_core.lab.benchmark.kernels, fluxion_core.generation.tokenizer
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
 
 
-@pytest.mark.parametrize("module", ["huggingface_hub", "pynvml"])
+@pytest.mark.parametrize("module", MODULES)
 def test_one_place_imports_each(module: str):
     places = {
         path.relative_to(ROOT).parent
