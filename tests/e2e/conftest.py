@@ -157,7 +157,7 @@ def cluster(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
         smollm2_path,
         tmp_path_factory.mktemp("nodes"),
         *("--device", "cpu", "--model.dtype", "float32"),
-        decode_flags=("--engine.local-prefill-tokens", "0"),
+        decode_flags=("--engine.local-prefill-tokens", str(LOCAL_TOKENS)),
     ) as nodes:
         yield nodes
 

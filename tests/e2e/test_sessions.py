@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
@@ -13,37 +12,25 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from fluxion_core.models.weights import load_model
 from fluxion_proto.v1 import generate_pb2, generate_pb2_grpc
-from tests.e2e.conftest import Cluster, running_cluster
+from tests.e2e.conftest import Cluster
 
 NEW_TOKENS = 20
-LOCAL_TOKENS = 64
 ADDED = (560, 40, 100)
 """Tokens that each turn adds: sent by the prefill node, computed here, sent again."""
 
 
-@pytest.fixture(scope="module")
-def nodes(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with running_cluster(
-        smollm2_path,
-        tmp_path_factory.mktemp("sessions"),
-        *("--device", "cpu", "--model.dtype", "float32"),
-        decode_flags=("--engine.local-prefill-tokens", str(LOCAL_TOKENS)),
-    ) as cluster:
-        yield cluster
-
-
 def session(
-    nodes: Cluster, document: list[int], **asked
+    cluster: Cluster, document: list[int], **asked
 ) -> list[tuple[list[int], list[int], generate_pb2.Usage]]:
     """Prompt, answer and usage of each turn."""
     said: list[int] = []
     turns = []
-    with grpc.insecure_channel(nodes.decode.address) as channel:
+    with grpc.insecure_channel(cluster.decode.address) as channel:
         stub = generate_pb2_grpc.GenerationStub(channel)
         for added in ADDED:
             prompt = [*said, *document[len(said) : len(said) + added]]
             request = generate_pb2.GenerateRequest(
-                max_new_tokens=NEW_TOKENS, ignore_eos=True, **asked
+                max_new_tokens=NEW_TOKENS, ignore_eos=True, cache_salt="a session", **asked
             )
             request.token_ids.ids.extend(prompt)
             responses = list(stub.Generate(request, timeout=280))
@@ -84,9 +71,9 @@ class WholeText:
 @pytest.mark.model
 @pytest.mark.timeout(900)
 def test_every_turns_tokens_are_those_of_the_whole_prompt_computed_at_once(
-    nodes: Cluster, smollm2_path: Path, document_tokens: list[int]
+    cluster: Cluster, smollm2_path: Path, document_tokens: list[int]
 ):
-    turns = session(nodes, document_tokens)
+    turns = session(cluster, document_tokens)
     check_usage(turns)
     # Every turn's prompt and answer are the beginning of the last one's: one pass over that says
     # what greedy decoding says after each of them. That the model's code is transformers' is
@@ -104,9 +91,9 @@ def test_every_turns_tokens_are_those_of_the_whole_prompt_computed_at_once(
 
 @pytest.mark.model
 @pytest.mark.timeout(900)
-def test_a_session_at_a_level_goes_on_from_its_own_kv(nodes: Cluster, document_tokens: list[int]):
+def test_a_session_at_a_level_goes_on_from_its_own_kv(cluster: Cluster, document_tokens: list[int]):
     turns = session(
-        nodes, document_tokens[2000:], quality=generate_pb2.QualityLevel.QUALITY_LEVEL_BALANCED
+        cluster, document_tokens[2000:], quality=generate_pb2.QualityLevel.QUALITY_LEVEL_BALANCED
     )
     check_usage(turns)
     for _, _, usage in turns:
