@@ -48,7 +48,7 @@ def ingest_blocks(
 
 
 def payload_of(kv: Tensor) -> npt.NDArray[np.uint8]:
-    """What `ingest_blocks` takes, of KV [kv_heads, blocks, 2, 16, head_dim] in bfloat16: a view."""
+    """Payload of `ingest_blocks`, of KV [kv_heads, blocks, 2, 16, head_dim] in bfloat16: a view."""
     return kv.view(torch.uint8).flatten(1).numpy()
 
 
