@@ -33,18 +33,32 @@ class Provenance:
 
     @classmethod
     def here(
-        cls, model: str = NONE, revision: str = NONE, weights: str = NONE, commit: str = ""
+        cls,
+        model: str = NONE,
+        revision: str = NONE,
+        weights: str = NONE,
+        *,
+        commit: str = "",
+        gpu: str = "",
     ) -> Provenance:
         """Of this machine and this code.
 
         Args:
             model, revision, weights: see the fields.
             commit: where the code does not lie in a repository; found out if empty.
+            gpu: its name, if one had a part in it.
         """
         machine = describe_machine(commit)
         of_code = machine.pop("commit")
+        if gpu:
+            machine["gpu"] = gpu
         described = ", ".join(f"{name} {value}" for name, value in machine.items())
         return cls(model, revision, weights or NONE, described, of_code)
+
+    @classmethod
+    def of_shape(cls, shape: str, *, gpu: str = "") -> Provenance:
+        """Of a model's shape with random weights, here."""
+        return cls.here(f"{shape}, random weights", gpu=gpu)
 
     def as_json(self) -> dict[str, str]:
         """The entry `about` of a result file."""

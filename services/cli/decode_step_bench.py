@@ -42,6 +42,8 @@ def bench_decode_step(console: Console, options: BenchDecodeStep) -> dict[str, o
         console,
         loaded.decoder,
         token_ids,
+        model=loaded.name,
+        revision=loaded.revision_hash,
         steps=steps,
         policies=options.policy,
         transformers_model=_load_transformers(path) if options.transformers else None,

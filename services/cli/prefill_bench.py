@@ -21,6 +21,7 @@ from fluxion_core.geometry import KvGeometry
 from fluxion_core.kvstream.handoff import Frame, max_frame_payload_bytes
 from fluxion_core.lab.benchmark.model_shapes import random_decoder, shape_named
 from fluxion_core.lab.benchmark.report import describe_machine
+from fluxion_core.lab.provenance import Provenance
 from fluxion_core.models.decoder import Decoder
 from fluxion_core.prompt.capture import KvCapture
 from fluxion_core.prompt.compute import PromptComputation
@@ -80,6 +81,7 @@ def bench_prefill(
             )
     console.print(table)
     return {
+        "about": Provenance.of_shape(shape, gpu=torch.cuda.get_device_name(device)).as_json(),
         "machine": describe_machine() | {"gpu": torch.cuda.get_device_name(device)},
         "shape": shape,
         "chunk_tokens": chunk_tokens,

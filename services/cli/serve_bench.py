@@ -36,6 +36,7 @@ from fluxion_core.lab.benchmark.serve import (
     plan_requests,
     print_table,
 )
+from fluxion_core.lab.provenance import Provenance
 from fluxion_core.wire.status import status_of
 from services.cli.commands.bench_serve import BenchServe
 from services.cli.demo import load_document
@@ -79,6 +80,9 @@ async def bench_serve(
             figures.append(figures_of(load, outcomes, seconds, objectives))
     print_table(console, figures, objectives)
     report: dict[str, object] = {
+        "about": Provenance.here(
+            info.name, info.revision_hash, info.predictor_fingerprint
+        ).as_json(),
         "machine": describe_machine(),
         "model": info.name,
         "device": info.device,

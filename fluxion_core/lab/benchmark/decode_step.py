@@ -41,6 +41,7 @@ from fluxion_core.lab.benchmark.report import describe_machine
 from fluxion_core.lab.benchmark.sampling import STEP_SAMPLING, step_samplers
 from fluxion_core.lab.held_prompt import PromptMaker
 from fluxion_core.lab.plots.bars import draw_bars
+from fluxion_core.lab.provenance import NONE, Provenance
 from fluxion_core.machine.cpus import usable_cpus
 from fluxion_core.models.attention_port import AttentionPort
 from fluxion_core.models.decoder import Decoder
@@ -87,6 +88,8 @@ def run_decode_step_bench(
     decoder: Decoder,
     token_ids: Sequence[int],
     *,
+    model: str = NONE,
+    revision: str = NONE,
     steps: int = 20,
     policies: Sequence[str] = ("exact", "fixed(16, 5 %)"),
     transformers_model: torch.nn.Module | None = None,
@@ -99,6 +102,7 @@ def run_decode_step_bench(
         console: where the table goes.
         decoder: the model, float32 on the CPU; its weights are taken (HostDecoder).
         token_ids: the prompt.
+        model, revision: that the decoder is of, for the report.
         steps: tokens that count, after two that do not.
         policies: by name.
         transformers_model: the same model in transformers, or None to leave it out.
@@ -123,7 +127,9 @@ def run_decode_step_bench(
         rows = _take_turns(bench, chosen, transformers_model, steps)
         figures = _figures(bench, chosen, rows)
         peace = _peace_with_torch(bench)
+    fingerprint = bench.planner.weights.fingerprint
     report: dict[str, object] = {
+        "about": Provenance.here(model, revision, fingerprint).as_json(),
         "machine": machine | {"omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "unset")},
         "tokens": len(token_ids),
         "steps": steps,

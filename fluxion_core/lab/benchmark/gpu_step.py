@@ -47,6 +47,7 @@ from fluxion_core.lab.benchmark.replayed_policy import ReplayedPolicy
 from fluxion_core.lab.benchmark.report import describe_machine
 from fluxion_core.lab.benchmark.sampling import STEP_SAMPLING, step_samplers
 from fluxion_core.lab.benchmark.uva_rate import launch_read, measure_uva
+from fluxion_core.lab.provenance import Provenance
 from fluxion_core.machine.cpus import usable_cpus
 from fluxion_core.models.config import ModelConfig
 from fluxion_core.observe.nvml import MIN_LOOK_SECONDS, open_nvml
@@ -405,6 +406,7 @@ def run_gpu_step_bench(console: Console, options: GpuStepOptions) -> dict[str, o
     bench = GpuStepBench(options, console)
     figures = bench.run()
     report: dict[str, object] = {
+        "about": Provenance.of_shape(options.shape, gpu=torch.cuda.get_device_name()).as_json(),
         "machine": describe_machine() | {"gpu": torch.cuda.get_device_name()},
         "options": asdict(options),
         "sampling": STEP_SAMPLING,

@@ -42,6 +42,7 @@ from fluxion_core.lab.benchmark.model_shapes import fill_sequences, random_decod
 from fluxion_core.lab.benchmark.random_planner import blank_state, random_planner
 from fluxion_core.lab.benchmark.recorded_plans import RecordedPlans
 from fluxion_core.lab.benchmark.report import describe_machine
+from fluxion_core.lab.provenance import Provenance
 from fluxion_core.machine.cpus import usable_cpus
 from fluxion_core.models.decoder import Decoder
 from fluxion_core.planning.policy import MarginalPolicy, Policy, parse_policy
@@ -288,7 +289,9 @@ def run_shared_cpus_bench(console: Console, options: SharedCpusOptions) -> dict[
             str(figure.stalls),
         )
     console.print(table)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     return {
+        "about": Provenance.of_shape(options.shape, gpu=gpu).as_json(),
         "machine": machine,
         "options": asdict(options),
         "figures": [

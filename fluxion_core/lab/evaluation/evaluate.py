@@ -8,6 +8,8 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from fluxion_core.lab.evaluation import render
 from fluxion_core.lab.evaluation.agreement import run_agreement
 from fluxion_core.lab.evaluation.divergence import run_divergence
@@ -69,8 +71,13 @@ def evaluate(
         text = render.markdown(title, report, settings)
         draw = partial(draw_scores, title, report)
         content = {"report": asdict(report)}
+    gpu = torch.cuda.get_device_name() if options.device_name == "cuda" else ""
     about = Provenance.here(
-        model.name, model.revision_hash, model.weights.fingerprint, options.commit
+        model.name,
+        model.revision_hash,
+        model.weights.fingerprint,
+        commit=options.commit,
+        gpu=gpu,
     )
     whole = {"title": title, "about": about.as_json(), "settings": settings, **content}
     options.write(whole)
