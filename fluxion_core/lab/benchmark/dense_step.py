@@ -46,7 +46,7 @@ class DenseStep:
         positions = torch.full((rows,), context_tokens, device=device)
         windows = DeviceWindows(geometry, window, rows, device)
         windows.tensors.normal_()
-        port = _WindowsOnly(decoder, geometry, window, windows, positions.int() + 1)
+        port = _WindowPort(decoder, geometry, window, windows, positions.int() + 1)
 
         @torch.inference_mode()
         def body() -> Tensor:
@@ -67,7 +67,7 @@ class DenseStep:
         return median(times[_WARM_UPS:])
 
 
-class _WindowsOnly:
+class _WindowPort:
     """Attention port: a token into its window, attention over the window, its parts merged."""
 
     def __init__(

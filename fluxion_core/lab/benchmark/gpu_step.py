@@ -153,7 +153,7 @@ class GpuStepFigure:
 
 
 @dataclass(frozen=True)
-class _Way:
+class _Method:
     name: str
     plans: RecordedPlans | None = None
 
@@ -269,7 +269,7 @@ class GpuStepBench:
         return figures
 
     def _time(
-        self, step: DeviceStep, slots: Sequence[int], lengths: tuple[int, ...], way: _Way
+        self, step: DeviceStep, slots: Sequence[int], lengths: tuple[int, ...], way: _Method
     ) -> list[tuple[float, float, float, int, int, int, int, int, float]]:
         chosen = self.sequences[: len(lengths)]
         regions = [self.window.retrieval_region(length + 1) for length in lengths]
@@ -388,11 +388,11 @@ class GpuStepBench:
         )
 
 
-def _way(name: str) -> _Way:
+def _way(name: str) -> _Method:
     if name.endswith(".safetensors"):
         plans = RecordedPlans.load(Path(name))
-        return _Way(f"{plans.policy}, recorded", plans)
-    return _Way(name)
+        return _Method(f"{plans.policy}, recorded", plans)
+    return _Method(name)
 
 
 def _lanes(name: str) -> Lanes:

@@ -89,7 +89,7 @@ def run_kernel_bench(
     console.print(f"[bold]kernels[/bold], cold caches; {machine}", highlight=False)
     results: list[dict[str, object]] = []
     for shape in shapes:
-        measured = _Measured(shape)
+        measured = _Workload(shape)
         counts = sorted({1, len(usable_cpus())})
         figures = [figure for threads in counts for figure in _figures(measured, threads, repeats)]
         results.append({"shape": asdict(shape), "figures": [asdict(f) for f in figures]})
@@ -147,7 +147,7 @@ def plot(report: dict[str, object], path: Path) -> None:
     )
 
 
-class _Measured:
+class _Workload:
     """Synthetic KV of one shape, and the calls that are timed. Each returns (bytes, seconds)."""
 
     def __init__(self, shape: KernelShape) -> None:
@@ -279,7 +279,7 @@ class _Measured:
         return blocks
 
 
-def _figures(measured: _Measured, threads: int, repeats: int) -> list[Figure]:
+def _figures(measured: _Workload, threads: int, repeats: int) -> list[Figure]:
     """Every operation on so many threads."""
     cpus = usable_cpus()[:threads]
     pool = CpuPool(threads, spin_microseconds=500 if threads > 2 else 0)

@@ -119,7 +119,7 @@ def compare(answers: Iterable[Answer], ways: Sequence[str]) -> list[AgreementRow
 
 
 def equal_tokens(left: Sequence[int], right: Sequence[int]) -> int:
-    """How many tokens are equal before the first that differs."""
+    """Number of tokens that are equal before the first that differs."""
     for count, (one, other) in enumerate(zip(left, right, strict=False)):
         if one != other:
             return count

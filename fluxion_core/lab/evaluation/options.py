@@ -1,4 +1,4 @@
-"""What an evaluation is told, whoever asks for it."""
+"""Options of an evaluation, whoever asks for it."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ class TaskRow:
 
 
 @dataclass(frozen=True)
-class WayBytes:
+class MethodBytes:
     """Bytes that a way read of the retrieval region per decode step, means over able cases."""
 
     scanned: float
@@ -74,7 +74,7 @@ class Report:
     average_scores: dict[str, float]
     """Per way: mean over able tasks; empty if there are none."""
     average_differences: dict[str, Interval]
-    bytes_read: dict[str, WayBytes]
+    bytes_read: dict[str, MethodBytes]
     notes: tuple[str, ...]
     """What is left out, and why."""
 
@@ -182,7 +182,7 @@ def _interval(samples: NDArray[np.float64]) -> Interval:
     return Interval(float(samples[0]), float(low), float(high))
 
 
-def _bytes_read(cases: Sequence[dict[str, Answer]], ways: Sequence[str]) -> dict[str, WayBytes]:
+def _bytes_read(cases: Sequence[dict[str, Answer]], ways: Sequence[str]) -> dict[str, MethodBytes]:
     """Of steps that had a region."""
     found = {}
     rates = {way: _per_step([case[way] for case in cases]) for way in ways}
@@ -195,7 +195,7 @@ def _bytes_read(cases: Sequence[dict[str, Answer]], ways: Sequence[str]) -> dict
             if fixed is not None and fixed[2]:
                 # Answers have different lengths: each is held against its own region.
                 of_fixed = (total / region) / ((fixed[0] + fixed[1]) / fixed[2])
-            found[way] = WayBytes(scanned, attended, total / region, of_fixed, streaming[way])
+            found[way] = MethodBytes(scanned, attended, total / region, of_fixed, streaming[way])
     return found
 
 

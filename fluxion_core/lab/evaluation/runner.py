@@ -34,7 +34,15 @@ from fluxion_core.kvstore.sequence import SequenceKv
 from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.lab.evaluation.case import Case
 from fluxion_core.lab.evaluation.metrics import score
-from fluxion_core.lab.evaluation.work import EXACT, Answer, Branch, Track, Way, Work, check_ways
+from fluxion_core.lab.evaluation.work import (
+    EXACT,
+    Answer,
+    Branch,
+    CaseJob,
+    Method,
+    TeacherTokens,
+    check_ways,
+)
 from fluxion_core.lab.held_prompt import HeldPrompt, PromptMaker
 from fluxion_core.models.config import ModelConfig
 from fluxion_core.planning.planner import Planner, PlannerState
@@ -45,7 +53,7 @@ DEFAULT_BATCH = 16
 
 @dataclass
 class RunStatistics:
-    """Where the time of a run went. Prefill and decoding overlap."""
+    """Times of a run. Prefill and decoding overlap."""
 
     steps: int = 0
     tokens: int = 0
@@ -96,7 +104,7 @@ class Runner:
         self._is_stopping = False
         self._failure: BaseException | None = None
 
-    def run(self, work: Iterable[Work], on_answer: Callable[[Answer], None]) -> None:
+    def run(self, work: Iterable[CaseJob], on_answer: Callable[[Answer], None]) -> None:
         """Answer all cases; answers come as they are finished, on this thread.
 
         Raises:
@@ -130,7 +138,7 @@ class Runner:
 
     # ---- prefill thread
 
-    def _prefill_all(self, work: Iterator[Work]) -> None:
+    def _prefill_all(self, work: Iterator[CaseJob]) -> None:
         try:
             for item in work:
                 if self._is_stopping:
@@ -143,7 +151,7 @@ class Runner:
                 self._is_done = True
                 self._changed.notify_all()
 
-    def _prefill(self, work: Work) -> None:
+    def _prefill(self, work: CaseJob) -> None:
         check_ways(work)
         case = work.case
         tokens = len(case.prompt_token_ids)
@@ -161,7 +169,7 @@ class Runner:
         self.statistics.prefills += 1
         self.statistics.prefill_seconds += time.perf_counter() - started
         known = work.exact_token_ids
-        track = None if known is None else Track(list(known), is_ended=True)
+        teacher = None if known is None else TeacherTokens(list(known), is_ended=True)
         # The exact way first: forced ones follow its tokens as it makes them.
         for way in sorted(work.ways, key=lambda way: (way.is_forced, way.name != EXACT)):
             kv = self._store_when_there_is_room(prompt, case)
@@ -169,9 +177,9 @@ class Runner:
                 return
             token_ids = [prompt.first_token_id]
             if way.name == EXACT and not way.is_forced:
-                track = Track(token_ids, is_ended=False)
+                teacher = TeacherTokens(token_ids, is_ended=False)
             state = self._new_state(way, prompt.profiles)
-            branch = Branch(work, way, kv, state, token_ids, track)
+            branch = Branch(work, way, kv, state, token_ids, teacher)
             with self._changed:
                 self._ready.append(branch)
                 self._changed.notify_all()
@@ -193,7 +201,7 @@ class Runner:
                 self._num_held += 1
             return kv
 
-    def _new_state(self, way: Way, profiles: Sequence[PromptProfile]) -> PlannerState | None:
+    def _new_state(self, way: Method, profiles: Sequence[PromptProfile]) -> PlannerState | None:
         if not way.policy.needs_profile:
             return None
         if self._planner is None:
@@ -257,8 +265,8 @@ class Runner:
 
     def _is_finished(self, branch: Branch) -> bool:
         case, ids = branch.work.case, branch.token_ids
-        if branch.way.is_forced and branch.track:
-            return branch.track.is_ended and len(ids) >= len(branch.track.token_ids)
+        if branch.way.is_forced and branch.teacher:
+            return branch.teacher.is_ended and len(ids) >= len(branch.teacher.token_ids)
         return (
             len(ids) >= case.max_new_tokens
             or ids[-1] in self._stops
@@ -274,8 +282,8 @@ class Runner:
             self._decode_step.leave(branch.slot)
             branch.slot = None
         branch.kv.release()
-        if branch.track and not branch.way.is_forced:
-            branch.track.is_ended = True
+        if branch.teacher and not branch.way.is_forced:
+            branch.teacher.is_ended = True
         with self._changed:
             self._num_held -= 1
             self._num_releases += 1
@@ -315,9 +323,9 @@ def _count(branch: Branch, read: StepReads) -> None:
 
 def _compare(branch: Branch, logits: Tensor) -> None:
     """Hold a step's distribution against that of `exact`, or keep it for the others."""
-    assert branch.track is not None
+    assert branch.teacher is not None
     own = torch.log_softmax(logits, -1)
-    kept = branch.track.log_probabilities
+    kept = branch.teacher.log_probabilities
     if branch.is_reference:
         kept.append(own)
     exact = kept[branch.steps]

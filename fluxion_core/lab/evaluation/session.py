@@ -1,4 +1,4 @@
-"""What every evaluation has in common: the model, its policies, and cases answered with a journal.
+"""The common part of all evaluations: the model, its policies, and cases answered with a journal.
 
 A case is made only if an answer of it is missing, on the prefill thread, so that making prompts
 overlaps with decoding.
@@ -22,7 +22,7 @@ from fluxion_core.lab.evaluation.case import Case, PromptEncoder
 from fluxion_core.lab.evaluation.journal import Journal
 from fluxion_core.lab.evaluation.options import EvaluationOptions
 from fluxion_core.lab.evaluation.runner import Runner, RunStatistics
-from fluxion_core.lab.evaluation.work import EXACT, Answer, Way, Work
+from fluxion_core.lab.evaluation.work import EXACT, Answer, CaseJob, Method
 from fluxion_core.lab.held_prompt import PromptMaker
 from fluxion_core.machine.cpus import num_usable_cpus
 from fluxion_core.models.config import ModelConfig
@@ -58,7 +58,7 @@ class CaseSource:
 
     @property
     def name(self) -> str:
-        """Of the case, as the journal knows it."""
+        """Name of the case, as the journal knows it."""
         return f"{self.task}/{self.length}/{self.number}"
 
 
@@ -128,7 +128,7 @@ class EvaluationModel:
 
     @property
     def geometry(self) -> KvGeometry:
-        """Of its KV."""
+        """Geometry of its KV."""
         config = self.config
         return KvGeometry(config.num_layers, config.num_kv_heads, config.head_dim)
 
@@ -137,7 +137,7 @@ class EvaluationModel:
         level = name.strip().upper()
         return self.weights.levels[level] if level in LEVEL_NAMES else parse_policy(name)
 
-    def ways(self, names: Sequence[str]) -> tuple[Way, ...]:
+    def ways(self, names: Sequence[str]) -> tuple[Method, ...]:
         """Ways by name; levels keep theirs.
 
         Raises:
@@ -147,7 +147,7 @@ class EvaluationModel:
         for name in names:
             policy = self.policy(name)
             is_level = name.strip().upper() in LEVEL_NAMES
-            ways.append(Way(name.strip().lower() if is_level else str(policy), policy))
+            ways.append(Method(name.strip().lower() if is_level else str(policy), policy))
         found = [way.name for way in ways]
         if len(set(found)) < len(found):
             raise ConfigError(f"policies {', '.join(found)}: one is named twice")
@@ -175,7 +175,7 @@ class Session:
     on_answer: OnAnswer
     longest_tokens: int
     most_ways: int | None = None
-    ways: tuple[Way, ...] = ()
+    ways: tuple[Method, ...] = ()
     notes: list[str] = field(default_factory=list)
     statistics: RunStatistics = field(default_factory=RunStatistics)
 
@@ -194,7 +194,7 @@ class Session:
             self._step.close()
         self._step = self._runner = None
 
-    def answer(self, sources: Sequence[CaseSource], ways: Sequence[Way]) -> None:
+    def answer(self, sources: Sequence[CaseSource], ways: Sequence[Method]) -> None:
         """Answer what is missing of these cases."""
         missing = [(source, self._missing(source, ways)) for source in sources]
         missing = [(source, needed) for source, needed in missing if needed]
@@ -235,11 +235,11 @@ class Session:
         return self._runner
 
     def scores(self, source_names: Sequence[str], way: str) -> list[float]:
-        """Of those that are answered."""
+        """Scores of the cases that are answered."""
         found = [self.journal.answers.get((name, way)) for name in source_names]
         return [answer.score for answer in found if answer and answer.score is not None]
 
-    def _work(self, missing: Sequence[tuple[CaseSource, tuple[Way, ...]]]) -> Iterator[Work]:
+    def _work(self, missing: Sequence[tuple[CaseSource, tuple[Method, ...]]]) -> Iterator[CaseJob]:
         for index, (source, needed) in enumerate(missing):
             limit = self.options.stop_after_seconds
             if limit and time.monotonic() - self._started > limit:
@@ -256,12 +256,12 @@ class Session:
                 self.notes.append(f"{source.task} does not fit {source.length} tokens: {error}")
                 continue
             if source.fed_token_ids is not None:
-                yield Work(case, needed, source.fed_token_ids, is_compared=True)
+                yield CaseJob(case, needed, source.fed_token_ids, is_compared=True)
                 continue
             exact = self.journal.answers.get((source.name, EXACT))
-            yield Work(case, needed, exact.token_ids if exact else None)
+            yield CaseJob(case, needed, exact.token_ids if exact else None)
 
-    def _missing(self, source: CaseSource, ways: Sequence[Way]) -> tuple[Way, ...]:
+    def _missing(self, source: CaseSource, ways: Sequence[Method]) -> tuple[Method, ...]:
         missing = [way for way in ways if (source.name, way.key) not in self.journal.answers]
         if source.fed_token_ids is not None and missing:
             # Distributions are not in the journal: those of `exact` are computed again.

@@ -1,4 +1,4 @@
-"""What is asked of a runner, what it keeps while it works on it, and what it hands back."""
+"""Jobs of a runner, what it keeps while it does them, and the answers that it hands back."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ EXACT = "exact"
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way to answer a case."""
+class Method:
+    """Method of answering a case: a policy, and whose tokens it is fed."""
 
     name: str
     """Of the policy, as reports call it."""
@@ -29,16 +29,16 @@ class Way:
 
     @property
     def key(self) -> str:
-        """What the journal knows it by."""
+        """Name by which the journal knows it."""
         return f"{self.name}, forced" if self.is_forced else self.name
 
 
 @dataclass(frozen=True)
-class Work:
+class CaseJob:
     """A case and how it is to be answered."""
 
     case: Case
-    ways: tuple[Way, ...]
+    ways: tuple[Method, ...]
     exact_token_ids: tuple[int, ...] | None = None
     """Tokens that forced ways are fed, where they are known already: what `exact` generated, or a
     text's own. Else a forced way needs an exact one beside it."""
@@ -49,7 +49,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Answer:
-    """What one way made of one case."""
+    """Answer of one way to one case."""
 
     case_name: str
     task: str
@@ -76,7 +76,7 @@ class Answer:
 
 
 @dataclass(eq=False)
-class Track:
+class TeacherTokens:
     """Tokens that forced ways are fed, and what `exact` made of them."""
 
     token_ids: list[int]
@@ -89,12 +89,12 @@ class Track:
 class Branch:
     """One sequence between prefill and its answer."""
 
-    work: Work
-    way: Way
+    work: CaseJob
+    way: Method
     kv: SequenceKv
     state: PlannerState | None
     token_ids: list[int]
-    track: Track | None
+    teacher: TeacherTokens | None
     """To follow, if the way is forced; to write, if it is `exact`."""
     slot: int | None = None
     """Of the step, while it takes part in steps."""
@@ -116,15 +116,15 @@ class Branch:
     @property
     def next_input(self) -> int | None:
         """The token to feed; None: `exact` is not so far yet."""
-        if not (self.way.is_forced and self.track):
+        if not (self.way.is_forced and self.teacher):
             return self.token_ids[-1]
-        made, place = self.track.token_ids, len(self.token_ids) - 1
+        made, place = self.teacher.token_ids, len(self.token_ids) - 1
         if self.work.is_compared and not self.is_reference:
-            made = made[: len(self.track.log_probabilities)]
+            made = made[: len(self.teacher.log_probabilities)]
         return made[place] if place < len(made) else None
 
 
-def check_ways(work: Work) -> None:
+def check_ways(work: CaseJob) -> None:
     """Raise ConfigError if a forced way has nothing to follow."""
     is_known = work.exact_token_ids is not None
     if work.is_compared and not (

@@ -32,7 +32,7 @@ from fluxion_core.planning.prompt_profile import PROFILED_QUERIES, PromptProfile
 
 
 @dataclass(frozen=True)
-class FixedWay:
+class FixedMethod:
     """Every head the same block size and budget."""
 
     level: int
@@ -43,7 +43,7 @@ class FixedWay:
 
 
 @dataclass(frozen=True)
-class PlannedWay:
+class PlannedMethod:
     """Plans by a policy, from decisions of some source."""
 
     policy: str
@@ -57,7 +57,7 @@ class PlannedWay:
         return f"{self.policy}({self.number:g}), {self.source}"
 
 
-Way = FixedWay | PlannedWay
+Method = FixedMethod | PlannedMethod
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Runs:
 
 
 @dataclass(frozen=True)
-class WayResult:
+class MethodResult:
     """Result of one way, per step."""
 
     kl: Tensor
@@ -117,7 +117,7 @@ def profile_runs(decoder: Decoder, runs: Runs, window: WindowSpec) -> list[Promp
     return found
 
 
-class WaySimulator:
+class MethodSimulator:
     """Ways over the runs of one document.
 
     Args:
@@ -159,21 +159,21 @@ class WaySimulator:
         del layer
         return step.full_output.flatten(1, 2)
 
-    def run(self, ways: Sequence[Way]) -> dict[Way, WayResult]:
+    def run(self, ways: Sequence[Method]) -> dict[Method, MethodResult]:
         """All steps of all ways; those that differ in their number alone go together."""
-        alike: dict[tuple[str, ...], list[Way]] = {}
+        alike: dict[tuple[str, ...], list[Method]] = {}
         for way in ways:
             key: tuple[str, ...] = (str(way),)
-            if isinstance(way, PlannedWay) and way.policy != "direct":
+            if isinstance(way, PlannedMethod) and way.policy != "direct":
                 key = (way.policy, way.source)
             alike.setdefault(key, []).append(way)
-        found: dict[Way, WayResult] = {}
+        found: dict[Method, MethodResult] = {}
         for group in alike.values():
             found |= zip(group, self._run_alike(group), strict=True)
         return {way: found[way] for way in ways}
 
     @torch.no_grad()
-    def _run_alike(self, ways: Sequence[Way]) -> list[WayResult]:
+    def _run_alike(self, ways: Sequence[Method]) -> list[MethodResult]:
         scanned, attended, squares, streaming = [], [], [], []
 
         def attend(layer: int, step: LayerStep) -> Tensor:
@@ -189,7 +189,7 @@ class WaySimulator:
 
         logits = F.log_softmax(self._logits(attend, len(ways)), dim=-1)
         exact = self._exact.repeat(len(ways), 1)
-        whole = WayResult(
+        whole = MethodResult(
             kl=(exact.exp() * (exact - logits)).sum(-1),
             agrees=exact.argmax(-1) == logits.argmax(-1),
             scanned=torch.stack(scanned).mean(0),
@@ -197,25 +197,27 @@ class WaySimulator:
             squares=torch.stack(squares, 1),
             streaming=torch.stack(streaming).mean(0),
         )
-        parts = {f.name: getattr(whole, f.name).cpu().chunk(len(ways)) for f in fields(WayResult)}
-        return [WayResult(**{n: part[i] for n, part in parts.items()}) for i in range(len(ways))]
+        parts = {
+            f.name: getattr(whole, f.name).cpu().chunk(len(ways)) for f in fields(MethodResult)
+        }
+        return [MethodResult(**{n: part[i] for n, part in parts.items()}) for i in range(len(ways))]
 
-    def _scanned(self, way: Way, plans: GroupPlans) -> Tensor:
+    def _scanned(self, way: Method, plans: GroupPlans) -> Tensor:
         """Digest bytes per group, as a share of the region: [rows, kv_heads]."""
         bits = self._cost.digest_bits
         shares = [digest_share(level, bits) for level in range(len(BLOCK_SIZES))]
         table = torch.tensor([*shares, 0.0], device=plans.levels.device)
         total = table[torch.where(plans.levels < 0, len(shares), plans.levels)]
-        if isinstance(way, FixedWay) or way.source == "oracle":
+        if isinstance(way, FixedMethod) or way.source == "oracle":
             return total
         # The coarse scan is for every group; one that chooses by it scans nothing more.
         return torch.where(plans.levels == COARSE_LEVEL, 0.0, total) + shares[COARSE_LEVEL]
 
     def _decide(
-        self, ways: Sequence[Way], layer: int, step: LayerStep
+        self, ways: Sequence[Method], layer: int, step: LayerStep
     ) -> tuple[GroupPlans, Tensor]:
         way = ways[0]
-        if isinstance(way, FixedWay):
+        if isinstance(way, FixedMethod):
             shape = (step.rows, step.kv_heads)
             device = step.mass.device
             levels = torch.full(shape, way.level, device=device)
@@ -233,7 +235,7 @@ class WaySimulator:
         return plans, step.chosen_blocks(plans.levels, plans.budgets)
 
     def _predict(
-        self, ways: Sequence[Way], source: str, layer: int, step: LayerStep
+        self, ways: Sequence[Method], source: str, layer: int, step: LayerStep
     ) -> tuple[GroupPlans, Tensor]:
         """Step after step of all runs: each sees what the one before has read."""
         runs, steps, network = len(self._runs.starts), self._runs.steps, self._networks[source]
@@ -265,12 +267,13 @@ class WaySimulator:
             levels[here], budgets[here], chosen[here] = plans.levels, plans.budgets, blocks
         return GroupPlans(levels, budgets), chosen
 
-    def _select(self, ways: Sequence[Way], layer: int, log_squares: Tensor) -> GroupPlans:
+    def _select(self, ways: Sequence[Method], layer: int, log_squares: Tensor) -> GroupPlans:
         """Rows are those of the first way, then those of the second, and so on."""
         numbers = torch.tensor(
-            [way.number for way in ways if isinstance(way, PlannedWay)], device=log_squares.device
+            [way.number for way in ways if isinstance(way, PlannedMethod)],
+            device=log_squares.device,
         ).repeat_interleave(log_squares.shape[0] // len(ways))
-        assert isinstance(ways[0], PlannedWay)
+        assert isinstance(ways[0], PlannedMethod)
         policy = ways[0].policy
         if policy == "threshold":
             return by_threshold(log_squares, numbers, self._cost)
@@ -279,8 +282,8 @@ class WaySimulator:
         return by_price(log_squares, numbers, self._cost, of_layer)
 
 
-def join(results: Sequence[WayResult]) -> WayResult:
+def join(results: Sequence[MethodResult]) -> MethodResult:
     """One way over several documents."""
-    return WayResult(
-        *(torch.cat([getattr(result, f.name) for result in results]) for f in fields(WayResult))
+    return MethodResult(
+        *(torch.cat([getattr(result, f.name) for result in results]) for f in fields(MethodResult))
     )

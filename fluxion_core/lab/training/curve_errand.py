@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fluxion_core.geometry import WindowSpec
 from fluxion_core.lab.training.collect import RUN_STEPS
-from fluxion_core.lab.training.curve import Runs, Way, WayResult, WaySimulator
+from fluxion_core.lab.training.curve import Method, MethodResult, MethodSimulator, Runs
 from fluxion_core.lab.training.direct import DirectMlp
 from fluxion_core.lab.training.losses import copied_steps
 from fluxion_core.lab.training.replay import prefill
@@ -26,21 +26,23 @@ class CurveErrand:
     starts: tuple[int, ...]
     """Prompt lengths; each is followed by RUN_STEPS steps."""
     window: WindowSpec
-    ways: Sequence[Way]
+    ways: Sequence[Method]
     networks: Mapping[str, HeadProfileMlp | DirectMlp]
     priors: Tensor
     cost: CostModel
     weights: Mapping[str, Tensor]
-    """By policy, see WaySimulator."""
+    """By policy, see MethodSimulator."""
     steps: int = RUN_STEPS
 
 
-def run_curve_errand(decoder: Decoder, errand: CurveErrand) -> tuple[dict[Way, WayResult], Tensor]:
+def run_curve_errand(
+    decoder: Decoder, errand: CurveErrand
+) -> tuple[dict[Method, MethodResult], Tensor]:
     """Results of all ways, and which steps copy something of the region."""
     device = decoder.embedding.device
     runs = Runs(prefill(decoder, errand.token_ids), errand.starts, errand.steps)
     networks = {name: network.to(device) for name, network in errand.networks.items()}
-    simulator = WaySimulator(
+    simulator = MethodSimulator(
         decoder, runs, errand.window, networks, errand.priors, errand.cost, errand.weights
     )
     return simulator.run(errand.ways), copied_steps(runs, errand.window)

@@ -10,9 +10,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from fluxion_core.lab.training.curve import FixedWay, PlannedWay, Way, WayResult, join
+from fluxion_core.lab.training.curve import FixedMethod, Method, MethodResult, PlannedMethod, join
 
-REFERENCE = FixedWay(0, 0.05)
+REFERENCE = FixedMethod(0, 0.05)
 """fixed(16, 5 %): the baseline of the paper, and the unit of bytes here."""
 
 THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.8)
@@ -21,20 +21,20 @@ NETWORK = "network"
 """Name of the network's decisions."""
 
 
-def standard_ways(direct_thresholds: Sequence[float]) -> list[Way]:
+def standard_ways(direct_thresholds: Sequence[float]) -> list[Method]:
     """Fixed budgets; threshold and marginal from the oracle, the network and prefill alone."""
-    ways: list[Way] = [REFERENCE]
-    ways += [FixedWay(0, 0.02), FixedWay(0, 0.1), FixedWay(1, 0.05), FixedWay(2, 0.1)]
+    ways: list[Method] = [REFERENCE]
+    ways += [FixedMethod(0, 0.02), FixedMethod(0, 0.1), FixedMethod(1, 0.05), FixedMethod(2, 0.1)]
     for source in ("oracle", NETWORK, "prefill"):
         if source != "prefill":
-            ways += [PlannedWay("threshold", number, source) for number in THRESHOLDS]
-        ways += [PlannedWay("marginal", number, source) for number in PRICES]
-    ways += [PlannedWay("direct", number, f"direct {number:g}") for number in direct_thresholds]
+            ways += [PlannedMethod("threshold", number, source) for number in THRESHOLDS]
+        ways += [PlannedMethod("marginal", number, source) for number in PRICES]
+    ways += [PlannedMethod("direct", number, f"direct {number:g}") for number in direct_thresholds]
     return ways
 
 
 @dataclass(frozen=True)
-class WayFigure:
+class MethodFigure:
     """One way over all steps."""
 
     way: str
@@ -55,19 +55,19 @@ class WayFigure:
     """Share of heads that read nothing."""
 
 
-def family(way: Way) -> str:
+def family(way: Method) -> str:
     """Name of a way's line in the plot."""
-    if isinstance(way, FixedWay):
+    if isinstance(way, FixedMethod):
         return "fixed"
     return "direct" if way.policy == "direct" else f"{way.policy}, {way.source}"
 
 
-def figures(documents: Sequence[Mapping[Way, WayResult]]) -> list[WayFigure]:
+def figures(documents: Sequence[Mapping[Method, MethodResult]]) -> list[MethodFigure]:
     """Every way, over the steps of all documents."""
     joined = {way: join([results[way] for results in documents]) for way in documents[0]}
     unit = float(joined[REFERENCE].share.mean())
     return [
-        WayFigure(
+        MethodFigure(
             way=str(way),
             family=family(way),
             relative_bytes=float(result.share.mean()) / unit,
@@ -98,7 +98,7 @@ def bytes_at_kl(points: Sequence[tuple[float, float]], kl: float) -> float:
 
 
 def relative_bytes_at_reference(
-    documents: Sequence[Mapping[Way, WayResult]], *, resamples: int = 400, seed: int = 0
+    documents: Sequence[Mapping[Method, MethodResult]], *, resamples: int = 400, seed: int = 0
 ) -> dict[str, tuple[float, float, float]]:
     """Per family, bytes at the reference's KL, with a 95 % interval over documents.
 

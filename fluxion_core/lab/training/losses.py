@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fluxion_core.geometry import WindowSpec
-from fluxion_core.lab.training.curve import PlannedWay, Runs, Way, WayResult, join
+from fluxion_core.lab.training.curve import Method, MethodResult, PlannedMethod, Runs, join
 
 WORST_SHARE = 0.05
 
@@ -59,8 +59,8 @@ def copied_steps(runs: Runs, window: WindowSpec) -> Tensor:
 
 
 def loss_report(
-    documents: Sequence[Mapping[Way, WayResult]],
-    predicted: PlannedWay,
+    documents: Sequence[Mapping[Method, MethodResult]],
+    predicted: PlannedMethod,
     weights: Tensor,
     kinds: Mapping[str, Tensor],
 ) -> LossReport:
@@ -76,7 +76,8 @@ def loss_report(
     candidates = {
         way: join([results[way] for results in documents])
         for way in documents[0]
-        if isinstance(way, PlannedWay) and (way.policy, way.source) == (predicted.policy, "oracle")
+        if isinstance(way, PlannedMethod)
+        and (way.policy, way.source) == (predicted.policy, "oracle")
     }
     target = float(ours.share.mean().log())
     oracle = min(

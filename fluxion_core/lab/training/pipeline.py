@@ -23,7 +23,7 @@ from fluxion_core.geometry import WindowSpec
 from fluxion_core.lab.training import corpus
 from fluxion_core.lab.training.assessment import ablate, assess_network, network_loss
 from fluxion_core.lab.training.collect import Samples, collect
-from fluxion_core.lab.training.curve import PlannedWay, Way, WayResult
+from fluxion_core.lab.training.curve import Method, MethodResult, PlannedMethod
 from fluxion_core.lab.training.curve_errand import CurveErrand, run_curve_errand
 from fluxion_core.lab.training.direct import DirectMlp, fit_direct
 from fluxion_core.lab.training.fit import TrainingSet, fit, fit_cost, fit_priors, with_priors
@@ -224,7 +224,7 @@ class Training:
             )
             for _, ids in chosen
         ]
-        documents: list[dict[Way, WayResult]] = []
+        documents: list[dict[Method, MethodResult]] = []
         kinds: list[tuple[str, Tensor, int]] = []
         for (name, _), (results, copied) in zip(
             chosen, self._workers.map(run_curve_errand, errands), strict=True
@@ -238,7 +238,7 @@ class Training:
             "figures": [asdict(figure) for figure in figures(documents)],
             "bytes_at_reference_kl": relative_bytes_at_reference(documents),
         }
-        predicted = PlannedWay("marginal", COMPARED_PRICE, NETWORK)
+        predicted = PlannedMethod("marginal", COMPARED_PRICE, NETWORK)
         self._report["losses"] = asdict(
             loss_report(documents, predicted, weights.head_weights, _kinds_of_steps(kinds))
         )

@@ -35,7 +35,7 @@ def test_every_operation_is_measured_beside_its_limit_and_drawn(tmp_path):
 
 def test_a_task_counts_digests_and_the_union_of_blocks():
     shape = KernelShape("tiny", 2, 4, 64, 4096)
-    measured = kernels._Measured(shape)
+    measured = kernels._Workload(shape)
     pool = kernels.CpuPool(1)
     geometry = shape.geometry
     digests = shape.num_kv_heads * geometry.slabs_for(4096) * geometry.level_bytes(0)

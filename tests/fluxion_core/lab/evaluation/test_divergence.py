@@ -21,7 +21,7 @@ from fluxion_core.lab.evaluation.case import Case
 from fluxion_core.lab.evaluation.divergence import compare_divergence
 from fluxion_core.lab.evaluation.journal import Journal
 from fluxion_core.lab.evaluation.runner import Runner
-from fluxion_core.lab.evaluation.work import Answer, Way, Work
+from fluxion_core.lab.evaluation.work import Answer, CaseJob, Method
 from fluxion_core.lab.held_prompt import PromptMaker
 from fluxion_core.models.decoder import Decoder
 from fluxion_core.planning.policy import parse_policy
@@ -29,18 +29,18 @@ from fluxion_core.pool.cpu_pool import CpuPool
 from tests.fluxion_core.lab.training.test_replay import Causal
 
 GEOMETRY = KvGeometry(num_layers=2, num_kv_heads=2, head_dim=64)
-EXACT = Way("exact", parse_policy("exact"), is_forced=True)
-WINDOW_ONLY = Way("fixed(128, 1 %)", parse_policy("fixed(128, 1 %)"), is_forced=True)
+EXACT = Method("exact", parse_policy("exact"), is_forced=True)
+WINDOW_ONLY = Method("fixed(128, 1 %)", parse_policy("fixed(128, 1 %)"), is_forced=True)
 FED = 6
 
 
-def fed_work(tokens: int, ways: tuple[Way, ...]) -> tuple[Work, list[int]]:
+def fed_work(tokens: int, ways: tuple[Method, ...]) -> tuple[CaseJob, list[int]]:
     ids = torch.randint(0, 250, (tokens,), generator=torch.Generator().manual_seed(2)).tolist()
     case = Case("divergence", tokens, 0, tuple(ids[:-FED]), (), None, FED)
-    return Work(case, ways, tuple(ids[-FED:]), is_compared=True), ids
+    return CaseJob(case, ways, tuple(ids[-FED:]), is_compared=True), ids
 
 
-def run(decoder: Decoder, tokenizer: Tokenizer, work: Work, batch: int = 4) -> dict[str, Answer]:
+def run(decoder: Decoder, tokenizer: Tokenizer, work: CaseJob, batch: int = 4) -> dict[str, Answer]:
     store = HostKvStore(GEOMETRY, 20 * (GEOMETRY.slab_bytes + 4096), model_key=b"")
     step = step_for(copy.deepcopy(decoder), store, WindowSpec(), CpuPool(1), max_rows=batch)
     prompts = PromptMaker(decoder, GEOMETRY)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fluxion_core.lab.training.collect import collect, collect_document
-from fluxion_core.lab.training.curve import FixedWay, PlannedWay, Runs, WaySimulator
+from fluxion_core.lab.training.curve import FixedMethod, MethodSimulator, PlannedMethod, Runs
 from fluxion_core.lab.training.direct import DirectMlp
 from fluxion_core.lab.training.losses import copied_steps
 from fluxion_core.lab.training.replay import prefill
@@ -25,18 +25,18 @@ def network(level: float) -> HeadProfileMlp:
 
 
 @pytest.fixture(scope="module")
-def simulator(decoder, token_ids, window) -> WaySimulator:
+def simulator(decoder, token_ids, window) -> MethodSimulator:
     runs = Runs(prefill(decoder, token_ids), (900, 1200), 3)
     direct = DirectMlp(0.1)
     torch.nn.init.zeros_(direct.layers[-1].weight)
     with torch.no_grad():
         direct.layers[-1].bias.copy_(torch.tensor([5.0, -3.0, 0.0]))
     networks = {"careless": network(-20.0), "anxious": network(5.0), "direct": direct}
-    return WaySimulator(decoder, runs, window, networks, torch.zeros(2, 4, 3), CostModel(), {})
+    return MethodSimulator(decoder, runs, window, networks, torch.zeros(2, 4, 3), CostModel(), {})
 
 
 def test_reading_everything_is_exact_and_bytes_are_counted(simulator):
-    ways = [FixedWay(0, 1.0), FixedWay(2, 0.1)]
+    ways = [FixedMethod(0, 1.0), FixedMethod(2, 0.1)]
     everything, some = simulator.run(ways).values()
     assert everything.kl.abs().max() < 1e-4
     assert everything.attended.tolist() == pytest.approx([1.0] * 6)
@@ -47,7 +47,7 @@ def test_reading_everything_is_exact_and_bytes_are_counted(simulator):
 
 def test_an_oracle_that_tolerates_nothing_loses_nothing(simulator):
     strict, loose = simulator.run(
-        [PlannedWay("threshold", 1e-3, "oracle"), PlannedWay("threshold", 0.3, "oracle")]
+        [PlannedMethod("threshold", 1e-3, "oracle"), PlannedMethod("threshold", 0.3, "oracle")]
     ).values()
     assert strict.kl.mean() < 0.05 * loose.kl.mean() + 1e-6
     assert strict.squares.max() < 1e-5
@@ -56,7 +56,7 @@ def test_an_oracle_that_tolerates_nothing_loses_nothing(simulator):
 
 
 def test_a_network_is_believed_and_the_coarse_scan_is_counted(simulator):
-    ways = [PlannedWay("marginal", 1.0, name) for name in ("careless", "anxious")]
+    ways = [PlannedMethod("marginal", 1.0, name) for name in ("careless", "anxious")]
     careless, anxious = simulator.run(ways).values()
     assert careless.attended.max() == 0
     assert careless.streaming.tolist() == [1.0] * 6
@@ -66,7 +66,7 @@ def test_a_network_is_believed_and_the_coarse_scan_is_counted(simulator):
 
 
 def test_the_papers_form_decides_too(simulator):
-    found = simulator.run([PlannedWay("direct", 0.1, "direct")])
+    found = simulator.run([PlannedMethod("direct", 0.1, "direct")])
     (result,) = found.values()
     assert result.attended.max() == 0
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fluxion_core.lab.training.assess import calibration, error_histogram, label_agreement
-from fluxion_core.lab.training.curve import FixedWay, PlannedWay, WayResult
+from fluxion_core.lab.training.curve import FixedMethod, MethodResult, PlannedMethod
 from fluxion_core.lab.training.frontier import (
     REFERENCE,
     bytes_at_kl,
@@ -20,9 +20,9 @@ from fluxion_core.lab.training.frontier import (
 from fluxion_core.lab.training.losses import loss_report
 
 
-def result(kl: list[float], share: float, squares: float = 0.0) -> WayResult:
+def result(kl: list[float], share: float, squares: float = 0.0) -> MethodResult:
     rows = len(kl)
-    return WayResult(
+    return MethodResult(
         kl=torch.tensor(kl),
         agrees=torch.ones(rows, dtype=torch.bool),
         scanned=torch.full((rows,), share / 4),
@@ -40,7 +40,7 @@ def test_bytes_at_a_kl_lie_between_points_on_logarithmic_axes():
 
 
 def test_figures_are_relative_to_the_reference():
-    near, far = (PlannedWay("marginal", price, "network") for price in (1.0, 10.0))
+    near, far = (PlannedMethod("marginal", price, "network") for price in (1.0, 10.0))
     documents = [
         {
             REFERENCE: result([0.02, 0.04], 0.2),
@@ -62,13 +62,13 @@ def test_every_way_of_the_curve_has_a_name_and_a_family_of_its_own():
     ways = standard_ways((0.1, 0.2))
     assert len({str(way) for way in ways}) == len(ways)
     assert {family(way) for way in ways} >= {"fixed", "direct", "marginal, network"}
-    assert FixedWay(0, 0.05) in ways
+    assert FixedMethod(0, 0.05) in ways
 
 
 def test_losses_say_which_steps_and_heads_lose():
-    predicted = PlannedWay("marginal", 1.0, "network")
-    nearest = PlannedWay("marginal", 3.0, "oracle")
-    other = PlannedWay("marginal", 1.0, "oracle")
+    predicted = PlannedMethod("marginal", 1.0, "network")
+    nearest = PlannedMethod("marginal", 3.0, "oracle")
+    other = PlannedMethod("marginal", 1.0, "oracle")
     bad = result([0.5, 0.1, 0.1, 0.1], 0.1, squares=0.02)
     bad.squares[:, 1, 2] = 0.12
     documents = [
