@@ -1,4 +1,4 @@
-"""Where a result comes from: the model, its weights, the machine and the commit.
+"""Provenance of a result: the model, its weights, the machine and the commit.
 
 Every result file says it, as `about`; a file of a tree with changes that were not committed says so
 in its commit, and is none to publish (tests/fluxion_core/lab/test_results.py).
@@ -20,7 +20,7 @@ _COMMIT = re.compile(r"[0-9a-f]{7,40}")
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a figure must be read with."""
+    """Circumstances with which a figure must be read."""
 
     model: str
     """Name; of a shape with random weights, the shape's."""
@@ -41,7 +41,7 @@ class Provenance:
         commit: str = "",
         gpu: str = "",
     ) -> Provenance:
-        """Of this machine and this code.
+        """Provenance of this machine and this code.
 
         Args:
             model, revision, weights: see the fields.
@@ -57,7 +57,7 @@ class Provenance:
 
     @classmethod
     def of_shape(cls, shape: str, *, gpu: str = "") -> Provenance:
-        """Of a model's shape with random weights, here."""
+        """Provenance of a model's shape with random weights, here."""
         return cls.here(f"{shape}, random weights", gpu=gpu)
 
     def as_json(self) -> dict[str, str]:
@@ -66,7 +66,7 @@ class Provenance:
 
 
 def faults_of(about: object) -> list[str]:
-    """What is wrong with a result file's `about`; nothing of one that can be published.
+    """Faults of a result file's `about`; none of one that can be published.
 
     A result from before this was asked for says of what nobody knows any more: "unknown", and why.
     """

@@ -185,7 +185,6 @@ def test_what_only_its_class_or_function_can_call_is_not_looked_at():
 
 PENDING = (
     "fluxion_core/decode/",
-    "fluxion_core/lab/",
 )
 """Rooms that have some of these left."""
 

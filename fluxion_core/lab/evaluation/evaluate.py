@@ -89,7 +89,7 @@ def evaluate(
 
 
 def describe(session: Session, started: float) -> dict[str, str]:
-    """What a reader must know of a run.
+    """Facts that a reader must know of a run.
 
     Args:
         session: that has run.
