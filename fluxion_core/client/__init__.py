@@ -23,11 +23,12 @@ from fluxion_core.client.answers import (
     Progress,
     Usage,
 )
-from fluxion_core.client.asynchronous import AsyncClient, AsyncGenerationStream
-from fluxion_core.client.blocking import Client, GenerationStream
+from fluxion_core.client.asynchronous import AsyncClient
+from fluxion_core.client.blocking import Client
 from fluxion_core.client.conversation import AsyncConversation, Conversation
 from fluxion_core.client.options import ChatMessage, GenerationOptions, Priority, Prompt, Quality
 from fluxion_core.client.retry import NO_RETRIES, RetryPolicy
+from fluxion_core.client.streams import AsyncGenerationStream, GenerationStream
 from fluxion_core.config.addresses import DEFAULT_DECODE_ADDRESS
 from fluxion_core.config.settings import ClientSettings, ClientTlsSettings
 from fluxion_core.errors import FluxionError

@@ -1,10 +1,9 @@
-"""The asyncio client: AsyncClient, and the stream of one of its answers."""
+"""The asyncio client; its streams are in streams.py."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -12,8 +11,6 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from fluxion_core.client.answers import (
-    Delta,
-    Event,
     Generation,
     ModelInfo,
     NodeLoad,
@@ -29,17 +26,15 @@ from fluxion_core.client.options import (
     build_tokenize_request,
 )
 from fluxion_core.client.retry import Attempts, RetryPolicy, client_error
-from fluxion_core.client.stream_state import CALL_SECONDS, CANCELLED, StreamState
+from fluxion_core.client.stream_state import CALL_SECONDS, StreamState
+from fluxion_core.client.streams import AsyncGenerationStream, raise_if_the_task_goes_on
 from fluxion_core.config.addresses import DEFAULT_DECODE_ADDRESS
 from fluxion_core.config.settings import ClientSettings
-from fluxion_core.errors import InvalidRequestError, RequestCancelledError
+from fluxion_core.errors import InvalidRequestError
 from fluxion_core.wire.status import RemoteError
 from fluxion_proto.v1 import generate_pb2, generate_pb2_grpc
 
 AnswerT = TypeVar("AnswerT")
-
-_Start = Callable[[Callable[[], float | None]], Awaitable[grpc.aio.UnaryStreamCall]]
-"""Makes an attempt; how many seconds it has is asked for once there is a connection."""
 
 
 class AsyncClient:
@@ -212,7 +207,7 @@ class AsyncClient:
             try:
                 return await call(channel, attempts.seconds_left())
             except asyncio.CancelledError:
-                _raise_if_the_task_goes_on()
+                raise_if_the_task_goes_on()
                 raise
             except grpc.aio.AioRpcError as error:
                 failure = client_error(error)
@@ -225,123 +220,3 @@ class AsyncClient:
             if self._channel is None:
                 self._channel = await connect(self._peer, self._settings)
             return self._channel
-
-
-class AsyncGenerationStream:
-    """Events of one answer: iterate with `async for`. Made by `AsyncClient.stream`.
-
-    Leaving it early cancels the request on the node: by the end of `async with`, by `aclose`, by
-    dropping it, or when the reading task is cancelled. `cancel`, from another task, makes whoever
-    reads it get RequestCancelledError.
-    """
-
-    def __init__(self, start: _Start, state: StreamState) -> None:
-        self._start, self._state = start, state
-        self._call: grpc.aio.UnaryStreamCall | None = None
-        self._responses: AsyncIterator[generate_pb2.GenerateResponse] | None = None
-        self._cancelled = asyncio.Event()
-
-    @property
-    def is_over(self) -> bool:
-        """Whether nothing more will come."""
-        return self._state.is_over and not self._state.events
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> Event:
-        while not self._state.events:
-            if self._state.is_over:
-                raise StopAsyncIteration
-            try:
-                await self._read()
-            except BaseException:
-                self._end()
-                raise
-        return self._state.events.popleft()
-
-    async def texts(self) -> AsyncIterator[str]:
-        """The text alone, piece by piece."""
-        async for event in self:
-            if isinstance(event, Delta) and event.text:
-                yield event.text
-
-    async def result(self) -> Generation:
-        """Read what is left, and return the whole.
-
-        Raises:
-            FluxionError: see `AsyncClient`.
-        """
-        async for _ in self:
-            pass
-        return self._state.generation()
-
-    def cancel(self) -> None:
-        """End the request; who reads the stream gets RequestCancelledError."""
-        self._cancelled.set()
-        self._hang_up()
-
-    async def aclose(self) -> None:
-        """End the request if it runs; the stream is over."""
-        self._end()
-        self._state.events.clear()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self.aclose()
-
-    async def _read(self) -> None:
-        """Take one message, or wait for the next attempt."""
-        try:
-            if self._cancelled.is_set():
-                raise RequestCancelledError(CANCELLED)
-            if self._responses is None:
-                self._call = await self._start(self._state.seconds_left)
-                self._responses = aiter(self._call)
-            self._state.take(await anext(self._responses))
-            return
-        except StopAsyncIteration:
-            self._state.take_end()
-            return
-        except asyncio.CancelledError:
-            _raise_if_the_task_goes_on()
-            raise
-        except grpc.aio.AioRpcError as error:
-            failure = client_error(error)
-        delay = self._state.delay_after(failure)
-        self._call = self._responses = None
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self._cancelled.wait(), delay)
-
-    def __del__(self) -> None:
-        # A call and its responses hold each other; the collector may come late.
-        self._hang_up()
-
-    def _hang_up(self) -> None:
-        if self._call is not None:
-            self._call.cancel()
-
-    def _end(self) -> None:
-        self._state.is_over = True
-        self._hang_up()
-        self._call = self._responses = None
-
-
-def _raise_if_the_task_goes_on() -> None:
-    """Tell a call that was cancelled, by this client, from a task that is.
-
-    gRPC raises the same for both.
-
-    Raises:
-        RequestCancelledError: it is the call.
-    """
-    task = asyncio.current_task()
-    if task is not None and not task.cancelling():
-        raise RequestCancelledError(CANCELLED) from None

@@ -1,4 +1,4 @@
-"""The blocking client: Client, and the stream of one of its answers.
+"""The blocking client; its streams are in streams.py.
 
 gRPC's own blocking calls, not an event loop on a thread: they are made to be used from several
 threads, and work where a loop runs already, in a notebook for example.
@@ -16,8 +16,6 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from fluxion_core.client.answers import (
-    Delta,
-    Event,
     Generation,
     ModelInfo,
     NodeLoad,
@@ -33,17 +31,15 @@ from fluxion_core.client.options import (
     build_tokenize_request,
 )
 from fluxion_core.client.retry import Attempts, RetryPolicy, client_error
-from fluxion_core.client.stream_state import CALL_SECONDS, CANCELLED, StreamState
+from fluxion_core.client.stream_state import CALL_SECONDS, StreamState
+from fluxion_core.client.streams import GenerationStream
 from fluxion_core.config.addresses import DEFAULT_DECODE_ADDRESS
 from fluxion_core.config.settings import ClientSettings
-from fluxion_core.errors import InvalidRequestError, RequestCancelledError
+from fluxion_core.errors import InvalidRequestError
 from fluxion_core.wire.status import RemoteError
 from fluxion_proto.v1 import generate_pb2, generate_pb2_grpc
 
 AnswerT = TypeVar("AnswerT")
-
-_Start = Callable[[Callable[[], float | None]], Iterator[generate_pb2.GenerateResponse]]
-"""Makes an attempt; how many seconds it has is asked for once there is a connection."""
 
 
 class Client:
@@ -225,101 +221,3 @@ class Client:
             if self._channel is None:
                 self._channel = connect_blocking(self._peer, self._settings)
             return self._channel
-
-
-class GenerationStream:
-    """Events of one answer: iterate with `for`, in one thread. Made by `Client.stream`.
-
-    Leaving it early cancels the request on the node: by the end of `with`, by `close`, or by
-    dropping it. `cancel`, from another thread, makes whoever reads it get RequestCancelledError.
-    """
-
-    def __init__(self, start: _Start, state: StreamState) -> None:
-        self._start, self._state = start, state
-        self._call: Iterator[generate_pb2.GenerateResponse] | None = None
-        self._cancelled = threading.Event()
-
-    @property
-    def is_over(self) -> bool:
-        """Whether nothing more will come."""
-        return self._state.is_over and not self._state.events
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> Event:
-        while not self._state.events:
-            if self._state.is_over:
-                raise StopIteration
-            try:
-                self._read()
-            except BaseException:
-                self._end()
-                raise
-        return self._state.events.popleft()
-
-    def texts(self) -> Iterator[str]:
-        """The text alone, piece by piece."""
-        for event in self:
-            if isinstance(event, Delta) and event.text:
-                yield event.text
-
-    def result(self) -> Generation:
-        """Read what is left, and return the whole.
-
-        Raises:
-            FluxionError: see `Client`.
-        """
-        for _ in self:
-            pass
-        return self._state.generation()
-
-    def cancel(self) -> None:
-        """End the request, from any thread; who reads the stream gets RequestCancelledError."""
-        self._cancelled.set()
-        self._hang_up()
-
-    def close(self) -> None:
-        """End the request if it runs; the stream is over."""
-        self._end()
-        self._state.events.clear()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def _read(self) -> None:
-        """Take one message, or wait for the next attempt."""
-        try:
-            if self._cancelled.is_set():
-                raise RequestCancelledError(CANCELLED)
-            if self._call is None:
-                self._call = self._start(self._state.seconds_left)
-            self._state.take(next(self._call))
-            return
-        except StopIteration:
-            self._state.take_end()
-            return
-        except grpc.RpcError as error:
-            if self._cancelled.is_set():
-                raise RequestCancelledError(CANCELLED) from None
-            failure = client_error(error)
-        delay = self._state.delay_after(failure)
-        self._call = None
-        self._cancelled.wait(delay)
-
-    def _hang_up(self) -> None:
-        if isinstance(self._call, grpc.Call):
-            self._call.cancel()
-
-    def _end(self) -> None:
-        self._state.is_over = True
-        self._hang_up()
-        self._call = None

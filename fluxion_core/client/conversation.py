@@ -11,9 +11,10 @@ from typing import Generic, TypeVar
 from weakref import ReferenceType, ref
 
 from fluxion_core.client.answers import Generation
-from fluxion_core.client.asynchronous import AsyncClient, AsyncGenerationStream
-from fluxion_core.client.blocking import Client, GenerationStream
+from fluxion_core.client.asynchronous import AsyncClient
+from fluxion_core.client.blocking import Client
 from fluxion_core.client.options import ChatMessage, GenerationOptions
+from fluxion_core.client.streams import AsyncGenerationStream, GenerationStream
 from fluxion_core.errors import InvalidRequestError
 
 StreamT = TypeVar("StreamT", GenerationStream, AsyncGenerationStream)

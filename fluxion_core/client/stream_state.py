@@ -13,8 +13,6 @@ from fluxion_proto.v1 import generate_pb2
 CALL_SECONDS = 60.0
 """For calls that generate nothing."""
 
-CANCELLED = "the request was cancelled by this client"
-
 
 class StreamState:
     """Events that were not taken yet, and how the stream goes on.
