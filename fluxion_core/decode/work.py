@@ -201,7 +201,8 @@ class RowAttention:
     ) -> None:
         self._work, self._pool = work, pool
         self._output = torch.empty(num_rows, num_heads, head_dim)
-        self._lse = torch.empty(num_rows, num_heads)
+        self._output_array = self._output.numpy()
+        self._lse_array = np.empty((num_rows, num_heads), np.float32)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Store the rows' keys and values, and attend; see AttentionPort.
@@ -212,14 +213,13 @@ class RowAttention:
         work = self._work
         work.append.append(layer, _host_rows(key), _host_rows(value))
         rows = _host_rows(query)
-        # Pointers into arrays that live until `wait` returns.
+        # Arrays that live until `wait` returns.
         work.tasks.submit(
             self._pool.native,
             layer,
-            rows.data_ptr(),
-            rows.stride(0),
-            self._output.data_ptr(),
-            self._lse.data_ptr(),
+            rows.numpy(),
+            self._output_array,
+            self._lse_array,
             WAKE_BYTES,
         )
         self._pool.wait()

@@ -111,8 +111,8 @@ class Planner:
         num_heads: int,
         num_kv_heads: int,
         head_dim: int,
-        priors: int,
-        head_weights: int,
+        priors: Floats,
+        head_weights: Floats,
         scan_costs: Sequence[float],
         spreads: Sequence[float],
         largest_costs: Sequence[float],
@@ -121,10 +121,9 @@ class Planner:
     ) -> None: ...
     def set_network(
         self,
-        hidden: int,
-        standards: Sequence[int],
-        weights: Sequence[int],
-        biases: Sequence[int],
+        standards: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor],
         /,
     ) -> None: ...
     def features(
@@ -132,28 +131,27 @@ class Planner:
         state: PlannerState,
         layer: int,
         region_tokens: int,
-        query: int,
-        sights: int,
-        bounds: int,
-        num_blocks: int,
-        features: int,
+        query: Floats,
+        sights: Floats,
+        bounds: Floats,
+        features: Floats,
         /,
     ) -> None: ...
-    def predict(self, features: int, rows: int, profiles: int, /) -> None: ...
+    def predict(self, features: Floats, profiles: Floats, /) -> None: ...
     def select(
         self,
-        log_squares: int,
+        log_squares: Floats,
         layer: int,
         by_price: bool,
         number: float,
-        levels: int,
-        budgets: int,
+        levels: Int32s,
+        budgets: Int32s,
         /,
     ) -> None: ...
 
 class PlannerState:
-    def __init__(self, planner: Planner, profile: int, /) -> None: ...
-    def remember(self, layer: int, query: int, seen: int, /) -> None: ...
+    def __init__(self, planner: Planner, profile: Floats, /) -> None: ...
+    def remember(self, layer: int, query: Floats, seen: Floats, /) -> None: ...
 
 class PlanSource:
     """Where one row's plans come from in one step; see plan/plan_source.h."""
@@ -163,8 +161,8 @@ class GivenPlans(PlanSource):
 
     def __init__(
         self,
-        levels: npt.NDArray[np.int32],
-        budgets: npt.NDArray[np.int32],
+        levels: Int32s,
+        budgets: Int32s,
         ranker: Planner | None = None,
     ) -> None: ...
     def plan(self, layer: int, /) -> tuple[list[int], list[int]]:
@@ -180,17 +178,15 @@ class PredictedPlans(PlanSource):
 class DevicePlans(PlanSource):
     """Announced by a GPU on the driver's board, layer by layer."""
 
-    def __init__(
-        self, driver: StepDriver, row: int, planner: Planner, told: int, told_stride: int, /
-    ) -> None: ...
+    def __init__(self, driver: StepDriver, row: int, planner: Planner, told: Floats, /) -> None: ...
 
 class ReplayedPlans(PlanSource):
     """For measurements: given plans in place of another source's, which are made all the same."""
 
     def __init__(
         self,
-        levels: npt.NDArray[np.int32],
-        budgets: npt.NDArray[np.int32],
+        levels: Int32s,
+        budgets: Int32s,
         behind: PlanSource | None = None,
     ) -> None: ...
 
@@ -209,7 +205,7 @@ class LayerAttention:
     def __init__(
         self,
         layout: SlabLayout,
-        sequences: npt.NDArray[np.int64],
+        sequences: Int64s,
         heads: int,
         sources: Sequence[PlanSource | None],
         /,
@@ -219,10 +215,9 @@ class LayerAttention:
         self,
         pool: TaskPool,
         layer: int,
-        query: int,
-        query_stride: int,
-        output: int,
-        lse: int,
+        query: Floats,
+        output: Floats,
+        lse: Floats,
         wake_bytes: int,
         /,
     ) -> None: ...
@@ -331,7 +326,7 @@ class GpuLane:
     def __init__(
         self,
         launch: int,
-        slots: Sequence[Sequence[int]],
+        runners: Sequence[tuple[int, int, Int64s, Int64s, Int64s]],
         gpu_rate: float,
         cpu_rate: float,
         has_digests: bool,
@@ -343,10 +338,17 @@ class StepDriver:
     def __init__(
         self,
         layout: SlabLayout,
-        layers: int,
-        capacity: int,
         heads: int,
-        board: Sequence[int],
+        published: Int32s,
+        answered: Int32s,
+        skip: Int32s,
+        rows: Floats,
+        output: Floats,
+        lse: Floats,
+        device_queries: int,
+        planned: Int32s,
+        plan_levels: Int32s,
+        plan_budgets: Int32s,
         timeout_ns: int,
         /,
     ) -> None: ...
@@ -356,11 +358,10 @@ class StepDriver:
         attention: LayerAttention,
         lane: GpuLane | None,
         alone: bool,
-        batch: int,
         step: int,
-        slabs: int,
-        tokens: int,
-        first_not_finite: int,
+        slabs: Int64s,
+        tokens: Int64s,
+        first_not_finite: Int32s,
         wake_bytes: int,
         /,
     ) -> None: ...

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from fluxion_core.errors import NonFiniteKvError
@@ -46,17 +47,15 @@ class StepAppend:
         self._first_not_finite = np.full(len(places), geometry.num_layers, dtype=np.int32)
 
     @property
-    def addresses(self) -> tuple[int, int, int]:
-        """Addresses of three lists with an entry a token, for the native writers.
+    def arrays(
+        self,
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int32]]:
+        """Three lists with an entry a token, for the native writers.
 
-        The slab that takes it and its place there, both int64; and, int32, the first layer in
-        which its K or V is not finite, the number of layers if in none.
+        The address of the slab that takes it and its place there; and the first layer in which its
+        K or V is not finite, the number of layers if in none.
         """
-        return (
-            self._slabs.ctypes.data,
-            self._tokens.ctypes.data,
-            self._first_not_finite.ctypes.data,
-        )
+        return self._slabs, self._tokens, self._first_not_finite
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Write one layer. key, value: see `block_digest.append_tokens`."""

@@ -83,8 +83,8 @@ class Planner:
             num_heads,
             num_kv_heads,
             head_dim,
-            priors.data_ptr(),
-            head_weights.data_ptr(),
+            priors.numpy(),
+            head_weights.numpy(),
             [cost.scan(level) for level in range(len(BLOCK_SIZES))],
             list(cost.spread),
             [1 - spread for spread in cost.spread],
@@ -133,7 +133,7 @@ class PlannerState:
         self.planner = planner
         self._profiles = profiles
         packed = np.frombuffer(pack(profiles), dtype=np.float32)
-        self.native = _native.PlannerState(planner.native, packed.ctypes.data)
+        self.native = _native.PlannerState(planner.native, packed)
         """What the kernels keep: estimates, and the memory of the last step."""
         self._log_squares = (
             torch.stack([p.log_squares.float().cpu() for p in profiles]).contiguous()
@@ -198,12 +198,12 @@ class PlannerState:
         by_price, number = native_policy(policy)
         for layer in range(planner.num_layers):
             planner.native.select(
-                logs[layer].data_ptr(),
+                logs[layer].numpy(),
                 layer,
                 by_price,
                 number,
-                levels[layer].data_ptr(),
-                budgets[layer].data_ptr(),
+                levels[layer].numpy(),
+                budgets[layer].numpy(),
             )
         return levels.long(), _GRID[budgets.long()]
 
@@ -246,9 +246,4 @@ def _pack_network(native: _native.Planner, network: HeadProfileMlp) -> None:
     weights = [flat(layer.weight) for layer in linear]
     biases = [flat(layer.bias) for layer in linear]
     # Copied by the call.
-    native.set_network(
-        hidden,
-        [t.data_ptr() for t in standards],
-        [t.data_ptr() for t in weights],
-        [t.data_ptr() for t in biases],
-    )
+    native.set_network(standards, weights, biases)

@@ -64,24 +64,19 @@ class Board:
     def native_driver(
         self, geometry: KvGeometry, num_heads: int, timeout_ns: int
     ) -> _native.StepDriver:
-        """The host's side of this board, which must outlive it."""
-        board = (
-            self.published,
-            self.answered,
-            self.skip,
-            self.rows,
-            self.output,
-            self.lse,
-            self.device_queries,
-            self.planned,
-            self.plan_levels,
-            self.plan_budgets,
-        )
+        """The host's side of this board, whose pinned memory it keeps."""
         return _native.StepDriver(
             native_layout(geometry),
-            self.rows.shape[0],
-            self.rows.shape[1],
             num_heads,
-            [tensor.data_ptr() for tensor in board],
+            self.published.numpy(),
+            self.answered.numpy(),
+            self.skip.numpy(),
+            self.rows.numpy(),
+            self.output.numpy(),
+            self.lse.numpy(),
+            self.device_queries.data_ptr(),
+            self.planned.numpy(),
+            self.plan_levels.numpy(),
+            self.plan_budgets.numpy(),
             timeout_ns,
         )

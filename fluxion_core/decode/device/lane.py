@@ -68,19 +68,19 @@ class GpuLane:
             StepGraph(kernels.launch, torch.cuda.Stream(device, priority=-1))
             for kernels in self._kernels
         ]
-        slots = [
-            [
+        runners = [
+            (
                 graph.handle,
                 graph.stream.cuda_stream,
-                kernels.descriptor.data_ptr(),
-                self._done[index].data_ptr(),
-                self._statistics[index].data_ptr(),
-            ]
+                kernels.descriptor.numpy(),
+                self._done[index : index + 1].numpy(),
+                self._statistics[index].numpy(),
+            )
             for index, (graph, kernels) in enumerate(zip(self._graphs, self._kernels, strict=True))
         ]
         self.native = _native.GpuLane(
             launch_address(),
-            slots,
+            runners,
             _GPU_BYTES_PER_NS,
             _CPU_BYTES_PER_NS_OF_A_THREAD * num_threads,
             digests is not None,

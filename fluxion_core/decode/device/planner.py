@@ -133,8 +133,7 @@ class DevicePlanner:
             self._driver,
             index,
             state.planner.native,
-            self._told[0, row.slot].data_ptr(),
-            self._told.stride(0),
+            self._told[:, row.slot].numpy(),
         )
 
     def write_input(self) -> bool:

@@ -208,9 +208,8 @@ class DeviceStep(DecodeStep):
                 work.tasks,
                 self._lane.native if self._lane is not None else None,
                 self.lanes == "gpu",
-                len(rows),
                 self._graphs.launches,
-                *work.append.addresses,
+                *work.append.arrays,
                 WAKE_BYTES,
             )
             # The host's part is over; the device still has the last layer's rest, and logits.

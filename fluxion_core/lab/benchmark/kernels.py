@@ -252,10 +252,9 @@ class _Workload:
             attention.submit(
                 pool.native,
                 self._layer,
-                self._query.data_ptr(),
-                0,
-                self._output.data_ptr(),
-                self._lse.data_ptr(),
+                self._query[None].numpy(),
+                self._output[None].numpy(),
+                self._lse[None].numpy(),
                 0,
             )
             pool.wait()

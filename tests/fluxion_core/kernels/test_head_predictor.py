@@ -69,7 +69,7 @@ def native_features(planner: Planner, profile: PromptProfile, seen: StepObservat
     if memory.is_known[0]:
         parts = (memory.window_lse, memory.bound_1st, memory.read_lse, memory.read_share)
         before, query = torch.stack(parts, -1)[0].contiguous(), memory.query[0].contiguous()
-        state.native.remember(seen.layer, query.data_ptr(), before.data_ptr())
+        state.native.remember(seen.layer, query.numpy(), before.numpy())
     norm = torch.linalg.vector_norm(seen.window_output, dim=-1)
     numbers = (seen.window_lse, seen.sink_lse, seen.recent_lse, seen.window_peak, norm)
     sights = torch.stack(numbers, -1)[0].contiguous()
@@ -79,11 +79,10 @@ def native_features(planner: Planner, profile: PromptProfile, seen: StepObservat
         state.native,
         seen.layer,
         int(seen.region_tokens[0]),
-        query.data_ptr(),
-        sights.data_ptr(),
-        bounds.data_ptr(),
-        bounds.shape[1],
-        found.data_ptr(),
+        query.numpy(),
+        sights.numpy(),
+        bounds.numpy(),
+        found.numpy(),
     )
     return found
 
@@ -116,7 +115,7 @@ def test_the_native_network_is_that_of_torch(rows: int):
     planner = make_planner(LAYERS, 4, 2, DIM, network=network)
     inputs = torch.randn(rows, len(FEATURES), generator=torch.Generator().manual_seed(rows)) * 8
     found = torch.empty(rows, 11)
-    planner.native.predict(inputs.data_ptr(), rows, found.data_ptr())
+    planner.native.predict(inputs.numpy(), found.numpy())
     with torch.no_grad():
         exact = network.double()(inputs.double())
         plain = network.float()(inputs)
@@ -128,8 +127,8 @@ def test_the_native_network_is_that_of_torch(rows: int):
 def test_a_rows_profile_does_not_depend_on_its_company_to_the_last_bit():
     planner = make_planner(LAYERS, 4, 2, DIM, network=random_network(5))
     inputs = torch.randn(13, len(FEATURES), generator=torch.Generator().manual_seed(1))
-    together, alone = torch.empty(13, 11), torch.empty(11)
-    planner.native.predict(inputs.data_ptr(), 13, together.data_ptr())
+    together, alone = torch.empty(13, 11), torch.empty(1, 11)
+    planner.native.predict(inputs.numpy(), together.numpy())
     for row in range(13):
-        planner.native.predict(inputs[row].data_ptr(), 1, alone.data_ptr())
-        assert torch.equal(together[row], alone)
+        planner.native.predict(inputs[row : row + 1].numpy(), alone.numpy())
+        assert torch.equal(together[row], alone[0])

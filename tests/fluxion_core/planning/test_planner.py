@@ -31,11 +31,11 @@ def native_plans(planner: Planner, log_squares: Tensor, policy: PredictedPolicy)
     logs = log_squares.contiguous()
     for row in range(rows):
         planner.native.select(
-            logs[row].data_ptr(),
+            logs[row].numpy(),
             0,
             *native_policy(policy),
-            levels[row].data_ptr(),
-            budgets[row].data_ptr(),
+            levels[row].numpy(),
+            budgets[row].numpy(),
         )
     return GroupPlans(levels.long(), GRID[budgets.long()].view(rows, KV_HEADS, -1))
 
@@ -118,7 +118,7 @@ def test_a_network_of_zeros_predicts_the_mean_profile():
     planner = make_planner(1, 2, KV_HEADS, 32, network=network)
     found = torch.empty(2, 11)
     inputs = torch.randn(2, 41, generator=torch.Generator().manual_seed(0))
-    planner.native.predict(inputs.data_ptr(), 2, found.data_ptr())
+    planner.native.predict(inputs.numpy(), found.numpy())
     assert torch.equal(found, profile.expand(2, 11))
 
 

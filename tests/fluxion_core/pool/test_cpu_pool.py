@@ -60,10 +60,9 @@ class Round:
         self.tasks.submit(
             pool.native,
             0,
-            self.query.data_ptr(),
-            self.query.stride(0),
-            self.output.data_ptr(),
-            self.lse.data_ptr(),
+            self.query.numpy(),
+            self.output.numpy(),
+            self.lse.numpy(),
             0,
         )
 

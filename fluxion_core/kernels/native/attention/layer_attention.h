@@ -41,6 +41,10 @@ class LayerAttention final : public Work {
   LayerAttention(const SlabLayout& layout, const int64_t* sequences, int64_t batch, int64_t heads,
                  std::vector<std::shared_ptr<PlanSource>> sources);
 
+  const SlabLayout& layout() const { return layout_; }
+  int64_t batch() const { return int64_t(sequences_.size()); }
+  int64_t heads() const { return heads_; }
+
   // Whether any row's plan of this layer may be to read something: known before the layer.
   bool may_read(int64_t layer) const;
 

@@ -24,15 +24,15 @@ constexpr int64_t kStuckNs = 10'000'000'000;
 
 }  // namespace
 
-GpuLane::GpuLane(Launch launch, const std::vector<Slot>& slots, double gpu_rate, double cpu_rate,
+GpuLane::GpuLane(Launch launch, const std::vector<Runner>& runners, double gpu_rate, double cpu_rate,
                  bool has_digests)
     : launch_(launch),
-      slots_(slots),
-      running_(slots.size(), -1),
+      runners_(runners),
+      running_(runners.size(), -1),
       gpu_rate_(gpu_rate),
       cpu_rate_(cpu_rate),
       has_digests_(has_digests) {
-  if (slots.empty()) throw std::invalid_argument("a GPU lane needs a slot");
+  if (runners.empty()) throw std::invalid_argument("a GPU lane needs a runner");
 }
 
 void GpuLane::begin_step() { spans_.clear(); }
@@ -124,13 +124,13 @@ void GpuLane::poll() {
   const int32_t in_hand = num_running_ + int32_t(waiting_.size());
   if (!cpus_done_ns_ && pool_->remaining() == in_hand) cpus_done_ns_ = now_ns();
   give_back_what_is_late();
-  for (size_t slot = 0; slot < slots_.size(); ++slot) {
-    if (running_[slot] >= 0) continue;
+  for (size_t runner = 0; runner < runners_.size(); ++runner) {
+    if (running_[runner] >= 0) continue;
     if (waiting_.empty() && !take_one()) return;
     const int32_t task = waiting_.front();
     waiting_.pop_front();
     waiting_bytes_ -= link_bytes(task);
-    launch(slot, task);
+    launch(runner, task);
   }
 }
 
@@ -143,23 +143,23 @@ void GpuLane::launch(size_t index, int32_t task) {
     return;
   }
   if (!error_.empty()) return pool_->complete(task);
-  const Slot& slot = slots_[index];
-  attention_->describe(task, queries_, slot.task);
-  slot.task->ticket = ++ticket_;
+  const Runner& runner = runners_[index];
+  attention_->describe(task, queries_, runner.task);
+  runner.task->ticket = ++ticket_;
   std::atomic_thread_fence(std::memory_order_release);
   running_[index] = task;
   ++num_running_;
-  if (const int code = launch_(slot.graph, slot.stream)) {
+  if (const int code = launch_(runner.graph, runner.stream)) {
     give_up("could not launch a task: CUDA error " + std::to_string(code));
   }
 }
 
 void GpuLane::collect() {
-  for (size_t i = 0; i < slots_.size(); ++i) {
-    if (running_[i] < 0 || *slots_[i].done != slots_[i].task->ticket) continue;
+  for (size_t i = 0; i < runners_.size(); ++i) {
+    if (running_[i] < 0 || *runners_[i].done != runners_[i].task->ticket) continue;
     std::atomic_thread_fence(std::memory_order_acquire);
-    attention_->finish_elsewhere(running_[i], *slots_[i].statistics);
-    spans_.push_back({layer_, running_[i], *slots_[i].statistics});
+    attention_->finish_elsewhere(running_[i], *runners_[i].statistics);
+    spans_.push_back({layer_, running_[i], *runners_[i].statistics});
     done_bytes_ += link_bytes(running_[i]);
     last_done_ns_ = now_ns();
     --num_running_;

@@ -1,6 +1,6 @@
 // The GPU's end of the queue: takes tasks of a round that the CPU pool works on, and launches them.
 //
-// A slot is what one task needs on the device: a stream, a descriptor, and the kernels over it as an
+// A runner is what one task needs on the device: a stream, a descriptor, and the kernels over it as an
 // instantiated CUDA graph, so that a task is one launch. Few tasks are under way at a time, the others
 // of the lane wait in line.
 //
@@ -29,7 +29,7 @@ class GpuLane final : public Consumer {
   // cuGraphLaunch, or what tests put there; not 0 for an error.
   using Launch = int (*)(void* graph, void* stream);
 
-  struct Slot {
+  struct Runner {
     void* graph;
     void* stream;
     LaneTask* task;                    // pinned, as is what it points to
@@ -46,7 +46,7 @@ class GpuLane final : public Consumer {
 
   // Rates in bytes per nanosecond, of planned bytes; they follow what is measured from then on.
   // has_digests: tasks' digests are scanned in the device's memory.
-  GpuLane(Launch launch, const std::vector<Slot>& slots, double gpu_rate, double cpu_rate,
+  GpuLane(Launch launch, const std::vector<Runner>& runners, double gpu_rate, double cpu_rate,
           bool has_digests);
 
   // Before a layer's round. queries: [batch][heads][head_dim] on the device. alone: no CPU takes part.
@@ -68,7 +68,7 @@ class GpuLane final : public Consumer {
 
   bool take_one();
   void give_back_what_is_late();
-  void launch(size_t slot, int32_t task);
+  void launch(size_t runner, int32_t task);
   void collect();
   void give_up(const std::string& what);
   double cpu_left_ns() const;
@@ -76,8 +76,8 @@ class GpuLane final : public Consumer {
   int64_t link_bytes(int32_t task) const;
 
   Launch launch_;
-  std::vector<Slot> slots_;
-  std::vector<int32_t> running_;  // by slot; -1 for none
+  std::vector<Runner> runners_;
+  std::vector<int32_t> running_;  // by runner; -1 for none
   std::deque<int32_t> waiting_;  // taken, not launched
   double gpu_rate_, cpu_rate_;
   bool has_digests_;

@@ -35,6 +35,9 @@ class StepDriver {
  public:
   StepDriver(const SlabLayout& layout, const StepBoard& board, int64_t heads, int64_t timeout_ns);
 
+  int64_t capacity() const { return board_.capacity; }
+  int64_t heads() const { return heads_; }
+
   // One step, whose graph has been launched.
   //   slabs, tokens    [batch] where each sequence's new token goes
   //   first_not_finite  [batch] lowered to the first layer in which its K or V is not finite

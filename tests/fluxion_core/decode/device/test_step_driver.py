@@ -110,30 +110,28 @@ class _Machine:
         self.has_failed = threading.Event()
         self._answers, self._is_late = answers, is_late
         self._launch = LAUNCH(self._run_task)
-        board = (
-            self.published,
-            self.answered,
-            self.skip,
-            self.rows,
-            self.output,
-            self.lse,
-            self.queries,
-            self.planned,
-            self.levels,
-            self.budgets,
-        )
-        self.driver = _native.StepDriver(
-            native_layout(GEOMETRY),
-            layers,
-            batch,
-            HEADS,
-            [tensor.data_ptr() for tensor in board],
-            timeout_ns,
-        )
+        self.driver = self.new_driver(timeout_ns)
         address = ctypes.cast(self._launch, ctypes.c_void_p).value
         assert address is not None
-        slot = [tensor.data_ptr() for tensor in (self.descriptor, self.done, self.statistics)]
-        self.lane = _native.GpuLane(address, [[0, 0, *slot]], *rates, False)
+        words = [part.numpy() for part in (self.descriptor, self.done, self.statistics)]
+        self.lane = _native.GpuLane(address, [(0, 0, *words)], *rates, False)
+
+    def new_driver(self, timeout_ns: int) -> _native.StepDriver:
+        return _native.StepDriver(
+            native_layout(GEOMETRY),
+            HEADS,
+            self.published.numpy(),
+            self.answered.numpy(),
+            self.skip.numpy(),
+            self.rows.numpy(),
+            self.output.numpy(),
+            self.lse.numpy(),
+            self.queries.data_ptr(),
+            self.planned.numpy(),
+            self.levels.numpy(),
+            self.budgets.numpy(),
+            timeout_ns,
+        )
 
     def step(
         self,
@@ -145,7 +143,6 @@ class _Machine:
         states: Sequence[PlannerState | None] | None = None,
     ) -> StepWork:
         number = 1
-        batch = len(self.sequences)
         planner = None if states is None else next(s.planner for s in states if s is not None)
         plans = StepPlans(GEOMETRY, HEADS, planner, self)
         work = work_of(self.sequences, policy, states, plans)
@@ -156,9 +153,8 @@ class _Machine:
             work.tasks,
             self.lane if lane else None,
             alone,
-            batch,
             number,
-            *work.append.addresses,
+            *work.append.arrays,
             wake_bytes,
         )
         graph.join()
@@ -170,10 +166,8 @@ class _Machine:
     def source(self, index, row, state, region, policy) -> _native.PlanSource:
         """See NetworkPlans: the GPU runs the network."""
         del row, region, policy
-        told = self.told[0, index].data_ptr()
-        return _native.DevicePlans(
-            self.driver, index, state.planner.native, told, self.told.stride(0)
-        )
+        told = self.told[:, index].numpy()
+        return _native.DevicePlans(self.driver, index, state.planner.native, told)
 
     def _play_graph(self, number: int) -> None:
         for layer in range(GEOMETRY.num_layers):
@@ -433,26 +427,7 @@ def test_a_launch_that_fails_ends_the_step_with_the_error() -> None:
 def test_a_gpu_that_publishes_nothing_is_named_stuck() -> None:
     _, sequences = _filled_store()
     machine = _Machine(sequences, answers=lambda: 0)
-    board = (
-        machine.published,
-        machine.answered,
-        machine.skip,
-        machine.rows,
-        machine.output,
-        machine.lse,
-        machine.queries,
-        machine.planned,
-        machine.levels,
-        machine.budgets,
-    )
-    driver = _native.StepDriver(
-        native_layout(GEOMETRY),
-        GEOMETRY.num_layers,
-        len(sequences),
-        HEADS,
-        [tensor.data_ptr() for tensor in board],
-        1_000_000,
-    )
+    driver = machine.new_driver(1_000_000)
     plans = StepPlans(GEOMETRY, HEADS, None)
     work = work_of(sequences, FixedPolicy(16, 0.5), None, plans)
     with pytest.raises(RuntimeError, match="stuck: the GPU has not published layer 0"):
@@ -461,8 +436,7 @@ def test_a_gpu_that_publishes_nothing_is_named_stuck() -> None:
             work.tasks,
             None,
             False,
-            len(sequences),
             7,
-            *work.append.addresses,
+            *work.append.arrays,
             WAKE_BYTES,
         )
