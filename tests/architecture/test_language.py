@@ -117,14 +117,14 @@ def test_functions_fit_on_a_screen(definitions):
         if isinstance(one.node, ast.FunctionDef | ast.AsyncFunctionDef)
         and num_lines(one.node) > MAX_LINES
     }
-    assert long - LONG_KERNELS - pending(long) == set()
+    assert long == LONG_KERNELS
 
 
 def test_docstrings_begin_with_the_thing_or_a_verb(definitions):
     found = {
         str(one) for one in definitions if one.is_public and begins_with_a_crutch(one.first_words)
     }
-    assert found - pending(found) == set()
+    assert found == set()
 
 
 def test_only_what_is_a_truth_value_is_described_by_whether(definitions):
@@ -133,7 +133,7 @@ def test_only_what_is_a_truth_value_is_described_by_whether(definitions):
         for one in definitions
         if one.is_public and one.first_words[:1] == ["whether"] and returned_by(one.node) != "bool"
     }
-    assert found - pending(found) == set()
+    assert found == set()
 
 
 def returned_by(node: ast.AST) -> str:
@@ -147,7 +147,7 @@ def test_classes_are_called_by_nouns(definitions):
         for one in definitions
         if isinstance(one.node, ast.ClassDef) and not is_a_noun(one.name)
     }
-    assert found - pending(found) == set()
+    assert found == set()
 
 
 @pytest.mark.parametrize("name", ["Told", "_Placed", "RowSeen", "FixedWay", "WhatStands"])
@@ -181,13 +181,3 @@ def test_what_only_its_class_or_function_can_call_is_not_looked_at():
         for one in definitions_of("a.py", ast.parse(source).body, is_public=True)
     }
     assert found == {"_Private": False, "method": False, "public": True, "inner": False}
-
-
-PENDING = (
-    "fluxion_core/decode/",
-)
-"""Rooms that have some of these left."""
-
-
-def pending(found: set[str]) -> set[str]:
-    return {one for one in found if one.startswith(PENDING)}

@@ -25,7 +25,11 @@ from torch import Tensor
 
 from fluxion_core.decode.chunk import PromptComputer
 from fluxion_core.decode.device.board import STUCK_NS, Board
-from fluxion_core.decode.device.digests import coarse_digests_if_they_fit, digests_if_they_fit
+from fluxion_core.decode.device.digests import (
+    CoarseDigests,
+    coarse_digests_if_they_fit,
+    digests_if_they_fit,
+)
 from fluxion_core.decode.device.graphs import StepGraphs
 from fluxion_core.decode.device.lane import GpuLane
 from fluxion_core.decode.device.pinned import RegisteredStore
@@ -108,30 +112,19 @@ class DeviceStep(DecodeStep):
         self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
         self._times: StepTimes | None = None
         self._num_rows = 0
-        self._usage = DeviceUsage()
-        self._usage.pcie_bytes["host_to_device", "weights"] = sum(
-            weight.nbytes for weight in decoder.parameters()
-        )
-        wanted = device_digests and lanes != "cpu"
+        self._usage = _new_usage(decoder)
         coarse = None
         if device_digests and planner is not None and planner.mode == "network":
             coarse = coarse_digests_if_they_fit(store, self._device)
+        wanted = device_digests and lanes != "cpu"
         self._digests = digests_if_they_fit(store, self._device) if wanted else None
         attention = WindowAttention(
             window, config.num_heads, geometry.num_kv_heads, geometry.head_dim
         )
         self._device_planner: DevicePlanner | None = None
         if planner is not None and coarse is not None:
-            self._device_planner = DevicePlanner(
-                planner,
-                geometry,
-                window,
-                num_splits=attention.num_splits,
-                digests=coarse,
-                max_context_tokens=max_context_tokens,
-                capacity=max_rows,
-                device=self._device,
-                driver=self._driver,
+            self._device_planner = self._make_planner(
+                planner, coarse, attention.num_splits, max_context_tokens, max_rows
             )
         self._plans = StepPlans(geometry, config.num_heads, planner, self._device_planner)
         self._prompts = PromptComputer(decoder, self._device, pool)
@@ -146,17 +139,37 @@ class DeviceStep(DecodeStep):
             max_rows=max_rows,
             stream=self._stream,
         )
-        self._lane = (
-            GpuLane(
-                geometry,
-                config.num_heads,
-                max(BLOCK_TOKENS, len(window.retrieval_region(max_context_tokens + 1))),
-                self._device,
-                num_threads=pool.num_threads,
-                digests=self._digests.place if self._digests is not None else None,
-            )
-            if lanes != "cpu"
-            else None
+        self._lane = self._make_lane(max_context_tokens) if lanes != "cpu" else None
+
+    def _make_planner(
+        self,
+        planner: Planner,
+        coarse: CoarseDigests,
+        num_splits: int,
+        max_context_tokens: int,
+        max_rows: int,
+    ) -> DevicePlanner:
+        return DevicePlanner(
+            planner,
+            self._store.geometry,
+            self._window,
+            num_splits=num_splits,
+            digests=coarse,
+            max_context_tokens=max_context_tokens,
+            capacity=max_rows,
+            device=self._device,
+            driver=self._driver,
+        )
+
+    def _make_lane(self, max_context_tokens: int) -> GpuLane:
+        region = self._window.retrieval_region(max_context_tokens + 1)
+        return GpuLane(
+            self._store.geometry,
+            self._num_heads,
+            max(BLOCK_TOKENS, len(region)),
+            self._device,
+            num_threads=self.pool.num_threads,
+            digests=self._digests.place if self._digests is not None else None,
         )
 
     @property
@@ -363,3 +376,11 @@ class DeviceStep(DecodeStep):
         ints[1, :count] = positions + 1
         words[:, count:] = 0
         ints[:, count:] = 0
+
+
+def _new_usage(decoder: Decoder) -> DeviceUsage:
+    usage = DeviceUsage()
+    usage.pcie_bytes["host_to_device", "weights"] = sum(
+        weight.nbytes for weight in decoder.parameters()
+    )
+    return usage
