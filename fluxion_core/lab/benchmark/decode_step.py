@@ -30,9 +30,10 @@ from torch import Tensor
 
 from fluxion_core.decode.host.attention import HostAttention
 from fluxion_core.decode.host.decoder import HostDecoder
+from fluxion_core.decode.host.step import HostStep
 from fluxion_core.decode.step import StepRow
 from fluxion_core.errors import ConfigError
-from fluxion_core.generation.sampling import sample_rows
+from fluxion_core.generation.sampling import SamplingParams, TokenSampler, sample_rows
 from fluxion_core.geometry import KvGeometry, WindowSpec
 from fluxion_core.kernels import _native
 from fluxion_core.kvstore.digest_index import gather_kv
@@ -43,7 +44,6 @@ from fluxion_core.lab.held_prompt import PromptMaker
 from fluxion_core.lab.plots.bars import draw_bars
 from fluxion_core.lab.provenance import NONE, Provenance
 from fluxion_core.machine.cpus import usable_cpus
-from fluxion_core.models.attention_port import AttentionPort
 from fluxion_core.models.decoder import Decoder
 from fluxion_core.planning.planner import PlanNanoseconds, Planner, PlannerState
 from fluxion_core.planning.planner_weights import PlannerWeights
@@ -224,6 +224,7 @@ class _Bench:
             planner=self.planner,
         )
         self.decoder = HostDecoder(decoder, self.pool)
+        self._step = HostStep(self.decoder, self.attention)
         self.samplers = step_samplers(1)
         self.read_rate = self._measure_read()
 
@@ -231,16 +232,15 @@ class _Bench:
         """Decode one token of a sequence."""
         sequence = self.sequences[row]
         position = sequence.num_tokens
+        of_step = StepRow(sequence, 0, token_id, policy, self.states[row])
         start = time.perf_counter()
-        self.attention.begin_step([StepRow(sequence, 0, token_id, policy, self.states[row])])
-        logits = self._forward(token_id, position, self.attention)
-        reads = self.attention.end_step()[0]
+        logits, (reads,) = self._step.run([of_step])
         sampling_seconds = self._sample(logits)
         seconds = time.perf_counter() - start
         outside = position + 1 - len(self.window.retrieval_region(position + 1))
         return _Turn(
             seconds,
-            int(logits.argmax()),
+            _likeliest(logits),
             reads.total_bytes,
             outside * self.geometry.token_bytes,
             reads.region_bytes,
@@ -251,25 +251,17 @@ class _Bench:
     def step_without_attention(self, token_id: int) -> _Turn:
         """The same step with attention that does nothing."""
         start = time.perf_counter()
-        logits = self._forward(token_id, self.num_prompt_tokens, _NoAttention())
+        with torch.inference_mode():
+            tokens, positions = torch.tensor([token_id]), torch.tensor([self.num_prompt_tokens])
+            logits = self.decoder.logits(self.decoder(tokens, positions, _NoAttention()))
         sampling_seconds = self._sample(logits)
         seconds = time.perf_counter() - start
-        return _Turn(seconds, int(logits.argmax()), sampling_seconds=sampling_seconds)
+        return _Turn(seconds, _likeliest(logits), sampling_seconds=sampling_seconds)
 
     def _sample(self, logits: Tensor) -> float:
         start = time.perf_counter()
         sample_rows(logits, self.samplers, self.pool)
         return time.perf_counter() - start
-
-    def _forward(self, token_id: int, position: int, attention: AttentionPort) -> Tensor:
-        """[1, vocab] logits."""
-        with torch.inference_mode():
-            hidden = self.decoder(
-                torch.tensor([token_id]),
-                torch.tensor([position]),
-                attention,
-            )
-            return self.decoder.logits(hidden)
 
     def _measure_read(self) -> float:
         """Bytes per second of all CPUs over the store's KV."""
@@ -280,6 +272,11 @@ class _Bench:
         pieces = np.ascontiguousarray((starts[:, None] + inside).ravel())
         seconds = [_native.read_seconds(pieces, piece, usable_cpus()) for _ in range(5)]
         return len(pieces) * piece / median(seconds)
+
+
+def _likeliest(logits: Tensor) -> int:
+    """The token that greedy decoding goes on with, of [1, vocab] logits."""
+    return TokenSampler(SamplingParams()).sample(logits[0])
 
 
 class _NoAttention:

@@ -20,9 +20,7 @@ import torch
 
 from fluxion_core.config.command_options import JsonOption, Numbers
 from fluxion_core.config.commands import Command, run_module, within
-from fluxion_core.decode.host.attention import HostAttention
-from fluxion_core.decode.host.decoder import HostDecoder
-from fluxion_core.decode.host.step import HostStep
+from fluxion_core.decode.bodies import step_for
 from fluxion_core.decode.profiling import PromptProfiling
 from fluxion_core.decode.step import StepRow
 from fluxion_core.geometry import KvGeometry, WindowSpec
@@ -92,9 +90,7 @@ def run_profile(
     slabs = 2 * geometry.slabs_for(tokens + new_tokens)
     store = HostKvStore(geometry, (slabs + 1) * (geometry.slab_bytes + 4096), model_key=b"")
     prompt, stream = fill_sequences(store, [tokens, tokens], new_tokens, threads=2)
-    decoder = HostDecoder(random_decoder(config, torch.device("cpu")), pool)
-    attention = HostAttention(store, window, num_heads=config.num_heads, pool=pool)
-    step = HostStep(decoder, attention)
+    step = step_for(random_decoder(config, torch.device("cpu")), store, window, pool, max_rows=1)
     row = StepRow(stream, step.join(stream), 1, ExactPolicy())
 
     def run_step() -> float:
