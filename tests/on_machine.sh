@@ -2,7 +2,8 @@
 # Build the extension with this machine's own Python and packages, run the tests that need no model, on a GPU time decode
 # steps, and, with MODEL (a GGUF file) and DOCUMENTS (what `fluxion train` gathered) given, measure quality: RULER and
 # greedy agreement.
-# For machines where the project cannot be installed with its pins; needs what README says to install.
+# For machines where the project cannot be installed with its pins; needs torch, numpy, safetensors, tokenizers, gguf,
+# jinja2, pydantic, rich and cyclopts, and on a GPU triton and nvidia-ml-py.
 #   OUT           takes reports and journals (.)
 #   PYTEST        arguments of pytest, in place of the folders whose tests use a GPU; "none" for no tests
 #                 (tests/e2e/test_on_gpu.py needs gRPC's packages and FLUXION_TEST_MODEL=FILE)

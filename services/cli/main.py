@@ -13,6 +13,7 @@ from cyclopts import App
 
 from fluxion_core import DISTRIBUTION
 from fluxion_core.config.commands import make_app, run_app, show_what_the_terminal_can
+from fluxion_core.errors import ConfigError
 
 COMMANDS = {
     "demo": "demo:Demo",
@@ -56,9 +57,12 @@ def make_fluxion() -> App:
 
 
 def _version() -> str:
-    from importlib.metadata import version
+    from importlib.metadata import PackageNotFoundError, version
 
-    return version(DISTRIBUTION)
+    try:
+        return version(DISTRIBUTION)
+    except PackageNotFoundError:
+        raise ConfigError(f"{DISTRIBUTION} is not installed: this is its source") from None
 
 
 def main(arguments: list[str]) -> int:

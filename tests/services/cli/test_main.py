@@ -15,7 +15,7 @@ import pytest
 from fluxion_core import DISTRIBUTION
 from fluxion_core.config.commands import Command
 from fluxion_core.errors import CapacityError
-from services.cli import generate
+from services.cli import generate, main
 from services.cli.main import BENCHES, COMMANDS, make_fluxion
 from tests.services.cli.command_line import invoke
 
@@ -158,6 +158,13 @@ def test_the_version_is_the_installed_packages():
     from importlib.metadata import version
 
     assert invoke(["--version"]).stdout == f"{version(DISTRIBUTION)}\n"
+
+
+def test_a_source_that_is_not_installed_has_no_version(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(main, "DISTRIBUTION", "no-such-distribution")
+    result = invoke(["--version"])
+    assert result.exit_code == 1
+    assert result.stderr == "fluxion: no-such-distribution is not installed: this is its source\n"
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
