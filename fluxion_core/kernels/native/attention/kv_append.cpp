@@ -33,8 +33,8 @@ void append_rows(const SlabLayout& layout, const int64_t* slabs, const int64_t* 
     bool is_finite = true;
     const int64_t block = tokens[i] / kBlockTokens, row = tokens[i] % kBlockTokens;
     for (int64_t head = 0; head < layout.kv_heads; ++head) {
-      uint16_t* to = reinterpret_cast<uint16_t*>(
-          layout.blocks(uintptr_t(slabs[i]), layer, head) + block * layout.block_bytes);
+      uint16_t* to = reinterpret_cast<uint16_t*>(layout.blocks(uintptr_t(slabs[i]), layer, head) +
+                                                 block * layout.block_bytes);
       // What lies behind the last token of a block is zeros: kernels read whole blocks.
       if (row == 0) std::memset(to, 0, size_t(layout.block_bytes));
       const float* k = key + i * key_stride + head * dim;

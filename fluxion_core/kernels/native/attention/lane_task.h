@@ -21,12 +21,12 @@ struct LaneTask {
   int64_t output, lse;    // [group][head_dim] and [group] floats
   int64_t done;           // takes the ticket when all else has been written
   int64_t ticket;
-  int64_t level;          // kReadAll: no choice
+  int64_t level;                     // kReadAll: no choice
   int64_t first_block, num_blocks;   // of the level, those that touch the region
   int64_t region_begin, region_end;  // tokens
   int64_t budgets[kMaxGroup];
-  int64_t statistics;     // takes a LaneStatistics
-  int64_t radius_lack;    // bits of a float: 1 - radius of the scores; 0: Quest's bounds
+  int64_t statistics;   // takes a LaneStatistics
+  int64_t radius_lack;  // bits of a float: 1 - radius of the scores; 0: Quest's bounds
   int64_t spare;
 };
 

@@ -23,7 +23,10 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 LayerAttention::LayerAttention(const SlabLayout& layout, const int64_t* sequences, int64_t batch,
                                int64_t heads, std::vector<std::shared_ptr<PlanSource>> sources)
-    : layout_(layout), group_(heads / layout.kv_heads), heads_(heads), sources_(std::move(sources)) {
+    : layout_(layout),
+      group_(heads / layout.kv_heads),
+      heads_(heads),
+      sources_(std::move(sources)) {
   if (heads <= 0 || heads % layout.kv_heads || group_ > kMaxGroup) {
     throw std::invalid_argument("query heads: a multiple of the KV heads, up to 16 to each");
   }
@@ -54,20 +57,18 @@ LayerAttention::LayerAttention(const SlabLayout& layout, const int64_t* sequence
 }
 
 bool LayerAttention::may_read(int64_t layer) const {
-  return std::any_of(sources_.begin(), sources_.end(), [layer](const auto& source) {
-    return source && source->may_read(layer);
-  });
+  return std::any_of(sources_.begin(), sources_.end(),
+                     [layer](const auto& source) { return source && source->may_read(layer); });
 }
 
 bool LayerAttention::needs_new_tokens() const {
-  return std::any_of(sources_.begin(), sources_.end(), [](const auto& source) {
-    return source && source->needs_new_tokens();
-  });
+  return std::any_of(sources_.begin(), sources_.end(),
+                     [](const auto& source) { return source && source->needs_new_tokens(); });
 }
 
-void LayerAttention::submit(TaskPool& pool, int64_t layer, const float* query,
-                            int64_t query_stride, float* output, float* lse, int64_t wake_bytes,
-                            bool others_only, Consumer* consumer) {
+void LayerAttention::submit(TaskPool& pool, int64_t layer, const float* query, int64_t query_stride,
+                            float* output, float* lse, int64_t wake_bytes, bool others_only,
+                            Consumer* consumer) {
   query_ = query;
   query_stride_ = query_stride;
   output_ = output;
@@ -89,8 +90,8 @@ void LayerAttention::prepare(int64_t layer) {
   layer_ = layer;
   for (size_t row = 0; row < sources_.size(); ++row) {
     const SequenceView& sequence = sequences_[row];
-    const RowPlan plan = sources_[row] ? sources_[row]->plan(layer)
-                                       : RowPlan{no_levels_.data(), no_budgets_.data()};
+    const RowPlan plan =
+        sources_[row] ? sources_[row]->plan(layer) : RowPlan{no_levels_.data(), no_budgets_.data()};
     for (int64_t kv_head = 0; kv_head < layout_.kv_heads; ++kv_head) {
       const size_t index = row * size_t(layout_.kv_heads) + size_t(kv_head);
       Task& task = tasks_[index];
@@ -205,7 +206,8 @@ int64_t LayerAttention::planned_bytes(const Task& task) const {
   const SequenceView& sequence = sequences_[size_t(task.sequence)];
   const int64_t token_bytes = layout_.block_bytes / kBlockTokens;
   const int64_t region = sequence.region_end - sequence.region_begin;
-  int64_t bytes = sequence.attends_rest && !task.sight ? (sequence.num_tokens - region) * token_bytes : 0;
+  int64_t bytes =
+      sequence.attends_rest && !task.sight ? (sequence.num_tokens - region) * token_bytes : 0;
   if (task.level == kReadAll) bytes += region * token_bytes;
   if (task.level < 0) return bytes;
   int64_t blocks = 0;
@@ -292,7 +294,8 @@ int32_t LayerAttention::open_attend(Task& task) {
         const int64_t end = std::min((block + 1) * size, sequence.region_end);
         add_range(task, begin, end, heads);
         const int64_t blocks = (end - begin) / kBlockTokens;
-        for (int64_t head = 0; head < group_; ++head) task.head_blocks[head] += blocks * (heads >> head & 1);
+        for (int64_t head = 0; head < group_; ++head)
+          task.head_blocks[head] += blocks * (heads >> head & 1);
         task.bytes.attended += blocks * layout_.block_bytes;
       }
     }
@@ -335,7 +338,8 @@ void LayerAttention::add_blocks(Task& task, int64_t first, int64_t count, uint16
     const uint16_t tokens = here == count ? last_tokens : uint16_t(kBlockTokens);
     BlockRun* last = chunk.num_runs ? &task.runs.back() : nullptr;
     if (last && last->heads == heads &&
-        reinterpret_cast<const char*>(last->blocks) + last->num_blocks * layout_.block_bytes == at) {
+        reinterpret_cast<const char*>(last->blocks) + last->num_blocks * layout_.block_bytes ==
+            at) {
       last->num_blocks += here;
       last->last_tokens = tokens;
     } else {
@@ -365,7 +369,7 @@ void LayerAttention::run(int32_t index, int32_t phase, int32_t chunk) {
       const int32_t in_chunk = int32_t(chunk_records(task.level));
       const int32_t first = chunk * in_chunk, count = std::min(in_chunk, total - first);
       const PlanSource* source = sources_[size_t(task.sequence)].get();
-  const Planner* ranker = source ? source->ranker() : nullptr;
+      const Planner* ranker = source ? source->ranker() : nullptr;
       const float radius = ranker ? ranker->radii[size_t(task.level)] : 1.0f;
       return score_records(layout_.digest_bits, query, group, head_dim, radius,
                            task.records.data() + first, count, total - first - count, width,
@@ -373,9 +377,8 @@ void LayerAttention::run(int32_t index, int32_t phase, int32_t chunk) {
     }
     case kSelect: {
       const int64_t words = ceil_div(task.num_blocks, 64);
-      kernels().choose_top(task.scores_from + chunk * task.score_stride,
-                           task.num_blocks, task.budgets[chunk],
-                           task.chosen.data() + chunk * words,
+      kernels().choose_top(task.scores_from + chunk * task.score_stride, task.num_blocks,
+                           task.budgets[chunk], task.chosen.data() + chunk * words,
                            task.select_scratch.data() + chunk * top_scratch_bytes(task.num_blocks));
       return;
     }

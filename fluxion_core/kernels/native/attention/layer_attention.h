@@ -12,11 +12,11 @@
 #include <utility>
 #include <vector>
 
-#include "operations/kernel_table.h"
 #include "attention/lane_task.h"
+#include "operations/kernel_table.h"
+#include "operations/slab_layout.h"
 #include "plan/layer_plan.h"
 #include "plan/plan_source.h"
-#include "operations/slab_layout.h"
 #include "pool/task_pool.h"
 
 namespace fluxion {
@@ -73,7 +73,9 @@ class LayerAttention final : public Work {
   }
 
   const ReadBytes& read_bytes(int64_t sequence) const { return read_bytes_[size_t(sequence)]; }
-  const GroupCounts& group_counts(int64_t sequence) const { return group_counts_[size_t(sequence)]; }
+  const GroupCounts& group_counts(int64_t sequence) const {
+    return group_counts_[size_t(sequence)];
+  }
   PlanNanoseconds plan_nanoseconds() const {
     return plan_ ? plan_->nanoseconds() : PlanNanoseconds{};
   }
@@ -107,12 +109,12 @@ class LayerAttention final : public Work {
   struct Task {
     int64_t sequence, kv_head;
     int32_t level;
-    const int32_t* budgets;  // of this group's heads
+    const int32_t* budgets;           // of this group's heads
     int32_t first_block, num_blocks;  // of the level, those that touch the region
     int64_t score_stride;
-    const PlanSight* sight;           // null: the window was not looked at for the plan
-    int64_t head_blocks[kMaxGroup];   // of 16 tokens, that each head reads of the region
-    const float* scores_from;         // [group][score_stride]
+    const PlanSight* sight;            // null: the window was not looked at for the plan
+    int64_t head_blocks[kMaxGroup];    // of 16 tokens, that each head reads of the region
+    const float* scores_from;          // [group][score_stride]
     std::vector<const void*> records;  // tiles or spans of digests
     std::vector<float> scores;
     std::vector<uint64_t> chosen;  // [group][words]

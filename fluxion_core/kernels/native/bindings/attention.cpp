@@ -43,27 +43,29 @@ void bind_plan_sources(nb::module_& m) {
   // Planners and states live on while a source of theirs does.
   nb::class_<PlanSource>(m, "PlanSource");
   nb::class_<GivenPlans, PlanSource>(m, "GivenPlans")
-      .def("__init__",
-           [](GivenPlans* self, const Array& levels, const Array& budgets,
-              const Planner* ranker) { new (self) GivenPlans(given_plans(levels, budgets, ranker)); },
-           nb::arg("levels"), nb::arg("budgets"), nb::arg("ranker") = nb::none(),
-           nb::keep_alive<1, 4>())
+      .def(
+          "__init__",
+          [](GivenPlans* self, const Array& levels, const Array& budgets, const Planner* ranker) {
+            new (self) GivenPlans(given_plans(levels, budgets, ranker));
+          },
+          nb::arg("levels"), nb::arg("budgets"), nb::arg("ranker") = nb::none(),
+          nb::keep_alive<1, 4>())
       .def("plan", [](GivenPlans& self, int64_t layer) {
         const RowPlan plan = self.plan(layer);
-        return std::make_tuple(
-            std::vector<int32_t>(plan.levels, plan.levels + self.kv_heads()),
-            std::vector<int32_t>(plan.budgets, plan.budgets + self.heads()));
+        return std::make_tuple(std::vector<int32_t>(plan.levels, plan.levels + self.kv_heads()),
+                               std::vector<int32_t>(plan.budgets, plan.budgets + self.heads()));
       });
   nb::class_<PredictedPlans, PlanSource>(m, "PredictedPlans")
       .def(nb::init<const Planner&, PlannerState&, bool, float>(), nb::keep_alive<1, 2>(),
            nb::keep_alive<1, 3>());
   nb::class_<ReplayedPlans, PlanSource>(m, "ReplayedPlans")
-      .def("__init__",
-           [](ReplayedPlans* self, const Array& levels, const Array& budgets,
-              std::shared_ptr<PlanSource> behind) {
-             new (self) ReplayedPlans(given_plans(levels, budgets, nullptr), std::move(behind));
-           },
-           nb::arg("levels"), nb::arg("budgets"), nb::arg("behind") = nb::none());
+      .def(
+          "__init__",
+          [](ReplayedPlans* self, const Array& levels, const Array& budgets,
+             std::shared_ptr<PlanSource> behind) {
+            new (self) ReplayedPlans(given_plans(levels, budgets, nullptr), std::move(behind));
+          },
+          nb::arg("levels"), nb::arg("budgets"), nb::arg("behind") = nb::none());
   nb::class_<PlanRecorder, PlanSource>(m, "PlanRecorder")
       .def(nb::init<std::shared_ptr<PlanSource>, int64_t, int64_t>(), nb::arg("of"),
            nb::arg("kv_heads"), nb::arg("heads"))
@@ -75,8 +77,7 @@ void bind_plan_sources(nb::module_& m) {
 void make_attention(LayerAttention* self, const SlabLayout& layout, const Array& sequences,
                     int64_t heads, std::vector<std::shared_ptr<PlanSource>> sources) {
   const int64_t* views = values<int64_t>(sequences, "sequences", {kAnyLength, 5});
-  new (self)
-      LayerAttention(layout, views, int64_t(sequences.shape(0)), heads, std::move(sources));
+  new (self) LayerAttention(layout, views, int64_t(sequences.shape(0)), heads, std::move(sources));
 }
 
 // Start a layer; the arrays live until the pool's `wait` returns.

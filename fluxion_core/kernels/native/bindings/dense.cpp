@@ -22,14 +22,17 @@ PackedProduct product(const ProductArrays& of, int64_t inputs) {
   const Array &panels = of.first, &bias = of.second;
   const std::initializer_list<int64_t> shape = {kAnyLength, inputs, kPanelColumns};
   const bool is_bf16 = panels.dtype() == arrays::kind_of<BFloat16>().dtype;
-  const void* weights = is_bf16 ? static_cast<const void*>(values<BFloat16>(panels, "panels", shape))
-                                : values<float>(panels, "panels", shape);
+  const void* weights = is_bf16
+                            ? static_cast<const void*>(values<BFloat16>(panels, "panels", shape))
+                            : values<float>(panels, "panels", shape);
   const int64_t count = int64_t(panels.shape(0)), depth = int64_t(panels.shape(1));
   return {weights, values<float>(bias, "bias", {count * kPanelColumns}), int32_t(depth),
           int32_t(count), is_bf16};
 }
 
-int64_t padded(int64_t width) { return (width + kPanelColumns - 1) / kPanelColumns * kPanelColumns; }
+int64_t padded(int64_t width) {
+  return (width + kPanelColumns - 1) / kPanelColumns * kPanelColumns;
+}
 
 // norms: of each layer, [padded hidden]; products: of each layer its qkv, output, gate_up and down.
 void make_layers(DenseLayers* self, int64_t hidden, int64_t heads, int64_t kv_heads,
@@ -49,11 +52,10 @@ void make_layers(DenseLayers* self, int64_t hidden, int64_t heads, int64_t kv_he
     layers.push_back({norm(0), product(of[0], hidden), product(of[1], heads * head_dim), norm(1),
                       product(of[2], hidden), product(of[3], kAnyLength)});
   }
-  new (self) DenseLayers({hidden, heads, kv_heads, head_dim, norm_epsilon},
-                         values<float>(frequencies, "frequencies", {head_dim / 2}),
-                         std::move(layers),
-                         values<float>(final_norm, "final_norm", {padded(hidden)}),
-                         product(head, hidden));
+  new (self)
+      DenseLayers({hidden, heads, kv_heads, head_dim, norm_epsilon},
+                  values<float>(frequencies, "frequencies", {head_dim / 2}), std::move(layers),
+                  values<float>(final_norm, "final_norm", {padded(hidden)}), product(head, hidden));
 }
 
 void begin(DenseLayers& self, TaskPool& pool, const Array& embeddings, const Array& positions,

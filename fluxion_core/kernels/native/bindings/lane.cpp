@@ -29,13 +29,13 @@ void make_lane(GpuLane* self, uintptr_t launch, const std::vector<RunnerParts>& 
   std::vector<GpuLane::Runner> runners;
   for (const auto& [graph, stream, task, done, statistics] : parts) {
     int64_t* words = results<int64_t>(task, "task", {lane_word::kNumWords});
-    runners.push_back({at<void>(graph), at<void>(stream), reinterpret_cast<LaneTask*>(words),
-                       values<int64_t>(done, "done", {1}),
-                       reinterpret_cast<const LaneStatistics*>(
-                           values<int64_t>(statistics, "statistics", {4}))});
+    runners.push_back(
+        {at<void>(graph), at<void>(stream), reinterpret_cast<LaneTask*>(words),
+         values<int64_t>(done, "done", {1}),
+         reinterpret_cast<const LaneStatistics*>(values<int64_t>(statistics, "statistics", {4}))});
   }
-  new (self) GpuLane(reinterpret_cast<GpuLane::Launch>(launch), runners, gpu_rate, cpu_rate,
-                     has_digests);
+  new (self)
+      GpuLane(reinterpret_cast<GpuLane::Launch>(launch), runners, gpu_rate, cpu_rate, has_digests);
 }
 
 void bind_gpu_lane(nb::module_& m) {

@@ -63,8 +63,8 @@ void layer_features(const Planner& planner, PlannerState& state, int64_t layer,
   const LayerCommon common = see_layer(layer_sight, seen.data());
   for (int64_t head = 0; head < heads; ++head) {
     features_of(layer_sight, common, seen.data(), head, state.estimate(layer, head),
-                state.memory(layer, head),
-                planner.priors.data() + (layer * heads + head) * kPriors, to + head * kFeatures);
+                state.memory(layer, head), planner.priors.data() + (layer * heads + head) * kPriors,
+                to + head * kFeatures);
   }
 }
 
@@ -164,8 +164,7 @@ void set_network(Planner& self, const std::array<Array, 3>& standards,
 void make_state(PlannerState* self, const Planner& planner, const Array& profile) {
   const int64_t of_heads = planner.heads * (kHeadCurves + 6);
   const int64_t of_layer = of_heads + planner.kv_heads * kKvStatistics;
-  new (self)
-      PlannerState(planner, values<float>(profile, "profile", {planner.layers * of_layer}));
+  new (self) PlannerState(planner, values<float>(profile, "profile", {planner.layers * of_layer}));
 }
 
 }  // namespace

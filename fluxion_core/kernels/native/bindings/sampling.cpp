@@ -20,12 +20,14 @@ void bind_sampling(nb::module_& m) {
              new (self) TokenSampler({temperature, top_k, top_p, min_p},
                                      {repetition, presence, frequency}, seed);
            })
-      .def("see", [](TokenSampler& self, const std::vector<int32_t>& ids) {
-        self.see(ids.data(), int64_t(ids.size()));
-      })
-      .def("take", [](TokenSampler& self, const std::vector<int32_t>& ids) {
-        for (const int32_t id : ids) self.take(id);
-      })
+      .def("see",
+           [](TokenSampler& self, const std::vector<int32_t>& ids) {
+             self.see(ids.data(), int64_t(ids.size()));
+           })
+      .def("take",
+           [](TokenSampler& self, const std::vector<int32_t>& ids) {
+             for (const int32_t id : ids) self.take(id);
+           })
       .def("set_position", &TokenSampler::set_position);
   // One row [vocab] float32 without penalties, by noise of 53 bits.
   m.def("choose_token", [](const Array& logits, double temperature, int64_t top_k, double top_p,

@@ -36,9 +36,9 @@ DenseLayers::DenseLayers(const Shape& shape, const float* frequencies,
   for (const DenseLayerWeights& layer : layers_) {
     const int64_t qkv = (shape.heads + 2 * shape.kv_heads) * shape.head_dim;
     check(layer.qkv.depth == shape.hidden && layer.qkv.width() == padded(qkv), "qkv's shape");
-    check(layer.output.depth == shape.heads * shape.head_dim &&
-              layer.output.width() == hidden_width_,
-          "output's shape");
+    check(
+        layer.output.depth == shape.heads * shape.head_dim && layer.output.width() == hidden_width_,
+        "output's shape");
     check(layer.gate_up.depth == shape.hidden && layer.gate_up.num_panels % 2 == 0,
           "gate_up's shape");
     check(padded(layer.down.depth) * 2 == layer.gate_up.width() &&

@@ -24,8 +24,8 @@ constexpr int64_t kStuckNs = 10'000'000'000;
 
 }  // namespace
 
-GpuLane::GpuLane(Launch launch, const std::vector<Runner>& runners, double gpu_rate, double cpu_rate,
-                 bool has_digests)
+GpuLane::GpuLane(Launch launch, const std::vector<Runner>& runners, double gpu_rate,
+                 double cpu_rate, bool has_digests)
     : launch_(launch),
       runners_(runners),
       running_(runners.size(), -1),

@@ -32,7 +32,7 @@ class GpuLane final : public Consumer {
   struct Runner {
     void* graph;
     void* stream;
-    LaneTask* task;                    // pinned, as is what it points to
+    LaneTask* task;  // pinned, as is what it points to
     const volatile int64_t* done;
     const LaneStatistics* statistics;
   };
@@ -65,7 +65,6 @@ class GpuLane final : public Consumer {
   const std::vector<Span>& spans() const { return spans_; }
 
  private:
-
   bool take_one();
   void give_back_what_is_late();
   void launch(size_t runner, int32_t task);
@@ -78,7 +77,7 @@ class GpuLane final : public Consumer {
   Launch launch_;
   std::vector<Runner> runners_;
   std::vector<int32_t> running_;  // by runner; -1 for none
-  std::deque<int32_t> waiting_;  // taken, not launched
+  std::deque<int32_t> waiting_;   // taken, not launched
   double gpu_rate_, cpu_rate_;
   bool has_digests_;
   std::vector<Span> spans_;

@@ -8,17 +8,17 @@
 
 #include <cstdint>
 
-#include "lane/gpu_lane.h"
 #include "attention/layer_attention.h"
-#include "plan/plan_source.h"
+#include "lane/gpu_lane.h"
 #include "operations/slab_layout.h"
+#include "plan/plan_source.h"
 #include "pool/task_pool.h"
 
 namespace fluxion {
 
 // Pinned memory that both sides know.
 struct StepBoard {
-  int64_t layers, capacity;          // rows
+  int64_t layers, capacity;           // rows
   const volatile int32_t* published;  // [layers][capacity], written by the GPU
   volatile int32_t* answered;         // [layers]
   const int32_t* skip;                // [layers] nothing is awaited from the host

@@ -113,10 +113,17 @@ inline void score_width(const float* query, int32_t group, int32_t head_dim, flo
     }
     for (; group - head >= 4; head += 4) pass(score_heads<4, WIDTH>, head);
     switch (group - head) {
-      case 3: pass(score_heads<3, WIDTH>, head); break;
-      case 2: pass(score_heads<2, WIDTH>, head); break;
-      case 1: pass(score_heads<1, WIDTH>, head); break;
-      default: break;
+      case 3:
+        pass(score_heads<3, WIDTH>, head);
+        break;
+      case 2:
+        pass(score_heads<2, WIDTH>, head);
+        break;
+      case 1:
+        pass(score_heads<1, WIDTH>, head);
+        break;
+      default:
+        break;
     }
   }
 }
@@ -128,11 +135,16 @@ void score_tiles(const float* query, int32_t group, int32_t head_dim, float radi
     score(query, group, head_dim, radius, tiles, num_tiles, tiles_ahead, scores, score_stride);
   };
   switch (width) {
-    case 16: return with_width(score_width<16>);
-    case 8: return with_width(score_width<8>);
-    case 4: return with_width(score_width<4>);
-    case 2: return with_width(score_width<2>);
-    default: return with_width(score_width<1>);
+    case 16:
+      return with_width(score_width<16>);
+    case 8:
+      return with_width(score_width<8>);
+    case 4:
+      return with_width(score_width<4>);
+    case 2:
+      return with_width(score_width<2>);
+    default:
+      return with_width(score_width<1>);
   }
 }
 

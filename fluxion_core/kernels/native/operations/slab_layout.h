@@ -72,8 +72,8 @@ struct SlabLayout {
                    const char* keys) const {
     uint8_t* levels[kLevels];
     for (int level = 0; level < kLevels; ++level) {
-      levels[level] = reinterpret_cast<uint8_t*>(
-          const_cast<char*>(record(slab, layer, kv_head, level, span)));
+      levels[level] =
+          reinterpret_cast<uint8_t*>(const_cast<char*>(record(slab, layer, kv_head, level, span)));
     }
     kernels().digest_span(reinterpret_cast<const uint16_t*>(keys), block_bytes / 2,
                           int32_t(head_dim), levels);

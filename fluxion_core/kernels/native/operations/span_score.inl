@@ -73,7 +73,8 @@ inline void score_span(const float* query, int32_t head_dim, float radius, const
     for (int block = 0; block < WIDTH; ++block) {
       int32_t total = 0;
       for (int part = 0; part < kPairs; ++part) total += lanes[part * WIDTH + block];
-      scores[head * score_stride + block] = prepared[head].base + prepared[head].unit * float(total);
+      scores[head * score_stride + block] =
+          prepared[head].base + prepared[head].unit * float(total);
     }
   }
 }
@@ -91,25 +92,36 @@ void score_span_width(const float* query, int32_t group, int32_t head_dim, float
     int32_t head = 0;
     for (; group - head >= 4; head += 4) pass(score_span<4, WIDTH>, head);
     switch (group - head) {
-      case 3: pass(score_span<3, WIDTH>, head); break;
-      case 2: pass(score_span<2, WIDTH>, head); break;
-      case 1: pass(score_span<1, WIDTH>, head); break;
-      default: break;
+      case 3:
+        pass(score_span<3, WIDTH>, head);
+        break;
+      case 2:
+        pass(score_span<2, WIDTH>, head);
+        break;
+      case 1:
+        pass(score_span<1, WIDTH>, head);
+        break;
+      default:
+        break;
     }
   }
 }
 
 void score_spans(const float* query, int32_t group, int32_t head_dim, float radius,
-                 const uint8_t* const* spans, int32_t num_spans, int32_t spans_ahead,
-                 int32_t width, float* scores, int64_t score_stride) {
+                 const uint8_t* const* spans, int32_t num_spans, int32_t spans_ahead, int32_t width,
+                 float* scores, int64_t score_stride) {
   const auto with_width = [&](auto score) {
     score(query, group, head_dim, radius, spans, num_spans, spans_ahead, scores, score_stride);
   };
   switch (width) {
-    case 16: return with_width(score_span_width<16>);
-    case 8: return with_width(score_span_width<8>);
-    case 4: return with_width(score_span_width<4>);
-    default: return with_width(score_span_width<2>);
+    case 16:
+      return with_width(score_span_width<16>);
+    case 8:
+      return with_width(score_span_width<8>);
+    case 4:
+      return with_width(score_span_width<4>);
+    default:
+      return with_width(score_span_width<2>);
   }
 }
 

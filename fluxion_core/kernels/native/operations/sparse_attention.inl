@@ -22,7 +22,8 @@ inline int32_t place_of(int32_t channel) {
   return chunk + inside / 2 + (inside % 2) * F32::kLanes;
 }
 
-inline void load_chunk(const uint16_t* row, int32_t channel, int32_t head_dim, F32& even, F32& odd) {
+inline void load_chunk(const uint16_t* row, int32_t channel, int32_t head_dim, F32& even,
+                       F32& odd) {
   if (kChunk == 16 || head_dim - channel >= kChunk) {
     load_pairs(row + channel, even, odd);
   } else {
@@ -160,8 +161,8 @@ struct HeadsInRun {
 };
 
 template <int HEADS>
-inline void attend_block(const HeadsInRun& heads, int first, const uint16_t* block,
-                         int32_t tokens, int32_t head_dim, const uint16_t* next) {
+inline void attend_block(const HeadsInRun& heads, int first, const uint16_t* block, int32_t tokens,
+                         int32_t head_dim, const uint16_t* next) {
   float scores[HEADS][kTokens];
   // Half a block in front of its use: these values while keys are used, then the next keys.
   const uint16_t* values = block + int64_t(kTokens) * head_dim;
@@ -190,10 +191,14 @@ inline void attend_heads(const HeadsInRun& heads, int num_heads, const uint16_t*
     next = block;  // it is on its way
   }
   switch (num_heads - first) {
-    case 3: return attend_block<3>(heads, first, block, tokens, head_dim, next);
-    case 2: return attend_block<2>(heads, first, block, tokens, head_dim, next);
-    case 1: return attend_block<1>(heads, first, block, tokens, head_dim, next);
-    default: return;
+    case 3:
+      return attend_block<3>(heads, first, block, tokens, head_dim, next);
+    case 2:
+      return attend_block<2>(heads, first, block, tokens, head_dim, next);
+    case 1:
+      return attend_block<1>(heads, first, block, tokens, head_dim, next);
+    default:
+      return;
   }
 }
 
@@ -220,8 +225,8 @@ struct BlockWalk {
   }
 };
 
-void attend_runs(const float* query, int32_t group, int32_t head_dim,
-                 const fluxion::BlockRun* runs, int32_t num_runs, const uint16_t* ahead, fluxion::PartialState state) {
+void attend_runs(const float* query, int32_t group, int32_t head_dim, const fluxion::BlockRun* runs,
+                 int32_t num_runs, const uint16_t* ahead, fluxion::PartialState state) {
   const float scale = kLog2E / __builtin_sqrtf(float(head_dim));
   const int32_t padded = padded_dim(head_dim);
   alignas(64) float queries[fluxion::kMaxGroup * fluxion::kMaxHeadDim];

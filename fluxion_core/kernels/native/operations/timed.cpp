@@ -107,15 +107,14 @@ double attend_seconds(const float* query, int32_t group, int32_t head_dim,
   for (int64_t i = 0; i < num_blocks; ++i) runs.push_back({blocks[i], 1, all, kBlockTokens});
   const size_t row = size_t(group) * size_t(head_dim + 2);
   std::vector<std::vector<float>> states(cpus.size(), std::vector<float>(row));
-  return seconds(num_blocks, batch_of(64 * head_dim), cpus,
-                 [&](size_t thread, int64_t first, int64_t end) {
-                   float* sums = states[thread].data();
-                   float* highest = sums + group * head_dim;
-                   kernels().attend_runs(query, group, head_dim, runs.data() + first,
-                                         int32_t(end - first),
-                                         end < num_blocks ? runs[size_t(end)].blocks : nullptr,
-                                         {sums, highest, highest + group});
-                 });
+  return seconds(
+      num_blocks, batch_of(64 * head_dim), cpus, [&](size_t thread, int64_t first, int64_t end) {
+        float* sums = states[thread].data();
+        float* highest = sums + group * head_dim;
+        kernels().attend_runs(query, group, head_dim, runs.data() + first, int32_t(end - first),
+                              end < num_blocks ? runs[size_t(end)].blocks : nullptr,
+                              {sums, highest, highest + group});
+      });
 }
 
 std::vector<double> read_rounds(TaskPool& pool, const char* buffer, int64_t buffer_bytes,

@@ -12,13 +12,13 @@ constexpr int kHeadCurves = kLevels * kBudgets;
 
 // Costs are shares of the bytes of the group's KV in the region; see planning/cost_model.py.
 struct PlanCosts {
-  float scan[kLevels];    // of scoring the group's blocks, 0 at the coarsest level
-  float spread[kLevels];  // of the union, over its largest part
+  float scan[kLevels];     // of scoring the group's blocks, 0 at the coarsest level
+  float spread[kLevels];   // of the union, over its largest part
   float largest[kLevels];  // 1 - spread
 };
 
 struct GroupPlan {
-  int32_t level;  // or kReadNothing
+  int32_t level;               // or kReadNothing
   uint8_t budgets[kMaxGroup];  // indices into kBudgetShares
 };
 

@@ -67,7 +67,8 @@ void features_of(const LayerSight& layer, const LayerCommon& common, const HeadS
     group_1st = std::max(group_1st, bound_1st(sights[other]));
   }
   int64_t higher = 0;
-  for (int64_t other = 0; other < layer.heads; ++other) higher += bound_lse(sights[other]) > own_lse;
+  for (int64_t other = 0; other < layer.heads; ++other)
+    higher += bound_lse(sights[other]) > own_lse;
 
   const auto put = [features](int at, float value) { features[at] = clip(value); };
   using namespace feature;

@@ -150,9 +150,9 @@ void LayerPlan::run(int32_t index, int32_t phase, int32_t chunk) {
 }
 
 void LayerPlan::fill_features(Task& task) {
-  const LayerSight layer{layer_,           planner_->layers, planner_->heads,
-                         group_,           layout_.head_dim, task.sequence.region_end -
-                                                                 task.sequence.region_begin};
+  const LayerSight layer{layer_,           planner_->layers,
+                         planner_->heads,  group_,
+                         layout_.head_dim, task.sequence.region_end - task.sequence.region_begin};
   const LayerCommon common = see_layer(layer, task.sights.data());
   for (int64_t head = 0; head < planner_->heads; ++head) {
     float* features = task.features.data() + head * kFeatures;
@@ -182,7 +182,8 @@ void LayerPlan::select(Task& task) {
     bool is_everything = level >= 0;
     int32_t* budgets = task.budgets.data() + kv_head * group_;
     const int64_t size = int64_t(kBlockTokens) << std::max(level, 0);
-    const int64_t total = ceil_div(task.sequence.region_end, size) - task.sequence.region_begin / size;
+    const int64_t total =
+        ceil_div(task.sequence.region_end, size) - task.sequence.region_begin / size;
     for (int64_t head = 0; head < group_; ++head) {
       budgets[head] = blocks_of_budget(plan.budgets[head], total);
       is_everything = is_everything && budgets[head] == total;
@@ -191,9 +192,8 @@ void LayerPlan::select(Task& task) {
     if (is_everything) level = kReadAll;
     const float* scores = task.scores.data() + kv_head * group_ * task.score_stride + skip;
     task.levels[size_t(kv_head)] = level;
-    task.plan_sights[size_t(kv_head)] = {
-        window(task, kv_head), scores, task.score_stride,
-        task.num_records * layout_.record_bytes(kCoarseLevel)};
+    task.plan_sights[size_t(kv_head)] = {window(task, kv_head), scores, task.score_stride,
+                                         task.num_records * layout_.record_bytes(kCoarseLevel)};
   }
   task.done_at = now_ns();
 }

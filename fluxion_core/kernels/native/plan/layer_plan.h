@@ -17,16 +17,17 @@ namespace fluxion {
 
 // One sequence of a step; all numbers are of tokens. Rows of an int64 table from Python.
 struct SequenceView {
-  const int64_t* slabs;  // addresses, in token order
-  int64_t num_tokens;    // the new one included
+  const int64_t* slabs;              // addresses, in token order
+  int64_t num_tokens;                // the new one included
   int64_t region_begin, region_end;  // what the plan decides about, whole 16-token blocks
-  int64_t attends_rest;  // whether the tokens outside the region are read here too
+  int64_t attends_rest;              // whether the tokens outside the region are read here too
 };
 
 // What was seen of one KV head while its plan was made here; attention uses all of it again.
 struct PlanSight {
-  PartialState window;         // of the tokens outside the region
-  const float* coarse_scores;  // [group][score_stride], of the coarsest blocks that touch the region
+  PartialState window;  // of the tokens outside the region
+  const float*
+      coarse_scores;  // [group][score_stride], of the coarsest blocks that touch the region
   int64_t score_stride;
   int64_t scanned_bytes;
 };

@@ -18,8 +18,8 @@ namespace fluxion {
 
 // One row's plan of one layer; valid until the next call.
 struct RowPlan {
-  const int32_t* levels;   // [kv_heads] of digests, or kReadAll, or kReadNothing
-  const int32_t* budgets;  // [heads] blocks of that level that each query head reads
+  const int32_t* levels;              // [kv_heads] of digests, or kReadAll, or kReadNothing
+  const int32_t* budgets;             // [heads] blocks of that level that each query head reads
   const PlanSight* sights = nullptr;  // [kv_heads], if the window was looked at for the plan
 };
 

@@ -21,10 +21,9 @@ void DenseLayer::pack(const float* from, const float* from_bias, int64_t outputs
 
 void DenseLayer::apply(const float* input, int64_t input_stride, int32_t rows, int32_t first,
                        int32_t count, bool relu, float* output) const {
-  kernels().dense_rows(input, input_stride, rows, depth,
-                       weights.data() + int64_t(first) * depth * kPanelColumns,
-                       bias.data() + first * kPanelColumns, count, relu,
-                       output + first * kPanelColumns, width());
+  kernels().dense_rows(
+      input, input_stride, rows, depth, weights.data() + int64_t(first) * depth * kPanelColumns,
+      bias.data() + first * kPanelColumns, count, relu, output + first * kPanelColumns, width());
 }
 
 Planner::Planner(int64_t num_layers, int64_t num_heads, int64_t num_kv_heads, int64_t dim,

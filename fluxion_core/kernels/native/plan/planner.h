@@ -7,9 +7,9 @@
 #include <cstdint>
 #include <vector>
 
+#include "operations/slab_layout.h"
 #include "plan/group_selector.h"
 #include "plan/head_features.h"
-#include "operations/slab_layout.h"
 
 namespace fluxion {
 

@@ -70,7 +70,8 @@ void ChunkClock::end(int64_t now) {
   mean_[phase].store(mean ? mean + (counted - mean) / 16 : counted, std::memory_order_relaxed);
 }
 
-Suspicion::Verdict Suspicion::judge(pthread_t thread, int64_t since, int64_t usual_ns, int64_t now) {
+Suspicion::Verdict Suspicion::judge(pthread_t thread, int64_t since, int64_t usual_ns,
+                                    int64_t now) {
   if (since_ != since) {
     since_ = since;
     seen_ns_ = now;

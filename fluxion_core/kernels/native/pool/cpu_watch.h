@@ -16,10 +16,10 @@
 
 namespace fluxion {
 
-constexpr int64_t kStallNs = 200'000;          // a wait that is worth a look at clocks
-constexpr int64_t kLongStallNs = 1'000'000;    // one that needs no proof but the kind's usual time
-constexpr int64_t kStrikesNs = 50'000'000;     // stalls so near to each other are one trouble
-constexpr int64_t kLeastRestNs = 20'000'000;   // that a CPU is left out before it is tried again
+constexpr int64_t kStallNs = 200'000;         // a wait that is worth a look at clocks
+constexpr int64_t kLongStallNs = 1'000'000;   // one that needs no proof but the kind's usual time
+constexpr int64_t kStrikesNs = 50'000'000;    // stalls so near to each other are one trouble
+constexpr int64_t kLeastRestNs = 20'000'000;  // that a CPU is left out before it is tried again
 constexpr int64_t kMostRestNs = 1'000'000'000;
 constexpr int64_t kProbeNs = 12'000'000;  // longer than a scheduler's turn: three ticks of 250 Hz
 

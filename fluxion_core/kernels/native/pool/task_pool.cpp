@@ -114,8 +114,8 @@ void TaskPool::wait(Consumer* consumer) {
   int64_t idle_since = 0;
   for (int idle = 1; remaining_.load(std::memory_order_acquire) > 0; ++idle) {
     if (consumer != nullptr) consumer->poll();
-    const bool has_helped = consumer == nullptr ? help(self)
-                                                : is_open_to_pool && help_with_a_chunk(self);
+    const bool has_helped =
+        consumer == nullptr ? help(self) : is_open_to_pool && help_with_a_chunk(self);
     if (has_helped) idle_since = 0;
     if (has_helped && consumer != nullptr) continue;
     if (idle % kPausesBeforeYield) {
@@ -297,8 +297,7 @@ void TaskPool::worker_main(int worker) {
 bool TaskPool::looks_for_work(const Seat& seat, uint32_t seen) {
   const int64_t until = now_ns() + spin_ns_;
   while (!stopping_.load(std::memory_order_relaxed) &&
-         seat.call.load(std::memory_order_relaxed) % 2 == 1 &&
-         !has_to_go(seat)) {
+         seat.call.load(std::memory_order_relaxed) % 2 == 1 && !has_to_go(seat)) {
     if (another_follows_.load(std::memory_order_relaxed)) {
       sched_yield();  // the thread that starts the next round may want this CPU
     } else if (spin_ns_ == 0 || now_ns() >= until) {

@@ -93,8 +93,7 @@ class TaskPool {
   // If another round follows within microseconds, workers that are awake do not sleep until then.
   // A round that is for others only is not seen by the pool's threads.
   void submit(Work* work, const std::vector<int64_t>& bytes, int64_t wake_bytes,
-              bool another_follows = false, bool others_only = false,
-              Consumer* consumer = nullptr);
+              bool another_follows = false, bool others_only = false, Consumer* consumer = nullptr);
   // Until all tasks are done, those of another consumer included: help, a chunk at a time between
   // looks at that consumer.
   void wait(Consumer* consumer = nullptr);
@@ -132,7 +131,7 @@ class TaskPool {
     // Set by the thread that starts rounds, ended by the worker.
     std::atomic<bool> is_left_out{false};
     std::atomic<bool> is_moved{false};  // to that thread's CPU, for the chunk that it is at
-    ChunkClock chunks;                      // of this thread
+    ChunkClock chunks;                  // of this thread
     int cpu = -1;
     int64_t rest_ns = 0, back_ns = 0;  // the worker's: how long it rested last, and until when
     Suspicion suspicion;               // of the thread that starts rounds

@@ -20,9 +20,7 @@ constexpr int kNoiseBits = 53;
 struct Sum {
   uint64_t weight = 0, tokens = 0;
 
-  Sum operator+(const Sum& other) const {
-    return {weight + other.weight, tokens + other.tokens};
-  }
+  Sum operator+(const Sum& other) const { return {weight + other.weight, tokens + other.tokens}; }
 };
 using Measure = uint64_t Sum::*;
 
@@ -204,8 +202,8 @@ class Ranking {
     for (int32_t first = 0; found < count; first += kLogitBlock) {
       if (view.block_highest && view.block_highest[first / kLogitBlock] < least) continue;
       const int32_t of_block = std::min(view.count - first, kLogitBlock);
-      found += kernels().list_between(view.logits + first, of_block, least, below, first,
-                                      ids + found);
+      found +=
+          kernels().list_between(view.logits + first, of_block, least, below, first, ids + found);
     }
     for (int32_t i = 0; i < count; ++i) {
       list.logits[size_t(i)] = view.logits[ids[i]];

@@ -14,7 +14,7 @@ namespace fluxion {
 class TokenSampler {
  public:
   struct Penalties {
-    double repetition;  // of tokens seen, those of the prompt too; 1 for none
+    double repetition;           // of tokens seen, those of the prompt too; 1 for none
     double presence, frequency;  // of tokens generated; 0 for none
   };
 
@@ -46,7 +46,7 @@ class TokenSampler {
     int32_t id, times;
     float penalty;
   };
-  std::vector<Generated> generated_;  // each id once, for the others
+  std::vector<Generated> generated_;             // each id once, for the others
   std::unordered_map<int32_t, int32_t> places_;  // of ids in it
 };
 

@@ -64,10 +64,14 @@ inline void load_pairs(const uint16_t* from, F32& even, F32& odd) {
   even = {_mm256_castsi256_ps(_mm256_slli_epi32(words, 16))};
   odd = {_mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(int(0xffff0000))))};
 }
-inline void load_pairs_16(const uint16_t* from, F32& even, F32& odd) { load_pairs(from, even, odd); }
+inline void load_pairs_16(const uint16_t* from, F32& even, F32& odd) {
+  load_pairs(from, even, odd);
+}
 
 // Tokens that go through a block together so that there are enough sums in flight, yet in registers.
-constexpr int tokens_at_once(int heads) { return heads == 1 ? 8 : heads == 2 ? 4 : heads == 3 ? 4 : 2; }
+constexpr int tokens_at_once(int heads) {
+  return heads == 1 ? 8 : heads == 2 ? 4 : heads == 3 ? 4 : 2;
+}
 constexpr int kValueHeads = 2;
 constexpr int kScoreHeads = 4;
 
@@ -136,14 +140,14 @@ inline int32_t count_at_least(const float* from, int32_t count, int32_t threshol
   int32_t i = 0;
   for (; i + 32 <= count; i += 32) {
     for (int part = 0; part < 4; ++part) {
-      sums[part] = _mm256_add_epi32(
-          sums[part], _mm256_cmpgt_epi32(ordered_bits(from + i + part * 8), below));
+      sums[part] = _mm256_add_epi32(sums[part],
+                                    _mm256_cmpgt_epi32(ordered_bits(from + i + part * 8), below));
     }
   }
   int32_t lanes[8];
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes),
-                      _mm256_add_epi32(_mm256_add_epi32(sums[0], sums[1]),
-                                       _mm256_add_epi32(sums[2], sums[3])));
+  _mm256_storeu_si256(
+      reinterpret_cast<__m256i*>(lanes),
+      _mm256_add_epi32(_mm256_add_epi32(sums[0], sums[1]), _mm256_add_epi32(sums[2], sums[3])));
   int32_t found = 0;
   for (int32_t lane : lanes) found -= lane;
   for (; i < count; ++i) found += ordered_bits(from[i]) >= threshold;
@@ -243,8 +247,8 @@ inline F32 exp2_nonpositive(F32 a) {
   p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(2.4015361e-1f));
   p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(6.9315308e-1f));
   p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(9.9999994e-1f));
-  const __m256i exponent = _mm256_slli_epi32(
-      _mm256_add_epi32(_mm256_cvtps_epi32(floor), _mm256_set1_epi32(127)), 23);
+  const __m256i exponent =
+      _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(floor), _mm256_set1_epi32(127)), 23);
   const __m256 result = _mm256_mul_ps(p, _mm256_castsi256_ps(exponent));
   return {_mm256_and_ps(result, _mm256_cmp_ps(a.v, _mm256_set1_ps(-126.0f), _CMP_GE_OQ))};
 }
@@ -285,12 +289,12 @@ inline I32 spread(const uint32_t* words) {
   if constexpr (WIDTH >= 8) {
     return {_mm256_set1_epi32(int(words[0]))};
   } else if constexpr (WIDTH == 4) {
-    const __m256i two = _mm256_castsi128_si256(
-        _mm_loadl_epi64(reinterpret_cast<const __m128i*>(words)));
+    const __m256i two =
+        _mm256_castsi128_si256(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(words)));
     return {_mm256_permutevar8x32_epi32(two, _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1))};
   } else {
-    const __m256i four = _mm256_castsi128_si256(
-        _mm_loadu_si128(reinterpret_cast<const __m128i*>(words)));
+    const __m256i four =
+        _mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(words)));
     return {_mm256_permutevar8x32_epi32(four, _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3))};
   }
 }

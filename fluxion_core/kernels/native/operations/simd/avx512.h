@@ -38,8 +38,10 @@ inline __m512 sums_of_sixteen(const F32* a) {
   };
   const auto fold_quarters = [](__m512 x, __m512 y, __m512 z, __m512 w) {
     // Each of x, y, z, w has four sums, in four quarters.
-    const __m512 xy = _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x44), _mm512_shuffle_f32x4(x, y, 0xee));
-    const __m512 zw = _mm512_add_ps(_mm512_shuffle_f32x4(z, w, 0x44), _mm512_shuffle_f32x4(z, w, 0xee));
+    const __m512 xy =
+        _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x44), _mm512_shuffle_f32x4(x, y, 0xee));
+    const __m512 zw =
+        _mm512_add_ps(_mm512_shuffle_f32x4(z, w, 0x44), _mm512_shuffle_f32x4(z, w, 0xee));
     return _mm512_add_ps(_mm512_shuffle_f32x4(xy, zw, 0x88), _mm512_shuffle_f32x4(xy, zw, 0xdd));
   };
   __m512 four[4];
@@ -116,7 +118,9 @@ inline __m512i ordered_bits(__m512i values) {
       _mm512_castps_si512(_mm512_add_ps(_mm512_castsi512_ps(values), _mm512_setzero_ps()));
   return _mm512_xor_si512(bits, _mm512_srli_epi32(_mm512_srai_epi32(bits, 31), 1));
 }
-inline __mmask16 lanes_of(int32_t left) { return left >= 16 ? 0xffff : __mmask16((1u << left) - 1); }
+inline __mmask16 lanes_of(int32_t left) {
+  return left >= 16 ? 0xffff : __mmask16((1u << left) - 1);
+}
 inline void ordered_range(const float* from, int32_t count, int32_t& lowest, int32_t& highest) {
   __m512i low = _mm512_set1_epi32(0x7fffffff), high = _mm512_set1_epi32(int(0x80000000));
   for (int32_t i = 0; i < count; i += 16) {
@@ -232,8 +236,7 @@ inline void store_integers(int32_t* to, I32 a) { _mm512_storeu_si512(to, a.v); }
 template <int WIDTH>
 inline I32 spread(const uint32_t* words) {
   if constexpr (WIDTH == 16) return {_mm512_set1_epi32(int(words[0]))};
-  const __m512i lanes =
-      _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   constexpr unsigned kShift = WIDTH == 8 ? 3 : WIDTH == 4 ? 2 : 1;
   const __m512i few = _mm512_maskz_loadu_epi32(__mmask16((1u << (16 / WIDTH)) - 1), words);
   return {_mm512_permutexvar_epi32(_mm512_srli_epi32(lanes, kShift), few)};

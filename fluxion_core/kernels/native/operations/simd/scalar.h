@@ -82,7 +82,9 @@ inline void load_pairs(const uint16_t* from, F32& even, F32& odd) {
     odd.v[i] = from_bits(uint32_t(from[2 * i + 1]) << 16);
   }
 }
-inline void load_pairs_16(const uint16_t* from, F32& even, F32& odd) { load_pairs(from, even, odd); }
+inline void load_pairs_16(const uint16_t* from, F32& even, F32& odd) {
+  load_pairs(from, even, odd);
+}
 
 constexpr int tokens_at_once(int) { return 2; }
 constexpr int kValueHeads = 4;
