@@ -18,6 +18,9 @@ Report = Mapping[str, Any]
 """A result file of `evaluate`."""
 
 
+_TOTALS = ("average", "bytes of exact")
+
+
 def side_by_side(directory: Path) -> str:
     """Tables of RULER, agreement and divergence, a column for each body that was measured.
 
@@ -63,11 +66,13 @@ def _ruler(reports: Mapping[str, Report]) -> list[str]:
             for way in ways
             if average
         ]
-        rows.append(["average", step, *cells])
+        rows.append([_TOTALS[0], step, *cells])
         read = [f"{report['bytes_read'][way]['of_exact']:.3f}" for way in report["bytes_read"]]
-        rows.append(["bytes of exact", step, *read])
+        rows.append([_TOTALS[1], step, *read])
     ways = next(iter(reports.values()))["report"]["ways"]
-    return table(["task, tokens", "step", *ways], sorted(rows, key=lambda row: row[0]))
+    of_tasks = sorted((row for row in rows if row[0] not in _TOTALS), key=lambda row: row[0])
+    totals = [row for name in _TOTALS for row in rows if row[0] == name]
+    return table(["task, tokens", "step", *ways], [*of_tasks, *totals])
 
 
 def _agreement(reports: Mapping[str, Report]) -> list[str]:

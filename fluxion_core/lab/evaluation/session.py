@@ -85,12 +85,12 @@ class EvaluationModel:
             ModelError: the model cannot be used.
             ConfigError: the weights cannot, or there is no CUDA device for the step.
         """
+        device, dtype = torch.device(options.device_name), _DTYPES[options.dtype_name]
+        if options.step == "device" and device.type != "cuda":
+            raise ConfigError(f"step device needs a CUDA device, and device is {device}; use host")
         path = locate_model(options.model, options.models_dir or default_models_dir())
         torch.set_num_threads(num_usable_cpus())
         tokenizer = Tokenizer.load(path)
-        device, dtype = torch.device(options.device_name), _DTYPES[options.dtype_name]
-        if options.step == "device" and device.type != "cuda":
-            raise ConfigError("step device needs a CUDA device; use host")
         loaded = load_model(path, device=device, dtype=dtype)
         config, prefill_decoder = loaded.config, loaded.decoder
         tokenizer.check_fits(config.vocab_size)

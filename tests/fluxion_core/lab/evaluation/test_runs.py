@@ -148,6 +148,14 @@ def test_policies_are_checked(model: EvaluationModel, policies: tuple[str, ...],
         run_ruler(model, replace(OPTIONS, policies=policies), ignore)
 
 
+def test_a_device_step_without_a_device_is_refused():
+    options = replace(OPTIONS, step="device", device="cpu")
+    assert options.dtype_name == "bfloat16"
+    assert replace(options, step="host").dtype_name == "float32"
+    with pytest.raises(ConfigError, match="needs a CUDA device, and device is cpu; use host"):
+        EvaluationModel.load(options)
+
+
 def test_agreement_continues_each_document_freely_and_forced(
     model: EvaluationModel, tmp_path: Path
 ):
