@@ -60,6 +60,16 @@ def test_a_package_that_does_not_say_what_may_not_be_in_it_is_refused(tmp_path, 
     assert packages.purpose("services.silent") == ["What it is for.", "Not here: the rest."]
 
 
+def test_every_package_says_what_it_is_for_and_what_may_not_be_in_it():
+    rooms = [
+        f"{container}.{file.parent.name}"
+        for container in packages.CONTAINERS
+        for file in (ROOT / container).glob("*/__init__.py")
+    ]
+    assert len(rooms) > 15
+    assert all(len(packages.purpose(room)) == 2 for room in rooms)
+
+
 def test_a_stale_page_is_told_and_left_alone(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(packages, "HERE", tmp_path)
     monkeypatch.setattr(packages, "arrows_of", lambda _root: {"fluxion_core.errors": set()})
