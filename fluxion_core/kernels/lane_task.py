@@ -1,6 +1,6 @@
 """One task of the GPU lane, as its kernels read it: a GQA group of one sequence at one layer.
 
-The host writes 32 words of 64 bits into pinned memory before it launches a slot's kernels
+The host writes 32 words of 64 bits into pinned memory before it launches a runner's kernels
 (native/attention/lane_task.h has the same, and compiles only if they are). The first kernel copies
 them to the device, behind which the kernels leave words for each other. Every address may be of
 host memory that CUDA knows.

@@ -1,4 +1,4 @@
-"""The GPU's end of the task queue: slots whose kernels are captured once, driven natively."""
+"""The GPU's end of the task queue: runners whose kernels are captured once, driven natively."""
 
 from __future__ import annotations
 

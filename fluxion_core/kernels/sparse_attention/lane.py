@@ -1,4 +1,4 @@
-"""The kernels of one slot of the GPU lane: scan, choose, attend, answer, for one task at a time."""
+"""The kernels of one runner of the GPU lane: scan, choose, attend, answer, a task at a time."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class DigestCopies:
 
 
 class LaneKernels:
-    """A slot: a descriptor in pinned memory, room on the device, and four launches over them.
+    """A runner: a descriptor in pinned memory, room on the device, and four launches over them.
 
     `launch` only launches, with fixed grids, on the current stream: it may be captured in a CUDA
     graph, and what a task is, is read from the descriptor each time (kernels/lane_task.py has its

@@ -31,7 +31,7 @@ def both_see(tensor: Tensor) -> Tensor:
 
 @dataclass
 class Sequence:
-    """A sequence in slabs with digests, of 2 layers and 2 KV heads, and one slot of the lane."""
+    """A sequence in slabs with digests, of 2 layers and 2 KV heads, and one runner of the lane."""
 
     head_dim: int = 64
     group: int = 4
@@ -241,7 +241,7 @@ def test_a_smaller_radius_ranks_by_the_middle_of_a_block():
     sequence.check(0, budgets, radius=0.25)
 
 
-def test_a_slot_does_one_task_after_another():
+def test_a_runner_does_one_task_after_another():
     sequence = Sequence()
     for level, budgets in [(0, [9, 9, 9, 9]), (-1, [0] * 4), (3, [1, 0, 0, 0]), (0, [1, 2, 3, 4])]:
         sequence.check(level, budgets)

@@ -70,7 +70,7 @@ def _floats(address: int, count: int) -> Tensor:
 
 
 class _Machine:
-    """A board in ordinary memory, a thread that plays the GPU's graph, and a lane of one slot."""
+    """A board in ordinary memory, a thread that plays the GPU's graph, and a lane of one runner."""
 
     def __init__(
         self,
