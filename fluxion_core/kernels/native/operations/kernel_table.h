@@ -40,22 +40,22 @@ struct PartialState {
 
 constexpr int kTileRows = 16;  // queries of one KV head that go through a prompt's blocks together
 constexpr int kNeedsBlocks = 8;  // that they go through at a time: a block of the largest size
-constexpr uint8_t kWindowSlot = 0, kNoSlot = 255;
+constexpr uint8_t kWindowBin = 0, kNoBin = 255;
 
-// Rows of one KV head, and what they have drawn so far from a prompt's blocks, by slot.
+// Rows of one KV head, and what they have drawn so far from a prompt's blocks, by bin.
 //   query        [rows][head_dim], unscaled
 //   seen         [rows] the first tokens of the prompt that a row sees
-//   slots        [level][rows][slots_stride[level]] of each block of the level, where its 16-token
+//   bins         [level][rows][bins_stride[level]] of each block of the level, where its 16-token
 //                blocks' sums go; level 0 says which of these are the window's, which go nowhere else
 //   highest      [rows] highest score, in base 2; -inf before the first block
-//   masses       [rows][num_slots] sums of weights, relative to the highest
-//   sums         [rows][num_slots][sums_stride] weighted values, in any order of channels
+//   masses       [rows][num_bins] sums of weights, relative to the highest
+//   sums         [rows][num_bins][sums_stride] weighted values, in any order of channels
 struct NeedsTile {
   const float* query;
-  int32_t rows, head_dim, num_slots;
+  int32_t rows, head_dim, num_bins;
   const int32_t* seen;
-  const uint8_t* slots[kLevels];
-  int64_t slots_stride[kLevels];
+  const uint8_t* bins[kLevels];
+  int64_t bins_stride[kLevels];
   float* highest;
   float* masses;
   float* sums;

@@ -1,8 +1,8 @@
-// What some queries of a prompt's end draw from its blocks, by slot: the weights and weighted values of
+// What some queries of a prompt's end draw from its blocks, by bin: the weights and weighted values of
 // the blocks that belong together. fluxion_core/kernels/native/plan/prompt_needs.h says which do.
 //
 // The blocks are gone through once, with the products of sparse attention and one softmax for all of a
-// row's slots. Sums keep the even channels of a chunk before its odd ones: only norms of them are asked
+// row's bins. Sums keep the even channels of a chunk before its odd ones: only norms of them are asked
 // for.
 #pragma once
 
@@ -18,18 +18,18 @@ inline void set_zero(float* to, int32_t count) {
   for (int32_t i = 0; i < count; i += F32::kLanes) store(to + i, zero());
 }
 
-inline void add_to_slot(const fluxion::NeedsTile& tile, int row, uint8_t slot, float mass,
+inline void add_to_bin(const fluxion::NeedsTile& tile, int row, uint8_t bin, float mass,
                         const float* weighted) {
-  tile.masses[row * tile.num_slots + slot] += mass;
-  add_vector(tile.sums + (int64_t(row) * tile.num_slots + slot) * tile.sums_stride, weighted,
+  tile.masses[row * tile.num_bins + bin] += mass;
+  add_vector(tile.sums + (int64_t(row) * tile.num_bins + bin) * tile.sums_stride, weighted,
              padded_dim(tile.head_dim));
 }
 
-inline void scale_slots(const fluxion::NeedsTile& tile, int row, float factor) {
-  float* masses = tile.masses + row * tile.num_slots;
-  for (int32_t slot = 0; slot < tile.num_slots; ++slot) masses[slot] *= factor;
-  float* sums = tile.sums + int64_t(row) * tile.num_slots * tile.sums_stride;
-  const int64_t count = int64_t(tile.num_slots) * tile.sums_stride;
+inline void scale_bins(const fluxion::NeedsTile& tile, int row, float factor) {
+  float* masses = tile.masses + row * tile.num_bins;
+  for (int32_t bin = 0; bin < tile.num_bins; ++bin) masses[bin] *= factor;
+  float* sums = tile.sums + int64_t(row) * tile.num_bins * tile.sums_stride;
+  const int64_t count = int64_t(tile.num_bins) * tile.sums_stride;
   for (int64_t i = 0; i < count; i += F32::kLanes) {
     store(sums + i, mul(load(sums + i), broadcast(factor)));
   }
@@ -44,7 +44,7 @@ inline void weigh(const fluxion::NeedsTile& tile, int row, float* const* scores,
   }
   const float before = tile.highest[row], top = highest(tops);
   const float now = top > before ? top : before;
-  if (now != before) scale_slots(tile, row, __builtin_exp2f(before - now));
+  if (now != before) scale_bins(tile, row, __builtin_exp2f(before - now));
   tile.highest[row] = now;
   for (int32_t b = 0; b < count; ++b) {
     F32 added = zero();
@@ -57,14 +57,14 @@ inline void weigh(const fluxion::NeedsTile& tile, int row, float* const* scores,
   }
 }
 
-// What one row draws from a few blocks, to the slots of all levels. The sums are used up.
+// What one row draws from a few blocks, to the bins of all levels. The sums are used up.
 inline void add_to_levels(const fluxion::NeedsTile& tile, int row, int32_t index, int32_t count,
                           float* masses, float** sums) {
   const int32_t width = padded_dim(tile.head_dim);
-  const uint8_t* slots = tile.slots[0] + row * tile.slots_stride[0] + index;
+  const uint8_t* bins = tile.bins[0] + row * tile.bins_stride[0] + index;
   for (int32_t b = 0; b < count; ++b) {
-    add_to_slot(tile, row, slots[b], masses[b], sums[b]);
-    if (slots[b] != fluxion::kWindowSlot) continue;
+    add_to_bin(tile, row, bins[b], masses[b], sums[b]);
+    if (bins[b] != fluxion::kWindowBin) continue;
     masses[b] = 0.0f;
     set_zero(sums[b], width);
   }
@@ -77,9 +77,9 @@ inline void add_to_levels(const fluxion::NeedsTile& tile, int row, int32_t index
       }
       sums[b] = sums[2 * b];
       masses[b] = masses[2 * b];
-      const uint8_t slot =
-          tile.slots[level][row * tile.slots_stride[level] + (index >> level) + b];
-      if (slot != fluxion::kNoSlot) add_to_slot(tile, row, slot, masses[b], sums[b]);
+      const uint8_t bin =
+          tile.bins[level][row * tile.bins_stride[level] + (index >> level) + b];
+      if (bin != fluxion::kNoBin) add_to_bin(tile, row, bin, masses[b], sums[b]);
     }
     count = pairs;
   }

@@ -12,8 +12,8 @@ namespace {
 // After those of attention, plans and the dense part; fluxion_core/pool/spans.py has its name.
 constexpr int32_t kProfilePhase = 13;
 
-constexpr int32_t kUnreadSlot = 1 + kNeedsBudgets;  // of blocks of 16 tokens that no budget reads
-constexpr int32_t kSlots = 2 + kLevels * kNeedsBudgets;
+constexpr int32_t kUnreadBin = 1 + kNeedsBudgets;  // of blocks of 16 tokens that no budget reads
+constexpr int32_t kBins = 2 + kLevels * kNeedsBudgets;
 constexpr size_t kErrors = size_t(kLevels) * (1 + kNeedsBudgets);
 constexpr int32_t kScoredRows = 4;     // whose scores are held at a time
 constexpr int64_t kRecordsAtOnce = 8;  // scored likewise
@@ -25,15 +25,15 @@ constexpr float kLn2 = 0.69314718055994530942f;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // Of the blocks of a level: the first `read` budgets from the largest one down take a block.
-uint8_t slot_of(int level, int32_t read) {
+uint8_t bin_of(int level, int32_t read) {
   const int32_t place = kNeedsBudgets - read;
   if (level == 0) return uint8_t(1 + place);
-  if (read == 0) return kNoSlot;
-  return uint8_t(kUnreadSlot + 1 + (level - 1) * kNeedsBudgets + place);
+  if (read == 0) return kNoBin;
+  return uint8_t(kUnreadBin + 1 + (level - 1) * kNeedsBudgets + place);
 }
 
-int32_t first_slot(int level) {
-  return level == 0 ? 1 : kUnreadSlot + 1 + (level - 1) * kNeedsBudgets;
+int32_t first_bin(int level) {
+  return level == 0 ? 1 : kUnreadBin + 1 + (level - 1) * kNeedsBudgets;
 }
 
 int64_t level_tokens(int level) { return int64_t(kBlockTokens) << level; }
@@ -126,11 +126,11 @@ void PromptNeeds::begin_tile(Tile& tile, const float* query) const {
   }
   for (int level = 0; level < kLevels; ++level) {
     const int64_t blocks = ceil_div(num_tokens_, level_tokens(level));
-    tile.slots[size_t(level)].assign(rows * size_t(blocks), level == 0 ? kWindowSlot : kNoSlot);
+    tile.bins[size_t(level)].assign(rows * size_t(blocks), level == 0 ? kWindowBin : kNoBin);
   }
   tile.highest.assign(rows, -kInfinity);
-  tile.masses.assign(rows * kSlots, 0.0f);
-  tile.sums.assign(rows * size_t(kSlots * sums_stride_), 0.0f);
+  tile.masses.assign(rows * kBins, 0.0f);
+  tile.sums.assign(rows * size_t(kBins * sums_stride_), 0.0f);
   tile.bound_lse.assign(rows, -kInfinity);
   tile.bound_1st.assign(rows, -kInfinity);
   tile.moments.assign(tile.has_moments ? size_t(2 * sums_stride_ + 2) : 0, 0.0);
@@ -234,11 +234,11 @@ int64_t PromptNeeds::select(Tile& tile) const {
       taken = most;
     }
     const int64_t blocks = ceil_div(num_tokens_, level_tokens(level));
-    uint8_t* slots = tile.slots[size_t(level)].data() + row * blocks + first;
+    uint8_t* bins = tile.bins[size_t(level)].data() + row * blocks + first;
     for (int64_t i = 0; i < count; ++i) {
       int32_t read = 0;
       for (const float limit : lowest) read += scores[i] >= limit;
-      slots[i] = slot_of(level, read);
+      bins[i] = bin_of(level, read);
     }
     work += count / kOrderedOfWork;
   }
@@ -267,11 +267,11 @@ int64_t PromptNeeds::read(Tile& tile) const {
   needs.query = tile.query.data();
   needs.rows = tile.rows;
   needs.head_dim = int32_t(layout_.head_dim);
-  needs.num_slots = kSlots;
+  needs.num_bins = kBins;
   needs.seen = tile.seen.data();
   for (int level = 0; level < kLevels; ++level) {
-    needs.slots[level] = tile.slots[size_t(level)].data();
-    needs.slots_stride[level] = ceil_div(num_tokens_, level_tokens(level));
+    needs.bins[level] = tile.bins[size_t(level)].data();
+    needs.bins_stride[level] = ceil_div(num_tokens_, level_tokens(level));
   }
   needs.highest = tile.highest.data();
   needs.masses = tile.masses.data();
@@ -297,33 +297,33 @@ int64_t PromptNeeds::read(Tile& tile) const {
 int64_t PromptNeeds::compare(Tile& tile) {
   const int64_t dim = sums_stride_;
   const int32_t row = tile.row;
-  const float* masses = tile.masses.data() + row * kSlots;
-  const float* sums = tile.sums.data() + row * kSlots * dim;
+  const float* masses = tile.masses.data() + row * kBins;
+  const float* sums = tile.sums.data() + row * kBins * dim;
   const int64_t head = tile.kv_head * group_ + (tile.first_row + row) % group_;
   const size_t at = size_t(query_of(tile, row) * heads_ + head);
   std::vector<float> full(sums, sums + dim), part;
   float region_mass = 0.0f;
-  for (int32_t slot = 1; slot <= kUnreadSlot; ++slot) {
-    region_mass += masses[slot];
-    for (int64_t i = 0; i < dim; ++i) full[size_t(i)] += sums[slot * dim + i];
+  for (int32_t bin = 1; bin <= kUnreadBin; ++bin) {
+    region_mass += masses[bin];
+    for (int64_t i = 0; i < dim; ++i) full[size_t(i)] += sums[bin * dim + i];
   }
-  for (float& value : full) value /= masses[kWindowSlot] + region_mass;
+  for (float& value : full) value /= masses[kWindowBin] + region_mass;
   const std::vector<float> nothing(size_t(dim), 0.0f);
   norms_[at] = distance(full.data(), 1.0f, nothing.data(), dim);
   float* errors = errors_.data() + at * kErrors;
   for (int level = 0; level < kLevels; ++level) {
     part.assign(sums, sums + dim);
-    float mass = masses[kWindowSlot];
+    float mass = masses[kWindowBin];
     for (int32_t budget = 0; budget <= kNeedsBudgets; ++budget) {
       if (budget > 0) {
-        const int32_t slot = first_slot(level) + budget - 1;
-        mass += masses[slot];
-        for (int64_t i = 0; i < dim; ++i) part[size_t(i)] += sums[slot * dim + i];
+        const int32_t bin = first_bin(level) + budget - 1;
+        mass += masses[bin];
+        for (int64_t i = 0; i < dim; ++i) part[size_t(i)] += sums[bin * dim + i];
       }
       *errors++ = distance(part.data(), 1.0f / std::max(mass, kTinyMass), full.data(), dim);
     }
   }
-  const float window_log = std::log(std::max(masses[kWindowSlot], kTinyMass));
+  const float window_log = std::log(std::max(masses[kWindowBin], kTinyMass));
   const float window_lse = window_log + tile.highest[size_t(row)] * kLn2;
   masses_[at] = clip(std::log(region_mass) - window_log);
   bound_lse_[at] = clip(tile.bound_lse[size_t(row)] - window_lse +

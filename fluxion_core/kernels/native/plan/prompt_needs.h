@@ -68,7 +68,7 @@ class PromptNeeds final : public Work {
     bool has_moments;  // the first of its KV head
     std::vector<float> query;
     std::vector<int32_t> seen;
-    std::array<std::vector<uint8_t>, kLevels> slots;
+    std::array<std::vector<uint8_t>, kLevels> bins;
     std::vector<float> highest, masses, sums, bound_lse, bound_1st;
     std::vector<double> moments;  // sums of keys, of values; then their squares
     std::vector<float> scores, order;
