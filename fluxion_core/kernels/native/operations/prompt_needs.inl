@@ -19,7 +19,7 @@ inline void set_zero(float* to, int32_t count) {
 }
 
 inline void add_to_bin(const fluxion::NeedsTile& tile, int row, uint8_t bin, float mass,
-                        const float* weighted) {
+                       const float* weighted) {
   tile.masses[row * tile.num_bins + bin] += mass;
   add_vector(tile.sums + (int64_t(row) * tile.num_bins + bin) * tile.sums_stride, weighted,
              padded_dim(tile.head_dim));
@@ -77,8 +77,7 @@ inline void add_to_levels(const fluxion::NeedsTile& tile, int row, int32_t index
       }
       sums[b] = sums[2 * b];
       masses[b] = masses[2 * b];
-      const uint8_t bin =
-          tile.bins[level][row * tile.bins_stride[level] + (index >> level) + b];
+      const uint8_t bin = tile.bins[level][row * tile.bins_stride[level] + (index >> level) + b];
       if (bin != fluxion::kNoBin) add_to_bin(tile, row, bin, masses[b], sums[b]);
     }
     count = pairs;
