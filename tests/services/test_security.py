@@ -253,16 +253,24 @@ def faulty_client(site: Site, fault: str) -> ClientSettings:
 
 
 @pytest.mark.parametrize("fault", HANDOFF_FAULTS)
-async def test_no_kv_moves_to_a_node_that_cannot_show_who_it_is(site: Site, fault: str):
+async def test_no_kv_moves_to_a_node_that_cannot_show_who_it_is(
+    site: Site, fault: str, monkeypatch: pytest.MonkeyPatch
+):
+    check_client = decode_node.check_client
+
+    def check_before_it_expires(*client) -> None:
+        # It is good when the node starts, and has expired before the node first shows it.
+        check_client(*client)
+        site.authority.issue("decode-old", valid_for=timedelta(minutes=-1))
+
+    if fault == "an expired certificate":
+        monkeypatch.setattr(decode_node, "check_client", check_before_it_expires)
     settings = decode_settings(site.model)
     prefill = PrefillSettings(addresses=(site.prefill.address,), client=faulty_client(site, fault))
     prompts = site.prefill.log().count(" prompt ")
     async with running_node(
         decode_node.serve, settings.model_copy(update={"prefill": prefill})
     ) as node:
-        if fault == "an expired certificate":
-            # It was good when the node started.
-            site.authority.issue("decode-old", valid_for=timedelta(minutes=-1))
         async with generation_stub(node.address) as stub:
             request = generate_pb2.GenerateRequest(text=PROMPT)
             with pytest.raises(grpc.aio.AioRpcError) as failure:
