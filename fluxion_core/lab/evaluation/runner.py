@@ -15,6 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,7 @@ from fluxion_core.kvstore.sequence import SequenceKv
 from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.lab.evaluation.case import Case
 from fluxion_core.lab.evaluation.metrics import score
+from fluxion_core.lab.evaluation.turns import Turns
 from fluxion_core.lab.evaluation.work import (
     EXACT,
     Answer,
@@ -74,6 +76,8 @@ class Runner:
         batch: sequences decoded together, at most; as many as the step takes.
         planner: of the step, for policies that need head profiles.
         window: the default window, of the step too.
+
+    Where the step has a GPU, prompts and steps take turns: both may be on the same one.
     """
 
     def __init__(
@@ -89,6 +93,10 @@ class Runner:
         window: WindowSpec | None = None,
     ) -> None:
         self._decode_step, self._store, self._prompts = step, store, prompts
+        turns = Turns()
+        self._turn: Callable[[], AbstractContextManager[None]] = (
+            turns.take if step.usage is not None else nullcontext
+        )
         self._tokenizer = tokenizer
         self._context_tokens = config.context_tokens
         self._stops = frozenset(tokenizer.eos_token_ids) | frozenset(config.eos_token_ids)
@@ -163,9 +171,10 @@ class Runner:
             )
         started = time.perf_counter()
         needs_profiles = any(way.policy.needs_profile for way in work.ways)
-        prompt = self._prompts.make(
-            case.prompt_token_ids, profile_window=self._window if needs_profiles else None
-        )
+        with self._turn():
+            prompt = self._prompts.make(
+                case.prompt_token_ids, profile_window=self._window if needs_profiles else None
+            )
         self.statistics.prefills += 1
         self.statistics.prefill_seconds += time.perf_counter() - started
         known = work.exact_token_ids
@@ -192,7 +201,8 @@ class Runner:
                     return None
                 releases = self._num_releases
             try:
-                kv = prompt.store_into(self._store, case.prompt_token_ids, case.max_new_tokens)
+                with self._turn():
+                    kv = prompt.store_into(self._store, case.prompt_token_ids, case.max_new_tokens)
             except CapacityError:
                 if not self._wait_for_release(releases):
                     raise
@@ -239,7 +249,8 @@ class Runner:
         if not rows:
             return finished
         started = time.perf_counter()
-        logits, reads = self._decode_step.run(list(rows.values()))
+        with self._turn():
+            logits, reads = self._decode_step.run(list(rows.values()))
         samplers = [branch.sampler for branch in rows]
         chosen = sample_rows(logits, samplers, self._decode_step.pool)
         for branch, token, own, read in zip(rows, chosen, logits, reads, strict=True):
