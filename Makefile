@@ -5,6 +5,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 NATIVE := $(shell find fluxion_core/kernels/native -type f 2>/dev/null)
+NATIVE_SOURCES := $(filter %.h %.cpp %.inl,$(NATIVE)) tests/fluxion_core/pool/task_pool_harness.cpp
 
 # What is silent for long, with a dot a second: $(call patiently,WHAT,COMMAND)
 define patiently
@@ -26,6 +27,7 @@ load: $(VENV)/.tested  ## what takes many minutes: 64 streams at a time, 8,000 t
 lint: $(VENV)/.tested  ## formatting, lint, types, imports; stubs, dashboards and picture fresh; the site
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE_SOURCES)
 	$(BIN)/mypy
 	$(BIN)/mypy examples
 	$(BIN)/lint-imports
@@ -40,6 +42,7 @@ lint: $(VENV)/.tested  ## formatting, lint, types, imports; stubs, dashboards an
 format: $(VENV)/.tested
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i $(NATIVE_SOURCES)
 
 bench: $(VENV)/.installed  ## figures of this machine
 	$(BIN)/fluxion bench handoff

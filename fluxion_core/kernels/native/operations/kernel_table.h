@@ -135,8 +135,7 @@ struct KernelTable {
                      const float* panels, const float* bias, int32_t num_panels, bool relu,
                      float* output, int64_t output_stride);
   // Of scores[0 .. count) times `scale`; count is at least 1.
-  void (*bound_statistics)(const float* scores, int32_t count, float scale,
-                           BoundStatistics* found);
+  void (*bound_statistics)(const float* scores, int32_t count, float scale, BoundStatistics* found);
   // dense_rows with weights in bf16; everything else is fp32.
   void (*dense_rows_bf16)(const float* input, int64_t input_stride, int32_t rows, int32_t depth,
                           const uint16_t* panels, const float* bias, int32_t num_panels, bool relu,

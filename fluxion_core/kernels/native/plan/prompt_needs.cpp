@@ -120,7 +120,8 @@ void PromptNeeds::begin_tile(Tile& tile, const float* query) const {
   tile.query.resize(rows * size_t(dim));
   tile.seen.resize(rows);
   for (int32_t row = 0; row < tile.rows; ++row) {
-    const int64_t q = query_of(tile, row), head = tile.kv_head * group_ + (tile.first_row + row) % group_;
+    const int64_t q = query_of(tile, row),
+                  head = tile.kv_head * group_ + (tile.first_row + row) % group_;
     std::copy_n(query + (q * heads_ + head) * dim, dim, tile.query.data() + row * dim);
     tile.seen[size_t(row)] = int32_t(num_tokens_ - rows_ + q + 1);
   }
@@ -215,8 +216,8 @@ int64_t PromptNeeds::select(Tile& tile) const {
     float* scores = tile.scores.data() + inside * stride + (first - of_level.first * width);
     if (level == kLevels - 1) {
       BoundStatistics found;
-      kernels().bound_statistics(scores, int32_t(count),
-                                 1.0f / std::sqrt(float(layout_.head_dim)), &found);
+      kernels().bound_statistics(scores, int32_t(count), 1.0f / std::sqrt(float(layout_.head_dim)),
+                                 &found);
       tile.bound_lse[size_t(row)] = found.lse;
       tile.bound_1st[size_t(row)] = found.best[0];
     }
@@ -326,8 +327,8 @@ int64_t PromptNeeds::compare(Tile& tile) {
   const float window_log = std::log(std::max(masses[kWindowBin], kTinyMass));
   const float window_lse = window_log + tile.highest[size_t(row)] * kLn2;
   masses_[at] = clip(std::log(region_mass) - window_log);
-  bound_lse_[at] = clip(tile.bound_lse[size_t(row)] - window_lse +
-                        std::log(float(level_tokens(kLevels - 1))));
+  bound_lse_[at] =
+      clip(tile.bound_lse[size_t(row)] - window_lse + std::log(float(level_tokens(kLevels - 1))));
   bound_1st_[at] = clip(tile.bound_1st[size_t(row)] - window_lse);
   if (++tile.row == tile.rows) tile.stage = Stage::kDone;
   return kComparedWork;
@@ -392,9 +393,9 @@ void PromptNeeds::write_moments(const Tile& tile, float* to) const {
     }
     means[part] = float(std::sqrt(of_mean)) / scales[part];
   }
-  const uint16_t* first_value =
-      reinterpret_cast<const uint16_t*>(layout_.blocks(uintptr_t(slabs_[0]), layer_, tile.kv_head)) +
-      kBlockTokens * layout_.head_dim;
+  const uint16_t* first_value = reinterpret_cast<const uint16_t*>(
+                                    layout_.blocks(uintptr_t(slabs_[0]), layer_, tile.kv_head)) +
+                                kBlockTokens * layout_.head_dim;
   std::vector<double> values(size_t(sums_stride_), 0.0);
   double squares = 0.0;
   kernels().add_moments(first_value, 1, int32_t(layout_.head_dim), values.data(), &squares);
