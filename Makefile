@@ -4,6 +4,8 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
+# A comma of its own would end an argument of `patiently`.
+FOR_TESTS := .[test,docs]
 NATIVE := $(shell find fluxion_core/kernels/native -type f 2>/dev/null)
 NATIVE_SOURCES := $(filter %.h %.cpp %.inl,$(NATIVE)) tests/fluxion_core/pool/task_pool_harness.cpp
 
@@ -108,7 +110,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt $(NATIVE) | $(VENV)/bin/pytho
 
 $(VENV)/.tested: $(VENV)/.installed
 	$(call patiently,Installing what tests need into $(VENV),PIP_CONSTRAINT=constraints.txt \
-	  $(BIN)/python -m pip install --disable-pip-version-check -q -e '.[test,docs]')
+	  $(BIN)/python -m pip install --disable-pip-version-check -q -e '$(FOR_TESTS)')
 	@touch $@
 
 clean:
