@@ -1,6 +1,6 @@
 """The profile of a prompt that was computed here: made from the store, in slices between steps.
 
-The numbers are those of `predictor.prompt_estimate`, which is for whoever has the KV at hand in
+The numbers are those of `planning.prompt_estimate`, which is for whoever has the KV at hand in
 float32 and nobody waiting. Here K and V are read in place by the CPU pool's threads
 (kernels/native/plan/prompt_needs.h), and whoever runs steps says how much is done at a time, so
 that streams go on meanwhile.
