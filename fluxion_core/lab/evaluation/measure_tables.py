@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fluxion_core.config.commands import Command, run_module
 from fluxion_core.errors import ConfigError
 from fluxion_core.lab.evaluation.render import table
 
@@ -126,5 +128,17 @@ _TABLES: Mapping[str, Callable[[Mapping[str, Report]], list[str]]] = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class MeasureTables(Command):
+    """Print what was measured of both bodies of a step, side by side, as Markdown."""
+
+    directory: Path = field(kw_only=False)
+    """The --output of `measure`."""
+
+    def __call__(self) -> None:
+        """Print the tables."""
+        print(side_by_side(self.directory))
+
+
 if __name__ == "__main__":
-    print(side_by_side(Path(sys.argv[1])))
+    sys.exit(run_module(MeasureTables))

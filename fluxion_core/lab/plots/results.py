@@ -10,10 +10,12 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pydantic import TypeAdapter
 
+from fluxion_core.config.commands import Command, run_module
 from fluxion_core.lab.benchmark.serve import LoadFigures
 from fluxion_core.lab.evaluation.agreement import AgreementRow
 from fluxion_core.lab.evaluation.divergence import DivergenceRow
@@ -93,6 +95,18 @@ def _read(path: Path) -> Mapping[str, object]:
     return TypeAdapter(dict[str, object]).validate_python(json.loads(path.read_text()))
 
 
+@dataclass(frozen=True, kw_only=True)
+class ResultPlots(Command):
+    """Draw every plot of results again, from the figures beside it."""
+
+    results: Path = field(default=RESULTS, kw_only=False)
+    """Directory with a folder for each result."""
+
+    def __call__(self) -> None:
+        """Draw, and say what was drawn."""
+        for made in draw_all(self.results):
+            print(made)
+
+
 if __name__ == "__main__":
-    for made in draw_all(*map(Path, sys.argv[1:])):
-        print(made)
+    sys.exit(run_module(ResultPlots))
