@@ -112,6 +112,11 @@ def _announce(decode: NodePlan, gateway: GatewayPlan | None, console: Console) -
     flags += " --tls-ca CA.crt" if decode.uses_tls else ""
     flags += " --token-file FILE" if decode.wants_token else ""
     console.print(f"Ready at {decode.address}. In another terminal:", style="bold green")
-    console.print(f'  fluxion generate{flags} "Why is the sky dark at night?"', highlight=False)
+    # A command that is to be copied stays one line, however narrow the terminal is.
+    console.print(
+        f'  fluxion generate{flags} "Why is the sky dark at night?"',
+        highlight=False,
+        soft_wrap=True,
+    )
     if gateway is not None:
         console.print(f"OpenAI API at http://{gateway.address}/v1", style="bold green")

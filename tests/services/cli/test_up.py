@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,17 @@ async def test_both_nodes_serve_until_a_signal_and_then_drain(
     for line in ("prefill │ serving, pid", "decode  │ serving, pid", "decode  │ drained"):
         assert line in printed
     assert printed.index("decode  │ drained") < printed.index("prefill │ drained")
+
+
+async def test_the_command_to_copy_is_one_line_in_a_narrow_terminal(plan_fake_node: PlanFakeNode):
+    decode = replace(plan_fake_node("decode", DECODE_SERVICE), uses_tls=True, wants_token=True)
+    output = WatchedOutput("at night?", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    await run_nodes((decode,), Console(file=output, width=40), ready_seconds=60)
+    command = (
+        f"  fluxion generate --address {decode.address} --tls-ca CA.crt --token-file FILE "
+        '"Why is the sky dark at night?"'
+    )
+    assert command in output.getvalue().splitlines()
 
 
 async def test_a_node_that_fails_at_start_ends_the_other_and_says_why(plan_fake_node: PlanFakeNode):
