@@ -32,7 +32,8 @@ def _section(section: str) -> Iterator[str]:
                 if not option.startswith(f"* `{_OF_ALL}"):
                     yield _option(" ".join(option.split()))
         elif block.startswith("**"):
-            yield "" if block.startswith(("**Parameters", "**Arguments")) else block + "\n\n"
+            # Without the empty line a group's name would be the last option's text.
+            yield "" if block.startswith(("**Parameters", "**Arguments")) else f"\n{block}\n\n"
         else:
             yield paragraph(block) + "\n\n"
 

@@ -169,3 +169,12 @@ def test_every_extra_is_in_the_table_of_the_installation():
     ]
     page = (ROOT / "docs" / "guides" / "install.md").read_text()
     assert set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == set(extras)
+
+
+def test_what_follows_a_list_is_no_part_of_its_last_item() -> None:
+    swallowed = re.compile(r"^(?:- |  ).*\n([^\s\-*|<`\d].*|\*\*.*)$", re.MULTILINE)
+
+    def find(page: Path, text: str) -> list[str]:
+        return swallowed.findall(_CODE.sub("", text))
+
+    assert not faults(find)
