@@ -38,6 +38,7 @@ _FILE = re.compile(
     r"(?<![\w/.<$~-])((?:[\w.*-]+/)+[\w.*-]+\.[a-z]\w*|[\w*-]+\.(?:py|md|toml|ya?ml))\b"
 )
 _MODULE = re.compile(r"\b((?:fluxion_core|services|tests)(?:\.[a-zA-Z_]\w*)+)")
+_CLASS = re.compile(r"`(_?(?:[A-Z][a-z0-9]+){2,})`")
 _MAKE = re.compile(r"(?:`|^\$ )make ([a-z-]+)", re.MULTILINE)
 _EXAMPLE = re.compile(r"out/.*|.*\b(NAME|LEVAL|LONGBENCH|MODEL)\b.*")
 _WRITTEN = re.compile(r"https?://\S+|--(json|markdown|plot|journal|out|png|config)[= ]\S+")
@@ -146,6 +147,16 @@ def test_modules_that_pages_name_are_there():
     )
 
 
+def test_classes_and_messages_that_pages_name_are_there():
+    sources = (ROOT / path for path in files() if path.endswith((".py", ".h", ".cpp", ".proto")))
+    known = set().union(*(re.findall(r"\w+", path.read_text()) for path in sources))
+
+    def missing(page: Path, text: str) -> set[str]:
+        return set() if page == CHANGELOG else set(_CLASS.findall(text)) - known
+
+    assert faults(missing) == {}
+
+
 def test_verbs_of_make_that_pages_name_are_there():
     verbs = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert faults(lambda _, text: set(_MAKE.findall(text)) - verbs) == {}
@@ -171,10 +182,7 @@ def test_every_extra_is_in_the_table_of_the_installation():
     assert set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == set(extras)
 
 
-def test_what_follows_a_list_is_no_part_of_its_last_item() -> None:
+def test_what_follows_a_list_is_no_part_of_its_last_item():
     swallowed = re.compile(r"^(?:- |  ).*\n([^\s\-*|<`\d].*|\*\*.*)$", re.MULTILINE)
 
-    def find(page: Path, text: str) -> list[str]:
-        return swallowed.findall(_CODE.sub("", text))
-
-    assert not faults(find)
+    assert faults(lambda _, text: swallowed.findall(_CODE.sub("", text))) == {}
