@@ -212,6 +212,7 @@ class AsyncClient:
             except grpc.aio.AioRpcError as error:
                 failure = client_error(error)
             await asyncio.sleep(attempts.delay_after(failure))
+            channel = await self._connected()
 
     async def _connected(self) -> grpc.aio.Channel:
         async with self._connecting:

@@ -213,6 +213,7 @@ class Client:
             except grpc.RpcError as error:
                 failure = client_error(error)
             time.sleep(attempts.delay_after(failure))
+            channel = self._connected()
 
     def _connected(self) -> grpc.Channel:
         with self._connecting:

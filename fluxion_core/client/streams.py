@@ -101,6 +101,9 @@ class GenerationStream:
                 raise RequestCancelledError(CANCELLED)
             if self._call is None:
                 self._call = self._start(self._state.seconds_left)
+                if self._cancelled.is_set():
+                    # While it connected, when there was no call to end.
+                    raise RequestCancelledError(CANCELLED)
             self._state.take(next(self._call))
             return
         except StopIteration:
@@ -202,6 +205,9 @@ class AsyncGenerationStream:
             if self._responses is None:
                 self._call = await self._start(self._state.seconds_left)
                 self._responses = aiter(self._call)
+                if self._cancelled.is_set():
+                    # While it connected, when there was no call to end.
+                    raise RequestCancelledError(CANCELLED)
             self._state.take(await anext(self._responses))
             return
         except StopAsyncIteration:

@@ -26,7 +26,11 @@ from fluxion_core.client import (
     GenerationStream,
     Progress,
     RetryPolicy,
+    asynchronous,
+    blocking,
 )
+from fluxion_core.client.connection import connect, connect_blocking
+from fluxion_core.client.retry import Attempts
 from fluxion_core.client.stream_state import StreamState
 from fluxion_core.errors import (
     CapacityError,
@@ -304,6 +308,55 @@ async def test_cancel_ends_the_wait_for_the_next_attempt(
         with pytest.raises(RequestCancelledError):
             await anext(stream)
     assert len(scripted.requests) == 2
+
+
+async def test_cancel_while_a_stream_connects_is_no_less_heard(
+    scripted: ScriptedNode, monkeypatch: pytest.MonkeyPatch
+):
+    def connect_then_cancel(*arguments):
+        channel = connect_blocking(*arguments)
+        blocking_stream.cancel()
+        return channel
+
+    async def connect_then_cancel_async(*arguments):
+        channel = await connect(*arguments)
+        stream.cancel()
+        return channel
+
+    monkeypatch.setattr(blocking, "connect_blocking", connect_then_cancel)
+    monkeypatch.setattr(asynchronous, "connect", connect_then_cancel_async)
+    with Client(scripted.address) as client:
+        blocking_stream = client.stream("Why?")
+        with pytest.raises(RequestCancelledError, match="by this client"):
+            await in_thread(next, blocking_stream)
+    async with AsyncClient(scripted.address) as client:
+        stream = client.stream("Why?")
+        with pytest.raises(RequestCancelledError, match="by this client"):
+            await anext(stream)
+
+
+async def test_a_client_closed_before_the_next_attempt_makes_none(
+    scripted: ScriptedNode, monkeypatch: pytest.MonkeyPatch
+):
+    scripted.scripts = [UNAVAILABLE]
+
+    def closing(attempts: Attempts, failure: FluxionError) -> float:
+        closers.pop()()
+        return 0.0
+
+    monkeypatch.setattr(Attempts, "delay_after", closing)
+    with Client(scripted.address) as client:
+        closers = [client.close]
+        with pytest.raises(InvalidRequestError, match="was closed"):
+            await in_thread(client.tokenize, "a")
+    async with AsyncClient(scripted.address) as client:
+        closing_tasks = []
+        closers = [
+            lambda: closing_tasks.append(asyncio.create_task(client.close())),
+        ]
+        with pytest.raises(InvalidRequestError, match="was closed"):
+            await client.tokenize("a")
+        await asyncio.gather(*closing_tasks)
 
 
 async def test_closing_a_client_ends_who_reads_from_it_elsewhere(scripted: ScriptedNode):
