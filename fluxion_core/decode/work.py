@@ -213,7 +213,7 @@ class RowAttention:
         work = self._work
         work.append.append(layer, _host_rows(key), _host_rows(value))
         rows = _host_rows(query)
-        # Arrays that live until `wait` returns.
+        # The pool holds on to the arrays until `wait` returns.
         work.tasks.submit(
             self._pool.native,
             layer,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -237,6 +238,158 @@ def test_attention_refuses_what_does_not_fit():
         attention().submit(pool, 2, query, output, lse, 0)
 
 
+def given(*, layers: int = 1, kv_heads: int = 2, heads: int = HEADS) -> _native.GivenPlans:
+    return _native.GivenPlans(int32s(layers, kv_heads), int32s(layers, heads))
+
+
+class StoredSequence:
+    """300 tokens of zeros, of which 128 to 255 are the region."""
+
+    def __init__(self) -> None:
+        slab_bytes = LAYOUT.slab_bytes
+        self.memory = np.zeros(3 * slab_bytes, np.uint8)
+        first = self.memory.ctypes.data
+        self.table = np.array([first + i * slab_bytes for i in range(3)], np.int64)
+
+    def view(self, begin: int = 128, end: int = 256, tokens: int = 300) -> list[int]:
+        return [self.table.ctypes.data, tokens, begin, end, 1]
+
+    def attention(
+        self, *sources: _native.PlanSource, view: list[int] | None = None
+    ) -> _native.LayerAttention:
+        views = np.array([view or self.view()] * len(sources), np.int64)
+        return _native.LayerAttention(LAYOUT, views, HEADS, sources)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"kv_heads": 1}, {"heads": 2}, {"heads": 8}, {"layers": 3}], ids=str
+)
+def test_plans_of_a_model_of_another_shape_are_refused(wrong: dict[str, int]):
+    stored = StoredSequence()
+    plans = given(**wrong)
+    recorder = _native.PlanRecorder(given(), wrong.get("kv_heads", 2), wrong.get("heads", 5))
+    levels = int32s(wrong.get("layers", 1), wrong.get("kv_heads", 2))
+    budgets = int32s(wrong.get("layers", 1), wrong.get("heads", HEADS))
+    for source in (plans, recorder, _native.ReplayedPlans(levels, budgets)):
+        with pytest.raises(ValueError, match="another shape"):
+            stored.attention(source)
+    with pytest.raises(ValueError, match="another shape"):
+        stored.attention(_native.ReplayedPlans(int32s(1, 2), int32s(1, HEADS), plans))
+
+
+@pytest.mark.parametrize("level", [-3, 4, 77])
+def test_a_plan_has_a_level_that_there_is_and_no_budget_below_0(level: int):
+    with pytest.raises(ValueError, match="level that there is not"):
+        _native.GivenPlans(int32s(1, 2) + level, int32s(1, HEADS))
+    with pytest.raises(ValueError, match="below 0"):
+        _native.GivenPlans(int32s(1, 2), int32s(1, HEADS) - 1)
+
+
+def test_predicted_plans_have_a_network_and_one_row_of_one_step():
+    stored = StoredSequence()
+
+    def planner_of(layers: int, heads: int, seed: int | None) -> _native.Planner:
+        network = None if seed is None else random_network(seed)
+        return make_planner(layers, heads, 2, 16, network=network).native
+
+    def state_of(planner: _native.Planner, layers: int = 2, heads: int = HEADS):
+        return _native.PlannerState(planner, floats(layers * (heads * 38 + 10)))
+
+    planner, bare, deep = (
+        planner_of(2, HEADS, 0),
+        planner_of(2, HEADS, None),
+        planner_of(3, HEADS, 0),
+    )
+    with pytest.raises(ValueError, match="no network"):
+        _native.PredictedPlans(bare, state_of(bare), True, 0.1)
+    with pytest.raises(ValueError, match="another shape than the planner"):
+        _native.PredictedPlans(planner, state_of(deep, layers=3), True, 0.1)
+    with pytest.raises(ValueError, match="another shape"):
+        stored.attention(_native.PredictedPlans(deep, state_of(deep, layers=3), True, 0.1))
+    state = state_of(planner)
+    source = _native.PredictedPlans(planner, state, True, 0.1)
+    first = stored.attention(source)
+    for again in (source, _native.PlanRecorder(source, 2, HEADS)):
+        with pytest.raises(ValueError, match="begins once"):
+            stored.attention(again)
+    with pytest.raises(ValueError, match="share a planner's state"):
+        stored.attention(*(_native.PredictedPlans(planner, state, True, 0.1) for _ in range(2)))
+    other = planner_of(2, HEADS, 1)
+    with pytest.raises(ValueError, match="one planner"):
+        stored.attention(
+            _native.PredictedPlans(planner, state, True, 0.1),
+            _native.PredictedPlans(other, state_of(other), True, 0.1),
+        )
+    del first
+
+
+@pytest.mark.parametrize("region", [(128, 512), (-128, 256), (120, 256), (128, 250)], ids=str)
+def test_a_region_is_of_whole_blocks_of_its_sequence(region: tuple[int, int]):
+    stored = StoredSequence()
+    with pytest.raises(ValueError, match=r"whole blocks of its sequence|below 0"):
+        stored.attention(given(), view=stored.view(*region))
+    with pytest.raises(ValueError, match="without a table"):
+        stored.attention(given(), view=[0, 300, 128, 256, 1])
+
+
+def test_nothing_is_said_of_rows_and_layers_that_there_are_not():
+    stored, pool = StoredSequence(), CpuPool(1).native
+    tasks = stored.attention(given())
+    for ask in (lambda: tasks.plan(0, 0), lambda: tasks.runs(0, 0), tasks.finish_layer):
+        with pytest.raises(ShapeError, match="no layer has been submitted"):
+            ask()
+    tasks.submit(pool, 0, floats(1, HEADS, 16), floats(1, HEADS, 16), floats(1, HEADS), 0)
+    pool.wait()
+    for row, kv_head in ((1, 0), (-1, 0), (0, 2), (0, -1)):
+        for ask_task in (tasks.plan, tasks.runs):
+            with pytest.raises(ShapeError, match=r"row|KV head"):
+                ask_task(row, kv_head)
+    for row in (-1, 1):
+        for ask_row in (tasks.read_bytes, tasks.group_counts):
+            with pytest.raises(ShapeError, match="row"):
+                ask_row(row)
+    for layer in (-1, 2):
+        with pytest.raises(ShapeError, match="layer"):
+            tasks.may_read(layer)
+        with pytest.raises(ShapeError, match="layer"):
+            given(layers=2).plan(layer)
+    with pytest.raises(ShapeError, match="layer"):
+        given().plan(-1)
+
+
+def test_what_a_round_needs_lives_until_it_was_waited_for():
+    stored, pool = StoredSequence(), CpuPool(1).native
+    query, output, lse = floats(1, HEADS, 16), floats(1, HEADS, 16), floats(1, HEADS)
+    alive = weakref.ref(output)
+    tasks = stored.attention(given())
+    tasks.submit(pool, 0, query, output, lse, 1 << 40)
+    with pytest.raises(RuntimeError, match="not waited for"):
+        tasks.submit(pool, 0, query, output, lse, 1 << 40)
+    del tasks, query, output, lse
+    gc.collect()
+    assert alive() is not None
+    pool.wait()
+    gc.collect()
+    assert alive() is None
+
+
+def test_slabs_and_places_in_them_are_of_the_stores_shape():
+    for sizes in ((0, 2, 16, 512, 16), (2, 0, 16, 512, 16), (2, 2, 16, 0, 16)):
+        with pytest.raises(ValueError, match="slab"):
+            _native.SlabLayout(*sizes)
+    for tokens, bits in ((384, 16), (128, 8)):
+        with pytest.raises(ValueError, match="power of two"):
+            _native.SlabLayout(2, 2, 16, tokens, bits)
+    with pytest.raises(ValueError, match="digest_bits"):
+        _native.SlabLayout(2, 2, 16, 512, 3)
+    key, stored = floats(1, 2, 16), StoredSequence()
+    for place in (-1, 128):
+        with pytest.raises(ShapeError, match="token in slab"):
+            _native.append_tokens(
+                LAYOUT, stored.table[:1], int64s(1) + place, 0, key, key, int32s(1)
+            )
+
+
 def test_the_lane_and_the_driver_refuse_what_does_not_fit():
     words = (int64s(32), int64s(1), int64s(4))
     with pytest.raises(ShapeError, match=r"task has shape \[31\]"):
@@ -254,5 +407,14 @@ def test_the_lane_and_the_driver_refuse_what_does_not_fit():
     planner = make_planner(2, HEADS, 2, 16, network=None).native
     with pytest.raises(ShapeError, match="told"):
         _native.DevicePlans(driver, 0, planner, floats(1, HEADS, 2))
+    deeper = make_planner(3, HEADS, 2, 16, network=None).native
+    with pytest.raises(ValueError, match="another shape"):
+        _native.DevicePlans(driver, 0, deeper, floats(3, HEADS, 2))
+    deep = native_layout(replace(GEOMETRY, num_layers=3))
+    other = _native.LayerAttention(deep, int64s(1, 5), HEADS, [None])
+    with pytest.raises(ShapeError, match="other shapes"):
+        driver.run(pool, other, None, False, 1, *lists, 0)
+    with pytest.raises(ShapeError, match="token in slab"):
+        driver.run(pool, attention(), None, False, 1, int64s(1), int64s(1) - 1, int32s(1), 0)
     with pytest.raises(ShapeError, match="row 3"):
         _native.DevicePlans(driver, 3, planner, floats(2, HEADS, 2))

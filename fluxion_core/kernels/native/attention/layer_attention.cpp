@@ -19,6 +19,19 @@ constexpr int32_t kScore = 0, kSelect = 1, kAttend = 2;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+void check_sequence(const SequenceView& sequence) {
+  const int64_t begin = sequence.region_begin, end = sequence.region_end;
+  if (sequence.num_tokens < 0 || begin < 0 || end < 0) {
+    throw std::invalid_argument("a sequence with numbers of tokens below 0");
+  }
+  if (sequence.num_tokens > 0 && sequence.slabs == nullptr) {
+    throw std::invalid_argument("a sequence without a table of slabs");
+  }
+  if (end > begin && (end > sequence.num_tokens || begin % kBlockTokens || end % kBlockTokens)) {
+    throw std::invalid_argument("a region is of whole blocks of its sequence");
+  }
+}
+
 }  // namespace
 
 LayerAttention::LayerAttention(const SlabLayout& layout, const int64_t* sequences, int64_t batch,
@@ -37,6 +50,7 @@ LayerAttention::LayerAttention(const SlabLayout& layout, const int64_t* sequence
   for (int64_t i = 0; i < batch; ++i, sequences += 5) {
     sequences_.push_back({reinterpret_cast<const int64_t*>(sequences[0]), sequences[1],
                           sequences[2], sequences[3], sequences[4]});
+    check_sequence(sequences_.back());
   }
   no_levels_.assign(size_t(layout.kv_heads), kReadNothing);
   no_budgets_.assign(size_t(heads), 0);
@@ -52,7 +66,7 @@ LayerAttention::LayerAttention(const SlabLayout& layout, const int64_t* sequence
     if (!sources_[row]) throw std::invalid_argument("a row with a region has no source of plans");
     const Planner* ranker = sources_[row]->ranker();
     if (ranker) check_shape(*ranker, layout_, heads_);
-    sources_[row]->begin(layout_, int64_t(row), sequences_[row], plan_);
+    sources_[row]->begin(layout_, heads_, int64_t(row), sequences_[row], plan_);
   }
 }
 
@@ -110,6 +124,7 @@ void LayerAttention::prepare(int64_t layer) {
       priorities_[index] = planned_bytes(task);
     }
   }
+  has_begun_ = true;
 }
 
 int64_t LayerAttention::total_priority() const {

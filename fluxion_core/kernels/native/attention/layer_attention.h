@@ -37,13 +37,15 @@ struct GroupCounts {
 class LayerAttention final : public Work {
  public:
   // sequences: [batch] rows of 5 numbers, see SequenceView. sources: [batch], of each row's plans; null
-  // where the row has no region.
+  // where the row has no region. Throws std::invalid_argument for what does not fit together.
   LayerAttention(const SlabLayout& layout, const int64_t* sequences, int64_t batch, int64_t heads,
                  std::vector<std::shared_ptr<PlanSource>> sources);
 
   const SlabLayout& layout() const { return layout_; }
   int64_t batch() const { return int64_t(sequences_.size()); }
   int64_t heads() const { return heads_; }
+  // Whether any layer has been submitted or skipped: before that there is nothing to ask of tasks.
+  bool has_begun() const { return has_begun_; }
 
   // Whether any row's plan of this layer may be to read something: known before the layer.
   bool may_read(int64_t layer) const;
@@ -156,6 +158,7 @@ class LayerAttention final : public Work {
   std::vector<int32_t> no_levels_, no_budgets_;       // of a row without a region
 
   int64_t layer_ = 0;
+  bool has_begun_ = false;
   const float* query_ = nullptr;
   int64_t query_stride_ = 0;
   float* output_ = nullptr;

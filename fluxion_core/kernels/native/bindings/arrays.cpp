@@ -93,6 +93,12 @@ void check(const View& view, const char* name, const Kind& kind,
 
 }  // namespace arrays
 
+void check_index(const char* name, int64_t index, int64_t count) {
+  if (index < 0 || index >= count) {
+    raise_shape_error("%s %lld of %lld", name, (long long)index, (long long)count);
+  }
+}
+
 void raise_shape_error(const char* format, ...) {
   char text[512];
   va_list arguments;

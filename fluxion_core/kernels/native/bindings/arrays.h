@@ -82,6 +82,9 @@ View view_of(const A& array) {
 
 [[noreturn]] void raise_shape_error(const char* format, ...);
 
+// Raises ShapeError unless 0 <= index < count.
+void check_index(const char* name, int64_t index, int64_t count);
+
 // The values of a contiguous array on the CPU.
 template <typename T>
 const T* values(const Array& array, const char* name, std::initializer_list<int64_t> shape) {

@@ -51,6 +51,8 @@ void bind_plan_sources(nb::module_& m) {
           nb::arg("levels"), nb::arg("budgets"), nb::arg("ranker") = nb::none(),
           nb::keep_alive<1, 4>())
       .def("plan", [](GivenPlans& self, int64_t layer) {
+        // Those of one layer are every layer's.
+        if (layer < 0 || self.layers() > 1) check_index("layer", layer, self.layers());
         const RowPlan plan = self.plan(layer);
         return std::make_tuple(std::vector<int32_t>(plan.levels, plan.levels + self.kv_heads()),
                                std::vector<int32_t>(plan.budgets, plan.budgets + self.heads()));
@@ -80,18 +82,29 @@ void make_attention(LayerAttention* self, const SlabLayout& layout, const Array&
   new (self) LayerAttention(layout, views, int64_t(sequences.shape(0)), heads, std::move(sources));
 }
 
-// Start a layer; the arrays live until the pool's `wait` returns.
+void check_begun(const LayerAttention& self) {
+  if (!self.has_begun()) raise_shape_error("no layer has been submitted");
+}
+
+void check_task(const LayerAttention& self, int64_t row, int64_t kv_head) {
+  check_begun(self);
+  check_index("row", row, self.batch());
+  check_index("KV head", kv_head, self.layout().kv_heads);
+}
+
+// Start a layer. The pool holds on to all of it until its `wait` returns.
 //   query   [rows][heads][head_dim] float32; rows may lie apart
 //   output  [rows][heads][head_dim], lse [rows][heads], both float32
 void submit(LayerAttention& self, TaskPool& pool, int64_t layer, const Array& query,
             const WritableArray& output, const WritableArray& lse, int64_t wake_bytes) {
-  if (layer < 0 || layer >= self.layout().layers) {
-    raise_shape_error("layer %lld of %lld", (long long)layer, (long long)self.layout().layers);
-  }
+  check_index("layer", layer, self.layout().layers);
   const int64_t batch = self.batch(), heads = self.heads(), dim = self.layout().head_dim;
   const Rows<float> queries = rows<float>(query, "query", {batch, heads, dim});
   float* to = results<float>(output, "output", {batch, heads, dim});
   float* to_lse = results<float>(lse, "lse", {batch, heads});
+  pool.check_idle();
+  pool.hold(std::make_shared<std::tuple<nb::object, Array, WritableArray, WritableArray>>(
+      nb::find(self), query, output, lse));
   nb::gil_scoped_release unlocked;
   self.submit(pool, layer, queries.first, queries.stride, to, to_lse, wake_bytes);
 }
@@ -102,12 +115,25 @@ void bind_attention(nb::module_& m) {
   bind_plan_sources(m);
   nb::class_<LayerAttention>(m, "LayerAttention")
       .def("__init__", &make_attention)
-      .def("may_read", &LayerAttention::may_read)
+      .def("may_read",
+           [](const LayerAttention& self, int64_t layer) {
+             check_index("layer", layer, self.layout().layers);
+             return self.may_read(layer);
+           })
       .def("submit", &submit)
-      .def("finish_layer", &LayerAttention::finish_layer)
-      .def("plan", &LayerAttention::plan)
+      .def("finish_layer",
+           [](LayerAttention& self) {
+             check_begun(self);
+             self.finish_layer();
+           })
+      .def("plan",
+           [](const LayerAttention& self, int64_t row, int64_t kv_head) {
+             check_task(self, row, kv_head);
+             return self.plan(row, kv_head);
+           })
       .def("runs",
            [](const LayerAttention& self, int64_t sequence, int64_t kv_head) {
+             check_task(self, sequence, kv_head);
              std::vector<std::tuple<uintptr_t, int, int, int>> runs;
              for (const BlockRun& run : self.runs(sequence, kv_head)) {
                runs.emplace_back(uintptr_t(run.blocks), run.num_blocks, run.heads, run.last_tokens);
@@ -116,11 +142,13 @@ void bind_attention(nb::module_& m) {
            })
       .def("read_bytes",
            [](const LayerAttention& self, int64_t sequence) {
+             check_index("row", sequence, self.batch());
              const ReadBytes& bytes = self.read_bytes(sequence);
              return std::make_tuple(bytes.scanned, bytes.attended, bytes.scanned_for_plans);
            })
       .def("group_counts",
            [](const LayerAttention& self, int64_t sequence) {
+             check_index("row", sequence, self.batch());
              const GroupCounts& counts = self.group_counts(sequence);
              const auto& of = counts.of_level;
              return std::make_tuple(std::make_tuple(of[0], of[1], of[2], of[3]), counts.nothing,

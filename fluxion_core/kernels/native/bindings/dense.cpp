@@ -71,9 +71,7 @@ void begin(DenseLayers& self, TaskPool& pool, const Array& embeddings, const Arr
 void advance(DenseLayers& self, TaskPool& pool, int64_t layer, const Array& attended,
              const WritableArray& next, int64_t wake_bytes) {
   const DenseLayers::Shape& shape = self.shape();
-  if (layer < 0 || layer >= self.num_layers()) {
-    raise_shape_error("layer %lld of %lld", (long long)layer, (long long)self.num_layers());
-  }
+  check_index("layer", layer, self.num_layers());
   const float* from =
       values<float>(attended, "attended", {self.rows(), shape.heads, shape.head_dim});
   const bool is_last = layer + 1 == self.num_layers();

@@ -83,9 +83,15 @@ void run_step(StepDriver& self, TaskPool& pool, LayerAttention& attention, GpuLa
                       (long long)attention.heads(), (long long)self.capacity(),
                       (long long)self.heads());
   }
+  if (!attention.layout().is_same(self.layout())) {
+    raise_shape_error("attention and board are of models of other shapes");
+  }
   const int64_t* to = values<int64_t>(slabs, "slabs", {batch});
   const int64_t* places = values<int64_t>(tokens, "tokens", {batch});
   int32_t* finite = results<int32_t>(first_not_finite, "first_not_finite", {batch});
+  for (int64_t row = 0; row < batch; ++row) {
+    check_index("token in slab", places[row], self.layout().slab_blocks * kBlockTokens);
+  }
   nb::gil_scoped_release unlocked;
   self.run(pool, attention, lane, alone, batch, step, to, places, finite, wake_bytes);
 }

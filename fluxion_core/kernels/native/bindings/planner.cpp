@@ -17,20 +17,6 @@
 namespace fluxion {
 namespace {
 
-int64_t checked_layer(int64_t layer, int64_t layers) {
-  if (layer < 0 || layer >= layers) {
-    raise_shape_error("layer %lld of %lld", (long long)layer, (long long)layers);
-  }
-  return layer;
-}
-
-void check_model(const Planner& planner, const PlannerState& state) {
-  if (state.heads != planner.heads || state.head_dim != planner.head_dim ||
-      int64_t(state.known.size()) != planner.layers) {
-    raise_shape_error("the state is of a model of another shape than the planner");
-  }
-}
-
 // Features of all heads of one layer; all float32.
 //   query      [heads][head_dim]
 //   sights     [heads][5]  window_lse, sink_lse, recent_lse, window_peak, output_norm
@@ -39,8 +25,8 @@ void check_model(const Planner& planner, const PlannerState& state) {
 void layer_features(const Planner& planner, PlannerState& state, int64_t layer,
                     int64_t region_tokens, const Array& query, const Array& sights,
                     const Array& bounds, const WritableArray& features) {
-  check_model(planner, state);
-  checked_layer(layer, planner.layers);
+  check_shape(planner, state);
+  check_index("layer", layer, planner.layers);
   const int64_t heads = planner.heads, dim = planner.head_dim;
   const float* queries = values<float>(query, "query", {heads, dim});
   const float* numbers = values<float>(sights, "sights", {heads, 5});
@@ -72,7 +58,7 @@ void layer_features(const Planner& planner, PlannerState& state, int64_t layer,
 //   query  [heads][head_dim] float32
 //   seen   [heads][4] float32: window_lse, bound_1st, read_lse, read_share
 void remember(PlannerState& state, int64_t layer, const Array& query, const Array& seen) {
-  checked_layer(layer, int64_t(state.known.size()));
+  check_index("layer", layer, int64_t(state.known.size()));
   const float* queries = values<float>(query, "query", {state.heads, state.head_dim});
   const float* numbers = values<float>(seen, "seen", {state.heads, 4});
   for (int64_t head = 0; head < state.heads; ++head, numbers += 4) {
@@ -114,7 +100,7 @@ void predict_profiles(const Planner& planner, const Array& features,
 //   budgets  [heads] int32, indices into the grid
 void select_plans(const Planner& planner, const Array& log_squares, int64_t layer, bool by_price,
                   float number, const WritableArray& levels, const WritableArray& budgets) {
-  checked_layer(layer, planner.layers);
+  check_index("layer", layer, planner.layers);
   const float* logs = values<float>(log_squares, "log_squares", {planner.heads, kLevels, kBudgets});
   int32_t* to_levels = results<int32_t>(levels, "levels", {planner.kv_heads});
   int32_t* to_budgets = results<int32_t>(budgets, "budgets", {planner.heads});

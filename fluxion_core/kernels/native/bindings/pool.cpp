@@ -18,8 +18,14 @@ void bind_pool(nb::module_& m) {
       .def_prop_ro("stalls", &TaskPool::stalls)
       .def_prop_ro("num_left_out", &TaskPool::num_left_out)
       .def("set_max_helpers", &TaskPool::set_max_helpers)
-      .def(
-          "wait", [](TaskPool& pool) { pool.wait(); }, nb::call_guard<nb::gil_scoped_release>())
+      .def("wait",
+           [](TaskPool& pool) {
+             {
+               nb::gil_scoped_release unlocked;
+               pool.wait();
+             }
+             pool.hold(nullptr);
+           })
       .def("claim", &TaskPool::claim, nb::arg("least") = 0, nb::arg("most") = INT64_MAX)
       .def("complete", &TaskPool::complete)
       .def("set_tracing", &TaskPool::set_tracing)

@@ -88,15 +88,16 @@ bool ingest_blocks(const SlabLayout& layout, uintptr_t slab, int64_t layer, int6
 void append_tokens(const SlabLayout& layout, const Array& slabs, const Array& tokens_in_slab,
                    int64_t layer, const Array& key, const Array& value,
                    const WritableArray& first_not_finite) {
-  if (layer < 0 || layer >= layout.layers) {
-    raise_shape_error("layer %lld of %lld", (long long)layer, (long long)layout.layers);
-  }
+  check_index("layer", layer, layout.layers);
   const int64_t* to = values<int64_t>(slabs, "slabs", {kAnyLength});
   const int64_t batch = int64_t(slabs.shape(0));
   const int64_t* places = values<int64_t>(tokens_in_slab, "tokens_in_slab", {batch});
   const Rows<float> keys = rows<float>(key, "key", {batch, layout.kv_heads, layout.head_dim});
   const Rows<float> vals = rows<float>(value, "value", {batch, layout.kv_heads, layout.head_dim});
   int32_t* finite = results<int32_t>(first_not_finite, "first_not_finite", {batch});
+  for (int64_t row = 0; row < batch; ++row) {
+    check_index("token in slab", places[row], layout.slab_blocks * kBlockTokens);
+  }
   nb::gil_scoped_release unlocked;
   append_rows(layout, to, places, batch, layer, keys.first, keys.stride, vals.first, vals.stride,
               finite);

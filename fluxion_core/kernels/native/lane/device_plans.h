@@ -9,12 +9,12 @@ namespace fluxion {
 class DevicePlans final : public PlanSource {
  public:
   // row: of the step. told: of layer 0, [heads][2], takes lse and share of the region of what was read;
-  // the next layer's lie told_stride floats on. Driver and planner live as long as this.
+  // the next layer's lie told_stride floats on. Driver and planner live as long as this. Throws
+  // std::invalid_argument if they are not of the same shape.
   DevicePlans(const StepDriver& driver, int64_t row, const Planner& planner, float* told,
-              int64_t told_stride)
-      : driver_(&driver), planner_(&planner), row_(row), told_(told), told_stride_(told_stride) {}
+              int64_t told_stride);
 
-  void begin(const SlabLayout& layout, int64_t row, const SequenceView& sequence,
+  void begin(const SlabLayout& layout, int64_t heads, int64_t row, const SequenceView& sequence,
              std::unique_ptr<LayerPlan>& here) override;
   bool needs_new_tokens() const override { return true; }
   // Throws std::runtime_error if the GPU does not announce it in time.

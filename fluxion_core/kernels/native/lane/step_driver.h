@@ -35,6 +35,7 @@ class StepDriver {
  public:
   StepDriver(const SlabLayout& layout, const StepBoard& board, int64_t heads, int64_t timeout_ns);
 
+  const SlabLayout& layout() const { return layout_; }
   int64_t capacity() const { return board_.capacity; }
   int64_t heads() const { return heads_; }
 

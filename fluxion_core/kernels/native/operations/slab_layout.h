@@ -25,6 +25,15 @@ struct SlabLayout {
     if (dim <= 0 || dim % 16 || dim > kMaxHeadDim) {
       throw std::invalid_argument("head_dim: 16 to 256, by 16");
     }
+    if (num_layers <= 0 || num_kv_heads <= 0) {
+      throw std::invalid_argument("a slab has layers and KV heads");
+    }
+    if (bits != 8 && bits != 16) throw std::invalid_argument("digest_bits: 8 or 16");
+    const int64_t least = bits == 8 ? kBlockTokens * kSpanBlocks : kBlockTokens << kCoarseLevel;
+    if (slab_tokens < least || slab_tokens & (slab_tokens - 1)) {
+      throw std::invalid_argument(
+          "slab_tokens: a power of two, 128 or more; 256 with digests of 8");
+    }
     slab_blocks = slab_tokens / kBlockTokens;
     block_bytes = 2 * kBlockTokens * head_dim * 2;
     head_kv_bytes = slab_blocks * block_bytes;
@@ -36,6 +45,12 @@ struct SlabLayout {
       head_digest_bytes += level_records(level) * record_bytes(level);
     }
     layer_digest_bytes = kv_heads * head_digest_bytes;
+  }
+
+  // The other numbers follow from these.
+  bool is_same(const SlabLayout& other) const {
+    return layers == other.layers && kv_heads == other.kv_heads && head_dim == other.head_dim &&
+           slab_blocks == other.slab_blocks && digest_bits == other.digest_bits;
   }
 
   // Digests lie in records, tiles or spans: so many blocks of the level side by side.

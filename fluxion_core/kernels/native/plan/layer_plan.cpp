@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <stdexcept>
 
 #include "pool/clock.h"
 
@@ -28,8 +29,12 @@ LayerPlan::LayerPlan(const SlabLayout& layout, const Planner& planner)
   check_shape(planner, layout, planner.heads);
 }
 
-int64_t LayerPlan::add(int64_t row, const SequenceView& sequence, PlannerState& state,
-                       bool by_price, float number) {
+int64_t LayerPlan::add(int64_t row, const SequenceView& sequence, const Planner& planner,
+                       PlannerState& state, bool by_price, float number) {
+  if (&planner != planner_) throw std::invalid_argument("rows of one step have one planner");
+  for (const Task& other : tasks_) {
+    if (other.state == &state) throw std::invalid_argument("two rows share a planner's state");
+  }
   const int64_t heads = planner_->heads, kv_heads = layout_.kv_heads;
   tasks_.emplace_back();
   Task& task = tasks_.back();

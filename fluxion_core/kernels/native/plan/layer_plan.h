@@ -43,9 +43,9 @@ class LayerPlan final : public Work {
   LayerPlan(const SlabLayout& layout, const Planner& planner);
 
   // Before the first layer; returns the task's number. number: 2 log(threshold), or the price. Throws
-  // std::invalid_argument if the planner is not of the layout's shape.
-  int64_t add(int64_t row, const SequenceView& sequence, PlannerState& state, bool by_price,
-              float number);
+  // std::invalid_argument if the planner is another than this one's, or the state is another row's.
+  int64_t add(int64_t row, const SequenceView& sequence, const Planner& planner,
+              PlannerState& state, bool by_price, float number);
 
   // Make the plans of a layer; another round follows at once. Query as for LayerAttention.
   void run_layer(TaskPool& pool, int64_t layer, const float* query, int64_t query_stride,

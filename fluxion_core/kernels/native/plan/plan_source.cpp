@@ -1,6 +1,7 @@
 #include "plan/plan_source.h"
 
 #include <algorithm>
+#include <stdexcept>
 
 namespace fluxion {
 
@@ -11,7 +12,24 @@ GivenPlans::GivenPlans(const int32_t* levels, const int32_t* budgets, int64_t la
       heads_(heads),
       levels_(levels, levels + layers * kv_heads),
       budgets_(budgets, budgets + layers * heads),
-      ranker_(ranker) {}
+      ranker_(ranker) {
+  const bool are_levels = std::all_of(levels_.begin(), levels_.end(), [](int32_t level) {
+    return (level >= 0 && level < kLevels) || level == kReadAll || level == kReadNothing;
+  });
+  if (!are_levels) throw std::invalid_argument("a plan with a level that there is not");
+  if (std::any_of(budgets_.begin(), budgets_.end(), [](int32_t budget) { return budget < 0; })) {
+    throw std::invalid_argument("a plan with a budget below 0");
+  }
+}
+
+void GivenPlans::begin(const SlabLayout& layout, int64_t heads, int64_t row,
+                       const SequenceView& sequence, std::unique_ptr<LayerPlan>& here) {
+  (void)row, (void)sequence, (void)here;
+  const bool has_layers = layers_ == 1 || layers_ == layout.layers;
+  if (!has_layers || kv_heads_ != layout.kv_heads || heads_ != heads) {
+    throw std::invalid_argument("the given plans are of a model of another shape");
+  }
+}
 
 bool GivenPlans::may_read(int64_t layer) const {
   const auto begin = levels_.begin() + int64_t(at(layer)) * kv_heads_;
@@ -23,11 +41,21 @@ RowPlan GivenPlans::plan(int64_t layer) {
           budgets_.data() + int64_t(at(layer)) * heads_};
 }
 
-void PredictedPlans::begin(const SlabLayout& layout, int64_t row, const SequenceView& sequence,
-                           std::unique_ptr<LayerPlan>& here) {
+PredictedPlans::PredictedPlans(const Planner& planner, PlannerState& state, bool by_price,
+                               float number)
+    : planner_(&planner), state_(&state), by_price_(by_price), number_(number) {
+  if (planner.output_mean.empty()) throw std::invalid_argument("the planner has no network");
+  check_shape(planner, state);
+}
+
+void PredictedPlans::begin(const SlabLayout& layout, int64_t heads, int64_t row,
+                           const SequenceView& sequence, std::unique_ptr<LayerPlan>& here) {
+  check_shape(*planner_, layout, heads);
+  // What makes its plans lives as long as the step that it began in.
+  if (here_ != nullptr) throw std::invalid_argument("a source of predicted plans begins once");
   if (!here) here = std::make_unique<LayerPlan>(layout, *planner_);
+  task_ = here->add(row, sequence, *planner_, *state_, by_price_, number_);
   here_ = here.get();
-  task_ = here->add(row, sequence, *state_, by_price_, number_);
 }
 
 RowPlan PredictedPlans::plan(int64_t layer) {
@@ -40,9 +68,10 @@ void PredictedPlans::head_read(int64_t layer, int64_t head, float lse, float sha
   here_->remember(task_, head, lse, share);
 }
 
-void ReplayedPlans::begin(const SlabLayout& layout, int64_t row, const SequenceView& sequence,
-                          std::unique_ptr<LayerPlan>& here) {
-  if (behind_) behind_->begin(layout, row, sequence, here);
+void ReplayedPlans::begin(const SlabLayout& layout, int64_t heads, int64_t row,
+                          const SequenceView& sequence, std::unique_ptr<LayerPlan>& here) {
+  given_.begin(layout, heads, row, sequence, here);
+  if (behind_) behind_->begin(layout, heads, row, sequence, here);
 }
 
 RowPlan ReplayedPlans::plan(int64_t layer) {
@@ -57,6 +86,14 @@ void ReplayedPlans::head_read(int64_t layer, int64_t head, float lse, float shar
 
 void ReplayedPlans::layer_read(int64_t layer) {
   if (behind_) behind_->layer_read(layer);
+}
+
+void PlanRecorder::begin(const SlabLayout& layout, int64_t heads, int64_t row,
+                         const SequenceView& sequence, std::unique_ptr<LayerPlan>& here) {
+  if (kv_heads_ != layout.kv_heads || heads_ != heads) {
+    throw std::invalid_argument("the recorder is of a model of another shape");
+  }
+  of_->begin(layout, heads, row, sequence, here);
 }
 
 RowPlan PlanRecorder::plan(int64_t layer) {

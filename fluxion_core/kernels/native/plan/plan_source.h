@@ -29,11 +29,10 @@ class PlanSource {
   virtual ~PlanSource() = default;
 
   // Before the first layer. here: what makes plans on this machine's pool; made by the first that needs
-  // it, for all rows.
-  virtual void begin(const SlabLayout& layout, int64_t row, const SequenceView& sequence,
-                     std::unique_ptr<LayerPlan>& here) {
-    (void)layout, (void)row, (void)sequence, (void)here;
-  }
+  // it, for all rows. Throws std::invalid_argument if its plans are not of a model with this layout and
+  // so many heads, or if it has begun and has one life alone.
+  virtual void begin(const SlabLayout& layout, int64_t heads, int64_t row,
+                     const SequenceView& sequence, std::unique_ptr<LayerPlan>& here) = 0;
   // Whether this layer's plan may be to read something: known before the layer.
   virtual bool may_read(int64_t layer) const {
     (void)layer;
@@ -61,13 +60,16 @@ class PlanSource {
 class GivenPlans final : public PlanSource {
  public:
   // levels: [layers][kv_heads]; budgets: [layers][heads]; layers may be 1. Both are copied. ranker: null, or
-  // lives as long as this.
+  // lives as long as this. Throws std::invalid_argument for a level that there is not, or a budget below 0.
   GivenPlans(const int32_t* levels, const int32_t* budgets, int64_t layers, int64_t kv_heads,
              int64_t heads, const Planner* ranker);
 
+  void begin(const SlabLayout& layout, int64_t heads, int64_t row, const SequenceView& sequence,
+             std::unique_ptr<LayerPlan>& here) override;
   bool may_read(int64_t layer) const override;
   RowPlan plan(int64_t layer) override;
   const Planner* ranker() const override { return ranker_; }
+  int64_t layers() const { return layers_; }
   int64_t kv_heads() const { return kv_heads_; }
   int64_t heads() const { return heads_; }
 
@@ -79,14 +81,14 @@ class GivenPlans final : public PlanSource {
   const Planner* ranker_;
 };
 
-// Made here, layer by layer, by a planner's network.
+// Made here, layer by layer, by a planner's network. Of one row of one step: it begins once.
 class PredictedPlans final : public PlanSource {
  public:
-  // number: 2 log(threshold), or the price. Planner and state live as long as this.
-  PredictedPlans(const Planner& planner, PlannerState& state, bool by_price, float number)
-      : planner_(&planner), state_(&state), by_price_(by_price), number_(number) {}
+  // number: 2 log(threshold), or the price. Planner and state live as long as this. Throws
+  // std::invalid_argument if the planner has no network, or the state is of another shape.
+  PredictedPlans(const Planner& planner, PlannerState& state, bool by_price, float number);
 
-  void begin(const SlabLayout& layout, int64_t row, const SequenceView& sequence,
+  void begin(const SlabLayout& layout, int64_t heads, int64_t row, const SequenceView& sequence,
              std::unique_ptr<LayerPlan>& here) override;
   bool needs_new_tokens() const override { return true; }
   RowPlan plan(int64_t layer) override;
@@ -111,7 +113,7 @@ class ReplayedPlans final : public PlanSource {
   ReplayedPlans(GivenPlans given, std::shared_ptr<PlanSource> behind)
       : given_(std::move(given)), behind_(std::move(behind)) {}
 
-  void begin(const SlabLayout& layout, int64_t row, const SequenceView& sequence,
+  void begin(const SlabLayout& layout, int64_t heads, int64_t row, const SequenceView& sequence,
              std::unique_ptr<LayerPlan>& here) override;
   bool may_read(int64_t layer) const override { return behind_ || given_.may_read(layer); }
   bool needs_new_tokens() const override { return behind_ && behind_->needs_new_tokens(); }
@@ -139,10 +141,8 @@ class PlanRecorder final : public PlanSource {
   const std::vector<int32_t>& levels() const { return levels_; }
   const std::vector<int32_t>& budgets() const { return budgets_; }
 
-  void begin(const SlabLayout& layout, int64_t row, const SequenceView& sequence,
-             std::unique_ptr<LayerPlan>& here) override {
-    of_->begin(layout, row, sequence, here);
-  }
+  void begin(const SlabLayout& layout, int64_t heads, int64_t row, const SequenceView& sequence,
+             std::unique_ptr<LayerPlan>& here) override;
   bool may_read(int64_t layer) const override { return of_->may_read(layer); }
   bool needs_new_tokens() const override { return of_->needs_new_tokens(); }
   RowPlan plan(int64_t layer) override;

@@ -32,18 +32,20 @@ Planner::Planner(int64_t num_layers, int64_t num_heads, int64_t num_kv_heads, in
     : layers(num_layers),
       heads(num_heads),
       kv_heads(num_kv_heads),
-      group(num_heads / num_kv_heads),
+      group(num_kv_heads > 0 ? num_heads / num_kv_heads : 0),
       head_dim(dim),
       priors(all_priors, all_priors + layers * heads * kPriors),
       head_weights(weights, weights + layers * heads),
       costs(plan_costs),
       radii(score_radii) {
-  if (num_heads % num_kv_heads || group > kMaxGroup) {
+  if (group <= 0 || num_heads % num_kv_heads || group > kMaxGroup) {
     throw std::invalid_argument("query heads: a multiple of the KV heads, up to 16 to each");
   }
 }
 
 void Planner::set_network(const Network& network) {
+  if (!output_mean.empty()) throw std::invalid_argument("the planner has a network");
+  if (network.hidden <= 0) throw std::invalid_argument("a network without hidden values");
   feature_mean.assign(network.feature_mean, network.feature_mean + kFeatures);
   feature_scale.assign(network.feature_scale, network.feature_scale + kFeatures);
   output_mean.assign(network.output_mean, network.output_mean + kProfileOutputs);
@@ -70,9 +72,16 @@ void Planner::select(const float* log_squares, int64_t layer, bool by_price, flo
 }
 
 void check_shape(const Planner& planner, const SlabLayout& layout, int64_t heads) {
-  if (planner.heads != heads || planner.kv_heads != layout.kv_heads ||
-      planner.head_dim != layout.head_dim) {
+  if (planner.layers != layout.layers || planner.heads != heads ||
+      planner.kv_heads != layout.kv_heads || planner.head_dim != layout.head_dim) {
     throw std::invalid_argument("the planner is of a model of another shape");
+  }
+}
+
+void check_shape(const Planner& planner, const PlannerState& state) {
+  if (state.heads != planner.heads || state.head_dim != planner.head_dim ||
+      int64_t(state.known.size()) != planner.layers) {
+    throw std::invalid_argument("the state is of a model of another shape than the planner");
   }
 }
 

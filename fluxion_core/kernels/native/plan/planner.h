@@ -34,7 +34,7 @@ struct Planner {
           const std::array<float, kLevels>& radii);
 
   // Three layers as torch has them, [hidden][kFeatures], [hidden][hidden] and
-  // [kProfileOutputs][hidden], with what belongs to them.
+  // [kProfileOutputs][hidden], with what belongs to them. Once: steps have memory of its width.
   struct Network {
     const float *feature_mean, *feature_scale, *output_mean;
     const float *weights[3], *biases[3];
@@ -59,6 +59,10 @@ struct Planner {
 
 // Throws std::invalid_argument if a planner is not of a model with this layout and so many heads.
 void check_shape(const Planner& planner, const SlabLayout& layout, int64_t heads);
+
+struct PlannerState;
+// Throws std::invalid_argument if a state was made for a planner of another shape.
+void check_shape(const Planner& planner, const PlannerState& state);
 
 // Of one sequence.
 struct PlannerState {

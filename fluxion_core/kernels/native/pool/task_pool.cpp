@@ -10,6 +10,7 @@
 #include <climits>
 #include <numeric>
 #include <set>
+#include <stdexcept>
 
 #include "pool/clock.h"
 #include "pool/pin.h"
@@ -72,8 +73,13 @@ void TaskPool::set_max_helpers(int count) {
   changes_seen_ = left_out_changes_.load() - 1;  // the next round looks anew
 }
 
+void TaskPool::check_idle() const {
+  if (remaining() > 0) throw std::runtime_error("the pool's last round was not waited for");
+}
+
 void TaskPool::submit(Work* work, const std::vector<int64_t>& bytes, int64_t wake_bytes,
                       bool another_follows, bool others_only, Consumer* consumer) {
+  check_idle();
   const int32_t count = int32_t(bytes.size());
   if (count > capacity_) {
     tasks_ = std::make_unique<Task[]>(size_t(count));

@@ -20,6 +20,7 @@
 #include <cstdint>
 #include <memory>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "pool/cpu_watch.h"
@@ -91,12 +92,17 @@ class TaskPool {
   // Start a round: tasks 0 to bytes.size() - 1. One round at a time; `work` must live until `wait`
   // returns. Rounds of fewer bytes than `wake_bytes` wake nobody: the waiting thread does them.
   // If another round follows within microseconds, workers that are awake do not sleep until then.
-  // A round that is for others only is not seen by the pool's threads.
+  // A round that is for others only is not seen by the pool's threads. Throws as `check_idle` does.
   void submit(Work* work, const std::vector<int64_t>& bytes, int64_t wake_bytes,
               bool another_follows = false, bool others_only = false, Consumer* consumer = nullptr);
   // Until all tasks are done, those of another consumer included: help, a chunk at a time between
   // looks at that consumer.
   void wait(Consumer* consumer = nullptr);
+
+  // Throws std::runtime_error if a round was not waited for.
+  void check_idle() const;
+  // Keep alive what the next round needs, until it is told to hold something else.
+  void hold(std::shared_ptr<void> needed) { held_ = std::move(needed); }
 
   // For another consumer: take the largest task left of at least `least` and at most `most` bytes,
   // -1 if there is none; say that it is done, or leave it to the pool after all, which takes one at
@@ -169,6 +175,7 @@ class TaskPool {
   bool is_oversubscribed_;  // workers share CPUs
 
   Work* work_ = nullptr;
+  std::shared_ptr<void> held_;
   std::unique_ptr<Task[]> tasks_;
   int32_t capacity_ = 0, num_tasks_ = 0;
   std::vector<int32_t> order_;
