@@ -7,7 +7,6 @@ plans if there are any to make, waits for the host's flag, and merges what the h
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,13 +19,6 @@ from fluxion_core.geometry import KvGeometry, WindowSpec
 from fluxion_core.kernels.dense_attention.triton import WindowAttention
 from fluxion_core.kernels.handover.launch import Handover
 from fluxion_core.models.decoder import Decoder
-
-
-class CapturedStep(NamedTuple):
-    """A graph, and the rows that it computes, padding included."""
-
-    num_rows: int
-    graph: StepGraph
 
 
 class StepGraphs:
@@ -69,10 +61,8 @@ class StepGraphs:
         self.launches = int(self.step_number.item())
         """So far, captures' included: the number of the newest step."""
 
-    def launch(
-        self, num_rows: int, *, has_plans: bool, events: Sequence[torch.cuda.Event]
-    ) -> CapturedStep:
-        """Launch the smallest graph that takes so many rows.
+    def launch(self, num_rows: int, *, has_plans: bool, events: Sequence[torch.cuda.Event]) -> int:
+        """Launch the smallest graph that takes so many rows; returns its rows, padding included.
 
         Args:
             num_rows: of the step, up to the capacity.
@@ -88,7 +78,7 @@ class StepGraphs:
         events[0].record(self._stream)
         graph.launch()
         events[1].record(self._stream)
-        return CapturedStep(size, graph)
+        return size
 
     def _capture(self, size: int, *, plans: bool) -> StepGraph:
         board, device = self.board, self.step_number.device

@@ -215,7 +215,7 @@ class DeviceStep(DecodeStep):
         started = time.perf_counter()
         work, has_plans = self._begin(rows)
         try:
-            graph = self._graphs.launch(len(rows), has_plans=has_plans, events=self._events)
+            num_rows = self._graphs.launch(len(rows), has_plans=has_plans, events=self._events)
             self._driver.run(
                 self.pool.native,
                 work.tasks,
@@ -228,7 +228,7 @@ class DeviceStep(DecodeStep):
             # The host's part is over; the device still has the last layer's rest, and logits.
             reads = work.finish()
             lane = LaneWork(self._lane_spans())
-            self._count(reads, lane, graph.num_rows, has_plans=has_plans)
+            self._count(reads, lane, num_rows, has_plans=has_plans)
             self._stream.synchronize()
         except RuntimeError as error:
             # torch's errors of the device are RuntimeErrors too.
