@@ -1,0 +1,1 @@
+"""The device tier of the KV store: selection, resident blocks and their upkeep, as kernels."""
