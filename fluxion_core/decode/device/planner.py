@@ -142,9 +142,20 @@ class DevicePlanner:
             self._input.numpy()[:] = self._words
         return self._has_rows
 
-    def new_layers(self, size: int) -> LayerPlans:
-        """Launches of a graph for `size` rows."""
-        return LayerPlans(self._plan, self._weights, self._memory, self._input, self._told, size)
+    def new_layers(self, size: int, *, device_tells: bool = False) -> LayerPlans:
+        """Launches of a graph for `size` rows.
+
+        Args:
+            size: rows.
+            device_tells: whether the graph itself writes into `told` what its heads read.
+        """
+        told = None if device_tells else self._told
+        return LayerPlans(self._plan, self._weights, self._memory, self._input, told, size)
+
+    @property
+    def told(self) -> Tensor:
+        """[layers, slots, heads, 2] float32 on the device: lse and share of what heads read."""
+        return self._memory.told
 
     def take_copied_bytes(self) -> int:
         """Digests that went over the link since the last call."""
@@ -175,7 +186,7 @@ class LayerPlans:
         weights: of the model.
         memory: of the sequences in all slots.
         input_rows: [capacity, 8] int64, pinned: what to plan, of which the first `size` are read.
-        told: pinned; what the host says of the last step.
+        told: pinned; what the host says of the last step. None: the device says it to itself.
         size: rows.
     """
 
@@ -185,7 +196,7 @@ class LayerPlans:
         weights: PlanWeights,
         memory: SlotMemory,
         input_rows: Tensor,
-        told: Tensor,
+        told: Tensor | None,
         size: int,
     ) -> None:
         device = memory.query.device
@@ -197,7 +208,8 @@ class LayerPlans:
     def begin(self) -> None:
         """Begin a step, before its layers."""
         self._rows.copy_(self._input, non_blocking=True)
-        self._memory.told.copy_(self._told, non_blocking=True)
+        if self._told is not None:
+            self._memory.told.copy_(self._told, non_blocking=True)
         self._plan.list_slabs(self._rows, self._scratch)
 
     def launch(
@@ -212,6 +224,7 @@ class LayerPlans:
         budgets: Tensor,
         planned: Tensor,
         step: Tensor,
+        kept: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         """A layer's plans; see HeadPlan.launch."""
         self._plan.launch(
@@ -229,6 +242,7 @@ class LayerPlans:
             budgets,
             planned,
             step,
+            kept,
         )
 
 

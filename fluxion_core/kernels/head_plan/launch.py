@@ -262,6 +262,7 @@ class HeadPlan:
         budgets: Tensor,
         planned: Tensor,
         step: Tensor,
+        kept: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         """Make a layer's plans and hand them to the host; remember what the next step asks for.
 
@@ -283,6 +284,7 @@ class HeadPlan:
             planned: [rows, num_kv_heads] int32, pinned: takes the step's number when both are
                 there.
             step: [1] int32 on the device.
+            kept: levels and budgets once more, on the device, for kernels that select by them.
 
         Cost: reads the rows' 128-token digests once, 1/128 of the region's KV, in device memory.
         """
@@ -291,7 +293,7 @@ class HeadPlan:
         self._see_heads(layer, rows, slots, weights, memory, scratch)
         self._predict(rows, weights, scratch)
         places = levels, budgets, planned
-        self._choose(layer, rows, slots, weights, memory, scratch, places, step)
+        self._choose(layer, rows, slots, weights, memory, scratch, places, step, kept)
 
     def _scan(
         self, layer: int, rows: Tensor, query: Tensor, weights: PlanWeights, scratch: PlanScratch
@@ -404,6 +406,7 @@ class HeadPlan:
         scratch: PlanScratch,
         places: tuple[Tensor, Tensor, Tensor],
         step: Tensor,
+        kept: tuple[Tensor, Tensor] | None,
     ) -> None:
         choose[(len(rows), self.geometry.num_kv_heads)](
             rows,
@@ -416,10 +419,12 @@ class HeadPlan:
             scratch.best,
             memory.seen[layer],
             *places,
+            *(kept or places[:2]),
             step,
             GROUP=self.group,
             GROUP_ROWS=triton.next_power_of_2(self.group),
             HEAD_ROWS=self.head_rows,
             TILES=self.tiles,
+            IS_KEPT=kept is not None,
             num_warps=1,
         )

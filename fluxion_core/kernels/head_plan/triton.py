@@ -742,11 +742,14 @@ def choose(
     levels_ptr,
     budgets_ptr,
     planned_ptr,
+    kept_levels_ptr,
+    kept_budgets_ptr,
     step_ptr,
     GROUP: tl.constexpr,
     GROUP_ROWS: tl.constexpr,
     HEAD_ROWS: tl.constexpr,
     TILES: tl.constexpr,
+    IS_KEPT: tl.constexpr,
 ):
     """One program: the plan of one GQA group of one row, to the host, then its flag.
 
@@ -760,6 +763,7 @@ def choose(
         levels_ptr: [rows][KV heads] int32, pinned: a block size, READ_ALL or READ_NOTHING.
         budgets_ptr: [rows][heads] int32, pinned: blocks of that size.
         planned_ptr: [rows][KV heads] int32, pinned: flags.
+        kept_levels_ptr, kept_budgets_ptr: copies of both on the device, if IS_KEPT.
         step_ptr: [1] int32 on the device.
     """
     row = tl.program_id(0).to(tl.int64)
@@ -820,6 +824,9 @@ def choose(
         level = tl.where(tl.max(chosen, axis=0) == 0, READ_NOTHING, level)
         tl.store(levels_ptr + row * kv_heads + kv_head, level)
         tl.store(budgets_ptr + row * (kv_heads * GROUP) + head, blocks, mask=inside)
+        if IS_KEPT:
+            tl.store(kept_levels_ptr + row * kv_heads + kv_head, level)
+            tl.store(kept_budgets_ptr + row * (kv_heads * GROUP) + head, blocks, mask=inside)
         tl.debug_barrier()
         store_flag(planned_ptr + row * kv_heads + kv_head, tl.load(step_ptr))
 

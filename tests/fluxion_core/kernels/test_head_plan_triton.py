@@ -302,15 +302,18 @@ def test_choices_are_the_selectors(heads: int, kv_heads: int, policy: PredictedP
     levels = both_see(torch.full((rows, kv_heads), 99, dtype=torch.int32))
     budgets = both_see(torch.full((rows, heads), 99, dtype=torch.int32))
     planned = both_see(torch.zeros(rows, kv_heads, dtype=torch.int32))
+    kept = torch.empty_like(levels, device=DEVICE), torch.empty_like(budgets, device=DEVICE)
     words_of.choose[(rows, kv_heads)](
         torch.from_numpy(words).to(DEVICE), slots, shares.to(DEVICE), weights.biases[2],
         weights.head_weights[0], weights.costs, sights.to(DEVICE), best.to(DEVICE), seen, levels,
-        budgets, planned, torch.tensor([7], dtype=torch.int32, device=DEVICE), GROUP=group,
-        GROUP_ROWS=1 << (group - 1).bit_length(), HEAD_ROWS=head_rows, TILES=tiles,
+        budgets, planned, *kept, torch.tensor([7], dtype=torch.int32, device=DEVICE), GROUP=group,
+        GROUP_ROWS=1 << (group - 1).bit_length(), HEAD_ROWS=head_rows, TILES=tiles, IS_KEPT=True,
     )  # fmt: skip
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
     assert torch.all(planned == 7)
+    assert torch.equal(kept[0].cpu(), levels.cpu())
+    assert torch.equal(kept[1].cpu(), budgets.cpu())
     of_heads = planner.weights.head_weights[0].view(kv_heads, group)
     for row, region in enumerate(regions):
         profile = shares[row, :, :heads, :11].sum(0) + weights.biases[2][:11].cpu()
