@@ -27,6 +27,9 @@ _BYTE_UNITS = {
     "GIB": 1 << 30,
     "TIB": 1 << 40,
 }
+AUTO = "auto"
+"""Written where the node is to choose."""
+
 _SIZE = re.compile(r"([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*([A-Za-z]*)", re.ASCII)
 
 
@@ -49,6 +52,22 @@ def parse_bytes(value: object) -> object:
     if unit not in _BYTE_UNITS:
         raise ValueError(f"{value!r} has an unknown unit; use one of {', '.join(_BYTE_UNITS)}")
     return int(Fraction(digits) * _BYTE_UNITS[unit])
+
+
+def parse_auto_bytes(value: object) -> object:
+    """`parse_bytes`, but "auto" is None.
+
+    Raises:
+        ValueError: it is neither auto nor a size, or a size that no machine has.
+    """
+    if not isinstance(value, str):
+        return parse_bytes(value)
+    if value.strip() == AUTO:
+        return None
+    try:
+        return parse_bytes(value)
+    except ValueError as error:
+        raise ValueError(f"{error}, or {AUTO}") from None
 
 
 def _no_truth_value(value: object) -> object:
@@ -82,6 +101,11 @@ def _file_name(value: object) -> object:
 
 ByteCount = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0, le=MAX_BYTES)]
 """A size in bytes, written as a number or with a unit: 512MiB, 8GiB."""
+
+AutoByteCount = Annotated[
+    Annotated[int, Field(ge=0, le=MAX_BYTES)] | None, BeforeValidator(parse_auto_bytes)
+]
+"""A size in bytes as ByteCount is written; None if the node is to choose: auto, or left out."""
 
 MessageBytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0, le=MAX_INT32)]
 """A size of what one message or one call may hold, as ByteCount is written; gRPC's limit."""

@@ -26,6 +26,7 @@ def step_for(
     planner: Planner | None = None,
     lanes: Literal["auto", "cpu", "gpu", "both"] = "auto",
     max_rows: int,
+    device_kv_bytes: int | None = 0,
     goes_on: Callable[[], bool] = lambda: True,
 ) -> DecodeStep:
     """The step that runs a model: on the GPU that it is on, else on the CPU alone.
@@ -38,19 +39,25 @@ def step_for(
         planner: for policies that need head profiles; without one they are refused.
         lanes: who attends to retrieval regions; auto takes all there are.
         max_rows: sequences of a step.
+        device_kv_bytes: device memory for KV that is read most; None takes what is free, 0 none.
         goes_on: asked before each piece of the store that is pinned.
 
     Raises:
         RequestCancelledError: `goes_on` said no before all was pinned; nothing is pinned then.
-        ConfigError: lanes that the device does not have.
+        ConfigError: lanes, or memory, that the device does not have.
         ShapeError: the window is too short for the digests, or heads do not form groups.
-        CapacityError: the store's memory cannot be pinned.
+        CapacityError: the store's memory cannot be pinned, or the device has not so much free.
     """
     if decoder.embedding.device.type == "cpu":
         if lanes not in ("auto", "cpu"):
             raise ConfigError(
                 f"engine.lanes is {lanes}, and the model is on the CPU; use auto or cpu, or set "
                 f"model.device to cuda"
+            )
+        if device_kv_bytes:
+            raise ConfigError(
+                f"store.device_kv_bytes is {device_kv_bytes}, and the model is on the CPU; use "
+                f"auto or 0, or set model.device to cuda"
             )
         num_heads = decoder.config.num_heads
         attention = HostAttention(store, window, num_heads=num_heads, pool=pool, planner=planner)
@@ -67,5 +74,6 @@ def step_for(
         max_context_tokens=decoder.config.context_tokens,
         lanes="both" if lanes == "auto" else lanes,
         planner=planner,
+        device_kv_bytes=device_kv_bytes,
         goes_on=goes_on,
     )

@@ -69,6 +69,8 @@ class StepReads:
     """Groups that read the whole region without a choice, summed over layers."""
     device_scanned_bytes: int = 0
     """Of the digests, those that a GPU scanned in its own memory to make plans."""
+    resident_bytes: int = 0
+    """Of K and V, those that were read in device memory."""
 
     @property
     def total_bytes(self) -> int:

@@ -1,4 +1,5 @@
-"""Counters of a GPU by its engine: busy and idle seconds, bytes over PCIe, who did tasks.
+"""Counters of a GPU by its engine: busy and idle seconds, bytes over PCIe, who did tasks, and what
+its tier of the KV store held and spared.
 
 Plain counters since start, of one device. Whoever runs the steps adds to them, the metrics read a
 copy: no key is ever added, so that one may be taken from another thread. They exist only where
@@ -28,18 +29,49 @@ PciePurpose = Literal[
     "window",
     "prefill_kv",
     "weights",
+    "tier_fill",
+    "missing_kv",
 ]
 """What bytes crossed PCIe for: digests that the GPU scans and KV that it attends to in host memory;
 queries, keys and values of new tokens for the CPU, attention states of either device for the other,
 logits; KV for the device's default window; a prompt's KV on its way from a prefill GPU; weights of
-the model."""
+the model; KV that is copied into the device's tier, and KV that the GPU attends to in host memory
+because the tier does not hold it."""
 
 TaskDevice = Literal["cpu", "gpu"]
+
+PolicyKind = Literal["exact", "fixed", "threshold", "marginal"]
+"""Name of a policy without its numbers."""
 
 IDLE_CAUSES: tuple[IdleCause, ...] = get_args(IdleCause)
 PCIE_DIRECTIONS: tuple[PcieDirection, ...] = get_args(PcieDirection)
 PCIE_PURPOSES: tuple[PciePurpose, ...] = get_args(PciePurpose)
 TASK_DEVICES: tuple[TaskDevice, ...] = get_args(TaskDevice)
+POLICY_KINDS: tuple[PolicyKind, ...] = get_args(PolicyKind)
+
+
+@dataclass
+class TierUsage:
+    """Tier of the KV store in device memory: what it holds now, and counters since start. Bytes.
+
+    Hits and misses are K and V that policies chose of retrieval regions; they add up to what was
+    attended to.
+    """
+
+    capacity_bytes: int = 0
+    """K and V that it has room for."""
+    held_bytes: int = 0
+    """K and V that it holds now."""
+    hit_bytes: dict[PolicyKind, int] = field(default_factory=lambda: dict.fromkeys(POLICY_KINDS, 0))
+    """Read in device memory, by the sequence's policy; every kind has an entry."""
+    missed_bytes: dict[PolicyKind, int] = field(
+        default_factory=lambda: dict.fromkeys(POLICY_KINDS, 0)
+    )
+    """Read in host memory because the tier did not hold them, likewise."""
+    filled_bytes: int = 0
+    """Copied into it."""
+    evicted_bytes: int = 0
+    """Given up for others. What leaves because its slab was freed does not count."""
 
 
 @dataclass
@@ -69,6 +101,8 @@ class DeviceUsage:
         default_factory=lambda: dict.fromkeys(TASK_DEVICES, 0)
     )
     """Attention tasks (GQA groups of sequences, per layer) by who did them."""
+    tier: TierUsage | None = None
+    """Of the tier; None where there is none."""
 
 
 class UsageClock:

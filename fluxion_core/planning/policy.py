@@ -22,6 +22,7 @@ import numpy as np
 from fluxion_core.errors import ConfigError
 from fluxion_core.geometry import BLOCK_SIZES, ceil_div
 from fluxion_core.kernels import _native
+from fluxion_core.observe.device_usage import PolicyKind
 from fluxion_core.planning.constants import READ_ALL
 
 
@@ -43,6 +44,11 @@ class Policy(ABC):
     """Rule by which steps read a region; one for many sequences, immutable."""
 
     @property
+    @abstractmethod
+    def kind(self) -> PolicyKind:
+        """Name of the policy without its numbers."""
+
+    @property
     def needs_profile(self) -> bool:
         """Whether its sequences need head profiles."""
         return False
@@ -60,6 +66,11 @@ class Policy(ABC):
 @dataclass(frozen=True)
 class ExactPolicy(Policy):
     """Every head attends to all tokens."""
+
+    @property
+    def kind(self) -> PolicyKind:
+        """Name of the policy without its numbers."""
+        return "exact"
 
     @property
     def reads_everything(self) -> bool:
@@ -93,6 +104,11 @@ class FixedPolicy(Policy):
             raise ConfigError(
                 f"budget {self.budget:g} of the region; above 0 and at most 1 (100 %)"
             )
+
+    @property
+    def kind(self) -> PolicyKind:
+        """Name of the policy without its numbers."""
+        return "fixed"
 
     @property
     def level(self) -> int:
@@ -139,6 +155,11 @@ class ThresholdPolicy(PredictedPolicy):
     def __post_init__(self) -> None:
         _check_positive("threshold", self.error)
 
+    @property
+    def kind(self) -> PolicyKind:
+        """Name of the policy without its numbers."""
+        return "threshold"
+
     def __str__(self) -> str:
         return f"threshold({self.error:g})"
 
@@ -152,6 +173,11 @@ class MarginalPolicy(PredictedPolicy):
 
     def __post_init__(self) -> None:
         _check_positive("marginal", self.price)
+
+    @property
+    def kind(self) -> PolicyKind:
+        """Name of the policy without its numbers."""
+        return "marginal"
 
     def __str__(self) -> str:
         return f"marginal({self.price:g})"

@@ -238,5 +238,6 @@ def make_step(
         planner=planning.planner,
         lanes=settings.engine.lanes,
         max_rows=settings.engine.max_running_sequences,
+        device_kv_bytes=settings.store.device_kv_bytes,
         goes_on=goes_on,
     )

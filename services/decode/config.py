@@ -6,7 +6,13 @@ from typing import Literal
 
 from pydantic import Field
 
-from fluxion_core.config.setting_types import ByteCount, Count, PeerAddresses, Seconds
+from fluxion_core.config.setting_types import (
+    AutoByteCount,
+    ByteCount,
+    Count,
+    PeerAddresses,
+    Seconds,
+)
 from fluxion_core.config.settings import ClientSettings, NodeSettings, Section
 from services.decode.cache_domain import Sharing
 
@@ -15,10 +21,14 @@ DEFAULT_LOCAL_PREFILL_TOKENS = 256
 
 
 class StoreSettings(Section):
-    """The host KV store."""
+    """The host KV store, and its tier in device memory."""
 
     host_kv_bytes: ByteCount = 4 << 30
     """Host memory for KV and digests; one arena, reserved as address space at start."""
+    device_kv_bytes: AutoByteCount = None
+    """Memory of the GPU for the KV that steps read most, a cache of the host's; 0 for none. auto,
+    or left out: what is free there once all else has its place, less a reserve of 4 GiB or a tenth
+    of the GPU's memory, whichever is more. Never more than the KV that the host has room for."""
     slab_tokens: Count = Field(default=512, ge=128)
     """Tokens of a slab, a power of two: the unit of allocation and of prefix sharing."""
     digest_bits: Count = 16
@@ -85,7 +95,7 @@ class DecodeSettings(NodeSettings):
     """A Fluxion decode node: serves Generate over gRPC, keeps the KV cache in host memory."""
 
     store: StoreSettings = StoreSettings()
-    """Host KV store and default window."""
+    """Host KV store, its tier in device memory, and default window."""
     engine: EngineSettings = EngineSettings()
     """Batching and queue."""
     prefill: PrefillSettings = PrefillSettings()

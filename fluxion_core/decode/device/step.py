@@ -74,11 +74,13 @@ class DeviceStep(DecodeStep):
         planner: for policies that need head profiles.
         device_digests: whether there are copies of digests on the device, as far as they fit: of
             all for the lane, of 128-token blocks for predicted plans, which the CPUs make else.
+        device_kv_bytes: of the tier; None takes what is free (tier_size.py), 0 makes none.
         goes_on: asked before each piece that is pinned.
 
     Raises:
         ShapeError: see `check_step_shapes`; or no kernel takes the model's heads.
-        CapacityError: the store's memory cannot be pinned.
+        ConfigError: `device_kv_bytes` is less than a block.
+        CapacityError: the store's memory cannot be pinned, or `device_kv_bytes` are not free.
         RequestCancelledError: `goes_on` said no; nothing is pinned then.
     """
 
@@ -94,11 +96,13 @@ class DeviceStep(DecodeStep):
         lanes: Lanes = "both",
         planner: Planner | None = None,
         device_digests: bool = True,
+        device_kv_bytes: int | None = 0,
         goes_on: Callable[[], bool] = lambda: True,
     ) -> None:
         config, geometry = decoder.config, store.geometry
         check_step_shapes(geometry, window, config.num_heads, planner)
         self._store, self._window = store, window
+        self._device_kv_bytes = device_kv_bytes
         self.pool = pool
         self._device = decoder.embedding.device
         self._num_heads = config.num_heads

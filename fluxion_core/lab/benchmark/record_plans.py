@@ -32,6 +32,7 @@ from fluxion_core.lab.held_prompt import PromptMaker
 from fluxion_core.models.decoder import Decoder
 from fluxion_core.models.model_options import ModelOptions
 from fluxion_core.models.weights import LoadedModel, load_model
+from fluxion_core.observe.device_usage import PolicyKind
 from fluxion_core.planning.constants import READ_ALL
 from fluxion_core.planning.planner import Planner
 from fluxion_core.planning.planner_weights import shipped_planner_weights
@@ -45,6 +46,11 @@ class _KeptPlans(Policy):
 
     of: PredictedPolicy
     steps: list[_native.PlanRecorder]
+
+    @property
+    def kind(self) -> PolicyKind:
+        """Kind of the policy whose plans are kept."""
+        return self.of.kind
 
     @property
     def needs_profile(self) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fluxion_core.kernels import _native
+from fluxion_core.observe.device_usage import PolicyKind
 from fluxion_core.planning.policy import PlanInputs, Policy, PredictedPolicy
 
 
@@ -20,6 +21,11 @@ class ReplayedPolicy(Policy):
     """[layers, heads] int32: blocks of that level."""
     behind: PredictedPolicy | None = None
     """Whose plans are made and waited for all the same, and not followed."""
+
+    @property
+    def kind(self) -> PolicyKind:
+        """Kind of the policy behind; fixed without one, as plans are given then."""
+        return "fixed" if self.behind is None else self.behind.kind
 
     @property
     def needs_profile(self) -> bool:

@@ -147,6 +147,17 @@ def test_sizes_are_exact(size: str, expected: int):
     assert load("--store.host-kv-bytes", size).store.host_kv_bytes == expected
 
 
+def test_a_size_that_the_node_may_choose_is_auto_or_left_out_or_a_size(tmp_path: Path):
+    assert load().store.device_kv_bytes is None
+    assert load("--store.device-kv-bytes", " auto ").store.device_kv_bytes is None
+    assert load(FLUXION_STORE__DEVICE_KV_BYTES="0").store.device_kv_bytes == 0
+    toml = '[store]\ndevice_kv_bytes = "20GiB"'
+    assert load(toml=toml, tmp_path=tmp_path).store.device_kv_bytes == 20 << 30
+    assert "'some' is not a size; write for example 8GiB, or auto" in refusal(
+        "--store.device-kv-bytes", "some"
+    )
+
+
 NUMBERS_IN_TOML = ("inf", "-inf", "nan", "true", "1e300", "1" + "0" * 18, "-1", '""', "[]", "{}")
 
 

@@ -101,3 +101,21 @@ def test_a_row_that_cannot_take_part_is_refused_alone(device: str) -> None:
 def test_lanes_that_a_cpu_does_not_have_are_refused() -> None:
     with pytest.raises(ConfigError, match="lanes is gpu"):
         step_for(random_decoder("cpu"), store_for(16), WINDOW, CpuPool(1), lanes="gpu", max_rows=1)
+
+
+def test_memory_that_a_cpu_does_not_have_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"device_kv_bytes is 4096.*on the CPU; use auto or 0"):
+        small_body_on_cpu(4096)
+    for setting in (None, 0):
+        small_body_on_cpu(setting).close()
+
+
+def small_body_on_cpu(device_kv_bytes: int | None) -> DecodeStep:
+    return step_for(
+        random_decoder("cpu"),
+        store_for(16),
+        WINDOW,
+        CpuPool(1),
+        max_rows=1,
+        device_kv_bytes=device_kv_bytes,
+    )

@@ -6,6 +6,7 @@ import pytest
 
 from fluxion_core.errors import ConfigError
 from fluxion_core.kernels import _native
+from fluxion_core.observe.device_usage import POLICY_KINDS
 from fluxion_core.planning.constants import READ_ALL
 from fluxion_core.planning.policy import ExactPolicy, FixedPolicy, PlanInputs, Policy, parse_policy
 
@@ -22,6 +23,13 @@ from fluxion_core.planning.policy import ExactPolicy, FixedPolicy, PlanInputs, P
 def test_policies_are_read_by_name_and_print_it(text: str, policy):
     assert parse_policy(text) == policy
     assert parse_policy(str(policy)) == policy
+
+
+@pytest.mark.parametrize("kind", POLICY_KINDS)
+def test_a_kind_is_the_name_without_its_numbers(kind: str):
+    policies = ("exact", "fixed(16, 5 %)", "threshold(0.1)", "marginal(0.3)")
+    policy = next(parse_policy(text) for text in policies if text.startswith(kind))
+    assert policy.kind == kind
 
 
 @pytest.mark.parametrize(
