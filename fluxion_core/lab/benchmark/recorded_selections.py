@@ -18,7 +18,6 @@ import numpy as np
 import numpy.typing as npt
 
 from fluxion_core.errors import ConfigError
-from fluxion_core.planning.constants import READ_ALL
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,8 +41,8 @@ class RecordedSelections:
 
     @property
     def num_steps(self) -> int:
-        """Of each text."""
-        return self.bits.shape[1]
+        """Steps of each text."""
+        return len(self.bits[0])
 
     def units(self, text: int, step: int) -> npt.NDArray[np.bool_]:
         """[layers, kv_heads, group, units] bool of one step, by the sequence's units."""

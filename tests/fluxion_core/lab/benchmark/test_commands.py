@@ -15,6 +15,7 @@ COMMANDS = {
     "offloaded_cache": "OffloadedCacheBench",
     "prompt_profile": "PromptProfileBench",
     "record_plans": "RecordPlans",
+    "record_selections": "RecordSelections",
     "sampling": "SamplingBench",
     "shared_cpus": "SharedCpusCommand",
 }
