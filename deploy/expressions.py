@@ -20,7 +20,7 @@ from pathlib import Path
 
 import yaml
 
-from services.gpu_metrics import ENGINE_GPU_DEFINITIONS, NVML_DEFINITIONS
+from services.gpu_metrics import ENGINE_GPU_DEFINITIONS, NVML_DEFINITIONS, TIER_DEFINITIONS
 
 HERE = Path(__file__).parent
 DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -43,7 +43,8 @@ def all_expressions() -> list[Expression]:
 
 def needing_gpu(expressions: list[Expression]) -> set[Expression]:
     """Those that read a metric that only a node with a GPU exports, through recorded ones too."""
-    names = {one.name for one in (*ENGINE_GPU_DEFINITIONS, *NVML_DEFINITIONS)}
+    definitions = (*ENGINE_GPU_DEFINITIONS, *TIER_DEFINITIONS, *NVML_DEFINITIONS)
+    names = {one.name for one in definitions}
     for rule in _rule_list():
         if "record" in rule and names & _words(rule["expr"]):
             names.add(rule["record"])

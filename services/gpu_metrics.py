@@ -1,4 +1,6 @@
-"""Metrics of a node's GPU: what its engine counts, and what the driver says, through NVML."""
+"""Metrics of a node's GPU: what its engine counts, of the tier of the KV store there too, and what
+the driver says, through NVML.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from prometheus_client.metrics_core import Metric
 
 from fluxion_core.errors import FluxionError
 from fluxion_core.machine.threads import start_thread
-from fluxion_core.observe.device_usage import DeviceUsage
+from fluxion_core.observe.device_usage import DeviceUsage, TierUsage
 from fluxion_core.observe.log import event
 from fluxion_core.observe.metrics import MetricDefinition
 from fluxion_core.observe.nvml import NvmlReader, open_nvml
@@ -44,6 +46,47 @@ PCIE_BYTES = MetricDefinition(
     "Payload that the engine moved or read over PCIe.",
     ("direction", "purpose"),
     needs="gpu",
+)
+TIER_CAPACITY = MetricDefinition(
+    "fluxion_tier_capacity_bytes",
+    "gauge",
+    "bytes",
+    "K and V that the store's tier in device memory has room for.",
+    needs="tier",
+)
+TIER_HELD = MetricDefinition(
+    "fluxion_tier_held_bytes", "gauge", "bytes", "K and V that the tier holds.", needs="tier"
+)
+TIER_HITS = MetricDefinition(
+    "fluxion_tier_hit_bytes_total",
+    "counter",
+    "bytes",
+    "K and V of retrieval regions that steps read in device memory, by kind of policy.",
+    ("policy",),
+    needs="tier",
+)
+TIER_MISSES = MetricDefinition(
+    "fluxion_tier_missed_bytes_total",
+    "counter",
+    "bytes",
+    "K and V of retrieval regions that steps read in host memory because the tier did not hold "
+    "them, by kind of policy. With the hits, what steps attended to.",
+    ("policy",),
+    needs="tier",
+)
+TIER_FILLED = MetricDefinition(
+    "fluxion_tier_filled_bytes_total",
+    "counter",
+    "bytes",
+    "K and V copied into the tier.",
+    needs="tier",
+)
+TIER_EVICTED = MetricDefinition(
+    "fluxion_tier_evicted_bytes_total",
+    "counter",
+    "bytes",
+    "K and V given up to make room; what left because its slab was freed does not count.",
+    needs="tier",
 )
 NVML_PCIE_BYTES = MetricDefinition(
     "fluxion_nvml_pcie_bytes_total",
@@ -79,6 +122,10 @@ LOOK_SECONDS = 1.0
 """Between looks at the card."""
 
 ENGINE_GPU_DEFINITIONS = (GPU_BUSY, GPU_IDLE, PCIE_BYTES)
+TIER_DEFINITIONS = (
+    *(TIER_CAPACITY, TIER_HELD, TIER_HITS, TIER_MISSES),
+    *(TIER_FILLED, TIER_EVICTED),
+)
 NVML_DEFINITIONS = (NVML_PCIE_BYTES, NVML_LINK, NVML_UTILIZATION, NVML_ACTIVITY)
 
 
@@ -87,6 +134,17 @@ def device_families(device: DeviceUsage) -> Iterator[Metric]:
     yield GPU_BUSY.render_value(device.busy_seconds)
     yield GPU_IDLE.render({(cause,): seconds for cause, seconds in device.idle_seconds.items()})
     yield PCIE_BYTES.render({(way, what): n for (way, what), n in device.pcie_bytes.items()})
+    if device.tier is not None:
+        yield from _tier_families(device.tier)
+
+
+def _tier_families(tier: TierUsage) -> Iterator[Metric]:
+    yield TIER_CAPACITY.render_value(tier.capacity_bytes)
+    yield TIER_HELD.render_value(tier.held_bytes)
+    yield TIER_HITS.render({(kind,): count for kind, count in tier.hit_bytes.items()})
+    yield TIER_MISSES.render({(kind,): count for kind, count in tier.missed_bytes.items()})
+    yield TIER_FILLED.render_value(tier.filled_bytes)
+    yield TIER_EVICTED.render_value(tier.evicted_bytes)
 
 
 def nvml_collectors(device: torch.device) -> list[NvmlCollector]:

@@ -75,6 +75,10 @@ def per(numerator: str, denominator: str) -> str:
 NO_DECODE_NODE = "Only a decode node has these figures, and none was scraped in this range."
 NO_PREFILL_NODE = "Only a prefill node has these figures, and none was scraped in this range."
 NO_GPU = "Only a node with a GPU has these figures, and none was scraped in this range."
+NO_TIER = (
+    "Only a decode node that holds KV in device memory has these figures, and none was scraped in "
+    "this range."
+)
 NO_NVML = (
     "Only a node whose GPU answers NVML has these figures, and none was scraped in this range."
 )
@@ -345,15 +349,50 @@ TRAFFIC = Dashboard(
             NO_NVML,
         ),
         Panel(
-            "Host KV read",
+            "Stored KV read",
             "Bps",
             (
                 Line(rate("fluxion_scanned_bytes_total"), "digests"),
                 Line(rate("fluxion_attended_bytes_total"), "K and V"),
+                Line(
+                    rate("fluxion_tier_hit_bytes_total"),
+                    "K and V in device memory, of them",
+                    is_drawn=False,
+                ),
             ),
-            "By decode steps, whichever device read it; windows not counted.",
+            "By decode steps, whichever device read it, wherever; windows not counted.",
             NO_DECODE_NODE,
             is_stacked=True,
+        ),
+        Panel(
+            "Device tier: hits",
+            "percentunit",
+            (Line(f"fluxion:tier_hits:ratio_rate1m{NODES}", "{policy} {instance}"),),
+            "Of the K and V that policies chose of regions, what lay in device memory.",
+            "No step over more than the default window was made by a node that holds KV in device "
+            "memory.",
+        ),
+        Panel(
+            "Device tier: fills and misses",
+            "Bps",
+            (
+                Line(rate("fluxion_tier_filled_bytes_total"), "filled"),
+                Line(rate("fluxion_tier_evicted_bytes_total"), "evicted"),
+                Line(rate("fluxion_tier_missed_bytes_total", by="policy"), "missed {policy}"),
+            ),
+            "Misses are read in host memory, once for each step that chooses them; evicted is what "
+            "made room for others.",
+            NO_TIER,
+        ),
+        Panel(
+            "Device tier: memory",
+            "bytes",
+            (
+                Line(gauge("fluxion_tier_held_bytes", by="instance"), "held {instance}"),
+                Line(gauge("fluxion_tier_capacity_bytes", by="instance"), "capacity {instance}"),
+            ),
+            "A copy of what the host holds: it may be full, and nobody waits for it.",
+            NO_TIER,
         ),
         Panel(
             "Hand-off",

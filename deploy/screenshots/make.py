@@ -3,9 +3,10 @@
     python deploy/screenshots/make.py [SECONDS OF LOAD]
 
 The nodes are real and run on this machine's CPU. Beside them a third is scraped that is none: it
-replays a GPU whose figures were measured on an H100 (results/gpu-step-h100/llama-3.1-8b.json, four
-sequences of 32K tokens, one policy after another), step for step. Of the bytes over PCIe that file
-has the sum and what the GPU read of host memory; the rest is called queries and attention states.
+replays a GPU whose figures were measured on an H100 (llama-3.1-8b.json of the lab's results
+gpu-step-h100, four sequences of 32K tokens, one policy after another), step for step. Of the bytes
+over PCIe that file has the sum and what the GPU read of host memory; the rest is called queries and
+attention states. There was no tier in device memory: its panels say that they are empty.
 
 Needs Debian's prometheus and chromium, and the model smollm2-135m; ends everything that it starts.
 """
@@ -40,8 +41,8 @@ from services.metrics import NODE_READY
 
 HERE = Path(__file__).parent
 DEPLOY = HERE.parent
-RECORDED = DEPLOY.parent / "fluxion_core" / "benchmark" / "results" / "gpu-step-h100"
-PAGES = {"overview": 1250, "overlap": 1470, "traffic": 1250}
+RECORDED = DEPLOY.parent / "fluxion_core" / "lab" / "results" / "gpu-step-h100"
+PAGES = {"overview": 1250, "overlap": 1470, "traffic": 1470}
 """By name: their heights in pixels."""
 WIDTH = 1200
 SCRAPE_SECONDS = 2

@@ -8,11 +8,16 @@ from functools import partial
 from fluxion_core.observe.metrics import MetricDefinition
 from generators.text import entry
 from services.decode.metric_definitions import DECODE_DEFINITIONS
-from services.gpu_metrics import ENGINE_GPU_DEFINITIONS, NVML_DEFINITIONS
+from services.gpu_metrics import ENGINE_GPU_DEFINITIONS, NVML_DEFINITIONS, TIER_DEFINITIONS
 from services.metrics import NODE_DEFINITIONS
 from services.prefill.metrics import PREFILL_DEFINITIONS
 
-_NEEDS = {"": "", "gpu": " Only with a GPU.", "nvml": " Only with NVML."}
+_NEEDS = {
+    "": "",
+    "gpu": " Only with a GPU.",
+    "tier": " Only with a tier.",
+    "nvml": " Only with NVML.",
+}
 
 
 def _entries(definitions: Iterable[MetricDefinition]) -> str:
@@ -31,6 +36,7 @@ REGIONS: dict[str, Callable[[], str]] = {
         "of decode nodes": DECODE_DEFINITIONS,
         "of prefill nodes": PREFILL_DEFINITIONS,
         "with a GPU": ENGINE_GPU_DEFINITIONS,
+        "with a tier": TIER_DEFINITIONS,
         "from NVML": NVML_DEFINITIONS,
     }.items()
 }

@@ -49,6 +49,13 @@ class KvReads:
     """That read nothing."""
     groups_everything: int
     """That read all without a choice."""
+    resident_bytes_per_token: float = 0.0
+    """Of K and V, what lay in the node's device memory; 0 where it holds none there."""
+
+    @property
+    def resident_share(self) -> float:
+        """Hit rate: resident bytes / K and V; 0 while nothing was read."""
+        return self.resident_bytes_per_token / (self.attended_bytes_per_token or 1.0)
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,7 @@ class Usage:
     handoff_bytes: int
     """KV that crossed the wire."""
     kv_bytes_read_per_token: float
-    """Host KV and digests read per decoded token, mean."""
+    """Stored KV and digests read per decoded token, mean."""
     kv_bytes_in_host_memory: int
     """Held by this request, digests included."""
     kv_reads: KvReads
@@ -168,7 +175,7 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class NodeLoad:
-    """Requests and host memory of a node, now."""
+    """Requests and memory of a node, now."""
 
     running_requests: int
     waiting_requests: int
@@ -181,6 +188,10 @@ class NodeLoad:
     """Released, still found by prefix, given up on demand."""
     generated_tokens_total: int
     is_draining: bool
+    device_kv_capacity_bytes: int = 0
+    """Room in device memory for copies of KV that steps read most; 0 where there is none."""
+    device_kv_held_bytes: int = 0
+    """Such copies. Requests never wait for room there."""
 
 
 class AnswerReader:

@@ -59,8 +59,9 @@ class MetricDefinition:
     unit: str
     meaning: str
     labels: Labels = ()
-    needs: Literal["", "gpu", "nvml"] = ""
-    """What must be there for it to be exported: a GPU that the engine uses, or NVML."""
+    needs: Literal["", "gpu", "tier", "nvml"] = ""
+    """What must be there for it to be exported: a GPU that the engine uses, a tier of the KV store
+    there, or NVML."""
 
     def render(self, samples: Samples) -> Metric:
         """A counter or gauge with these values."""

@@ -174,6 +174,8 @@ def timings_table(generation: Generation) -> Table:
         reads = usage.kv_reads
         table.add_row("policy", reads.policy, f"{reads.streaming_share:.0%} of heads streaming")
         table.add_row("KV read per token", *kv_read_cells(usage))
+        if reads.resident_bytes_per_token:
+            table.add_row("of it in device memory", *resident_cells(reads))
         if blocks := chosen_blocks(usage.kv_reads):
             table.add_row("block sizes", "", blocks)
     table.add_row("total", f"{generation.total_seconds:.2f} s", "")
@@ -188,6 +190,12 @@ def kv_read_cells(usage: Usage) -> tuple[str, str]:
         return read, "all of the text was in the default window"
     fixed = f"{reads.share_of_fixed_estimate:.2f} of fixed(16, 5 %), estimated"
     return read, f"{reads.share_of_exact:.1%} of exact, {fixed}"
+
+
+def resident_cells(reads: KvReads) -> tuple[str, str]:
+    """Bytes of a step that lay in device memory, and their share of K and V."""
+    resident = f"{reads.resident_bytes_per_token / 1e6:.3g} MB"
+    return resident, f"{reads.resident_share:.1%} of K and V"
 
 
 def chosen_blocks(reads: KvReads) -> str:

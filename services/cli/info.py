@@ -50,6 +50,14 @@ def rows_of_load(load: NodeLoad) -> list[tuple[str, str]]:
             f"{held / 1e9:.2f} GB held, {load.host_kv_cached_bytes / 1e9:.2f} GB cached, of "
             f"{load.host_kv_capacity_bytes / 1e9:.2f} GB",
         ),
+        *_rows_of_device(load),
         ("tokens generated", f"{load.generated_tokens_total:,}"),
         *([("draining", "yes: takes no new requests")] if load.is_draining else []),
     ]
+
+
+def _rows_of_device(load: NodeLoad) -> list[tuple[str, str]]:
+    if not load.device_kv_capacity_bytes:
+        return []
+    held, capacity = load.device_kv_held_bytes / 1e9, load.device_kv_capacity_bytes / 1e9
+    return [("KV in device memory", f"{held:.2f} GB held, of {capacity:.2f} GB")]

@@ -89,13 +89,18 @@ def rows_of(before: Samples, now: Samples, seconds: float) -> list[tuple[str, st
     rate("tokens generated", "fluxion_generated_tokens_total", "/s")
     rate("prompt tokens", "fluxion_prefill_tokens_total", "/s")
     rate("KV handed off", "fluxion_handoff_bytes_total", "MB/s", 1e6)
-    rate("host KV attended", "fluxion_attended_bytes_total", "MB/s", 1e6)
+    rate("KV attended", "fluxion_attended_bytes_total", "MB/s", 1e6)
     rate("digests scanned", "fluxion_scanned_bytes_total", "MB/s", 1e6)
     share("streaming heads", "fluxion_streaming_heads_total", ["fluxion_planned_heads_total"])
     gpu = ("fluxion_gpu_busy_seconds_total", "fluxion_gpu_idle_seconds_total")
     share("GPU busy", gpu[0], gpu)
     share("GPU waits for CPU", gpu[1] + "{host_attention}", gpu)
     rate("PCIe to GPU", "fluxion_pcie_bytes_total{host_to_device}", "GB/s", 1e9)
+    hits = "fluxion_tier_hit_bytes_total"
+    share("tier hits", hits, [hits, "fluxion_tier_missed_bytes_total"])
+    if "fluxion_tier_capacity_bytes" in now:
+        held, capacity = now["fluxion_tier_held_bytes"], now["fluxion_tier_capacity_bytes"]
+        rows.append(("tier held", f"{held / 1e9:,.1f} of {capacity / 1e9:,.1f} GB"))
     if "fluxion_store_capacity_bytes" in now:
         held = now["fluxion_store_bytes{used}"] + now["fluxion_store_bytes{reserved}"]
         rows.append(("store held", f"{held / now['fluxion_store_capacity_bytes'] * 100:.0f} %"))

@@ -29,6 +29,8 @@ class ReadTotals:
     """Groups that read nothing: tasks skipped."""
     groups_everything: int = 0
     """Groups that read the whole region without a choice."""
+    resident_bytes: int = 0
+    """Of K and V, what lay in device memory."""
 
     def add(self, reads: StepReads) -> None:
         """Count one step of one sequence."""
@@ -41,6 +43,7 @@ class ReadTotals:
             self.groups_of_size[level] += count
         self.groups_nothing += reads.groups_nothing
         self.groups_everything += reads.groups_everything
+        self.resident_bytes += reads.resident_bytes
 
     @property
     def total_bytes(self) -> int:

@@ -11,6 +11,7 @@ from contextlib import aclosing
 import grpc
 
 from fluxion_core.kvstore.store import HostKvStore
+from fluxion_core.observe.device_usage import TierUsage
 from fluxion_core.wire.callers import Callers
 from fluxion_proto.v1 import generate_pb2, generate_pb2_grpc
 from services.decode.admission import Admission
@@ -135,9 +136,11 @@ class GenerationService(generate_pb2_grpc.GenerationServicer):
     async def GetLoad(  # noqa: N802 - the rpc's name
         self, message: generate_pb2.GetLoadRequest, context: grpc.aio.ServicerContext
     ) -> generate_pb2.GetLoadResponse:
-        """Requests and host memory now."""
+        """Requests and memory now."""
         del message, context
         store, queue = self._store.statistics(), self._admission.statistics()
+        engine = self._engine.statistics()
+        tier = (engine.device and engine.device.tier) or TierUsage()
         return generate_pb2.GetLoadResponse(
             running_requests=queue.admitted,
             waiting_requests=queue.waiting,
@@ -146,6 +149,8 @@ class GenerationService(generate_pb2_grpc.GenerationServicer):
             host_kv_reserved_bytes=store.reserved_bytes,
             host_kv_used_bytes=store.used_bytes,
             host_kv_cached_bytes=store.cached_bytes,
-            generated_tokens_total=self._engine.statistics().tokens,
+            generated_tokens_total=engine.tokens,
             is_draining=self.is_draining,
+            device_kv_capacity_bytes=tier.capacity_bytes,
+            device_kv_held_bytes=tier.held_bytes,
         )

@@ -101,4 +101,5 @@ def _kv_reads(sequence: DecodeSequence, baseline_share: float) -> generate_pb2.K
         groups_by_block_size=reads.groups_of_size,
         groups_nothing=reads.groups_nothing,
         groups_everything=reads.groups_everything,
+        resident_bytes_per_token=reads.resident_bytes / steps,
     )

@@ -15,7 +15,7 @@ import promql_parser
 import pytest
 
 from services.decode.metric_definitions import DECODE_DEFINITIONS
-from services.gpu_metrics import ENGINE_GPU_DEFINITIONS, NVML_DEFINITIONS
+from services.gpu_metrics import ENGINE_GPU_DEFINITIONS, NVML_DEFINITIONS, TIER_DEFINITIONS
 from services.metrics import NODE_DEFINITIONS
 from services.prefill.metrics import PREFILL_DEFINITIONS
 from tests.tools import require_program
@@ -23,7 +23,7 @@ from tests.tools import require_program
 DEPLOY = Path(__file__).parents[2] / "deploy"
 DEFINITIONS = (
     *(*NODE_DEFINITIONS, *DECODE_DEFINITIONS, *PREFILL_DEFINITIONS),
-    *(*ENGINE_GPU_DEFINITIONS, *NVML_DEFINITIONS),
+    *(*ENGINE_GPU_DEFINITIONS, *TIER_DEFINITIONS, *NVML_DEFINITIONS),
 )
 
 
@@ -148,6 +148,7 @@ def test_what_needs_a_gpu_is_known_through_recorded_metrics_too(expressions):
     needing = {one.where for one in expressions.needing_gpu(expressions.all_expressions())}
     assert "alert FluxionPcieNearLimit" in needing
     assert "traffic.json: Share of the PCIe link" in needing
+    assert "traffic.json: Device tier: hits" in needing
     assert "overview.json: Requests" not in needing
 
 

@@ -15,7 +15,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from fluxion_core.errors import CapacityError, ConfigError, DeadlineError, RequestCancelledError
-from fluxion_core.observe.device_usage import DeviceUsage
+from fluxion_core.observe.device_usage import DeviceUsage, TierUsage
 from fluxion_core.observe.nvml import NvmlReadings
 from fluxion_core.observe.spans import Span
 from fluxion_core.observe.trace import Trace
@@ -24,7 +24,13 @@ from services.decode.engine import EngineStatistics
 from services.decode.metric_definitions import DECODE_DEFINITIONS
 from services.decode.metrics import DecodeCollector
 from services.decode.request_counters import RequestCounters
-from services.gpu_metrics import ENGINE_GPU_DEFINITIONS, NVML_DEFINITIONS, NvmlCollector
+from services.gpu_metrics import (
+    ENGINE_GPU_DEFINITIONS,
+    NVML_DEFINITIONS,
+    TIER_DEFINITIONS,
+    NvmlCollector,
+    device_families,
+)
 from services.metrics import NODE_DEFINITIONS, NodeMetrics, outcome_of
 from services.metrics_endpoint import MetricsEndpoint
 from services.prefill.metrics import PREFILL_DEFINITIONS
@@ -34,6 +40,7 @@ DEFINITIONS = {
     "decode nodes": DECODE_DEFINITIONS,
     "prefill nodes": PREFILL_DEFINITIONS,
     "a GPU": ENGINE_GPU_DEFINITIONS,
+    "a tier": TIER_DEFINITIONS,
     "NVML": NVML_DEFINITIONS,
 }
 
@@ -156,6 +163,28 @@ def test_gpu_metrics_are_there_with_a_gpu_and_absent_without():
     assert pcie["host_to_device", "digests"] == 4096
     tasks = {s.labels["device"]: s.value for s in families["fluxion_tasks"].samples}
     assert tasks == {"cpu": 0, "gpu": 7}
+
+
+def test_metrics_of_a_tier_are_there_with_one_and_absent_without():
+    tier = TierUsage(capacity_bytes=80, held_bytes=32, filled_bytes=48, evicted_bytes=16)
+    tier.hit_bytes["threshold"] = 7
+    tier.missed_bytes["exact"] = 9
+    without = {one.name for one in device_families(DeviceUsage())}
+    families = {one.name: one for one in device_families(DeviceUsage(tier=tier))}
+    names = {one.name.removesuffix("_total"): one.kind for one in TIER_DEFINITIONS}
+    assert {name: families[name].type for name in families.keys() - without} == names
+    values = {
+        name: {"".join(sample.labels.values()): sample.value for sample in families[name].samples}
+        for name in names
+    }
+    assert values == {
+        "fluxion_tier_capacity_bytes": {"": 80},
+        "fluxion_tier_held_bytes": {"": 32},
+        "fluxion_tier_hit_bytes": {"exact": 0, "fixed": 0, "threshold": 7, "marginal": 0},
+        "fluxion_tier_missed_bytes": {"exact": 9, "fixed": 0, "threshold": 0, "marginal": 0},
+        "fluxion_tier_filled_bytes": {"": 48},
+        "fluxion_tier_evicted_bytes": {"": 16},
+    }
 
 
 class _Card:

@@ -136,7 +136,7 @@ class PromptProgress(_message.Message):
     def __init__(self, state: _Optional[_Union[PromptState, str]] = ..., prompt_tokens: _Optional[int] = ..., prompt_tokens_done: _Optional[int] = ...) -> None: ...
 
 class KvReads(_message.Message):
-    __slots__ = ("policy", "scanned_bytes_per_token", "attended_bytes_per_token", "share_of_exact", "share_of_fixed_estimate", "streaming_share", "groups_by_block_size", "groups_nothing", "groups_everything")
+    __slots__ = ("policy", "scanned_bytes_per_token", "attended_bytes_per_token", "share_of_exact", "share_of_fixed_estimate", "streaming_share", "groups_by_block_size", "groups_nothing", "groups_everything", "resident_bytes_per_token")
     POLICY_FIELD_NUMBER: _ClassVar[int]
     SCANNED_BYTES_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
     ATTENDED_BYTES_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
@@ -146,6 +146,7 @@ class KvReads(_message.Message):
     GROUPS_BY_BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
     GROUPS_NOTHING_FIELD_NUMBER: _ClassVar[int]
     GROUPS_EVERYTHING_FIELD_NUMBER: _ClassVar[int]
+    RESIDENT_BYTES_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
     policy: str
     scanned_bytes_per_token: float
     attended_bytes_per_token: float
@@ -155,7 +156,8 @@ class KvReads(_message.Message):
     groups_by_block_size: _containers.RepeatedScalarFieldContainer[int]
     groups_nothing: int
     groups_everything: int
-    def __init__(self, policy: _Optional[str] = ..., scanned_bytes_per_token: _Optional[float] = ..., attended_bytes_per_token: _Optional[float] = ..., share_of_exact: _Optional[float] = ..., share_of_fixed_estimate: _Optional[float] = ..., streaming_share: _Optional[float] = ..., groups_by_block_size: _Optional[_Iterable[int]] = ..., groups_nothing: _Optional[int] = ..., groups_everything: _Optional[int] = ...) -> None: ...
+    resident_bytes_per_token: float
+    def __init__(self, policy: _Optional[str] = ..., scanned_bytes_per_token: _Optional[float] = ..., attended_bytes_per_token: _Optional[float] = ..., share_of_exact: _Optional[float] = ..., share_of_fixed_estimate: _Optional[float] = ..., streaming_share: _Optional[float] = ..., groups_by_block_size: _Optional[_Iterable[int]] = ..., groups_nothing: _Optional[int] = ..., groups_everything: _Optional[int] = ..., resident_bytes_per_token: _Optional[float] = ...) -> None: ...
 
 class Usage(_message.Message):
     __slots__ = ("prompt_tokens", "cached_tokens", "generated_tokens", "queue_seconds", "prefill_seconds", "handoff_seconds", "decode_seconds", "time_to_first_token_seconds", "handoff_bytes", "kv_bytes_read_per_token", "kv_bytes_in_host_memory", "kv_reads", "local_prompt_tokens")
@@ -276,7 +278,7 @@ class GetLoadRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetLoadResponse(_message.Message):
-    __slots__ = ("running_requests", "waiting_requests", "host_kv_capacity_bytes", "host_kv_free_bytes", "host_kv_reserved_bytes", "host_kv_used_bytes", "host_kv_cached_bytes", "generated_tokens_total", "is_draining")
+    __slots__ = ("running_requests", "waiting_requests", "host_kv_capacity_bytes", "host_kv_free_bytes", "host_kv_reserved_bytes", "host_kv_used_bytes", "host_kv_cached_bytes", "generated_tokens_total", "is_draining", "device_kv_capacity_bytes", "device_kv_held_bytes")
     RUNNING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     WAITING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     HOST_KV_CAPACITY_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -286,6 +288,8 @@ class GetLoadResponse(_message.Message):
     HOST_KV_CACHED_BYTES_FIELD_NUMBER: _ClassVar[int]
     GENERATED_TOKENS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     IS_DRAINING_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_KV_CAPACITY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_KV_HELD_BYTES_FIELD_NUMBER: _ClassVar[int]
     running_requests: int
     waiting_requests: int
     host_kv_capacity_bytes: int
@@ -295,4 +299,6 @@ class GetLoadResponse(_message.Message):
     host_kv_cached_bytes: int
     generated_tokens_total: int
     is_draining: bool
-    def __init__(self, running_requests: _Optional[int] = ..., waiting_requests: _Optional[int] = ..., host_kv_capacity_bytes: _Optional[int] = ..., host_kv_free_bytes: _Optional[int] = ..., host_kv_reserved_bytes: _Optional[int] = ..., host_kv_used_bytes: _Optional[int] = ..., host_kv_cached_bytes: _Optional[int] = ..., generated_tokens_total: _Optional[int] = ..., is_draining: _Optional[bool] = ...) -> None: ...
+    device_kv_capacity_bytes: int
+    device_kv_held_bytes: int
+    def __init__(self, running_requests: _Optional[int] = ..., waiting_requests: _Optional[int] = ..., host_kv_capacity_bytes: _Optional[int] = ..., host_kv_free_bytes: _Optional[int] = ..., host_kv_reserved_bytes: _Optional[int] = ..., host_kv_used_bytes: _Optional[int] = ..., host_kv_cached_bytes: _Optional[int] = ..., generated_tokens_total: _Optional[int] = ..., is_draining: _Optional[bool] = ..., device_kv_capacity_bytes: _Optional[int] = ..., device_kv_held_bytes: _Optional[int] = ...) -> None: ...

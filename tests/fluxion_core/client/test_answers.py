@@ -68,6 +68,9 @@ def test_figures_are_values_that_do_not_change():
     )
     assert (usage.prompt_tokens, usage.kv_reads.groups_by_block_size) == (7, (1, 2, 3, 4))
     assert hash(usage) == hash(usage)
+    assert usage.kv_reads.resident_share == 0
+    reads = generate_pb2.KvReads(attended_bytes_per_token=8, resident_bytes_per_token=6)
+    assert usage_of(generate_pb2.Usage(kv_reads=reads)).kv_reads.resident_share == 0.75
     level = generate_pb2.LevelPolicy(level=generate_pb2.QUALITY_LEVEL_FAST, policy="exact")
     info = model_info_of(generate_pb2.GetModelInfoResponse(level_policies=[level]))
     assert info.levels == {"fast": "exact"}

@@ -42,6 +42,7 @@ USAGE = generate_pb2.Usage(
         streaming_share=0.25,
         groups_by_block_size=[10, 0, 0, 40],
         groups_nothing=50,
+        resident_bytes_per_token=12e6,
     ),
 )
 

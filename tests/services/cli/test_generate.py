@@ -90,6 +90,7 @@ def test_the_figures_say_what_was_read(decode_node: SimpleNamespace):
     for figure in (
         *("20 MB", "threshold(0.1)", "12.5% of exact", "0.50 of fixed(16, 5 %)"),
         *("25% of heads", "16 tokens 10%", "128 tokens 40%", "nothing 50%"),
+        "80.0% of K and V",
     ):
         assert figure in " ".join(result.stderr.split()), figure
 

@@ -34,6 +34,11 @@ def test_a_node_that_is_going_away_says_so():
     ]
 
 
+def test_kv_in_device_memory_has_a_row_where_there_is_any():
+    load = NodeLoad(0, 0, 8_000_000_000, 0, 0, 0, 0, 7, False, 80_000_000_000, 12_500_000_000)
+    assert ("KV in device memory", "12.50 GB held, of 80.00 GB") in rows_of_load(load)
+
+
 def test_no_node_is_one_sentence():
     result = invoke(["info", "127.0.0.1:1"])
     assert result.exit_code == 1

@@ -36,6 +36,29 @@ def test_rates_and_shares_are_of_the_time_between_two_looks():
     }
 
 
+TIER = """# TYPE fluxion_tier_capacity_bytes gauge
+fluxion_tier_capacity_bytes 8e+10
+# TYPE fluxion_tier_held_bytes gauge
+fluxion_tier_held_bytes 1.25e+10
+# TYPE fluxion_tier_hit_bytes_total counter
+fluxion_tier_hit_bytes_total{policy="fixed"} %d
+fluxion_tier_hit_bytes_total{policy="exact"} %d
+# TYPE fluxion_tier_missed_bytes_total counter
+fluxion_tier_missed_bytes_total{policy="fixed"} %d
+"""
+
+
+def test_a_tier_says_what_it_holds_and_how_often_it_is_hit():
+    ready = NODE.partition("# TYPE fluxion_generated")[0]
+    before = parse_samples(ready + TIER % (100, 10, 50))
+    # By hand: 60 and 30 B hit and 10 missed since.
+    now = parse_samples(ready + TIER % (160, 40, 60))
+    held = ("tier held", "12.5 of 80.0 GB")
+    assert rows_of(before, now, 2.0) == [("ready", "yes"), ("tier hits", "90 %"), held]
+    # Without a step in between there is no rate.
+    assert rows_of(now, now, 2.0) == [("ready", "yes"), held]
+
+
 def test_what_a_node_does_not_export_has_no_row():
     samples = parse_samples(NODE.partition("# TYPE fluxion_generated")[0])
     assert rows_of(samples, samples, 1.0) == [("ready", "yes")]

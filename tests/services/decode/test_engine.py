@@ -28,6 +28,7 @@ READS = StepReads(
     groups_of_size=(1, 0, 2, 0),
     groups_nothing=1,
     groups_everything=0,
+    resident_bytes=15,
 )
 NO_REGION = StepReads(scanned_bytes=0, attended_bytes=0)
 
@@ -134,6 +135,7 @@ def test_each_sequence_brings_its_policy_and_state_and_gets_what_it_read():
     assert planned.reads.streaming_share == 9 / 36
     assert planned.reads.groups_of_size == [3, 0, 6, 0]
     assert planned.reads.groups_nothing == 3
+    assert planned.reads.resident_bytes == 45
     assert exact.reads == ReadTotals()
     assert (exact.reads.share_of_exact, exact.reads.streaming_share) == (0, 0)
     statistics = engine.statistics()
