@@ -5,8 +5,8 @@
 
 A prompt is the beginning of a text, and what follows in the text is what is decoded, so that all
 policies read for the same tokens. A text of two files changes its topic: its prompt is a beginning
-of each, and it goes on with the second one for half of the steps, then with the first. Runs on the
-CPU; head profiles are those of the prompt alone.
+of each, and it goes on with the second one for half of the steps, then with the first. Steps run on
+the CPU, all texts under all policies at once; head profiles are those of the prompt alone.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -33,6 +33,7 @@ from fluxion_core.decode.step import StepReads, StepRow
 from fluxion_core.errors import ConfigError
 from fluxion_core.generation.tokenizer import Tokenizer
 from fluxion_core.geometry import BLOCK_TOKENS, KvGeometry, WindowSpec, ceil_div
+from fluxion_core.kvstore.sequence import SequenceKv
 from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.lab.benchmark.recorded_selections import RecordedSelections
 from fluxion_core.lab.held_prompt import HeldPrompt, PromptMaker
@@ -68,59 +69,73 @@ class _Selections:
 
 
 class _RecordingAttention(HostAttention):
-    """Attention of steps of one row that keeps what was read."""
+    """Attention of steps that keeps what was read, row by row."""
 
-    kept: _Selections
-    """Takes the steps; set before the first one."""
+    kept: list[_Selections]
+    """Of each row; takes the steps. Set before the first one."""
     num_bytes: int
     """Of a head's bits."""
 
     def begin_step(self, rows: Sequence[StepRow]) -> None:
-        """Prepare a step of one row."""
+        """Prepare a step of as many rows as `kept` has."""
         super().begin_step(rows)
         assert self.work is not None
-        (row,), (region,) = rows, self.work.regions
-        self._geometry = geometry = row.sequence.store.geometry
-        heads = (geometry.num_layers, geometry.num_kv_heads)
+        geometry = self._geometry = rows[0].sequence.store.geometry
+        heads = (len(rows), geometry.num_layers, geometry.num_kv_heads)
         group = self._num_heads // geometry.num_kv_heads
         self._units = np.zeros((*heads, group, self.num_bytes * 8), np.bool_)
         self._levels = np.zeros(heads, np.int8)
-        self._slabs = row.sequence.slab_table.numpy().copy()
-        self._slab_order = np.argsort(self._slabs)
-        self.kept.regions.append((region.start // BLOCK_TOKENS, region.stop // BLOCK_TOKENS))
+        self._places = [_SlabPlaces(row.sequence) for row in rows]
+        for kept, region in zip(self.kept, self.work.regions, strict=True):
+            kept.regions.append((region.start // BLOCK_TOKENS, region.stop // BLOCK_TOKENS))
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attend in one layer, and note what each group read."""
         output = super().attend(layer, query, key, value)
         assert self.work is not None
-        for kv_head in range(self._geometry.num_kv_heads):
-            self._levels[layer, kv_head] = self.work.tasks.plan(0, kv_head)[0]
-            self._note(layer, kv_head, self._units[layer, kv_head])
+        for row, kv_head in np.ndindex(len(self.kept), self._geometry.num_kv_heads):
+            self._levels[row, layer, kv_head] = self.work.tasks.plan(row, kv_head)[0]
+            runs = np.array(self.work.tasks.runs(row, kv_head), np.int64).reshape(-1, 4)
+            first = self._places[row].units(runs[:, 0], layer, kv_head)
+            units = self._units[row, layer, kv_head]
+            begin, end = self.kept[row].regions[-1]
+            for start, (_, count, heads, _) in zip(first, runs, strict=True):
+                for head in range(len(units)):
+                    if heads >> head & 1:
+                        units[head, max(begin, start) : min(end, start + count)] = True
         return output
 
-    def _note(self, layer: int, kv_head: int, units: npt.NDArray[np.bool_]) -> None:
-        geometry = self._geometry
-        assert self.work is not None
-        runs = np.array(self.work.tasks.runs(0, kv_head), np.int64).reshape(-1, 4)
-        ordered = self._slabs[self._slab_order]
-        place = np.searchsorted(ordered, runs[:, 0], side="right") - 1
-        inside = runs[:, 0] - ordered[place] - geometry.kv_offset(layer, kv_head)
-        first = self._slab_order[place] * geometry.slab_blocks + inside // geometry.block_bytes
-        begin, end = self.kept.regions[-1]
-        for start, (_, count, heads, _) in zip(first, runs, strict=True):
-            for head in range(len(units)):
-                if heads >> head & 1:
-                    units[head, max(begin, start) : min(end, start + count)] = True
-
     def end_step(self) -> list[StepReads]:
-        """Count the new token, and keep the step."""
-        self.kept.bits.append(np.packbits(self._units, axis=-1, bitorder="little"))
-        self.kept.levels.append(self._levels)
+        """Count the new tokens, and keep the step."""
+        bits = np.packbits(self._units, axis=-1, bitorder="little")
+        for row, kept in enumerate(self.kept):
+            kept.bits.append(bits[row])
+            kept.levels.append(self._levels[row])
         return super().end_step()
 
 
+class _SlabPlaces:
+    """Units of a sequence by their addresses."""
+
+    def __init__(self, sequence: SequenceKv) -> None:
+        slabs = sequence.slab_table.numpy().copy()
+        self._geometry = sequence.store.geometry
+        self._ordinals = np.argsort(slabs)
+        self._slabs = slabs[self._ordinals]
+
+    def units(
+        self, addresses: npt.NDArray[np.int64], layer: int, kv_head: int
+    ) -> npt.NDArray[np.int64]:
+        """Units that begin at these addresses."""
+        geometry = self._geometry
+        place = np.searchsorted(self._slabs, addresses, side="right") - 1
+        inside = addresses - self._slabs[place] - geometry.kv_offset(layer, kv_head)
+        first: npt.NDArray[np.int64] = self._ordinals[place] * geometry.slab_blocks
+        return first + inside // geometry.block_bytes
+
+
 class SelectionRecorder:
-    """A model on the CPU that decodes given texts under a policy.
+    """A model on the CPU that decodes given texts under some policies.
 
     Args:
         decoder: the model, on the CPU; it cannot be used any more.
@@ -137,48 +152,55 @@ class SelectionRecorder:
         held: Sequence[HeldPrompt],
     ) -> None:
         self._planner, self._texts, self._held = planner, texts, held
-        geometry = held[0].geometry
-        steps = len(texts[0].following)
-        slabs = sum(geometry.slabs_for(len(text.prompt) + steps) for text in texts)
-        self._store = HostKvStore(geometry, slabs * (geometry.slab_bytes + 4096), model_key=b"")
-        pool = CpuPool(torch.get_num_threads())
-        self._attention = _RecordingAttention(
-            self._store,
-            WindowSpec(),
-            num_heads=decoder.config.num_heads,
-            pool=pool,
-            planner=planner,
-        )
-        longest = ceil_div(len(texts[0].prompt) + steps, BLOCK_TOKENS)
-        self._attention.num_bytes = ceil_div(longest, 8)
-        self._step = HostStep(HostDecoder(decoder, pool), self._attention)
+        self._pool = CpuPool(torch.get_num_threads())
+        self._num_heads = decoder.config.num_heads
+        self._decoder = HostDecoder(decoder, self._pool)
 
-    def record(self, policy: Policy, about: Provenance) -> RecordedSelections:
-        """Decode every text under the policy."""
-        kept = [
-            self._decode(text, held, policy)
-            for text, held in zip(self._texts, self._held, strict=True)
+    def record(self, policies: Sequence[Policy], about: Provenance) -> list[RecordedSelections]:
+        """Decode every text under every policy, all at once."""
+        rows = [(policy, index) for policy in policies for index in range(len(self._texts))]
+        kept = self._decode(rows)
+        num_texts = len(self._texts)
+        return [
+            RecordedSelections(
+                str(policy),
+                tuple(text.name for text in self._texts),
+                tuple(text.change for text in self._texts),
+                about.as_json(),
+                np.stack([np.stack(one.bits) for one in own]),
+                np.stack([np.stack(one.levels) for one in own]),
+                np.array([one.regions for one in own], np.int32),
+            )
+            for number, policy in enumerate(policies)
+            for own in [kept[number * num_texts : (number + 1) * num_texts]]
         ]
-        return RecordedSelections(
-            str(policy),
-            tuple(text.name for text in self._texts),
-            tuple(text.change for text in self._texts),
-            about.as_json(),
-            np.stack([np.stack(one.bits) for one in kept]),
-            np.stack([np.stack(one.levels) for one in kept]),
-            np.array([one.regions for one in kept], np.int32),
-        )
 
-    def _decode(self, text: RecordedText, held: HeldPrompt, policy: Policy) -> _Selections:
-        kept = self._attention.kept = _Selections([], [], [])
-        sequence = held.store_into(self._store, text.prompt, len(text.following))
-        state = self._planner.new_state(held.profiles)
-        slot = self._step.join(sequence)
-        for token in text.following:
-            self._step.run([StepRow(sequence, slot, token, policy, state)])
-        self._step.leave(slot)
-        sequence.release()
-        return kept
+    def _decode(self, rows: Sequence[tuple[Policy, int]]) -> list[_Selections]:
+        geometry = self._held[0].geometry
+        prompt, steps = len(self._texts[0].prompt), len(self._texts[0].following)
+        # Rows of one text share the prompt's full slabs.
+        own_slabs = geometry.slabs_for(steps) + 2
+        slabs = len(self._texts) * geometry.slabs_for(prompt) + len(rows) * own_slabs
+        store = HostKvStore(geometry, slabs * (geometry.slab_bytes + 4096), model_key=b"")
+        attention = _RecordingAttention(
+            store,
+            WindowSpec(),
+            num_heads=self._num_heads,
+            pool=self._pool,
+            planner=self._planner,
+        )
+        attention.kept = [_Selections([], [], []) for _ in rows]
+        attention.num_bytes = ceil_div(ceil_div(prompt + steps, BLOCK_TOKENS), 8)
+        step = HostStep(self._decoder, attention)
+        decoded = []
+        for policy, index in rows:
+            held, text = self._held[index], self._texts[index]
+            sequence = held.store_into(store, text.prompt, steps)
+            state = self._planner.new_state(held.profiles)
+            decoded.append((text, StepRow(sequence, step.join(sequence), 0, policy, state)))
+        for number in range(steps):
+            step.run([replace(row, token_id=text.following[number]) for text, row in decoded])
+        return attention.kept
 
 
 def read_text(name: str, tokenizer: Tokenizer, tokens: int, steps: int) -> RecordedText:
@@ -217,14 +239,19 @@ class RecordSelections(ModelOptions, Command):
     steps: Annotated[int, within(1)] = 160
     """After each prompt."""
 
+    prompt_device: str = "cpu"
+    """Computes the prompts: cpu or cuda, in bfloat16. Steps are the CPU's."""
+
     def __call__(self) -> None:
         """Write a file for each policy."""
         console = Console(width=160)
+        policies = [parse_policy(name) for name in self.policies]
         path = self.locate()
-        model = load_model(path, device=torch.device("cpu"), dtype=torch.bfloat16)
-        config = model.config
         tokenizer = Tokenizer.load(path)
         texts = [read_text(name, tokenizer, self.tokens, self.steps) for name in self.texts]
+        device = torch.device(self.prompt_device)
+        model = load_model(path, device=device, dtype=torch.bfloat16)
+        config = model.config
         geometry = KvGeometry(config.num_layers, config.num_kv_heads, config.head_dim)
         held = _computed(PromptMaker(model.decoder, geometry), texts, console)
         weights = shipped_planner_weights(model.revision_hash)
@@ -238,10 +265,9 @@ class RecordSelections(ModelOptions, Command):
         about = Provenance.here(
             model.name, model.revision_hash, weights.fingerprint if weights else "training-free"
         )
-        recorder = SelectionRecorder(model.decoder, planner, texts, held)
-        for name in self.policies:
-            recorded = recorder.record(parse_policy(name), about)
-            file = self.folder / f"{name.translate(_NOT_IN_NAMES)}.npz"
+        recorder = SelectionRecorder(model.decoder.to("cpu"), planner, texts, held)
+        for recorded in recorder.record(policies, about):
+            file = self.folder / f"{recorded.policy.translate(_NOT_IN_NAMES)}.npz"
             recorded.save(file)
             console.print(f"{file}: {file.stat().st_size / 2**20:.1f} MiB", highlight=False)
 

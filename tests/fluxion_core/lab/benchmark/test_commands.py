@@ -17,6 +17,7 @@ COMMANDS = {
     "record_plans": "RecordPlans",
     "record_selections": "RecordSelections",
     "sampling": "SamplingBench",
+    "selection_cache": "SelectionCacheBench",
     "shared_cpus": "SharedCpusCommand",
 }
 """Class of each module."""

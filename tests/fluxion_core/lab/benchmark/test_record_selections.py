@@ -54,7 +54,7 @@ def recorder() -> SelectionRecorder:
 
 
 def test_exact_reads_the_region_and_nothing_else(recorder: SelectionRecorder):
-    recorded = recorder.record(ExactPolicy(), Provenance.here())
+    (recorded,) = recorder.record([ExactPolicy()], Provenance.here())
     assert (recorded.levels == READ_ALL).all()
     window = WindowSpec()
     for text in range(2):
@@ -69,7 +69,8 @@ def test_exact_reads_the_region_and_nothing_else(recorder: SelectionRecorder):
 
 def test_fixed_reads_its_share_for_every_head(recorder: SelectionRecorder, tmp_path: Path):
     policy = FixedPolicy(16, 0.1)
-    recorded = recorder.record(policy, Provenance.here())
+    exact, recorded = recorder.record([ExactPolicy(), policy], Provenance.here())
+    assert (exact.levels == READ_ALL).all()
     path = tmp_path / "selections.npz"
     recorded.save(path)
     loaded = RecordedSelections.load(path)
@@ -90,7 +91,7 @@ def test_fixed_reads_its_share_for_every_head(recorder: SelectionRecorder, tmp_p
 
 
 def test_blocks_of_a_level_are_read_whole(recorder: SelectionRecorder):
-    recorded = recorder.record(ThresholdPolicy(0.4), Provenance.here())
+    (recorded,) = recorder.record([ThresholdPolicy(0.4)], Provenance.here())
     levels = recorded.levels
     assert (levels > 0).any()
     begin, end = recorded.regions[0, 0]
