@@ -2,10 +2,9 @@
 
 For what a follow-up turn adds to text that is stored already. The tokens of a chunk are the rows of
 one step that all read the same sequence; their keys and values are appended to it like generated
-tokens', so that nothing has to come over the wire. Each row reads everything before it in place,
-by the CPUs, which costs as much a token as a decode step with policy exact: long new parts are a
-prefill node's. Both bodies of a step compute prompts in this way; the decoder is where the body's
-is.
+tokens', so that nothing has to come over the wire. Here each row reads everything before it in
+place, by the CPUs, which costs as much a token as a decode step with policy exact: long new parts
+are a prefill node's. A body on a GPU reads it once for all rows: device/prompts.py.
 """
 
 from __future__ import annotations
@@ -59,22 +58,53 @@ class ChunkDecoder(Protocol):
         ...
 
 
-class PromptComputer:
-    """Computes prompts for a body, and takes turns with its steps. The body's thread only.
+class PromptEnds:
+    """Ends of prompts that were computed in chunks, and their profiles. The body's thread only.
 
     Args:
         decoder: the model.
-        device: where its tokens go in.
-        pool: threads that attend, and make profiles.
+        pool: threads that make profiles.
     """
 
-    def __init__(self, decoder: ChunkDecoder, device: torch.device, pool: CpuPool) -> None:
-        self._decoder, self._device, self._pool = decoder, device, pool
+    def __init__(self, decoder: ChunkDecoder, pool: CpuPool) -> None:
+        self._decoder, self._pool = decoder, pool
         self._pace = ProfilePace(decoder.config.num_layers)
 
     def step_took(self, seconds: float) -> None:
         """Learn how long a step took: a slice of a profile takes as long as one of its layers."""
         self._pace.step_took(seconds)
+
+    @torch.inference_mode()
+    def advance_profile(self, profiling: PromptProfiling) -> list[PromptProfile] | None:
+        """Go on with a prompt's profile; see DecodeStep."""
+        self._pace.advance(profiling)
+        return profiling.profiles if profiling.is_done else None
+
+    def _end(
+        self,
+        sequence: SequenceKv,
+        hidden: Tensor,
+        queries: list[Tensor],
+        profile_window: WindowSpec | None,
+    ) -> PromptEnd:
+        """Commit a prompt whose last token has the hidden state [1, hidden_size]."""
+        sequence.commit()
+        profiling = (
+            PromptProfiling(sequence, profile_window, queries, self._pool)
+            if profile_window is not None
+            else None
+        )
+        logits = self._decoder.logits(hidden)[0]
+        return PromptEnd(logits.to("cpu", torch.float32), profiling)
+
+
+class PromptComputer(PromptEnds):
+    """Computes prompts by the CPUs, and takes turns with a body's steps. The body's thread only.
+
+    Args:
+        decoder: the model.
+        pool: threads that attend, and make profiles.
+    """
 
     @torch.inference_mode()
     def compute_chunk(
@@ -90,28 +120,14 @@ class PromptComputer:
             RowAttention(work, self._pool, count, config.num_heads, config.head_dim),
             keeps_queries=is_last and profile_window is not None,
         )
-        ids = torch.tensor(token_ids, device=self._device)
-        positions = torch.arange(first, first + count, device=self._device)
-        hidden = self._decoder(ids, positions, attention)
+        positions = torch.arange(first, first + count)
+        hidden = self._decoder(torch.tensor(token_ids), positions, attention)
         work.finish()
         end = None
         if is_last:
-            sequence.commit()
-            profiling = (
-                PromptProfiling(sequence, profile_window, attention.queries, self._pool)
-                if profile_window is not None
-                else None
-            )
-            logits = self._decoder.logits(hidden[-1:])[0]
-            end = PromptEnd(logits.to("cpu", torch.float32), profiling)
+            end = self._end(sequence, hidden[-1:], attention.queries, profile_window)
         self._pace.chunk_took(time.perf_counter() - started)
         return end
-
-    @torch.inference_mode()
-    def advance_profile(self, profiling: PromptProfiling) -> list[PromptProfile] | None:
-        """Go on with a prompt's profile; see DecodeStep."""
-        self._pace.advance(profiling)
-        return profiling.profiles if profiling.is_done else None
 
 
 class _ChunkAttention:

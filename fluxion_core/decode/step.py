@@ -104,6 +104,10 @@ class DecodeStep(ABC):
     pool: CpuPool
     """Whose threads compute, and are free between calls."""
 
+    gathers_prompts: bool = False
+    """Whether a chunk of a prompt reads what is stored once for all its tokens, and may stop
+    between two layers; else each of them reads it, and a chunk is one piece."""
+
     @property
     @abstractmethod
     def usage(self) -> DeviceUsage | None:
@@ -160,18 +164,27 @@ class DecodeStep(ABC):
 
     @abstractmethod
     def compute_chunk(
-        self, sequence: SequenceKv, token_ids: Sequence[int], profile_window: WindowSpec | None
+        self,
+        sequence: SequenceKv,
+        token_ids: Sequence[int],
+        profile_window: WindowSpec | None,
+        *,
+        seconds: float | None = None,
     ) -> PromptEnd | None:
         """Compute and store the next tokens of a prompt; after its last one, commit the sequence.
 
-        For what a follow-up adds to text that is stored already: each token reads all before it in
-        place, which costs as much as a step with policy `exact`.
+        For what a follow-up adds to text that is stored already: all that is before a token is
+        read in place, as a step with policy `exact` reads it; `gathers_prompts` says how often.
 
         Args:
             sequence: whose prompt has begun (`SequenceKv.begin_prompt`); it has not joined.
             token_ids: the prompt's next tokens.
             profile_window: the default window, if a profile of the prompt is wanted. It is made,
                 later, from the queries of the last chunk, of up to 16 tokens.
+            seconds: that others can wait, about; None: as long as it takes. A body that gathers
+                prompts then stops between two layers, with the sequence's tokens not counted yet,
+                and goes on in the next call for this sequence, with the tokens that it began with.
+                What it has begun is forgotten when another sequence's chunk begins.
 
         Returns:
             What follows from the prompt's last token; None before that.

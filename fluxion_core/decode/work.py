@@ -107,32 +107,20 @@ class StepWork:
         )
 
 
-class ChunkWork:
-    """The next tokens of one sequence's prompt, through all layers; each attends to all before it.
-
-    All of a layer's keys and values are stored before any row attends; a row reads as much of the
-    store as its own position allows.
+class ChunkAppend:
+    """Keys and values of the next tokens of one sequence's prompt, stored layer by layer.
 
     Args:
         sequence: whose prompt has begun (`SequenceKv.begin_prompt`).
         count: tokens.
-        num_heads: query heads of the model.
 
     Raises:
         FluxionError: more tokens than the sequence has room for.
     """
 
-    def __init__(self, sequence: SequenceKv, count: int, num_heads: int) -> None:
-        geometry = sequence.store.geometry
-        self._sequence = sequence
-        self.append = StepAppend(geometry, [sequence], [count])
-        first = sequence.num_tokens
-        table = sequence.slab_table.data_ptr()
-        # Without a region everything is the window, which is read in one piece.
-        rows = [(table, length, 0, 0, True) for length in range(first + 1, first + count + 1)]
-        self.tasks = _native.LayerAttention(
-            native_layout(geometry), np.array(rows, np.int64), num_heads, [None] * count
-        )
+    def __init__(self, sequence: SequenceKv, count: int) -> None:
+        self.sequence = sequence
+        self.append = StepAppend(sequence.store.geometry, [sequence], [count])
 
     def finish(self) -> None:
         """Count the tokens.
@@ -141,8 +129,34 @@ class ChunkWork:
             NonFiniteKvError: K or V of one of them is not finite; none counts.
         """
         self.append.advance([True])
-        if self._sequence.damage is not None:
-            raise self._sequence.damage
+        if self.sequence.damage is not None:
+            raise self.sequence.damage
+
+
+class ChunkWork(ChunkAppend):
+    """The next tokens of one sequence's prompt, through all layers; each attends to all before it.
+
+    All of a layer's keys and values are stored before any row attends; a row reads as much of the
+    store as its own position allows.
+
+    Args:
+        sequence: as for `ChunkAppend`.
+        count: likewise.
+        num_heads: query heads of the model.
+    """
+
+    def __init__(self, sequence: SequenceKv, count: int, num_heads: int) -> None:
+        super().__init__(sequence, count)
+        first = sequence.num_tokens
+        table = sequence.slab_table.data_ptr()
+        # Without a region everything is the window, which is read in one piece.
+        rows = [(table, length, 0, 0, True) for length in range(first + 1, first + count + 1)]
+        self.tasks = _native.LayerAttention(
+            native_layout(sequence.store.geometry),
+            np.array(rows, np.int64),
+            num_heads,
+            [None] * count,
+        )
 
 
 def check_step_shapes(

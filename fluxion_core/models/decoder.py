@@ -7,7 +7,7 @@ passes over the weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, cast
 
 import torch
@@ -82,6 +82,17 @@ class Decoder(nn.Module):
         Returns:
             [tokens, hidden_size].
         """
+        *_, hidden = self.by_layers(token_ids, positions, attention)
+        assert hidden is not None
+        return hidden
+
+    def by_layers(
+        self, token_ids: Tensor, positions: Tensor, attention: AttentionPort
+    ) -> Iterator[Tensor | None]:
+        """`forward` with a stop after each layer, for who has something to do between two.
+
+        Yields None after each layer but the last, and then what `forward` returns.
+        """
         config = self.config
         heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         cos, sin = self._rotary.at(positions)
@@ -102,7 +113,9 @@ class Decoder(nn.Module):
             delta = linear(attended.reshape(-1, heads * head_dim), layer.output)
             x, normed = ops.add_norm(x, delta, layer.post_norm, config.rms_norm_eps)
             delta = linear(ops.gate(linear(normed, layer.gate_up)), layer.down)
-        return ops.add_norm(x, delta, self.final_norm, config.rms_norm_eps)[1]
+            if index + 1 < config.num_layers:
+                yield None
+        yield ops.add_norm(x, delta, self.final_norm, config.rms_norm_eps)[1]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[rows, vocab_size] float32 for [rows, hidden_size]."""

@@ -23,7 +23,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fluxion_core.decode.chunk import PromptComputer
 from fluxion_core.decode.device.board import STUCK_NS, Board
 from fluxion_core.decode.device.digests import (
     CoarseDigests,
@@ -34,6 +33,7 @@ from fluxion_core.decode.device.graphs import StepGraphs
 from fluxion_core.decode.device.lane import GpuLane
 from fluxion_core.decode.device.pinned import RegisteredStore
 from fluxion_core.decode.device.planner import DevicePlanner
+from fluxion_core.decode.device.prompts import DevicePromptComputer
 from fluxion_core.decode.device.spans import DeviceSpans, StepRecord
 from fluxion_core.decode.device.times import NO_SPANS, LaneWork, StepTimes, step_times
 from fluxion_core.decode.device.windows import DeviceWindows
@@ -84,6 +84,8 @@ class DeviceStep(DecodeStep):
         RequestCancelledError: `goes_on` said no; nothing is pinned then.
     """
 
+    gathers_prompts = True
+
     def __init__(
         self,
         decoder: Decoder,
@@ -106,7 +108,6 @@ class DeviceStep(DecodeStep):
         self.pool = pool
         self._device = decoder.embedding.device
         self._num_heads = config.num_heads
-        self._decoder_item_bytes = decoder.embedding.itemsize
         self.lanes: Lanes = lanes
         self._registered = RegisteredStore(store, goes_on)
         self.windows = DeviceWindows(geometry, window, max_rows, self._device)
@@ -131,7 +132,7 @@ class DeviceStep(DecodeStep):
                 planner, coarse, attention.num_splits, max_context_tokens, max_rows
             )
         self._plans = StepPlans(geometry, config.num_heads, planner, self._device_planner)
-        self._prompts = PromptComputer(decoder, self._device, pool)
+        self._prompts = DevicePromptComputer(decoder, store, pool, self._usage)
         self.board.skip.fill_(1)
         self._graphs = StepGraphs(
             decoder,
@@ -253,24 +254,21 @@ class DeviceStep(DecodeStep):
         return self.board.logits[: len(rows)], reads
 
     def compute_chunk(
-        self, sequence: SequenceKv, token_ids: Sequence[int], profile_window: WindowSpec | None
+        self,
+        sequence: SequenceKv,
+        token_ids: Sequence[int],
+        profile_window: WindowSpec | None,
+        *,
+        seconds: float | None = None,
     ) -> PromptEnd | None:
-        """Compute a prompt's next tokens; see DecodeStep.
-
-        Dense products are the device's, attention over the store is the CPUs'.
-        """
+        """Compute a prompt's next tokens; see DecodeStep."""
         try:
             with torch.cuda.stream(self._stream):
-                end = self._prompts.compute_chunk(sequence, token_ids, profile_window)
+                return self._prompts.compute_chunk(
+                    sequence, token_ids, profile_window, seconds=seconds
+                )
         except RuntimeError as error:
             raise DeviceError(f"chunk of a prompt: {error}") from None
-        geometry, moved, rows = self._store.geometry, self._usage.pcie_bytes, len(token_ids)
-        item_bytes = self._decoder_item_bytes
-        floats = geometry.num_layers * rows * geometry.head_dim * item_bytes
-        kv_heads = geometry.num_kv_heads
-        moved["device_to_host", "queries"] += floats * (self._num_heads + 2 * kv_heads)
-        moved["host_to_device", "attention_states"] += floats * self._num_heads
-        return end
 
     def advance_profile(self, profiling: PromptProfiling) -> list[PromptProfile] | None:
         """Go on with a prompt's profile; see DecodeStep."""

@@ -36,7 +36,7 @@ class HostStep(DecodeStep):
         self._decoder = decoder
         self._attention = attention
         self.pool = attention.pool
-        self._prompts = PromptComputer(decoder, torch.device("cpu"), attention.pool)
+        self._prompts = PromptComputer(decoder, attention.pool)
         self._span_source = PoolSpans(attention.pool)
 
     @property
@@ -74,9 +74,15 @@ class HostStep(DecodeStep):
         return logits, reads
 
     def compute_chunk(
-        self, sequence: SequenceKv, token_ids: Sequence[int], profile_window: WindowSpec | None
+        self,
+        sequence: SequenceKv,
+        token_ids: Sequence[int],
+        profile_window: WindowSpec | None,
+        *,
+        seconds: float | None = None,
     ) -> PromptEnd | None:
-        """Compute and store a prompt's next tokens; see DecodeStep."""
+        """Compute and store a prompt's next tokens, all at once; see DecodeStep."""
+        del seconds
         return self._prompts.compute_chunk(sequence, token_ids, profile_window)
 
     def advance_profile(self, profiling: PromptProfiling) -> list[PromptProfile] | None:

@@ -74,7 +74,7 @@ def in_chunks(
     profile_window: WindowSpec | None = None,
 ) -> PromptEnd:
     """The end of a prompt that is computed from where the store ends."""
-    prompts = PromptComputer(decoder, torch.device("cpu"), CpuPool(1))
+    prompts = PromptComputer(decoder, CpuPool(1))
     sequence.begin_prompt()
     end = None
     while end is None:
