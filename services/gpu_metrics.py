@@ -1,5 +1,5 @@
-"""Metrics of a node's GPU: what its engine counts, of the tier of the KV store there too, and what
-the driver says, through NVML.
+"""Metrics of a node's GPU: what its engine counts, the tier of the KV store there included, and
+what the driver says, through NVML.
 """
 
 from __future__ import annotations

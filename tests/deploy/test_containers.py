@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fluxion_core.config.setting_types import parse_bytes
+from fluxion_core.config.setting_types import parse_auto_bytes, parse_bytes
 
 ROOT = Path(__file__).parents[2]
 NODES = ("prefill", "decode", "prefill-gpu", "decode-gpu")
@@ -80,6 +80,8 @@ def test_the_gpu_profile_pins_what_it_holds(services):
         assert "TORCH_INDEX" not in services[node]["build"]["args"]
     size = services["decode-gpu"]["environment"]["FLUXION_STORE__HOST_KV_BYTES"]
     assert parse_bytes(re.fullmatch(r"\$\{\w+:-(\w+)\}", size)[1]) == 64 << 30
+    of_gpu = services["decode-gpu"]["environment"]["FLUXION_STORE__DEVICE_KV_BYTES"]
+    assert parse_auto_bytes(re.fullmatch(r"\$\{\w+:-(\w+)\}", of_gpu)[1]) is None
 
 
 def test_a_model_is_there_before_its_nodes(services):

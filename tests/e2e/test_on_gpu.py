@@ -41,7 +41,29 @@ def on_gpu(
         smollm2_path,
         tmp_path_factory.mktemp(f"gpu-{lanes}"),
         *("--device", "cuda", "--model.dtype", "float32"),
-        decode_flags=("--lanes", lanes, "--metrics-listen", f"127.0.0.1:{free_port()}"),
+        decode_flags=(*("--lanes", lanes), *decode_flags("0")),
+    ) as nodes:
+        yield nodes
+
+
+def decode_flags(device_kv_bytes: str) -> tuple[str, ...]:
+    """Flags of a decode node whose metrics are scraped."""
+    return (
+        *("--store.device-kv-bytes", device_kv_bytes),
+        *("--metrics-listen", f"127.0.0.1:{free_port()}"),
+    )
+
+
+@pytest.fixture(scope="module", params=["auto", "16MiB"])
+def with_tier(
+    request: pytest.FixtureRequest, smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Cluster]:
+    """Room in device memory for all KV, or for that of 728 tokens."""
+    with running_cluster(
+        smollm2_path,
+        tmp_path_factory.mktemp(f"tier-{request.param}"),
+        *("--device", "cuda", "--model.dtype", "float32"),
+        decode_flags=decode_flags(str(request.param)),
     ) as nodes:
         yield nodes
 
@@ -59,6 +81,12 @@ def generate(
         load = stub.GetLoad(generate_pb2.GetLoadRequest())
     assert (load.host_kv_reserved_bytes, load.running_requests) == (0, 0)
     return [t for response in responses for t in response.token_ids], responses[-1].usage
+
+
+def first_difference(tokens: list[int], expected: list[int]) -> int:
+    """Tokens that are the same before one differs."""
+    pairs = enumerate(zip(tokens, expected, strict=True))
+    return next((index for index, pair in pairs if len(set(pair)) > 1), NEW_TOKENS)
 
 
 @pytest.mark.parametrize("num_tokens", [200, 2000, 7000])
@@ -80,13 +108,53 @@ def test_other_policies_read_what_they_read_on_the_cpu(
     expected, expected_usage = generate(cluster, prompt, policy)
     tokens, usage = generate(on_gpu, prompt, policy)
     # Of nearly equal blocks either may be read: one token that differs makes other text after it.
-    same = next(
-        (i for i, pair in enumerate(zip(tokens, expected, strict=True)) if len(set(pair)) > 1), 64
-    )
-    assert same >= 8
+    assert first_difference(tokens, expected) >= 8
     assert usage.kv_reads.share_of_exact == pytest.approx(
         expected_usage.kv_reads.share_of_exact, rel=0.1
     )
+
+
+@pytest.mark.parametrize("policy", ["exact", "fixed(16, 5 %)", "marginal(0.3)", "threshold(0.1)"])
+def test_kv_in_device_memory_is_read_there_and_changes_no_choice(
+    policy: str, cluster: Cluster, with_tier: Cluster, document_tokens: list[int]
+) -> None:
+    prompt = document_tokens[:5000]
+    expected, expected_usage = generate(cluster, prompt, policy)
+    before = counters(with_tier)
+    tokens, usage = generate(with_tier, prompt, policy)
+    grown = {name: n - before.get(name, 0.0) for name, n in counters(with_tier).items()}
+    same = first_difference(tokens, expected)
+    assert same == NEW_TOKENS if policy == "exact" else same >= 8
+    reads = usage.kv_reads
+    assert reads.share_of_exact == pytest.approx(expected_usage.kv_reads.share_of_exact, rel=0.1)
+    # What is not resident is missed, by this policy alone; the request's own account is the same.
+    kind = policy.partition("(")[0]
+    hits, misses = (
+        grown[f'fluxion_tier_{name}_bytes_total{{policy="{kind}"}}'] for name in ("hit", "missed")
+    )
+    steps = NEW_TOKENS - 1
+    assert hits + misses == grown["fluxion_attended_bytes_total"]
+    assert hits == pytest.approx(reads.resident_bytes_per_token * steps)
+    assert hits > 0
+    all_hits = sum(n for name, n in grown.items() if name.startswith("fluxion_tier_hit_bytes"))
+    assert all_hits == hits
+
+
+def test_a_tiers_memory_is_told_and_never_exceeded(
+    with_tier: Cluster, document_tokens: list[int]
+) -> None:
+    for first in range(3):
+        generate(with_tier, document_tokens[first * 100 : first * 100 + 3000], "fixed(16, 5 %)")
+        now = counters(with_tier)
+        with grpc.insecure_channel(with_tier.decode.address) as channel:
+            load = generate_pb2_grpc.GenerationStub(channel).GetLoad(generate_pb2.GetLoadRequest())
+        assert load.device_kv_capacity_bytes == now["fluxion_tier_capacity_bytes"]
+        assert 0 < load.device_kv_held_bytes <= load.device_kv_capacity_bytes
+        filled, given_up = (
+            now[f"fluxion_tier_{name}_bytes_total"] for name in ("filled", "evicted")
+        )
+        # What left because its slab has another text now is in neither.
+        assert now["fluxion_tier_held_bytes"] <= filled - given_up
 
 
 def test_the_gpus_time_and_bytes_are_counted(
