@@ -92,7 +92,7 @@ class StepWork:
         return PlanNanoseconds(*self.tasks.plan_nanoseconds())
 
     def _reads(self, row: int) -> StepReads:
-        scanned, attended, scanned_for_plans = self.tasks.read_bytes(row)
+        scanned, attended, scanned_for_plans, resident = self.tasks.read_bytes(row)
         of_size, nothing, everything, streaming, heads = self.tasks.group_counts(row)
         return StepReads(
             scanned_bytes=scanned,
@@ -104,6 +104,7 @@ class StepWork:
             groups_nothing=nothing,
             groups_everything=everything,
             device_scanned_bytes=scanned_for_plans,
+            resident_bytes=resident,
         )
 
 

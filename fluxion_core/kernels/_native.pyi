@@ -211,6 +211,19 @@ class LayerAttention:
         /,
     ) -> None: ...
     def may_read(self, layer: int, /) -> bool: ...
+    def write_given_plans(self, levels: Int32s, budgets: Int32s, radii: Floats, /) -> None:
+        """Write plans that are known before the step, for a device that chooses.
+
+        Rows without one, whose plans another device makes and those beyond the batch read nothing.
+
+        Args:
+            levels: [layers, capacity, kv_heads].
+            budgets: [layers, capacity, heads].
+            radii: [capacity, 4], of each row's scores at each block size.
+
+        Raises:
+            ValueError: a row's plans are made on this machine's pool, layer by layer.
+        """
     def submit(
         self,
         pool: TaskPool,
@@ -220,12 +233,31 @@ class LayerAttention:
         lse: Floats,
         wake_bytes: int,
         /,
-    ) -> None: ...
+        lists: tuple[Int32s, Int32s, Int32s] | None = None,
+    ) -> None:
+        """Start a layer on the pool, which holds on to the arrays until its `wait` returns.
+
+        Args:
+            lists: units and masks, both [rows, kv_heads, room], and how many [rows, kv_heads]: what
+                is read of each row with a region (attention/device_lists.h), in place of a choice.
+                Output and lse of a group with an empty list are left as they are.
+
+        Raises:
+            ValueError: lists go with these rows' plans or windows; or units that do not ascend in
+                their row's region, masks of heads that there are not.
+        """
+    def count_selected(self, counts: Int32s, /) -> None:
+        """Count what a device selected in a step with lists.
+
+        Args:
+            counts: [layers, capacity, kv_heads, 2] units of each group, as in tier/constants.py.
+        """
     def finish_layer(self) -> None: ...
     def plan(self, sequence: int, kv_head: int, /) -> tuple[int, list[int]]: ...
     def group_counts(self, sequence: int, /) -> tuple[tuple[int, ...], int, int, int, int]: ...
     def plan_nanoseconds(self) -> tuple[int, int, int]: ...
-    def read_bytes(self, sequence: int, /) -> tuple[int, int, int]: ...
+    def read_bytes(self, sequence: int, /) -> tuple[int, int, int, int]:
+        """Of a row: scanned, attended, scanned for plans, attended in a device's own memory."""
     def runs(self, sequence: int, kv_head: int, /) -> list[tuple[int, int, int, int]]: ...
 
 class PromptNeeds:
@@ -351,7 +383,15 @@ class StepDriver:
         plan_budgets: Int32s,
         timeout_ns: int,
         /,
-    ) -> None: ...
+        tier: tuple[Int32s, Int32s, Int32s, Int32s, int, int] | None = None,
+    ) -> None:
+        """See StepBoard in lane/step_driver.h.
+
+        Args:
+            tier: of a GPU that lists what the host is to read, see TierBoard: flags and counts,
+                both [layers, capacity, kv_heads], units and masks, both [capacity, kv_heads, room];
+                addresses of the same units and masks on the device, 0 without a lane.
+        """
     def run(
         self,
         pool: TaskPool,

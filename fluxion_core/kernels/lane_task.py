@@ -1,6 +1,6 @@
 """One task of the GPU lane, as its kernels read it: a GQA group of one sequence at one layer.
 
-The host writes 32 words of 64 bits into pinned memory before it launches a runner's kernels
+The host writes 64 words of 64 bits into pinned memory before it launches a runner's kernels
 (native/attention/lane_task.h has the same, and compiles only if they are). The first kernel copies
 them to the device, behind which the kernels leave words for each other. Every address may be of
 host memory that CUDA knows.
@@ -31,7 +31,7 @@ LEVEL = tl.constexpr(8)
 FIRST_BLOCK = tl.constexpr(9)
 """First block of the level that touches the region, counted from the sequence's start."""
 NUM_BLOCKS = tl.constexpr(10)
-"""Blocks of the level that touch the region."""
+"""Blocks of the level that touch the region; of a task with a list, those in the list."""
 REGION_BEGIN = tl.constexpr(11)
 REGION_END = tl.constexpr(12)
 """Retrieval region in tokens, multiples of 16."""
@@ -42,24 +42,30 @@ STATISTICS = tl.constexpr(29)
 RADIUS_LACK = tl.constexpr(30)
 """Bits of a float32: 1 - radius of the scores (block_score/reference.py); 0 is Quest's bound."""
 
-NUM_WORDS = tl.constexpr(32)
+LISTED_UNITS = tl.constexpr(31)
+"""Address of int32 [NUM_BLOCKS], 16-token blocks in ascending order, chosen before the task began:
+nothing is scanned nor chosen, and LEVEL is 0. 0: there is no such list."""
+LISTED_MASKS = tl.constexpr(32)
+"""Address of int32 [NUM_BLOCKS]: bit h for the group's head h."""
+
+NUM_WORDS = tl.constexpr(64)
 
 HOST_WORDS = (
     *("SLAB_TABLE", "KV_OFFSET", "RECORD_OFFSET", "QUERY", "OUTPUT", "LSE", "DONE", "TICKET"),
     *("LEVEL", "FIRST_BLOCK", "NUM_BLOCKS", "REGION_BEGIN", "REGION_END", "BUDGETS"),
-    *("STATISTICS", "RADIUS_LACK", "NUM_WORDS"),
+    *("STATISTICS", "RADIUS_LACK", "LISTED_UNITS", "LISTED_MASKS", "NUM_WORDS"),
 )
 """Names of the words that the host writes, for those who write them in C++."""
 
 # What the kernels leave for each other, behind the task's words on the device.
-BEGIN_NS = tl.constexpr(32)
-DIGEST_BYTES = tl.constexpr(33)
-NUM_LISTED = tl.constexpr(34)
+BEGIN_NS = tl.constexpr(64)
+DIGEST_BYTES = tl.constexpr(65)
+NUM_LISTED = tl.constexpr(66)
 """Blocks of the level that some head chose."""
-KV_BLOCKS = tl.constexpr(35)
+KV_BLOCKS = tl.constexpr(67)
 """16-token blocks to read."""
 
-DEVICE_WORDS = 40
+DEVICE_WORDS = 72
 
 
 @triton.jit

@@ -23,6 +23,7 @@ from fluxion_core.geometry import (
 )
 from fluxion_core.kernels import lane_task
 from fluxion_core.kernels.packed_weight import PANEL_COLUMNS
+from fluxion_core.kernels.tier import constants as tier
 from fluxion_core.planning import constants
 from fluxion_core.planning.constants import BUDGETS, FEATURE_NAMES, GROWTH_OF_BUDGET
 
@@ -148,6 +149,12 @@ def _place_lines() -> Iterator[str]:
     for name in lane_task.HOST_WORDS:
         yield f"constexpr int k{_camel(name)} = {getattr(lane_task, name).value};"
     yield "}  // namespace lane_word"
+    yield ""
+    yield "// What the device tier counts of a group: fluxion_core/kernels/tier/constants.py."
+    yield "namespace tier_count {"
+    for name in ("SELECTED", "RESIDENT", "COUNT_WORDS"):
+        yield f"constexpr int k{_camel(name)} = {getattr(tier, name).value};"
+    yield "}  // namespace tier_count"
     yield ""
 
 

@@ -15,6 +15,7 @@ from fluxion_core.kernels.lane_task import (
     DIGEST_BYTES,
     FIRST_BLOCK,
     LEVEL,
+    LISTED_UNITS,
     NUM_BLOCKS,
     NUM_WORDS,
     QUERY,
@@ -208,6 +209,8 @@ def score_task(
         COPY_BYTES: of a slab's copy; 0: there are none, digests are read where they are.
     """
     level = tl.load(descriptor_ptr + LEVEL)
+    # What is in a list was scored before.
+    level = tl.where(tl.load(descriptor_ptr + LISTED_UNITS) != 0, -1, level)
     if tl.program_id(0) == 0:
         word = tl.arange(0, NUM_WORDS)
         tl.store(task_ptr + word, tl.load(descriptor_ptr + word))

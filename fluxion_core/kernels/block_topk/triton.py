@@ -10,11 +10,14 @@ from fluxion_core.kernels.lane_task import (
     FIRST_BLOCK,
     KV_BLOCKS,
     LEVEL,
+    LISTED_MASKS,
+    LISTED_UNITS,
     NUM_BLOCKS,
     NUM_LISTED,
     REGION_BEGIN,
     REGION_END,
 )
+from fluxion_core.kernels.system_memory import typed_pointer
 
 COUNT_BITS = tl.constexpr(21)
 """Three counts of at most 2^21 blocks share one integer, so that one reduction gives all three."""
@@ -97,6 +100,22 @@ def _list_union(
 
 
 @triton.jit
+def _copy_list(task_ptr, ids_ptr, masks_ptr, TILE: tl.constexpr):
+    """This program's share of the task's list, in place of a choice."""
+    count = tl.load(task_ptr + NUM_BLOCKS).to(tl.int32)
+    unit_ptr = typed_pointer(tl.load(task_ptr + LISTED_UNITS), tl.int32, 4)
+    mask_ptr = typed_pointer(tl.load(task_ptr + LISTED_MASKS), tl.int32, 4)
+    for first in range(tl.program_id(0) * TILE, count, tl.num_programs(0) * TILE):
+        place = first + tl.arange(0, TILE)
+        is_listed = place < count
+        tl.store(ids_ptr + place, tl.load(unit_ptr + place, mask=is_listed), mask=is_listed)
+        tl.store(masks_ptr + place, tl.load(mask_ptr + place, mask=is_listed), mask=is_listed)
+    if tl.program_id(0) == 0:
+        tl.store(task_ptr + NUM_LISTED, count.to(tl.int64))
+        tl.store(task_ptr + KV_BLOCKS, count.to(tl.int64))
+
+
+@triton.jit
 def choose_blocks(
     task_ptr,
     scores_ptr,
@@ -109,7 +128,8 @@ def choose_blocks(
     FEW: tl.constexpr,
     MANY: tl.constexpr,
 ):
-    """One program: the blocks of one head; the last to end lists what all of them chose.
+    """One program: the blocks of one head; the last to end lists what all of them chose. Of a task
+    with a list: a share of that.
 
     Args:
         task_ptr: the task's words on the device.
@@ -122,7 +142,9 @@ def choose_blocks(
     """
     head = tl.program_id(0)
     num_blocks = tl.load(task_ptr + NUM_BLOCKS).to(tl.int32)
-    if tl.load(task_ptr + LEVEL) >= 0:
+    if tl.load(task_ptr + LISTED_UNITS) != 0:
+        _copy_list(task_ptr, ids_ptr, masks_ptr, FEW)
+    elif tl.load(task_ptr + LEVEL) >= 0:
         budget = tl.load(task_ptr + BUDGETS + head).to(tl.int32)
         scores_ptr += head * stride
         if num_blocks <= FEW:

@@ -391,9 +391,8 @@ def test_slabs_and_places_in_them_are_of_the_stores_shape():
 
 
 def test_the_lane_and_the_driver_refuse_what_does_not_fit():
-    words = (int64s(32), int64s(1), int64s(4))
-    with pytest.raises(ShapeError, match=r"task has shape \[31\]"):
-        _native.GpuLane(1, [(0, 0, int64s(31), *words[1:])], 1.0, 1.0, False)
+    with pytest.raises(ShapeError, match=r"task has shape \[63\]; need \[64\]"):
+        _native.GpuLane(1, [(0, 0, int64s(63), int64s(1), int64s(4))], 1.0, 1.0, False)
     with pytest.raises(ShapeError, match="lse"):
         _native.StepDriver(LAYOUT, HEADS, *board(lse=floats(3, 3)), 1)
     with pytest.raises(ShapeError, match="planned is int64"):
@@ -418,3 +417,92 @@ def test_the_lane_and_the_driver_refuse_what_does_not_fit():
         driver.run(pool, attention(), None, False, 1, int64s(1), int64s(1) - 1, int32s(1), 0)
     with pytest.raises(ShapeError, match="row 3"):
         _native.DevicePlans(driver, 3, planner, floats(2, HEADS, 2))
+
+
+def test_a_board_with_lists_refuses_what_does_not_fit():
+    good = {
+        "listed": int32s(2, 3, 2),
+        "list_counts": int32s(2, 3, 2),
+        "list_units": int32s(3, 2, 8),
+        "list_masks": int32s(3, 2, 8),
+    }
+    _native.StepDriver(LAYOUT, HEADS, *board(), 1, tier=(*good.values(), 0, 0))
+    for name, wrong in (
+        ("listed", int32s(2, 3, 1)),
+        ("list_counts", int64s(2, 3, 2)),
+        ("list_units", int32s(4, 2, 8)),
+        ("list_masks", int32s(3, 2, 7)),
+    ):
+        tier = (*(good | {name: wrong}).values(), 0, 0)
+        with pytest.raises(ShapeError, match=name):
+            _native.StepDriver(LAYOUT, HEADS, *board(), 1, tier=tier)
+    with pytest.raises(TypeError):
+        _native.StepDriver(LAYOUT, HEADS, *board(), 1, tier=tuple(good.values()))
+
+
+def test_a_driver_keeps_the_lists_of_its_board():
+    listed = int32s(2, 3, 2)
+    alive = weakref.ref(listed)
+    tier = (listed, int32s(2, 3, 2), int32s(3, 2, 8), int32s(3, 2, 8), 0, 0)
+    driver = _native.StepDriver(LAYOUT, HEADS, *board(), 1, tier=tier)
+    del listed, tier
+    gc.collect()
+    assert alive() is not None
+    del driver
+    gc.collect()
+    assert alive() is None
+
+
+def submit_lists(
+    units: np.ndarray, masks: np.ndarray, counts: np.ndarray, *, attends_rest: int = 0
+) -> None:
+    """Lists for one row, whose region is units 8 to 15."""
+    stored, pool = StoredSequence(), CpuPool(1)
+    tasks = stored.attention(given(), view=[*stored.view()[:4], attends_rest])
+    arrays = floats(1, HEADS, 16), floats(1, HEADS, 16), floats(1, HEADS)
+    tasks.submit(pool.native, 0, *arrays, 0, lists=(units, masks, counts))
+    pool.wait()
+
+
+def test_lists_refuse_what_does_not_fit():
+    units = int32s(1, 2, 4) + np.arange(9, 13, dtype=np.int32)
+    masks, counts = int32s(1, 2, 4) + 3, int32s(1, 2) + 4
+    submit_lists(units, masks, counts)
+    with pytest.raises(ShapeError, match="list_units is int64"):
+        submit_lists(units.astype(np.int64), masks, counts)
+    with pytest.raises(ShapeError, match=r"list_masks has shape \[1, 2, 3\]; need \[1, 2, 4\]"):
+        submit_lists(units, int32s(1, 2, 3), counts)
+    with pytest.raises(ShapeError, match="list_counts"):
+        submit_lists(units, masks, int32s(2, 2))
+    for count in (5, -1):
+        with pytest.raises(ShapeError, match=f"a list of {count} units in room for 4"):
+            submit_lists(units, masks, int32s(1, 2) + count)
+    for of_list in ([9, 9, 10, 11], [7, 9, 10, 11], [9, 10, 11, 16], [-1, 9, 10, 11]):
+        with pytest.raises(ValueError, match="units ascend, inside their row's region"):
+            submit_lists(int32s(1, 2, 4) + np.array(of_list, np.int32), masks, counts)
+    for mask in (0, 4, -1):
+        with pytest.raises(ValueError, match="masks are of heads of their group"):
+            submit_lists(units, int32s(1, 2, 4) + mask, counts)
+    with pytest.raises(ValueError, match="window attended to by who made them"):
+        submit_lists(units, masks, counts, attends_rest=1)
+
+
+def test_plans_and_counts_for_a_device_have_room_for_all_rows():
+    tasks = attention(2)
+    levels, budgets, radii = int32s(2, 3, 2), int32s(2, 3, HEADS), floats(3, 4)
+    tasks.write_given_plans(levels, budgets, radii)
+    with pytest.raises(ShapeError, match="levels has room for 1 rows of 2"):
+        tasks.write_given_plans(levels[:, :1].copy(), budgets, radii)
+    with pytest.raises(ShapeError, match="levels"):
+        tasks.write_given_plans(int32s(1, 3, 2), budgets, radii)
+    with pytest.raises(ShapeError, match="budgets"):
+        tasks.write_given_plans(levels, int32s(2, 2, HEADS), radii)
+    with pytest.raises(ShapeError, match="radii"):
+        tasks.write_given_plans(levels, budgets, floats(3, 3))
+    with pytest.raises(TypeError):
+        tasks.write_given_plans(read_only(int32s(2, 3, 2)), budgets, radii)
+    tasks.count_selected(int32s(2, 2, 2, 2))
+    with pytest.raises(ShapeError, match="counts has room for 1 rows of 2"):
+        tasks.count_selected(int32s(2, 1, 2, 2))
+    with pytest.raises(ShapeError, match="counts"):
+        tasks.count_selected(int32s(2, 2, 2, 1))

@@ -21,13 +21,14 @@ struct LaneTask {
   int64_t output, lse;    // [group][head_dim] and [group] floats
   int64_t done;           // takes the ticket when all else has been written
   int64_t ticket;
-  int64_t level;                     // kReadAll: no choice
-  int64_t first_block, num_blocks;   // of the level, those that touch the region
+  int64_t level;                    // kReadAll: no choice
+  int64_t first_block, num_blocks;  // of the level, those that touch the region; or units of a list
   int64_t region_begin, region_end;  // tokens
   int64_t budgets[kMaxGroup];
   int64_t statistics;   // takes a LaneStatistics
   int64_t radius_lack;  // bits of a float: 1 - radius of the scores; 0: Quest's bounds
-  int64_t spare;
+  int64_t listed_units, listed_masks;  // chosen before, see device_lists.h; 0: nothing was
+  int64_t spare[31];
 };
 
 // Whether a member lies where fluxion_core/kernels/lane_task.py says that the kernels look for it.
@@ -49,5 +50,7 @@ static_assert(is_word(offsetof(LaneTask, region_end), lane_word::kRegionEnd));
 static_assert(is_word(offsetof(LaneTask, budgets), lane_word::kBudgets));
 static_assert(is_word(offsetof(LaneTask, statistics), lane_word::kStatistics));
 static_assert(is_word(offsetof(LaneTask, radius_lack), lane_word::kRadiusLack));
+static_assert(is_word(offsetof(LaneTask, listed_units), lane_word::kListedUnits));
+static_assert(is_word(offsetof(LaneTask, listed_masks), lane_word::kListedMasks));
 
 }  // namespace fluxion

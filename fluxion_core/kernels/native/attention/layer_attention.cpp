@@ -6,6 +6,7 @@
 #include <limits>
 #include <numeric>
 #include <stdexcept>
+#include <string>
 
 namespace fluxion {
 namespace {
@@ -14,6 +15,8 @@ constexpr int64_t kScoreChunkBytes = 128 << 10;
 constexpr int64_t kAttendChunkBytes = 256 << 10;
 constexpr float kLn2 = 0.69314718055994530942f;
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+
+constexpr const char* kMadeHere = "plans that are made here, layer by layer, go with no lists";
 
 constexpr int32_t kScore = 0, kSelect = 1, kAttend = 2;
 
@@ -59,7 +62,7 @@ LayerAttention::LayerAttention(const SlabLayout& layout, const int64_t* sequence
   read_bytes_.resize(size_t(batch));
   group_counts_.resize(size_t(batch));
   for (size_t row = 0; row < sources_.size(); ++row) {
-    if (!has_region(row)) {
+    if (!has_region(int64_t(row))) {
       sources_[row] = nullptr;
       continue;
     }
@@ -80,27 +83,107 @@ bool LayerAttention::needs_new_tokens() const {
                      [](const auto& source) { return source && source->needs_new_tokens(); });
 }
 
+void LayerAttention::write_given_plans(int64_t capacity, int32_t* levels, int32_t* budgets,
+                                       float* radii) const {
+  if (plan_) throw std::invalid_argument(kMadeHere);
+  std::fill_n(levels, layout_.layers * capacity * layout_.kv_heads, kReadNothing);
+  std::fill_n(budgets, layout_.layers * capacity * heads_, 0);
+  std::fill_n(radii, capacity * kLevels, 1.0f);
+  for (int64_t row = 0; row < batch(); ++row) {
+    const PlanSource* source = sources_[size_t(row)].get();
+    if (source == nullptr) continue;
+    if (const Planner* ranker = source->ranker()) {
+      std::copy(ranker->radii.begin(), ranker->radii.end(), radii + row * kLevels);
+    }
+    const GivenPlans* given = source->given();
+    if (given == nullptr) continue;
+    for (int64_t layer = 0; layer < layout_.layers; ++layer) {
+      const RowPlan plan = given->known_plan(layer);
+      const int64_t at = layer * capacity + row;
+      std::copy_n(plan.levels, layout_.kv_heads, levels + at * layout_.kv_heads);
+      std::copy_n(plan.budgets, heads_, budgets + at * heads_);
+    }
+  }
+}
+
 void LayerAttention::submit(TaskPool& pool, int64_t layer, const float* query, int64_t query_stride,
                             float* output, float* lse, int64_t wake_bytes, bool others_only,
-                            Consumer* consumer) {
+                            Consumer* consumer, const DeviceLists* lists) {
   query_ = query;
   query_stride_ = query_stride;
   output_ = output;
   lse_ = lse;
-  if (plan_) plan_->run_layer(pool, layer, query, query_stride, wake_bytes);
-  prepare(layer);
+  if (plan_ && lists == nullptr) plan_->run_layer(pool, layer, query, query_stride, wake_bytes);
+  prepare(layer, lists);
   // Too little to wake anybody for is done by who waits.
   if (!others_only && total_priority() < wake_bytes) consumer = nullptr;
   pool.submit(this, priorities_, wake_bytes, false, others_only, consumer);
 }
 
 void LayerAttention::skip_layer(int64_t layer) {
-  prepare(layer);
+  prepare(layer, nullptr);
   for (const Task& task : tasks_) count_groups(task);
 }
 
+void LayerAttention::pass_layer(int64_t layer, const DeviceLists& lists) {
+  prepare(layer, &lists);
+  finish_layer();
+}
+
+void LayerAttention::count_selected(const int32_t* counts, int64_t capacity) {
+  for (int64_t layer = 0; layer < layout_.layers; ++layer) {
+    for (int64_t row = 0; row < batch(); ++row) {
+      if (!has_region(row)) continue;
+      ReadBytes& total = read_bytes_[size_t(row)];
+      for (int64_t kv_head = 0; kv_head < layout_.kv_heads; ++kv_head) {
+        const int64_t at = (layer * capacity + row) * layout_.kv_heads + kv_head;
+        const int32_t* of_group = counts + at * tier_count::kCountWords;
+        total.attended += of_group[tier_count::kSelected] * layout_.block_bytes;
+        total.resident += of_group[tier_count::kResident] * layout_.block_bytes;
+      }
+    }
+  }
+}
+
+void LayerAttention::check_lists(const DeviceLists& lists) const {
+  if (plan_) throw std::invalid_argument(kMadeHere);
+  for (int64_t row = 0; row < batch(); ++row) {
+    if (!has_region(row)) continue;
+    const SequenceView& sequence = sequences_[size_t(row)];
+    if (sequence.attends_rest) {
+      throw std::invalid_argument("a row with lists has its window attended to by who made them");
+    }
+    const int64_t blocks = (sequence.region_end - sequence.region_begin) / kBlockTokens;
+    const int32_t* counts = lists.counts + row * layout_.kv_heads;
+    for (int64_t kv_head = 0; kv_head < layout_.kv_heads; ++kv_head) {
+      if (counts[kv_head] >= 0 && counts[kv_head] <= std::min(blocks, lists.stride)) continue;
+      throw std::runtime_error(
+          "row " + std::to_string(row) + ", KV head " + std::to_string(kv_head) + ": a list of " +
+          std::to_string(counts[kv_head]) + " units of a region of " + std::to_string(blocks));
+    }
+  }
+}
+
+void LayerAttention::check_list(int64_t row, const int32_t* units, const int32_t* masks,
+                                int64_t count) const {
+  const SequenceView& sequence = sequences_[size_t(row)];
+  int64_t first = sequence.region_begin / kBlockTokens;
+  for (int64_t i = 0; i < count; ++i) {
+    if (units[i] < first || units[i] >= sequence.region_end / kBlockTokens) {
+      throw std::invalid_argument("a list's units ascend, inside their row's region");
+    }
+    if (masks[i] <= 0 || masks[i] >> group_) {
+      throw std::invalid_argument("a list's masks are of heads of their group");
+    }
+    first = units[i] + 1;
+  }
+}
+
 // The one place where plans come from their sources to the tasks.
-void LayerAttention::prepare(int64_t layer) {
+void LayerAttention::prepare(int64_t layer, const DeviceLists* lists) {
+  if (lists != nullptr) check_lists(*lists);
+  lists_.reset();
+  if (lists != nullptr) lists_ = *lists;
   layer_ = layer;
   for (size_t row = 0; row < sources_.size(); ++row) {
     const SequenceView& sequence = sequences_[row];
@@ -114,6 +197,7 @@ void LayerAttention::prepare(int64_t layer) {
       task.level = plan.levels[kv_head];
       task.budgets = plan.budgets + kv_head * group_;
       task.sight = plan.sights ? plan.sights + kv_head : nullptr;
+      task.num_listed = lists_ && sources_[row] ? lists_->counts[index] : kNotListed;
       task.bytes = {};
       std::fill_n(task.head_blocks, group_, 0);
       if (task.level >= 0) {
@@ -121,6 +205,8 @@ void LayerAttention::prepare(int64_t layer) {
         task.first_block = int32_t(sequence.region_begin / size);
         task.num_blocks = int32_t(ceil_div(sequence.region_end, size)) - task.first_block;
       }
+      // The device has scanned them, its copies.
+      if (task.num_listed != kNotListed) task.bytes.scanned = record_bytes(task);
       priorities_[index] = planned_bytes(task);
     }
   }
@@ -137,13 +223,23 @@ void LayerAttention::describe(int32_t index, const float* queries, LaneTask* to)
   const int64_t row = task.sequence * heads_ + task.kv_head * group_;
   to->slab_table = reinterpret_cast<int64_t>(sequence.slabs);
   to->kv_offset = reinterpret_cast<int64_t>(layout_.blocks(0, layer_, task.kv_head));
+  to->query = reinterpret_cast<int64_t>(queries + row * layout_.head_dim);
+  to->output = reinterpret_cast<int64_t>(output_ + row * layout_.head_dim);
+  to->lse = reinterpret_cast<int64_t>(lse_ + row);
+  to->region_begin = sequence.region_begin;
+  to->region_end = sequence.region_end;
+  if (task.num_listed == kNotListed) {
+    describe_choice(task, to);
+  } else {
+    describe_list(task, to);
+  }
+}
+
+void LayerAttention::describe_choice(const Task& task, LaneTask* to) const {
   to->record_offset =
       task.level >= 0
           ? reinterpret_cast<int64_t>(layout_.record(0, layer_, task.kv_head, task.level, 0))
           : 0;
-  to->query = reinterpret_cast<int64_t>(queries + row * layout_.head_dim);
-  to->output = reinterpret_cast<int64_t>(output_ + row * layout_.head_dim);
-  to->lse = reinterpret_cast<int64_t>(lse_ + row);
   to->level = task.level;
   to->first_block = task.level >= 0 ? task.first_block : 0;
   to->num_blocks = task.level >= 0 ? task.num_blocks : 0;
@@ -152,15 +248,24 @@ void LayerAttention::describe(int32_t index, const float* queries, LaneTask* to)
   const float lack = task.level >= 0 && ranker ? 1.0f - ranker->radii[size_t(task.level)] : 0.0f;
   to->radius_lack = 0;
   std::memcpy(&to->radius_lack, &lack, sizeof lack);
-  to->region_begin = sequence.region_begin;
-  to->region_end = sequence.region_end;
   for (int64_t head = 0; head < group_; ++head) {
     to->budgets[head] = task.level >= 0 ? task.budgets[head] : 0;
   }
+  to->listed_units = to->listed_masks = 0;
+}
+
+void LayerAttention::describe_list(const Task& task, LaneTask* to) const {
+  to->record_offset = to->first_block = to->radius_lack = 0;
+  to->level = 0;
+  to->num_blocks = task.num_listed;
+  std::fill_n(to->budgets, group_, 0);
+  to->listed_units = reinterpret_cast<int64_t>(lists_->device_units + list_at(task));
+  to->listed_masks = reinterpret_cast<int64_t>(lists_->device_masks + list_at(task));
 }
 
 void LayerAttention::finish_elsewhere(int32_t index, const LaneStatistics& read) {
   Task& task = tasks_[size_t(index)];
+  if (task.num_listed != kNotListed) return;  // its device knows
   task.bytes = {read.digest_bytes, read.kv_bytes};
   if (task.sight) task.bytes.scanned += task.sight->scanned_bytes;
   const int64_t region = region_blocks(task);
@@ -218,6 +323,7 @@ void LayerAttention::count_groups(const Task& task) {
 
 // Upper bound of what a task reads: no union is larger than the sum of its heads' budgets.
 int64_t LayerAttention::planned_bytes(const Task& task) const {
+  if (task.num_listed != kNotListed) return task.num_listed * layout_.block_bytes;
   const SequenceView& sequence = sequences_[size_t(task.sequence)];
   const int64_t token_bytes = layout_.block_bytes / kBlockTokens;
   const int64_t region = sequence.region_end - sequence.region_begin;
@@ -232,8 +338,16 @@ int64_t LayerAttention::planned_bytes(const Task& task) const {
 }
 
 int64_t LayerAttention::digest_bytes(const Task& task) const {
-  if (task.level < 0) return 0;
+  if (task.level < 0 || task.num_listed != kNotListed) return 0;
   return task.num_blocks * layout_.record_bytes(task.level) / layout_.record_blocks(task.level);
+}
+
+// Of whole records, those that hold the level's blocks.
+int64_t LayerAttention::record_bytes(const Task& task) const {
+  if (task.level < 0) return 0;
+  const int32_t width = layout_.record_blocks(task.level);
+  const int64_t end = ceil_div(task.first_block + task.num_blocks, width);
+  return (end - task.first_block / width) * layout_.record_bytes(task.level);
 }
 
 int64_t LayerAttention::total_scan_bytes() const {
@@ -244,6 +358,7 @@ int64_t LayerAttention::total_scan_bytes() const {
 
 int32_t LayerAttention::open(int32_t index, int32_t phase) {
   Task& task = tasks_[size_t(index)];
+  if (task.num_listed != kNotListed) return phase == kAttend ? open_listed(task) : 0;
   switch (phase) {
     case kScore:
       return task.level >= 0 ? open_scores(task) : 0;
@@ -275,7 +390,7 @@ int32_t LayerAttention::open_scores(Task& task) {
   task.score_stride = ceil_div((end - first) * width, 64) * 64;
   task.scores.resize(size_t(task.score_stride * group_));
   task.scores_from = task.scores.data() + (task.first_block - first * width);
-  task.bytes.scanned = (end - first) * layout_.record_bytes(task.level);
+  task.bytes.scanned = record_bytes(task);
   return int32_t(ceil_div(end - first, chunk_records(task.level)));
 }
 
@@ -317,6 +432,18 @@ int32_t LayerAttention::open_attend(Task& task) {
   }
   if (attends_rest && sequence.region_end < sequence.num_tokens) {
     add_range(task, std::max(sequence.region_begin, sequence.region_end), sequence.num_tokens, all);
+  }
+  task.partials.resize(task.chunks.size() * size_t(group_ * (layout_.head_dim + 2)));
+  return int32_t(task.chunks.size());
+}
+
+int32_t LayerAttention::open_listed(Task& task) {
+  task.runs.clear();
+  task.chunks.clear();
+  const int32_t* units = lists_->units + list_at(task);
+  const int32_t* masks = lists_->masks + list_at(task);
+  for (int32_t i = 0; i < task.num_listed; ++i) {
+    add_blocks(task, units[i], 1, uint16_t(masks[i]), uint16_t(kBlockTokens));
   }
   task.partials.resize(task.chunks.size() * size_t(group_ * (layout_.head_dim + 2)));
   return int32_t(task.chunks.size());
@@ -411,10 +538,11 @@ void LayerAttention::run(int32_t index, int32_t phase, int32_t chunk) {
 // Merge the chunks' states, and before them the window's, if that was attended to for the plan.
 void LayerAttention::close(int32_t index) {
   Task& task = tasks_[size_t(index)];
+  if (task.num_listed == 0) return;  // nobody reads its output
   const int64_t dim = layout_.head_dim;
   const bool attends_rest = sequences_[size_t(task.sequence)].attends_rest;
   const PlanSource* source = sources_[size_t(task.sequence)].get();
-  const bool tells = source != nullptr && source->wants_reads();
+  const bool tells = task.num_listed == kNotListed && source != nullptr && source->wants_reads();
   for (int64_t head = 0; head < group_; ++head) {
     const int64_t in_layer = task.kv_head * group_ + head;
     const int64_t row = task.sequence * heads_ + in_layer;

@@ -4,15 +4,21 @@
 // select (one chunk a query head), attend (chunks of blocks), then the chunks' states are merged.
 // What a task computes, down to the last bit, depends on its own sequence and plan alone: not on
 // the batch, the number of threads or who took which chunk.
+//
+// Where a device has chosen what is read and listed what the host is to read of it (device_lists.h), a task
+// has the last phase alone: its blocks are those of the list.
 #pragma once
 
 #include <array>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <utility>
 #include <vector>
 
+#include "attention/device_lists.h"
 #include "attention/lane_task.h"
+#include "operations/constants.h"
 #include "operations/kernel_table.h"
 #include "operations/slab_layout.h"
 #include "plan/layer_plan.h"
@@ -25,6 +31,7 @@ namespace fluxion {
 struct ReadBytes {
   int64_t scanned = 0, attended = 0;
   int64_t scanned_for_plans = 0;  // of `scanned`, by the device that makes the plans
+  int64_t resident = 0;           // of `attended`, in the device's own memory
 };
 
 // What groups and heads read of the region, summed over layers.
@@ -44,6 +51,10 @@ class LayerAttention final : public Work {
   const SlabLayout& layout() const { return layout_; }
   int64_t batch() const { return int64_t(sequences_.size()); }
   int64_t heads() const { return heads_; }
+  bool has_region(int64_t row) const {
+    const SequenceView& sequence = sequences_[size_t(row)];
+    return sequence.region_end > sequence.region_begin;
+  }
   // Whether any layer has been submitted or skipped: before that there is nothing to ask of tasks.
   bool has_begun() const { return has_begun_; }
 
@@ -53,15 +64,26 @@ class LayerAttention final : public Work {
   // Whether a layer's new tokens must be in the store before `submit`, for the plans.
   bool needs_new_tokens() const;
 
+  // For a device that chooses: the plans of all layers that are known before the step. Rows without one,
+  // those whose plans another device makes and those beyond the batch read nothing.
+  //   levels   [layers][capacity][kv_heads]
+  //   budgets  [layers][capacity][heads]
+  //   radii    [capacity][kLevels], of each row's scores
+  // Throws std::invalid_argument if a row's plans are made here, layer by layer.
+  void write_given_plans(int64_t capacity, int32_t* levels, int32_t* budgets, float* radii) const;
+
   // Start a layer on the pool, once each row's source has said what to read. Everything pointed to must
   // live until the pool's `wait` returns.
   //   query    [batch] rows of [heads][head_dim], query_stride apart, unscaled
   //   output   [batch][heads][head_dim], normalised; zeros where nothing was read
   //   lse      [batch][heads], natural log; -inf where nothing was read
-  // Throws what PlanSource::plan does.
+  // lists: what is to be read here, of rows with a region; null: it is chosen here. Of a group with an
+  // empty list nothing is written. The sources are not told what was read: the device knows.
+  // Throws what PlanSource::plan does; std::invalid_argument for lists where plans are made here, or where
+  // a row's window is attended to here; std::runtime_error for a list longer than its region.
   void submit(TaskPool& pool, int64_t layer, const float* query, int64_t query_stride,
               float* output, float* lse, int64_t wake_bytes, bool others_only = false,
-              Consumer* consumer = nullptr);
+              Consumer* consumer = nullptr, const DeviceLists* lists = nullptr);
 
   // What the last layer's task of this sequence and KV head attended to.
   const std::vector<BlockRun>& runs(int64_t sequence, int64_t kv_head) const {
@@ -81,6 +103,9 @@ class LayerAttention final : public Work {
   PlanNanoseconds plan_nanoseconds() const {
     return plan_ ? plan_->nanoseconds() : PlanNanoseconds{};
   }
+  // Throws std::invalid_argument unless a list of this row's is as device_lists.h says.
+  void check_list(int64_t row, const int32_t* units, const int32_t* masks, int64_t count) const;
+
   // For a task that another consumer took: everything its device needs to know, see lane_task.h;
   // and, when its device has written output and lse, what that read. queries: [batch][heads][head_dim],
   // where that device reads them.
@@ -94,6 +119,13 @@ class LayerAttention final : public Work {
 
   // In place of a layer in which no plan may be to read anything: count it.
   void skip_layer(int64_t layer);
+
+  // In place of a layer whose lists are all empty: count it. Throws as `submit` does.
+  void pass_layer(int64_t layer, const DeviceLists& lists);
+
+  // At the end of a step with lists: what the device selected, of which the lists were the rest.
+  //   counts  [layers][capacity][kv_heads][tier_count::kCountWords] units of each group
+  void count_selected(const int32_t* counts, int64_t capacity);
 
   // After the pool's `wait`: add what the layer read to the sequences' numbers, and remember it.
   void finish_layer();
@@ -111,6 +143,7 @@ class LayerAttention final : public Work {
   struct Task {
     int64_t sequence, kv_head;
     int32_t level;
+    int32_t num_listed;               // units in the device's list; kNotListed: chosen here
     const int32_t* budgets;           // of this group's heads
     int32_t first_block, num_blocks;  // of the level, those that touch the region
     int64_t score_stride;
@@ -128,20 +161,27 @@ class LayerAttention final : public Work {
     ReadBytes bytes;
   };
 
-  void prepare(int64_t layer);
-  bool has_region(size_t row) const {
-    return sequences_[row].region_end > sequences_[row].region_begin;
+  static constexpr int32_t kNotListed = -1;
+
+  void prepare(int64_t layer, const DeviceLists* lists);
+  void check_lists(const DeviceLists& lists) const;
+  int64_t list_at(const Task& task) const {
+    return (task.sequence * layout_.kv_heads + task.kv_head) * lists_->stride;
   }
   // A head of a task has read of the region; lse of that alone.
   void tell(const Task& task, int64_t head, float lse);
   int64_t chunk_records(int32_t level) const;
   int32_t open_scores(Task& task);
   int32_t open_attend(Task& task);
+  int32_t open_listed(Task& task);
   void add_range(Task& task, int64_t begin, int64_t end, uint16_t heads);
   void add_blocks(Task& task, int64_t first, int64_t count, uint16_t heads, uint16_t last_tokens);
   PartialState partial(Task& task, int32_t chunk);
+  void describe_choice(const Task& task, LaneTask* to) const;
+  void describe_list(const Task& task, LaneTask* to) const;
   int64_t planned_bytes(const Task& task) const;
   int64_t digest_bytes(const Task& task) const;
+  int64_t record_bytes(const Task& task) const;
   int64_t region_blocks(const Task& task) const;
   void count_groups(const Task& task);
 
@@ -158,6 +198,7 @@ class LayerAttention final : public Work {
   std::vector<int32_t> no_levels_, no_budgets_;       // of a row without a region
 
   int64_t layer_ = 0;
+  std::optional<DeviceLists> lists_;  // of the layer
   bool has_begun_ = false;
   const float* query_ = nullptr;
   int64_t query_stride_ = 0;

@@ -1,10 +1,12 @@
 // What Python sees of attention, and of the sources of its plans.
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <memory>
+#include <optional>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -92,21 +94,80 @@ void check_task(const LayerAttention& self, int64_t row, int64_t kv_head) {
   check_index("KV head", kv_head, self.layout().kv_heads);
 }
 
+// Units [rows][kv_heads][stride], masks of the same shape, counts [rows][kv_heads]; all int32.
+using ListArrays = std::tuple<Array, Array, Array>;
+
+// Lists as a device would have made them: what it writes itself is not looked at again.
+DeviceLists device_lists(const LayerAttention& self, const ListArrays& arrays) {
+  const auto& [units, masks, counts] = arrays;
+  const int64_t batch = self.batch(), kv_heads = self.layout().kv_heads;
+  DeviceLists lists{};
+  lists.units = values<int32_t>(units, "list_units", {batch, kv_heads, kAnyLength});
+  lists.stride = int64_t(units.shape(2));
+  lists.masks = values<int32_t>(masks, "list_masks", {batch, kv_heads, lists.stride});
+  lists.counts = values<int32_t>(counts, "list_counts", {batch, kv_heads});
+  for (int64_t row = 0; row < batch; ++row) {
+    for (int64_t at = row * kv_heads; self.has_region(row) && at < (row + 1) * kv_heads; ++at) {
+      if (lists.counts[at] < 0 || lists.counts[at] > lists.stride) {
+        raise_shape_error("a list of %d units in room for %lld", lists.counts[at],
+                          (long long)lists.stride);
+      }
+      self.check_list(row, lists.units + at * lists.stride, lists.masks + at * lists.stride,
+                      lists.counts[at]);
+    }
+  }
+  return lists;
+}
+
 // Start a layer. The pool holds on to all of it until its `wait` returns.
 //   query   [rows][heads][head_dim] float32; rows may lie apart
 //   output  [rows][heads][head_dim], lse [rows][heads], both float32
 void submit(LayerAttention& self, TaskPool& pool, int64_t layer, const Array& query,
-            const WritableArray& output, const WritableArray& lse, int64_t wake_bytes) {
+            const WritableArray& output, const WritableArray& lse, int64_t wake_bytes,
+            const std::optional<ListArrays>& lists) {
   check_index("layer", layer, self.layout().layers);
   const int64_t batch = self.batch(), heads = self.heads(), dim = self.layout().head_dim;
   const Rows<float> queries = rows<float>(query, "query", {batch, heads, dim});
   float* to = results<float>(output, "output", {batch, heads, dim});
   float* to_lse = results<float>(lse, "lse", {batch, heads});
+  DeviceLists checked;
+  if (lists) checked = device_lists(self, *lists);
   pool.check_idle();
-  pool.hold(std::make_shared<std::tuple<nb::object, Array, WritableArray, WritableArray>>(
-      nb::find(self), query, output, lse));
+  using Held =
+      std::tuple<nb::object, Array, WritableArray, WritableArray, std::optional<ListArrays>>;
+  pool.hold(std::make_shared<Held>(nb::find(self), query, output, lse, lists));
   nb::gil_scoped_release unlocked;
-  self.submit(pool, layer, queries.first, queries.stride, to, to_lse, wake_bytes);
+  self.submit(pool, layer, queries.first, queries.stride, to, to_lse, wake_bytes, false, nullptr,
+              lists ? &checked : nullptr);
+}
+
+// levels [layers][capacity][kv_heads] and budgets [layers][capacity][heads], int32; radii
+// [capacity][levels] float32.
+void write_given_plans(const LayerAttention& self, const WritableArray& levels,
+                       const WritableArray& budgets, const WritableArray& radii) {
+  const int64_t layers = self.layout().layers;
+  int32_t* to = results<int32_t>(levels, "levels", {layers, kAnyLength, self.layout().kv_heads});
+  const int64_t capacity = int64_t(levels.shape(1));
+  if (capacity < self.batch()) {
+    raise_shape_error("levels has room for %lld rows of %lld", (long long)capacity,
+                      (long long)self.batch());
+  }
+  int32_t* to_heads = results<int32_t>(budgets, "budgets", {layers, capacity, self.heads()});
+  self.write_given_plans(capacity, to, to_heads,
+                         results<float>(radii, "radii", {capacity, kLevels}));
+}
+
+// counts: [layers][capacity][kv_heads][2] int32.
+void count_selected(LayerAttention& self, const Array& counts) {
+  const SlabLayout& layout = self.layout();
+  const int32_t* units = values<int32_t>(
+      counts, "counts", {layout.layers, kAnyLength, layout.kv_heads, tier_count::kCountWords});
+  const int64_t capacity = int64_t(counts.shape(1));
+  if (capacity < self.batch()) {
+    raise_shape_error("counts has room for %lld rows of %lld", (long long)capacity,
+                      (long long)self.batch());
+  }
+  self.count_selected(units, capacity);
 }
 
 }  // namespace
@@ -120,7 +181,10 @@ void bind_attention(nb::module_& m) {
              check_index("layer", layer, self.layout().layers);
              return self.may_read(layer);
            })
-      .def("submit", &submit)
+      .def("write_given_plans", &write_given_plans)
+      .def("submit", &submit, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+           nb::arg("lists") = nb::none())
+      .def("count_selected", &count_selected)
       .def("finish_layer",
            [](LayerAttention& self) {
              check_begun(self);
@@ -144,7 +208,8 @@ void bind_attention(nb::module_& m) {
            [](const LayerAttention& self, int64_t sequence) {
              check_index("row", sequence, self.batch());
              const ReadBytes& bytes = self.read_bytes(sequence);
-             return std::make_tuple(bytes.scanned, bytes.attended, bytes.scanned_for_plans);
+             return std::make_tuple(bytes.scanned, bytes.attended, bytes.scanned_for_plans,
+                                    bytes.resident);
            })
       .def("group_counts",
            [](const LayerAttention& self, int64_t sequence) {

@@ -1,8 +1,10 @@
 // What Python sees of the GPU lane and the step driver. Handles of CUDA and addresses on the device are
 // plain integers; pinned memory comes as arrays, which live as long as what they were given to.
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -48,12 +50,29 @@ void bind_gpu_lane(nb::module_& m) {
       });
 }
 
+// Pinned memory, see TierBoard: flags, counts, units and masks; addresses of units and masks on the device.
+using TierParts = std::tuple<Array, Array, Array, Array, uintptr_t, uintptr_t>;
+
+TierBoard tier_board(const TierParts& parts, int64_t layers, int64_t capacity, int64_t kv_heads) {
+  const auto& [listed, counts, units, masks, device_units, device_masks] = parts;
+  TierBoard tier;
+  tier.listed = values<int32_t>(listed, "listed", {layers, capacity, kv_heads});
+  tier.counts = values<int32_t>(counts, "list_counts", {layers, capacity, kv_heads});
+  tier.lists.units = values<int32_t>(units, "list_units", {capacity, kv_heads, kAnyLength});
+  tier.lists.stride = int64_t(units.shape(2));
+  tier.lists.masks = values<int32_t>(masks, "list_masks", {capacity, kv_heads, tier.lists.stride});
+  tier.lists.counts = nullptr;
+  tier.lists.device_units = at<const int32_t>(device_units);
+  tier.lists.device_masks = at<const int32_t>(device_masks);
+  return tier;
+}
+
 // Pinned memory, see StepBoard. device_queries: an address on the device.
 void make_driver(StepDriver* self, const SlabLayout& layout, int64_t heads, const Array& published,
                  const WritableArray& answered, const Array& skip, const Array& rows,
                  const WritableArray& output, const WritableArray& lse, uintptr_t device_queries,
                  const Array& planned, const Array& plan_levels, const Array& plan_budgets,
-                 int64_t timeout_ns) {
+                 int64_t timeout_ns, const std::optional<TierParts>& tier) {
   const int32_t* flags = values<int32_t>(published, "published", {layout.layers, kAnyLength});
   const int64_t layers = layout.layers, capacity = int64_t(published.shape(1));
   const int64_t kv_heads = layout.kv_heads, dim = layout.head_dim;
@@ -70,7 +89,9 @@ void make_driver(StepDriver* self, const SlabLayout& layout, int64_t heads, cons
       values<int32_t>(planned, "planned", {layers, capacity, kv_heads}),
       values<int32_t>(plan_levels, "plan_levels", {layers, capacity, kv_heads}),
       values<int32_t>(plan_budgets, "plan_budgets", {layers, capacity, heads})};
-  new (self) StepDriver(layout, board, heads, timeout_ns);
+  std::optional<TierBoard> of_tier;
+  if (tier) of_tier = tier_board(*tier, layers, capacity, kv_heads);
+  new (self) StepDriver(layout, board, heads, timeout_ns, of_tier);
 }
 
 // slabs, tokens [batch] int64, first_not_finite [batch] int32: see StepAppend.
@@ -113,7 +134,9 @@ void bind_driver(nb::module_& m) {
       .def("__init__", &make_driver, nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>(),
            nb::keep_alive<1, 6>(), nb::keep_alive<1, 7>(), nb::keep_alive<1, 8>(),
            nb::keep_alive<1, 9>(), nb::keep_alive<1, 11>(), nb::keep_alive<1, 12>(),
-           nb::keep_alive<1, 13>())
+           nb::keep_alive<1, 13>(), nb::keep_alive<1, 15>(), nb::arg(), nb::arg(), nb::arg(),
+           nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+           nb::arg(), nb::arg(), nb::arg("tier") = nb::none())
       .def("run", &run_step, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(),
            nb::arg(), nb::arg(), nb::arg(), nb::arg());
   nb::class_<DevicePlans, PlanSource>(m, "DevicePlans")

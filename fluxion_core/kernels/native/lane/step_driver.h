@@ -4,10 +4,16 @@
 // pinned memory, append keys and values to the store, have the host part of attention done by the CPU
 // pool and the GPU lane, and answer with a flag. Every flag has one writer, and takes the number of
 // the step. fluxion_core/decode/device/step.py makes the board and the graph that is the other side.
+//
+// With a tier the GPU chooses what is read and lists what of it is not in its own memory. A layer whose
+// lists are all empty is neither computed here nor answered; keys and values are appended whenever
+// there is nothing to wait for.
 #pragma once
 
 #include <cstdint>
+#include <optional>
 
+#include "attention/device_lists.h"
 #include "attention/layer_attention.h"
 #include "lane/gpu_lane.h"
 #include "operations/slab_layout.h"
@@ -31,9 +37,26 @@ struct StepBoard {
   const int32_t* plan_budgets;        // [layers][capacity][heads]
 };
 
+// The part of it by which the GPU lists. One buffer of lists for all layers: the next layer's are written
+// once this layer was answered, if the GPU waits for that.
+struct TierBoard {
+  const volatile int32_t* listed;  // [layers][capacity][kv_heads], written by the GPU, last
+  const int32_t* counts;           // [layers][capacity][kv_heads] units that the host is to read
+  DeviceLists lists;               // of the layer, [capacity] rows; its `counts` are left open
+};
+
+// A step's new tokens and how many of its rows, layer by layer, have been appended.
+struct StepAppends {
+  const int64_t *slabs, *tokens;  // [batch]
+  int32_t* first_not_finite;      // [batch]
+  int64_t batch, done;            // done: of layers * batch
+};
+
 class StepDriver {
  public:
-  StepDriver(const SlabLayout& layout, const StepBoard& board, int64_t heads, int64_t timeout_ns);
+  // tier: of a GPU that lists.
+  StepDriver(const SlabLayout& layout, const StepBoard& board, int64_t heads, int64_t timeout_ns,
+             const std::optional<TierBoard>& tier = std::nullopt);
 
   const SlabLayout& layout() const { return layout_; }
   int64_t capacity() const { return board_.capacity; }
@@ -43,7 +66,7 @@ class StepDriver {
   //   slabs, tokens    [batch] where each sequence's new token goes
   //   first_not_finite  [batch] lowered to the first layer in which its K or V is not finite
   //   lane             null: the CPUs alone. alone: the lane alone.
-  // Throws std::runtime_error if the GPU does not publish in time.
+  // Throws std::runtime_error if the GPU does not publish, plan or list in time.
   void run(TaskPool& pool, LayerAttention& attention, GpuLane* lane, bool alone, int64_t batch,
            int32_t step, const int64_t* slabs, const int64_t* tokens, int32_t* first_not_finite,
            int64_t wake_bytes);
@@ -52,11 +75,32 @@ class StepDriver {
   RowPlan await_plan(int64_t layer, int64_t row) const;
 
  private:
-  // What a step waits with: until when is known once it has waited for long.
+  struct Attendance {
+    TaskPool& pool;
+    LayerAttention& attention;
+    GpuLane* lane;
+    bool alone;
+    int64_t wake_bytes;
+  };
+  // A step of a GPU that lists.
+  void run_listed(const Attendance& with, StepAppends& appends);
+  // Whether any list of the layer holds something, once all are there. Rows are appended meanwhile.
+  bool await_lists(const LayerAttention& attention, int64_t layer, StepAppends& appends) const;
+  // A layer on the pool and the lane, up to its answer; `meanwhile` while they are at work.
+  template <typename Meanwhile>
+  void attend(const Attendance& with, int64_t layer, const DeviceLists* lists, Meanwhile meanwhile);
+  // The next row, if it is of no layer behind `last_layer` and has been published.
+  bool append_one(int64_t last_layer, StepAppends& appends) const;
+
+  // What a step waits with: until when is known once it has waited for long. meanwhile: says whether
+  // it had something to do.
+  template <typename Meanwhile>
+  void await_flag(const volatile int32_t& flag, int64_t layer, const char* what,
+                  Meanwhile meanwhile) const;
   void await_flag(const volatile int32_t& flag, int64_t layer, const char* what) const;
   void await(int64_t layer, int64_t batch) const;
-  void append(int64_t layer, int64_t batch, const int64_t* slabs, const int64_t* tokens,
-              int32_t* first_not_finite) const;
+  // Rows [first, first + count) of a layer.
+  void append(int64_t layer, int64_t first, int64_t count, const StepAppends& appends) const;
   int64_t row_stride() const { return (heads_ + 2 * layout_.kv_heads) * layout_.head_dim; }
   const float* rows(int64_t layer) const {
     return board_.rows + layer * board_.capacity * row_stride();
@@ -64,6 +108,7 @@ class StepDriver {
 
   SlabLayout layout_;
   StepBoard board_;
+  std::optional<TierBoard> tier_;
   int64_t heads_, timeout_ns_;
   int32_t step_ = 0;  // that runs
 };

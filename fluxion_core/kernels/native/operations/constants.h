@@ -158,7 +158,16 @@ constexpr int kRegionEnd = 12;
 constexpr int kBudgets = 13;
 constexpr int kStatistics = 29;
 constexpr int kRadiusLack = 30;
-constexpr int kNumWords = 32;
+constexpr int kListedUnits = 31;
+constexpr int kListedMasks = 32;
+constexpr int kNumWords = 64;
 }  // namespace lane_word
+
+// What the device tier counts of a group: fluxion_core/kernels/tier/constants.py.
+namespace tier_count {
+constexpr int kSelected = 0;
+constexpr int kResident = 1;
+constexpr int kCountWords = 2;
+}  // namespace tier_count
 
 }  // namespace fluxion

@@ -36,7 +36,7 @@ bool GivenPlans::may_read(int64_t layer) const {
   return std::any_of(begin, begin + kv_heads_, [](int32_t level) { return level != kReadNothing; });
 }
 
-RowPlan GivenPlans::plan(int64_t layer) {
+RowPlan GivenPlans::known_plan(int64_t layer) const {
   return {levels_.data() + int64_t(at(layer)) * kv_heads_,
           budgets_.data() + int64_t(at(layer)) * heads_};
 }

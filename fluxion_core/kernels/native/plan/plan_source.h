@@ -23,6 +23,8 @@ struct RowPlan {
   const PlanSight* sights = nullptr;  // [kv_heads], if the window was looked at for the plan
 };
 
+class GivenPlans;
+
 // Of one row, for one step. Rows without a region have none.
 class PlanSource {
  public:
@@ -42,6 +44,8 @@ class PlanSource {
   virtual bool needs_new_tokens() const { return false; }
   // After the plans of this layer have been made here, if any are. May wait for another device.
   virtual RowPlan plan(int64_t layer) = 0;
+  // Its plans, if they are known before the step; else null.
+  virtual const GivenPlans* given() const { return nullptr; }
   // Whether it wants to be told what was read.
   virtual bool wants_reads() const { return false; }
   // What a head read of the region: lse of it alone, and how much. From any of the pool's threads.
@@ -67,7 +71,9 @@ class GivenPlans final : public PlanSource {
   void begin(const SlabLayout& layout, int64_t heads, int64_t row, const SequenceView& sequence,
              std::unique_ptr<LayerPlan>& here) override;
   bool may_read(int64_t layer) const override;
-  RowPlan plan(int64_t layer) override;
+  RowPlan plan(int64_t layer) override { return known_plan(layer); }
+  RowPlan known_plan(int64_t layer) const;
+  const GivenPlans* given() const override { return this; }
   const Planner* ranker() const override { return ranker_; }
   int64_t layers() const { return layers_; }
   int64_t kv_heads() const { return kv_heads_; }
@@ -118,6 +124,7 @@ class ReplayedPlans final : public PlanSource {
   bool may_read(int64_t layer) const override { return behind_ || given_.may_read(layer); }
   bool needs_new_tokens() const override { return behind_ && behind_->needs_new_tokens(); }
   RowPlan plan(int64_t layer) override;
+  const GivenPlans* given() const override { return &given_; }
   bool wants_reads() const override { return behind_ && behind_->wants_reads(); }
   void head_read(int64_t layer, int64_t head, float lse, float share) override;
   void layer_read(int64_t layer) override;
@@ -146,6 +153,7 @@ class PlanRecorder final : public PlanSource {
   bool may_read(int64_t layer) const override { return of_->may_read(layer); }
   bool needs_new_tokens() const override { return of_->needs_new_tokens(); }
   RowPlan plan(int64_t layer) override;
+  const GivenPlans* given() const override { return of_->given(); }
   bool wants_reads() const override { return of_->wants_reads(); }
   void head_read(int64_t layer, int64_t head, float lse, float share) override {
     of_->head_read(layer, head, lse, share);
