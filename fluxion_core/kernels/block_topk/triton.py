@@ -25,30 +25,40 @@ COUNT_MASK = tl.constexpr((1 << 21) - 1)
 
 
 @triton.jit
-def _mark_top(scores_ptr, marks_ptr, num_blocks, budget, BLOCKS: tl.constexpr):
-    """Mark the `budget` highest of [num_blocks] scores with 1, the others with 0.
+def mark_top(scores_ptr, marks_ptr, num_blocks, budget, BLOCKS: tl.constexpr):
+    """Mark the `budget` highest of [num_blocks] scores with 1, the others with 0; give the marks.
 
     Of equal scores the first win. Bisection for the k-th best over the scores' bits in their order,
-    two bits a pass, until as many are left as are wanted.
+    two bits a pass, until as many are left as are wanted. The bits are counted from the lowest
+    score, so that those in which no two differ cost nothing.
+
+    Returns:
+        [BLOCKS] int32: 1 or 0; 0 beyond num_blocks.
     """
     block = tl.arange(0, BLOCKS)
     is_block = block < num_blocks
     scores = tl.load(scores_ptr + block, mask=is_block, other=0.0)
     bits = tl.where(scores == 0.0, 0.0, scores).to(tl.int32, bitcast=True)
-    # As unsigned integers in the order of the scores; 0 is below every number.
-    ordered = tl.where(bits < 0, ~bits, bits ^ -2147483648).to(tl.uint32, bitcast=True)
-    ordered = tl.where(is_block, ordered.to(tl.int64), 0)
+    # In the order of the scores, as signed integers.
+    ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    lowest = tl.min(tl.where(is_block, ordered, 0x7FFFFFFF))
+    highest = tl.max(tl.where(is_block, ordered, -2147483648))
+    # From the lowest on, as unsigned ones. What is no block is never counted: no threshold is 0.
+    ordered = tl.where(is_block, ordered - lowest, 0).to(tl.uint32, bitcast=True)
     budget = tl.minimum(budget, num_blocks)
     threshold = budget.to(tl.int64) * 0
     at_least = num_blocks
-    shift = tl.where(budget > 0, 30, -1)
+    # The power of two of the widest difference, or one more; the float's exponent has it.
+    difference = tl.maximum(highest.to(tl.int64) - lowest.to(tl.int64), 0).to(tl.float32)
+    shift = ((difference.to(tl.int32, bitcast=True) >> 23) - 127) // 2 * 2
+    shift = tl.where((budget > 0) & (difference > 0), tl.minimum(shift, 30), -1)
     while (shift >= 0) & (at_least != budget):
         one = threshold + (tl.cast(1, tl.int64) << shift)
         two = threshold + (tl.cast(2, tl.int64) << shift)
         three = threshold + (tl.cast(3, tl.int64) << shift)
-        counts = (ordered >= one).to(tl.int64)
-        counts += (ordered >= two).to(tl.int64) << COUNT_BITS
-        counts += (ordered >= three).to(tl.int64) << COUNT_BITS << COUNT_BITS
+        counts = (ordered >= one.to(tl.uint32)).to(tl.int64)
+        counts += (ordered >= two.to(tl.uint32)).to(tl.int64) << COUNT_BITS
+        counts += (ordered >= three.to(tl.uint32)).to(tl.int64) << COUNT_BITS << COUNT_BITS
         total = tl.sum(counts)
         from_one = (total & COUNT_MASK).to(tl.int32)
         from_two = ((total >> COUNT_BITS) & COUNT_MASK).to(tl.int32)
@@ -60,12 +70,17 @@ def _mark_top(scores_ptr, marks_ptr, num_blocks, budget, BLOCKS: tl.constexpr):
         at_least = tl.where(from_three >= budget, from_three, at_least)
         threshold = tl.where(from_three >= budget, three, threshold)
         shift -= 2
+    threshold = threshold.to(tl.uint32)
+    is_wanted = block < tl.where(budget > 0, num_blocks, 0)
+    chosen = ((ordered >= threshold) & is_wanted).to(tl.int32)
     # Only if all bits are settled and equals are left are there any to leave out, the last of them.
-    is_equal = (ordered == threshold).to(tl.int32)
-    last = tl.cumsum(is_equal) - is_equal >= budget - (at_least - tl.sum(is_equal))
-    drop = (is_equal != 0) & last & (block < tl.where(at_least > budget, BLOCKS, 0))
-    chosen = (ordered >= threshold) & is_block & (block < tl.where(budget > 0, BLOCKS, 0))
-    tl.store(marks_ptr + block, tl.where(drop, 0, chosen.to(tl.int32)).to(tl.int8), mask=is_block)
+    if (at_least > budget) & (budget > 0):
+        is_equal = ((ordered == threshold) & is_wanted).to(tl.int32)
+        before = tl.cumsum(is_equal) - is_equal
+        is_last = before >= budget - (at_least - tl.sum(is_equal))
+        chosen = tl.where((is_equal != 0) & is_last, 0, chosen)
+    tl.store(marks_ptr + block, chosen.to(tl.int8), mask=is_block)
+    return chosen
 
 
 @triton.jit
@@ -148,9 +163,9 @@ def choose_blocks(
         budget = tl.load(task_ptr + BUDGETS + head).to(tl.int32)
         scores_ptr += head * stride
         if num_blocks <= FEW:
-            _mark_top(scores_ptr, marks_ptr + head * stride, num_blocks, budget, FEW)
+            mark_top(scores_ptr, marks_ptr + head * stride, num_blocks, budget, FEW)
         else:
-            _mark_top(scores_ptr, marks_ptr + head * stride, num_blocks, budget, MANY)
+            mark_top(scores_ptr, marks_ptr + head * stride, num_blocks, budget, MANY)
         # What this program's threads wrote comes before its arrival.
         tl.debug_barrier()
         if tl.atomic_add(arrivals_ptr, 1, sem="acq_rel", scope="gpu") == GROUP - 1:

@@ -1,0 +1,392 @@
+"""Selection of a layer on the device: what every group reads, and where that is.
+
+    list_row_slabs   once a step: the rows' slabs by their index in the arena
+    score_groups     scores of the level's blocks, from the device's copies of the digests
+    choose_groups    each head's exact top-k of them
+    split_groups     what the heads of a group chose, as 16-token units: those in device memory by
+                     their slots, the others for whoever reads host memory; and what is asked for
+
+The scores are block_score's, the choice is block_topk's. Level and budgets of a group are its plan:
+READ_ALL and READ_NOTHING have nothing to score. Padding, and a row without a region, list nothing.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fluxion_core.kernels.block_score.triton import score_span, score_tile
+from fluxion_core.kernels.block_topk.triton import mark_top
+from fluxion_core.kernels.head_plan.constants import READ_ALL, READ_NOTHING
+from fluxion_core.kernels.system_memory import store_flag, typed_pointer
+from fluxion_core.kernels.tier.constants import (
+    ABSENT,
+    COUNT_WORDS,
+    PENDING,
+    RADIUS,
+    REGION_BEGIN,
+    REGION_END,
+    RESIDENT,
+    ROW_WORDS,
+    SELECTED,
+    SLAB_TABLE,
+)
+
+
+@triton.jit
+def list_row_slabs(
+    rows_ptr,
+    slabs_ptr,
+    max_slabs,
+    arena,
+    SLAB_TOKENS: tl.constexpr,
+    SLAB_STRIDE: tl.constexpr,
+    TILE_SLABS: tl.constexpr,
+):
+    """One program: the indices in the arena of some slabs of one row.
+
+    Args:
+        rows_ptr: [rows][ROW_WORDS] int64.
+        slabs_ptr: [rows][max_slabs] int32; takes those up to the region's end.
+        max_slabs: of a row.
+        arena: address of the first slab, SLAB_STRIDE bytes from the next.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    words = rows_ptr + row * ROW_WORDS
+    end = tl.load(words + REGION_END)
+    count = (end + SLAB_TOKENS - 1) // SLAB_TOKENS
+    count = tl.where(end > tl.load(words + REGION_BEGIN), count, 0)
+    if count > tl.program_id(1) * TILE_SLABS:
+        table_ptr = typed_pointer(tl.load(words + SLAB_TABLE), tl.int64, 8)
+        ordinal = tl.program_id(1) * TILE_SLABS + tl.arange(0, TILE_SLABS)
+        slab = tl.load(table_ptr + ordinal, mask=ordinal < count, other=arena)
+        index = ((slab - arena) // SLAB_STRIDE).to(tl.int32)
+        tl.store(slabs_ptr + row * max_slabs + ordinal, index, mask=ordinal < count)
+
+
+@triton.jit
+def _touched(words, level):
+    """The first block of the level that touches the row's region, and how many do."""
+    size = tl.cast(16, tl.int64) << level
+    first = tl.load(words + REGION_BEGIN) // size
+    end = (tl.load(words + REGION_END) + size - 1) // size
+    return first.to(tl.int32), (end - first).to(tl.int32)
+
+
+@triton.jit
+def _score_level(
+    words,
+    slabs_ptr,
+    query_ptr,
+    scores_ptr,
+    stride,
+    records,
+    LEVEL: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIGEST_BITS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SLAB_BLOCKS: tl.constexpr,
+    TILE_BLOCKS: tl.constexpr,
+    COPY_BYTES: tl.constexpr,
+):
+    """This program's share of the level's records: every num_programs-th tile of them."""
+    RECORDS: tl.constexpr = TILE_BLOCKS // WIDTH
+    SLAB_RECORDS: tl.constexpr = (SLAB_BLOCKS >> LEVEL) // WIDTH
+    # Two bytes a block and channel behind a header of one word a channel, or four bytes.
+    RECORD_BYTES: tl.constexpr = HEAD_DIM * (4 + 2 * WIDTH if DIGEST_BITS == 8 else 4 * WIDTH)
+    first_block, num_blocks = _touched(words, LEVEL)
+    first_record = first_block // WIDTH
+    end_record = (first_block + num_blocks + WIDTH - 1) // WIDTH
+    begin = first_record + tl.program_id(1) * RECORDS
+    if (begin < end_record) & (num_blocks > 0):
+        member = tl.arange(0, GROUP_ROWS)
+        is_member = (member < GROUP)[:, None]
+        row_ptr = query_ptr + member[:, None] * HEAD_DIM
+        if DIGEST_BITS == 8:
+            pair_ptr = row_ptr + tl.arange(0, HEAD_DIM // 2)[None, :] * 2
+            query = tl.load(pair_ptr, mask=is_member, other=0.0)
+            odd_query = tl.load(pair_ptr + 1, mask=is_member, other=0.0)
+        else:
+            query = tl.load(row_ptr + tl.arange(0, HEAD_DIM)[None, :], mask=is_member, other=0.0)
+        radius = tl.load(words + RADIUS + LEVEL).to(tl.int32).to(tl.float32, bitcast=True)
+        for first in range(begin, end_record, tl.num_programs(1) * RECORDS):
+            record = first + tl.arange(0, RECORDS)
+            inside = record < end_record
+            slab = tl.load(slabs_ptr + record // SLAB_RECORDS, mask=inside, other=0).to(tl.int64)
+            at = records + slab * COPY_BYTES + (record % SLAB_RECORDS) * RECORD_BYTES
+            if DIGEST_BITS == 8:
+                scores = score_span(at, inside, query, odd_query, radius, HEAD_DIM, WIDTH)
+            else:
+                scores = score_tile(at, inside, query, radius, HEAD_DIM, WIDTH)
+            block = first * WIDTH - first_block + tl.arange(0, TILE_BLOCKS)
+            is_scored = (block >= 0) & (block < num_blocks)
+            tl.store(
+                scores_ptr + member[:, None] * stride + block[None, :],
+                scores,
+                mask=is_member & is_scored[None, :],
+            )
+
+
+@triton.jit(do_not_specialize=["layer"], do_not_specialize_on_alignment=["levels_ptr"])
+def score_groups(
+    rows_ptr,
+    slabs_ptr,
+    levels_ptr,
+    query_ptr,
+    scores_ptr,
+    layer,
+    max_slabs,
+    stride,
+    copies,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIGEST_BITS: tl.constexpr,
+    SLAB_BLOCKS: tl.constexpr,
+    WIDTH_16: tl.constexpr,
+    WIDTH_32: tl.constexpr,
+    WIDTH_64: tl.constexpr,
+    WIDTH_128: tl.constexpr,
+    OFFSET_32: tl.constexpr,
+    OFFSET_64: tl.constexpr,
+    OFFSET_128: tl.constexpr,
+    TILE_BLOCKS: tl.constexpr,
+    HEAD_BYTES: tl.constexpr,
+    COPY_BYTES: tl.constexpr,
+):
+    """One program: one group of one row, every num_programs-th tile of its level's blocks.
+
+    Args:
+        rows_ptr: [rows][ROW_WORDS] int64.
+        slabs_ptr: [rows][max_slabs] int32.
+        levels_ptr: [rows][KV_HEADS] int32.
+        query_ptr: [rows][heads][HEAD_DIM] float32.
+        scores_ptr: [rows][heads][stride] float32, from the first block that touches the region on.
+        copies: address of the first slab's copy, COPY_BYTES from the next; a KV head of a layer has
+            HEAD_BYTES in it, and a level begins OFFSET_x bytes in them.
+    """
+    group = tl.program_id(0).to(tl.int64)
+    row = group // KV_HEADS
+    level = tl.load(levels_ptr + group)
+    words = rows_ptr + row * ROW_WORDS
+    slabs_ptr += row * max_slabs
+    query_ptr += group * (GROUP * HEAD_DIM)
+    scores_ptr += group * (GROUP * stride)
+    records = copies + (layer * KV_HEADS + group % KV_HEADS) * HEAD_BYTES
+    # fmt: off
+    if level == 0:
+        _score_level(words, slabs_ptr, query_ptr, scores_ptr, stride, records,
+                     0, GROUP, GROUP_ROWS, HEAD_DIM, DIGEST_BITS, WIDTH_16, SLAB_BLOCKS,
+                     TILE_BLOCKS, COPY_BYTES)
+    elif level == 1:
+        _score_level(words, slabs_ptr, query_ptr, scores_ptr, stride, records + OFFSET_32,
+                     1, GROUP, GROUP_ROWS, HEAD_DIM, DIGEST_BITS, WIDTH_32, SLAB_BLOCKS,
+                     TILE_BLOCKS, COPY_BYTES)
+    elif level == 2:
+        _score_level(words, slabs_ptr, query_ptr, scores_ptr, stride, records + OFFSET_64,
+                     2, GROUP, GROUP_ROWS, HEAD_DIM, DIGEST_BITS, WIDTH_64, SLAB_BLOCKS,
+                     TILE_BLOCKS, COPY_BYTES)
+    elif level == 3:
+        _score_level(words, slabs_ptr, query_ptr, scores_ptr, stride, records + OFFSET_128,
+                     3, GROUP, GROUP_ROWS, HEAD_DIM, DIGEST_BITS, WIDTH_128, SLAB_BLOCKS,
+                     TILE_BLOCKS, COPY_BYTES)
+    # fmt: on
+
+
+@triton.jit
+def _choose_head(
+    words, scores_ptr, marks_ptr, head_units_ptr, level, budget, num_blocks, BLOCKS: tl.constexpr
+):
+    """Mark what one head reads, and count its units: blocks at the region's edges are cut to it."""
+    chosen = mark_top(scores_ptr, marks_ptr, num_blocks, budget, BLOCKS)
+    region_begin = (tl.load(words + REGION_BEGIN) // 16).to(tl.int32)
+    region_end = (tl.load(words + REGION_END) // 16).to(tl.int32)
+    block = (region_begin >> level) + tl.arange(0, BLOCKS)
+    begin = tl.maximum(block << level, region_begin)
+    end = tl.minimum((block + 1) << level, region_end)
+    tl.store(head_units_ptr, tl.sum(tl.where(chosen != 0, end - begin, 0)))
+
+
+@triton.jit(do_not_specialize_on_alignment=["levels_ptr", "budgets_ptr"])
+def choose_groups(
+    rows_ptr,
+    levels_ptr,
+    budgets_ptr,
+    scores_ptr,
+    marks_ptr,
+    head_units_ptr,
+    stride,
+    GROUP: tl.constexpr,
+    FEW: tl.constexpr,
+    SOME: tl.constexpr,
+    MANY: tl.constexpr,
+):
+    """One program: the blocks of one head of one row.
+
+    Args:
+        rows_ptr: [rows][ROW_WORDS] int64.
+        levels_ptr: [rows][KV heads] int32.
+        budgets_ptr: [rows][heads] int32, blocks of the level.
+        scores_ptr: [rows][heads][stride] float32.
+        marks_ptr: [rows][heads][stride] int8; takes 1 where the head reads the block.
+        head_units_ptr: [rows][heads] int32; takes the 16-token units that the head reads.
+        FEW, SOME, MANY: blocks for which there are registers: sizes, so that few are done sooner.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    head = row * tl.num_programs(1) + tl.program_id(1)
+    level = tl.load(levels_ptr + head // GROUP)
+    words = rows_ptr + row * ROW_WORDS
+    if level >= 0:
+        _, num_blocks = _touched(words, level)
+        budget = tl.load(budgets_ptr + head)
+        scores_ptr += head * stride
+        marks_ptr += head * stride
+        head_units_ptr += head
+        # fmt: off
+        if num_blocks <= FEW:
+            _choose_head(words, scores_ptr, marks_ptr, head_units_ptr, level, budget, num_blocks,
+                         FEW)
+        elif num_blocks <= SOME:
+            _choose_head(words, scores_ptr, marks_ptr, head_units_ptr, level, budget, num_blocks,
+                         SOME)
+        else:
+            _choose_head(words, scores_ptr, marks_ptr, head_units_ptr, level, budget, num_blocks,
+                         MANY)
+        # fmt: on
+    else:
+        units = (tl.load(words + REGION_END) - tl.load(words + REGION_BEGIN)) // 16
+        units = tl.where(level == READ_ALL, units, 0)
+        tl.store(head_units_ptr + head, units.to(tl.int32))
+
+
+@triton.jit
+def _ask_for(table_ptr, requests_ptr, request_count_ptr, max_requests, block, is_wanted):
+    """Ask for what nobody has asked for; what there is no more room for stays absent."""
+    if tl.load(request_count_ptr, volatile=True) < max_requests:
+        pending = tl.full(block.shape, PENDING, tl.int32)
+        before = tl.atomic_xchg(table_ptr + block, pending, mask=is_wanted, sem="relaxed")
+        is_mine = is_wanted & (before == ABSENT)
+        mine = is_mine.to(tl.int32)
+        first = tl.atomic_add(request_count_ptr, tl.sum(mine), sem="relaxed")
+        place = first + tl.cumsum(mine) - 1
+        tl.store(requests_ptr + place, block, mask=is_mine & (place < max_requests))
+        # Places only grow: whoever claims it in turn finds no room either.
+        tl.store(table_ptr + block, ABSENT, mask=is_mine & (place >= max_requests))
+
+
+@triton.jit(
+    do_not_specialize=["layer"],
+    do_not_specialize_on_alignment=["levels_ptr", "counts_ptr", "host_counts_ptr", "listed_ptr"],
+)
+def split_groups(
+    rows_ptr,
+    slabs_ptr,
+    levels_ptr,
+    marks_ptr,
+    table_ptr,
+    stamps_ptr,
+    requests_ptr,
+    request_count_ptr,
+    accepts_ptr,
+    resident_slots_ptr,
+    resident_masks_ptr,
+    missing_units_ptr,
+    missing_masks_ptr,
+    host_units_ptr,
+    host_masks_ptr,
+    counts_ptr,
+    needs_ptr,
+    host_counts_ptr,
+    listed_ptr,
+    step_ptr,
+    layer,
+    max_slabs,
+    stride,
+    max_requests,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SLAB_BLOCKS: tl.constexpr,
+    SLAB_KV_BLOCKS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """One program: the lists of one group of one row, in ascending order of its units.
+
+    Args:
+        rows_ptr, slabs_ptr, levels_ptr, marks_ptr: as the other kernels left them.
+        table_ptr: [arena blocks] int32: a slot, ABSENT or PENDING.
+        stamps_ptr: [slots] int32; those that are selected take the step.
+        requests_ptr: [max_requests] int32; takes arena blocks.
+        request_count_ptr: [1] int32; goes beyond max_requests where there was no room.
+        accepts_ptr: [1] int32: 0 if nothing is asked for.
+        resident_slots_ptr, resident_masks_ptr: [rows][KV_HEADS][stride] int32; take slots, and
+            bits of the heads that read them.
+        missing_units_ptr, missing_masks_ptr: likewise; units counted from the sequence's start.
+        host_units_ptr, host_masks_ptr: copies of them, pinned.
+        counts_ptr: [rows][KV_HEADS][COUNT_WORDS] int32.
+        needs_ptr: [layers] int32; the layer's goes up by one if something is missing.
+        host_counts_ptr: [rows][KV_HEADS] int32, pinned; takes how many are missing.
+        listed_ptr: likewise; takes the step's number when all else is there.
+        step_ptr: [1] int32.
+        TILE: units of a pass, at most 16384: two counts of them share an integer.
+    """
+    group = tl.program_id(0).to(tl.int64)
+    row = group // KV_HEADS
+    words = rows_ptr + row * ROW_WORDS
+    level = tl.load(levels_ptr + group)
+    step = tl.load(step_ptr)
+    begin = (tl.load(words + REGION_BEGIN) // 16).to(tl.int32)
+    end = (tl.load(words + REGION_END) // 16).to(tl.int32)
+    end = tl.where(level == READ_NOTHING, begin, end)
+    end_scored = tl.where(level < 0, begin, end)
+    end_unscored = tl.where(level < 0, end, begin)
+    shift = tl.maximum(level, 0)
+    first_block = begin >> shift
+    slabs_ptr += row * max_slabs
+    marks_ptr += group * (GROUP * stride)
+    of_group = group * stride
+    place_in_slab = (layer * KV_HEADS + (group % KV_HEADS).to(tl.int32)) * SLAB_BLOCKS
+    is_asking = tl.load(accepts_ptr) != 0
+    num_resident = tl.zeros([], tl.int32)
+    num_missing = tl.zeros([], tl.int32)
+    for first in range(begin, end, TILE):
+        unit = first + tl.arange(0, TILE)
+        inside = unit < end
+        heads = tl.where(unit < end_unscored, (1 << GROUP) - 1, 0)
+        mark_ptr = marks_ptr + (unit >> shift) - first_block
+        for head in tl.static_range(GROUP):
+            mark = tl.load(mark_ptr + head * stride, mask=unit < end_scored, other=0)
+            heads |= mark.to(tl.int32) << head
+        slab = tl.load(slabs_ptr + unit // SLAB_BLOCKS, mask=inside, other=0)
+        block = slab * SLAB_KV_BLOCKS + place_in_slab + unit % SLAB_BLOCKS
+        slot = tl.load(table_ptr + block, mask=inside, other=ABSENT)
+        is_resident = (heads != 0) & (slot >= 0)
+        is_missing = (heads != 0) & (slot < 0)
+        # Two lists by one prefix sum.
+        both = is_resident.to(tl.int32) + (is_missing.to(tl.int32) << 16)
+        upto = tl.cumsum(both)
+        at = of_group + num_resident + (upto & 0xFFFF) - 1
+        tl.store(resident_slots_ptr + at, slot, mask=is_resident)
+        tl.store(resident_masks_ptr + at, heads, mask=is_resident)
+        tl.store(stamps_ptr + slot, step, mask=is_resident)
+        at = of_group + num_missing + (upto >> 16) - 1
+        tl.store(missing_units_ptr + at, unit, mask=is_missing)
+        tl.store(missing_masks_ptr + at, heads, mask=is_missing)
+        tl.store(host_units_ptr + at, unit, mask=is_missing)
+        tl.store(host_masks_ptr + at, heads, mask=is_missing)
+        total = tl.sum(both)
+        num_resident += total & 0xFFFF
+        num_missing += total >> 16
+        if is_asking & ((total >> 16) > 0):
+            is_wanted = is_missing & (slot == ABSENT)
+            _ask_for(table_ptr, requests_ptr, request_count_ptr, max_requests, block, is_wanted)
+    tl.store(counts_ptr + group * COUNT_WORDS + SELECTED, num_resident + num_missing)
+    tl.store(counts_ptr + group * COUNT_WORDS + RESIDENT, num_resident)
+    tl.store(host_counts_ptr + group, num_missing)
+    if num_missing > 0:
+        tl.atomic_add(needs_ptr + layer, 1, sem="relaxed")
+    # What this program's threads wrote comes before its flag.
+    tl.debug_barrier()
+    store_flag(listed_ptr + group, step)

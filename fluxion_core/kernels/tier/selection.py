@@ -1,0 +1,331 @@
+"""Selection of a layer as three launches: shapes checked once, then nothing but the kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from fluxion_core.errors import ShapeError
+from fluxion_core.geometry import BLOCK_SIZES, BLOCK_TOKENS, MAX_GROUP, KvGeometry, ceil_div
+from fluxion_core.kernels.head_shape import check_heads
+from fluxion_core.kernels.sparse_attention.lane import MAX_CHOICE_BLOCKS, DigestCopies
+from fluxion_core.kernels.tier.constants import ROW_WORDS
+from fluxion_core.kernels.tier.select import (
+    choose_groups,
+    list_row_slabs,
+    score_groups,
+    split_groups,
+)
+from fluxion_core.kernels.tile_products import MIN_ROWS
+
+_TILE_SLABS = 128
+_TILE_BLOCKS = {16: 32, 8: 16}
+"""Blocks that a program scores at a time, by bits of their digests: as registers allow."""
+_LEAST_CHOICE = 512
+"""Blocks that the top-k has registers for at least."""
+_TILE_UNITS = 2048
+"""Units that a program looks up at a time."""
+
+
+ScoresHook = Callable[[int, Tensor, Tensor], None]
+"""Of a layer: its scores, [rows, heads, stride] float32, and the step, [1] int32 on the device."""
+
+
+class TierTables(NamedTuple):
+    """Places of units in device memory, and requests for more. int32, on the device."""
+
+    table: Tensor
+    """[arena blocks]: a slot, ABSENT or PENDING."""
+    stamps: Tensor
+    """[slots]: step in which a slot was last selected."""
+    requests: Tensor
+    """[most requests of a step]: arena blocks."""
+    request_count: Tensor
+    """[1]: requests since it was zeroed; above their room where there were more."""
+    accepts: Tensor
+    """[1]: 0 if a step asks for nothing."""
+
+
+class SelectionScratch(NamedTuple):
+    """Tensors that the kernels leave for each other, on the device."""
+
+    slabs: Tensor
+    """[rows, slabs] int32: indices in the arena."""
+    scores: Tensor
+    """[rows, heads, stride] float32."""
+    marks: Tensor
+    """[rows, heads, stride] int8."""
+
+
+class GroupLists(NamedTuple):
+    """Units that a layer's groups read. int32, on the device; masks have bit h for head h."""
+
+    resident_slots: Tensor
+    """[rows, KV heads, stride]: slots of units in device memory, in the units' order."""
+    resident_masks: Tensor
+    missing_units: Tensor
+    """[rows, KV heads, stride]: other units, counted from the sequence's start."""
+    missing_masks: Tensor
+    head_units: Tensor
+    """[rows, heads]: units that a head reads."""
+
+
+class HostLists(NamedTuple):
+    """Units of a layer that are in host memory alone. int32, pinned."""
+
+    units: Tensor
+    """[capacity, KV heads, stride]: those of GroupLists.missing_units."""
+    masks: Tensor
+    counts: Tensor
+    """[capacity, KV heads] of this layer: how many are missing."""
+    listed: Tensor
+    """[capacity, KV heads] of this layer: the step's number when all else is there."""
+
+
+@dataclass(frozen=True)
+class GroupSelection:
+    """The shape of a layer's selection; everything is checked when it is made.
+
+    Args:
+        geometry: layout of the slabs.
+        num_heads: query heads of the model.
+        max_region_tokens: of what is selected from.
+        max_slabs: of a sequence.
+        digests: copies of those of all slabs, on the device.
+        scoring_programs: programs that score a layer, about: some for each multiprocessor, so that
+            enough reads are in flight.
+
+    Raises:
+        ShapeError: no kernel takes these shapes.
+    """
+
+    geometry: KvGeometry
+    num_heads: int
+    max_region_tokens: int
+    max_slabs: int
+    digests: DigestCopies
+    scoring_programs: int = 1056
+
+    def __post_init__(self) -> None:
+        geometry = self.geometry
+        check_heads(self.num_heads, geometry.num_kv_heads, geometry.head_dim)
+        if self.group > MAX_GROUP:
+            raise ShapeError(f"{self.group} query heads to a KV head; up to {MAX_GROUP}")
+        if self.scoring_programs <= 0:
+            raise ShapeError(f"{self.scoring_programs} programs that score")
+        blocks = ceil_div(self.max_region_tokens, BLOCK_TOKENS)
+        if not 0 < blocks <= MAX_CHOICE_BLOCKS:
+            raise ShapeError(
+                f"a region of {self.max_region_tokens} tokens is {blocks} blocks; the top-k takes "
+                f"up to {MAX_CHOICE_BLOCKS}"
+            )
+        if self.max_slabs * geometry.slab_blocks < blocks:
+            raise ShapeError(
+                f"{self.max_slabs} slabs of {geometry.slab_blocks} blocks do not hold a region of "
+                f"{blocks}"
+            )
+
+    @property
+    def group(self) -> int:
+        """Query heads of a KV head."""
+        return self.num_heads // self.geometry.num_kv_heads
+
+    @property
+    def stride(self) -> int:
+        """Units that a list has room for."""
+        return ceil_div(self.max_region_tokens, BLOCK_TOKENS * 64) * 64
+
+    def make_scratch(self, rows: int, device: torch.device) -> SelectionScratch:
+        """Room for a step of `rows` rows."""
+        shape = (rows, self.num_heads, self.stride)
+        return SelectionScratch(
+            torch.zeros(rows, self.max_slabs, dtype=torch.int32, device=device),
+            torch.zeros(shape, dtype=torch.float32, device=device),
+            torch.zeros(shape, dtype=torch.int8, device=device),
+        )
+
+    def make_lists(self, rows: int, device: torch.device) -> GroupLists:
+        """Room for the lists of a layer of `rows` rows."""
+        shape = (4, rows, self.geometry.num_kv_heads, self.stride)
+        slots, slot_masks, units, unit_masks = torch.zeros(shape, dtype=torch.int32, device=device)
+        heads = torch.zeros(rows, self.num_heads, dtype=torch.int32, device=device)
+        return GroupLists(slots, slot_masks, units, unit_masks, heads)
+
+    def begin(self, rows: Tensor, scratch: SelectionScratch) -> None:
+        """List where the rows' slabs are, once a step. Grid: rows x slabs / 128.
+
+        Args:
+            rows: [rows, ROW_WORDS] int64 on the device; see constants.py for the words.
+            scratch: of as many rows or more; takes them.
+        """
+        assert rows.shape[1] == ROW_WORDS.value
+        list_row_slabs[(len(rows), ceil_div(self.max_slabs, _TILE_SLABS))](
+            rows,
+            scratch.slabs,
+            self.max_slabs,
+            self.digests.arena_address,
+            SLAB_TOKENS=self.geometry.slab_tokens,
+            SLAB_STRIDE=self.digests.slab_stride_bytes,
+            TILE_SLABS=_TILE_SLABS,
+            num_warps=4,
+        )
+
+    def launch(
+        self,
+        layer: int,
+        rows: Tensor,
+        query: Tensor,
+        levels: Tensor,
+        budgets: Tensor,
+        tables: TierTables,
+        scratch: SelectionScratch,
+        lists: GroupLists,
+        counts: Tensor,
+        needs: Tensor,
+        host: HostLists,
+        step: Tensor,
+        *,
+        scores_hook: ScoresHook | None = None,
+    ) -> None:
+        """Select what a layer's groups read, list it, and ask for what is missing.
+
+        Only launches, three kernels, on the current stream; may be captured in a CUDA graph. The
+        lists depend on the plans, the queries and what the table has as slots alone. Of requests
+        the set does, as long as there is room; their order is that in which programs came.
+
+        Args:
+            layer: of the model.
+            rows: [rows, ROW_WORDS] int64 on the device; regions of up to `stride` units. Tensors
+                of more rows may be given where the others begin with these.
+            query: [rows, num_heads, head_dim] float32 on the device, contiguous, unscaled.
+            levels: [rows, num_kv_heads] int32, this layer's: a block size's index, READ_ALL or
+                READ_NOTHING.
+            budgets: [rows, num_heads] int32, this layer's: blocks of that size.
+            tables: of the tier.
+            scratch: with this step's slabs.
+            lists: take what is selected.
+            counts: [rows, num_kv_heads, COUNT_WORDS] int32 on the device, this layer's; takes units
+                that some head reads, and those of them that are resident.
+            needs: [layers] int32 on the device: the layer's goes up by one for each group that
+                misses something.
+            host: takes copies of what is missing, and flags.
+            step: [1] int32 on the device.
+            scores_hook: launches more over the scores before blocks are chosen by them.
+
+        Cost: reads the level's digests over the region, 1/32 of its KV or less with 16 bits and
+        16-token blocks; 9 bytes a block and head, and 4 a unit and KV head; writes the lists. All
+        of it in device memory, but for 8 bytes a missing unit.
+        """
+        self._score(layer, rows, query, levels, scratch)
+        if scores_hook is not None:
+            scores_hook(layer, scratch.scores, step)
+        self._choose(rows, levels, budgets, scratch, lists)
+        self._split(layer, rows, levels, tables, scratch, lists, counts, needs, host, step)
+
+    def _score(
+        self, layer: int, rows: Tensor, query: Tensor, levels: Tensor, scratch: SelectionScratch
+    ) -> None:
+        geometry = self.geometry
+        widths = [geometry.record_blocks(level) for level in range(len(BLOCK_SIZES))]
+        tile_blocks = _TILE_BLOCKS[geometry.digest_bits]
+        groups = len(rows) * geometry.num_kv_heads
+        tiles = ceil_div(self.stride, tile_blocks) + 1
+        # A dot product has so many rows at least; 8 bits are multiplied without.
+        least_rows = MIN_ROWS if geometry.digest_bits == 16 else 1
+        score_groups[(groups, min(tiles, ceil_div(self.scoring_programs, groups)))](
+            rows,
+            scratch.slabs,
+            levels,
+            query,
+            scratch.scores,
+            layer,
+            self.max_slabs,
+            self.stride,
+            self.digests.address,
+            KV_HEADS=geometry.num_kv_heads,
+            GROUP=self.group,
+            GROUP_ROWS=max(least_rows, triton.next_power_of_2(self.group)),
+            HEAD_DIM=geometry.head_dim,
+            DIGEST_BITS=geometry.digest_bits,
+            SLAB_BLOCKS=geometry.slab_blocks,
+            WIDTH_16=widths[0],
+            WIDTH_32=widths[1],
+            WIDTH_64=widths[2],
+            WIDTH_128=widths[3],
+            OFFSET_32=geometry.level_offset(1),
+            OFFSET_64=geometry.level_offset(2),
+            OFFSET_128=geometry.level_offset(3),
+            TILE_BLOCKS=tile_blocks,
+            HEAD_BYTES=geometry.head_digest_bytes,
+            COPY_BYTES=geometry.digest_bytes,
+            num_warps=4,
+        )
+
+    def _choose(
+        self,
+        rows: Tensor,
+        levels: Tensor,
+        budgets: Tensor,
+        scratch: SelectionScratch,
+        lists: GroupLists,
+    ) -> None:
+        many = max(_LEAST_CHOICE, triton.next_power_of_2(self.stride))
+        choose_groups[(len(rows), self.num_heads)](
+            rows,
+            levels,
+            budgets,
+            scratch.scores,
+            scratch.marks,
+            lists.head_units,
+            self.stride,
+            GROUP=self.group,
+            FEW=max(_LEAST_CHOICE, many // 16),
+            SOME=max(_LEAST_CHOICE, many // 4),
+            MANY=many,
+            num_warps=16,
+        )
+
+    def _split(
+        self,
+        layer: int,
+        rows: Tensor,
+        levels: Tensor,
+        tables: TierTables,
+        scratch: SelectionScratch,
+        lists: GroupLists,
+        counts: Tensor,
+        needs: Tensor,
+        host: HostLists,
+        step: Tensor,
+    ) -> None:
+        geometry = self.geometry
+        split_groups[(len(rows) * geometry.num_kv_heads,)](
+            rows,
+            scratch.slabs,
+            levels,
+            scratch.marks,
+            *tables,
+            *lists[:4],
+            host.units,
+            host.masks,
+            counts,
+            needs,
+            host.counts,
+            host.listed,
+            step,
+            layer,
+            self.max_slabs,
+            self.stride,
+            len(tables.requests),
+            KV_HEADS=geometry.num_kv_heads,
+            GROUP=self.group,
+            SLAB_BLOCKS=geometry.slab_blocks,
+            SLAB_KV_BLOCKS=geometry.kv_bytes // geometry.block_bytes,
+            TILE=min(_TILE_UNITS, triton.next_power_of_2(self.stride)),
+            num_warps=16,
+        )
