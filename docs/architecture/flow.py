@@ -81,10 +81,11 @@ BOXES = (
     Box(336, 672, 258, 34, ("all of it on the CPU pool",)),
     Box(630, 384, 330, 338, ("device body of a step: a CUDA GPU",), PROCESS, is_frame=True),
     Box(
-        646, 422, 298, 56, ("dense part and windows", "one CUDA graph; the newest KV in slots"), GPU
+        646, 418, 298, 54, ("dense part and windows", "one CUDA graph; the newest KV in slots"), GPU
     ),
-    Box(646, 500, 298, 56, ("plan", "in the graph, from coarse digests there"), GPU),
-    Box(646, 578, 298, 40, ("one queue of regions, largest first",), MEMORY),
+    Box(646, 492, 298, 54, ("plan and choice", "in the graph, by digests there"), GPU),
+    Box(646, 566, 140, 54, ("tier", "copies of hot KV"), GPU),
+    Box(804, 566, 140, 54, ("one queue", "of what it misses"), MEMORY),
     Box(646, 652, 140, 54, ("GPU lane", "reads in place"), GPU),
     Box(804, 652, 140, 54, ("CPU pool", "reads in place")),
 )
@@ -108,10 +109,11 @@ ARROWS = (
     Arrow(((795, 342), (795, 384))),
     Arrow(((465, 478), (465, 500))),
     Arrow(((465, 574), (465, 596))),
-    Arrow(((795, 478), (795, 500))),
-    Arrow(((795, 556), (795, 578)), "flags on a board", (804, 572)),
-    Arrow(((716, 618), (716, 652))),
-    Arrow(((874, 618), (874, 652))),
+    Arrow(((795, 472), (795, 492))),
+    Arrow(((716, 546), (716, 566))),
+    Arrow(((874, 546), (874, 566))),
+    Arrow(((840, 620), (840, 636), (716, 636), (716, 652))),
+    Arrow(((874, 620), (874, 652))),
     Arrow(((320, 326), (244, 326), (244, 52), (220, 52)), "tokens", (270, 318)),
 )
 
