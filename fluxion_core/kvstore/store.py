@@ -114,6 +114,7 @@ class HostKvStore:
         self._free = list(range(self.num_slabs - 1, -1, -1))
         self._reserved = 0
         self._holders = [0] * self.num_slabs
+        self._generations = [0] * self.num_slabs
         self._cached: OrderedDict[int, None] = OrderedDict()
         self._sequences = 0
 
@@ -249,7 +250,19 @@ class HostKvStore:
             self._reserved -= 1
             slab = self._free.pop()
             self._holders[slab] = 1
+            self._generations[slab] += 1
         return slab
+
+    def generation(self, slab: int) -> int:
+        """Count of the times that a slab was taken for new content. It only goes up.
+
+        While it is the same, a block that a retrieval region had in it holds what it held then, so
+        that copies of it stay right whoever holds the slab: a prefix that is shared or found again
+        keeps its generation. So does a tail that a prompt takes over and fills further: what is
+        written are blocks behind its end, and its last block again if that is incomplete. Neither
+        was in a region, which ends 128 tokens or more before its sequence does.
+        """
+        return self._generations[slab]
 
     def publish(self, slab: int, key: bytes, previous: int | None, parent: bytes) -> int | None:
         """Make a full slab findable; returns the slab to hold from now on. For SequenceKv.

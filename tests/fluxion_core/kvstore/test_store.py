@@ -647,3 +647,29 @@ TestStoreMachine.settings = settings(
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
 )
+
+
+def test_a_generation_goes_up_when_a_slab_is_taken_and_not_when_its_content_is_found_again():
+    # By hand: a full slab and a tail of 60 tokens, found by a prompt that goes on from both.
+    store = make_store(3)
+    assert [store.generation(slab) for slab in range(3)] == [0, 0, 0]
+    first = stored(store, list(range(188)))
+    full, tail = first.slabs
+    assert (store.generation(full), store.generation(tail)) == (1, 1)
+    whole_blocks = store.slab_kv(tail)[:, :, :3].clone()
+    first.keep([])
+    first.release()
+
+    heir = stored(store, list(range(250)), new_tokens=6)
+    assert heir.slabs == (full, tail)
+    assert (store.generation(full), store.generation(tail)) == (1, 1)
+    # What was whole before the heir went on is what it was.
+    append(heir, list(range(256)), 6)
+    assert torch.equal(store.slab_kv(tail)[:, :, :3], whole_blocks)
+    heir.release()
+
+    # The tail was filled further and not kept: it is free, and the next to take it begins anew.
+    other = stored(store, [7] * 250)
+    assert tail in other.slabs
+    assert store.generation(tail) == 2
+    assert store.generation(full) == 1

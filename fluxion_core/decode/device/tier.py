@@ -1,0 +1,362 @@
+"""The device tier: copies of the store's units in device memory, as many as there is room for.
+
+A unit is a 16-token block of one layer and KV head. A table has of each unit of the arena, whoever
+holds it, where its copy is; the kernels of a step look it up, read what is there, stamp it with the
+step's number, and ask for what is not (kernels/tier). Nothing depends on the tier but time: the
+store keeps everything.
+
+Between steps the tier goes around:
+
+    IDLE      the step may ask for units
+    CLOSED    after such a step: its requests, and units that came into regions as far as slots are
+              free, are a batch; slots of the least recently selected are taken for it
+    FILLING   the batch is copied on a stream of its own, beside the next steps
+    IDLE      before the first step after its end it is entered into the table
+
+Nothing here waits for a batch. All that changes the table is ordered on the steps' stream, so that
+nothing leaves while a step that listed it runs. Only requests evict; units that came into regions
+are given up when no slot is free, and come when they are asked for.
+
+Slabs are told apart by their generation: when a sequence joins, and when its region grows into a
+slab, copies of what that slab held before are dropped before the next step.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from itertools import islice
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fluxion_core.decode.device.graph import StepGraph
+from fluxion_core.errors import CapacityError
+from fluxion_core.geometry import BLOCK_TOKENS, ceil_div
+from fluxion_core.kernels.tier.upkeep import (
+    EVICTED_UNITS,
+    FILLED_UNITS,
+    HELD_UNITS,
+    RANGES_CUT,
+)
+from fluxion_core.kernels.tier.upkeep_launch import (
+    MAX_RANGES,
+    HostMemory,
+    TierUpkeep,
+)
+from fluxion_core.kvstore.sequence import SequenceKv
+from fluxion_core.kvstore.store import HostKvStore
+
+BATCH_BYTES = 256 << 20
+"""A batch at most: it takes a step or two to fill over PCIe."""
+
+BATCH_SHARE = 8
+"""A batch takes at most the tier's bytes divided by this."""
+
+
+class TierState(Enum):
+    """Stage of the tier's round; see the head of this file."""
+
+    IDLE = auto()
+    CLOSED = auto()
+    FILLING = auto()
+
+
+@dataclass(frozen=True)
+class TierStatistics:
+    """Counters of a tier, as of its last batch. Filled and evicted since start."""
+
+    capacity_bytes: int
+    held_bytes: int
+    """In slots that are not free, those of the batch included."""
+    filled_bytes: int
+    """Came over PCIe."""
+    evicted_bytes: int
+    """Left so that others could come; those of slabs with new content do not count."""
+
+
+class _BlockRange(NamedTuple):
+    """Blocks of a slab, of all its layers and KV heads."""
+
+    slab: int
+    begin: int
+    end: int
+
+
+@dataclass
+class _Row:
+    """A sequence in a window slot: how far its region is known, and what of it is to come."""
+
+    end: int
+    """Of the region, in tokens."""
+    ranges: deque[_BlockRange] = field(default_factory=deque)
+
+
+class DeviceTier:
+    """The tier of one store on one device, and its upkeep. One thread only.
+
+    On a CPU the same kernels run in Triton's interpreter, at once.
+
+    Args:
+        store: whose memory the device can address.
+        capacity_bytes: of the tier; whole units of it are used, at most what the store holds. The
+            table takes 4 bytes more for each unit of the store, and the slots 12 each.
+        step: [1] int32 on the device: number of the last step, which goes up by one a step.
+        stream: of the steps; None on a CPU.
+
+    Raises:
+        CapacityError: not even one unit fits.
+        ShapeError: no kernel takes these shapes.
+    """
+
+    def __init__(
+        self,
+        store: HostKvStore,
+        capacity_bytes: int,
+        step: Tensor,
+        stream: torch.cuda.Stream | None,
+    ) -> None:
+        geometry = store.geometry
+        self._store, self._geometry = store, geometry
+        self._unit_bytes = geometry.block_bytes
+        slab_units = geometry.kv_bytes // geometry.block_bytes
+        num_slots = min(capacity_bytes // self._unit_bytes, store.num_slabs * slab_units)
+        if num_slots < 1:
+            raise CapacityError(
+                "device tier",
+                needed=self._unit_bytes,
+                free=capacity_bytes,
+                unit="B",
+                remedy="raise store.device_kv_bytes, or set it to 0",
+            )
+        batch_bytes = min(BATCH_BYTES, num_slots * self._unit_bytes // BATCH_SHARE)
+        host = HostMemory(store.arena_address, store.slab_stride_bytes, store.num_slabs)
+        self._upkeep = TierUpkeep(
+            geometry, host, num_slots, max(1, batch_bytes // self._unit_bytes), step
+        )
+        self._layer_heads = geometry.num_layers * geometry.num_kv_heads
+        self.state = TierState.IDLE
+        """Stage of the round."""
+        self._rows: dict[int, _Row] = {}
+        self._queued: list[tuple[_Row, int]] = []
+        """Rows of which ranges are in the batch, and how many."""
+        self._generations = [0] * store.num_slabs
+        """Of each slab, when it was last looked at; 0: never, and then nothing of it is here."""
+        self._stale: set[int] = set()
+        self._streams = None if stream is None else _Streams(stream)
+        self._launch_close = self._launcher(self._upkeep.close)
+        self._launch_fill = self._launcher(self._upkeep.fill, is_fill=True)
+        # Captures launch: a batch of nothing is closed, and this one accepts again.
+        self._launch_commit = self._launcher(self._upkeep.commit)
+        self._launch_invalidate = self._launcher(self._upkeep.invalidate)
+
+    @property
+    def num_slots(self) -> int:
+        """Units that the tier holds."""
+        return self._upkeep.num_slots
+
+    @property
+    def kv_address(self) -> int:
+        """Address of slot 0 in device memory; the others follow, `block_bytes` each."""
+        return self._upkeep.tensors.kv.data_ptr()
+
+    @property
+    def table(self) -> Tensor:
+        """[units of the store] int32: the slot of each arena block, or ABSENT, or PENDING."""
+        return self._upkeep.tensors.table
+
+    @property
+    def stamps(self) -> Tensor:
+        """[num_slots] int32: a step that selects a slot's unit writes its number here."""
+        return self._upkeep.tensors.stamps[: self.num_slots]
+
+    @property
+    def requests(self) -> Tensor:
+        """[requests of a step] int32: takes the arena blocks that it asks for."""
+        return self._upkeep.tensors.requests
+
+    @property
+    def request_count(self) -> Tensor:
+        """[1] int32: how many it has asked for; what exceeds `requests` is not listed there."""
+        return self._upkeep.tensors.request_count
+
+    @property
+    def accepts(self) -> Tensor:
+        """[1] int32: 0 if a step must not ask for anything."""
+        return self._upkeep.tensors.accepts
+
+    def join(self, slot: int, sequence: SequenceKv, region: range) -> None:
+        """Take note of a committed sequence in a window slot; its region is to come.
+
+        Args:
+            slot: of the device's windows.
+            sequence: whose KV is whole up to the region's end, as long as it stays.
+            region: in tokens, multiples of 16.
+        """
+        self._rows[slot] = _Row(region.start)
+        self.follow(slot, sequence, region.stop)
+
+    def follow(self, slot: int, sequence: SequenceKv, region_end: int) -> None:
+        """Queue what has come into a sequence's region since: something once in 16 tokens.
+
+        Args:
+            slot: that the sequence has.
+            sequence: which it was joined with.
+            region_end: in tokens, a multiple of 16.
+        """
+        row, tokens = self._rows[slot], self._geometry.slab_tokens
+        if region_end <= row.end:
+            return
+        slabs = sequence.slabs
+        for ordinal in range(row.end // tokens, ceil_div(region_end, tokens)):
+            begin = max(row.end - ordinal * tokens, 0) // BLOCK_TOKENS
+            end = min(region_end - ordinal * tokens, tokens) // BLOCK_TOKENS
+            self._look_at(slabs[ordinal])
+            row.ranges.append(_BlockRange(slabs[ordinal], begin, end))
+        row.end = region_end
+
+    def leave(self, slot: int) -> None:
+        """Forget a slot's sequence. Its units stay for others, as long as nobody needs the room."""
+        del self._rows[slot]
+
+    def before_step(self) -> bool:
+        """Enter a batch that has been filled, and drop copies of what slabs held before.
+
+        Returns:
+            Whether the step may ask for units; `accepts` says the same on the device.
+
+        Raises:
+            FluxionError: CUDA refuses a launch; the next call goes on from there.
+            RuntimeError: a kernel has failed, the device with it.
+        """
+        if self.state is TierState.CLOSED:
+            self._fill()
+        if self.state is TierState.FILLING and self._has_filled():
+            self._launch_commit()
+            self.state = TierState.IDLE
+            self._count_queued()
+        if self._stale:
+            self._invalidate()
+        return self.state is TierState.IDLE
+
+    def after_step(self) -> None:
+        """Make a batch of what the step asked for, and begin to fill it, if it could ask at all.
+
+        Raises:
+            FluxionError: CUDA refuses a launch; the next call goes on from there.
+        """
+        if self.state is TierState.IDLE:
+            self._queue_ranges()
+            self._launch_close()
+            self.state = TierState.CLOSED
+        if self.state is TierState.CLOSED:
+            self._fill()
+
+    def statistics(self) -> TierStatistics:
+        """The counters; does not wait for the device."""
+        counters, unit = self._upkeep.queues.counters.tolist(), self._unit_bytes
+        return TierStatistics(
+            capacity_bytes=self.num_slots * unit,
+            held_bytes=counters[HELD_UNITS.value] * unit,
+            filled_bytes=counters[FILLED_UNITS.value] * unit,
+            evicted_bytes=counters[EVICTED_UNITS.value] * unit,
+        )
+
+    def close(self) -> None:
+        """Wait until nothing reads the store any more. Idempotent.
+
+        Raises:
+            RuntimeError: the device has failed.
+        """
+        self._rows.clear()
+        if self._streams is not None:
+            self._streams.fill.synchronize()
+
+    def _launcher(self, body: Callable[[], None], *, is_fill: bool = False) -> Callable[[], None]:
+        """Launches of a body: a CUDA graph's, or at once on a CPU."""
+        streams = self._streams
+        if streams is None:
+            return body
+        return StepGraph(body, streams.fill if is_fill else streams.steps).launch
+
+    def _look_at(self, slab: int) -> None:
+        generation = self._store.generation(slab)
+        if self._generations[slab] not in (0, generation):
+            self._stale.add(slab)
+        self._generations[slab] = generation
+
+    def _queue_ranges(self) -> None:
+        """Hand ranges to the next batch, about as many as it can take."""
+        self._queued.clear()
+        ranges = self._upkeep.queues.ranges.numpy()
+        count = units = 0
+        for row in self._rows.values():
+            before = count
+            for chosen in islice(row.ranges, MAX_RANGES - count):
+                if units >= self._upkeep.capacity:
+                    break
+                ranges[count, :3] = chosen
+                units += self._layer_heads * (chosen.end - chosen.begin)
+                count += 1
+            self._queued.append((row, count - before))
+        self._upkeep.queues.num_ranges[0] = count
+
+    def _count_queued(self) -> None:
+        """Strike the batch's ranges off, unless they are to be handed over again."""
+        if not self._upkeep.queues.counters[RANGES_CUT.value]:
+            for row, count in self._queued:
+                for _ in range(count):
+                    row.ranges.popleft()
+        self._queued.clear()
+
+    def _fill(self) -> None:
+        if self._streams is not None:
+            self._streams.begin_fill()
+        self._launch_fill()
+        if self._streams is not None:
+            self._streams.end_fill()
+        self.state = TierState.FILLING
+
+    def _has_filled(self) -> bool:
+        return self._streams is None or self._streams.has_filled()
+
+    def _invalidate(self) -> None:
+        queues, slabs = self._upkeep.queues, sorted(self._stale)
+        if self._streams is not None:
+            # The last list must have been read.
+            self._streams.invalidated.synchronize()
+        queues.stale_slabs[: len(slabs)] = torch.tensor(slabs, dtype=torch.int32)
+        queues.num_stale_slabs[0] = len(slabs)
+        self._launch_invalidate()
+        if self._streams is not None:
+            self._streams.invalidated.record(self._streams.steps)
+        self._stale.clear()
+
+
+class _Streams:
+    """The stream of steps, that of fills, and how each waits for the other."""
+
+    def __init__(self, steps: torch.cuda.Stream) -> None:
+        self.steps = steps
+        self.fill = torch.cuda.Stream(steps.device)
+        self.invalidated = torch.cuda.Event()
+        self._closed, self._filled = torch.cuda.Event(), torch.cuda.Event()
+
+    def begin_fill(self) -> None:
+        """Let what follows on the fill's stream wait for the batch."""
+        self._closed.record(self.steps)
+        self.fill.wait_event(self._closed)
+
+    def end_fill(self) -> None:
+        """Take note of a fill that has been launched."""
+        self._filled.record(self.fill)
+
+    def has_filled(self) -> bool:
+        """Whether it has ended; then what follows on the steps' stream sees all of it."""
+        if not self._filled.query():
+            return False
+        self.steps.wait_event(self._filled)
+        return True

@@ -1,0 +1,414 @@
+"""Upkeep of the device tier between steps: which units come, which leave, and where they are.
+
+    append_ranges   close: units that came into regions are asked for, as far as slots are free
+    plan_batch      close: how many units the batch has, how many must leave for them
+    count_ages      close, twice: histograms of the slots' ages, coarse and then fine
+    evict           close: the oldest leave, exactly as many as are needed
+    assign_slots    close: a free slot for each unit of the batch
+    fill            copies the batch from host memory; the next steps run beside it
+    commit          the table says where the batch's units are
+    invalidate      slabs with new content: nothing of them is on the device
+
+A slot is in one of three states: owned by a unit (`owner` and `table` name each other), free (in
+the list of free slots), or taken by the batch that is being filled. All but `fill` are ordered on
+the stream of the steps. No step's graph runs beside them, so that nothing leaves while it is
+listed; and `fill` writes slots alone that no entry of the table names.
+
+The least recently selected slots leave, by steps. A slot's age is rounded to a key: 10 bits, exact
+below 512 steps, within a 64th above. Of the threshold's key any leave.
+
+All only launch. Grids are fixed: how much there is to do is read from `words`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fluxion_core.kernels.system_memory import typed_pointer
+from fluxion_core.kernels.tier.constants import ABSENT, PENDING
+
+NO_OWNER = tl.constexpr(-1)
+NO_STAMP = tl.constexpr(2**31 - 1)
+"""Of a slot that nobody owns: it has no age."""
+
+# What the kernels leave for each other, int32.
+FREE = tl.constexpr(0)
+"""Slots in the list of free ones."""
+BATCH = tl.constexpr(1)
+"""Units of the batch."""
+FREE_BEFORE = tl.constexpr(2)
+"""Free slots before the batch's evictions, which are listed behind them."""
+LEAVING = tl.constexpr(3)
+"""Slots that the batch evicts."""
+WANTED = tl.constexpr(4)
+"""Units of ranges that are in host memory alone."""
+EVICTED = tl.constexpr(5)
+"""Slots evicted so far, of those."""
+TIES = tl.constexpr(6)
+"""Slots of the threshold's key so far."""
+AGES = tl.constexpr(8)
+"""Two histograms of 32 bins."""
+WORDS = tl.constexpr(72)
+
+# Counters for the host, int64, on the device and in pinned memory.
+FILLED_UNITS = tl.constexpr(0)
+EVICTED_UNITS = tl.constexpr(1)
+"""Both so far."""
+HELD_UNITS = tl.constexpr(2)
+"""Slots that are not free, the batch's included."""
+RANGES_CUT = tl.constexpr(3)
+"""Not 0 if ranges did not fit into the batch although more slots are free."""
+COUNTERS = tl.constexpr(4)
+
+BINS = tl.constexpr(32)
+EXACT_AGE = tl.constexpr(512)
+_KEY_SHIFT = tl.constexpr(17)
+"""Leaves 6 bits of a float32's mantissa below its exponent."""
+_EXACT_BITS = tl.constexpr(8704)
+"""The bits of 512.0, so shifted."""
+
+
+@triton.jit
+def append_ranges(
+    ranges_ptr,
+    num_ranges_ptr,
+    table_ptr,
+    requests_ptr,
+    request_count_ptr,
+    words_ptr,
+    LAYER_HEADS: tl.constexpr,
+    SLAB_BLOCKS: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """One program: asks for the units of every num_programs-th range that are not there.
+
+    Args:
+        ranges_ptr: [ranges][4] int32, pinned: slab, first block, end block.
+        num_ranges_ptr: int32, pinned.
+        table_ptr: [slabs * units of a slab] int32.
+        requests_ptr: takes [CAPACITY] int32 arena blocks, behind those of the step.
+        request_count_ptr: int32, units that the step asked for; may be more than there is room for.
+        words_ptr: of the upkeep.
+    """
+    needed = tl.minimum(tl.load(request_count_ptr), CAPACITY)
+    room = tl.minimum(CAPACITY, tl.load(words_ptr + FREE)) - needed
+    num_ranges = tl.where(room > 0, tl.load(num_ranges_ptr), 0)
+    for ordinal in range(tl.program_id(0), num_ranges, tl.num_programs(0)):
+        slab = tl.load(ranges_ptr + ordinal * 4)
+        begin = tl.load(ranges_ptr + ordinal * 4 + 1)
+        width = tl.load(ranges_ptr + ordinal * 4 + 2) - begin
+        units = LAYER_HEADS * width
+        for first in range(0, units, TILE):
+            unit = first + tl.arange(0, TILE)
+            inside = unit < units
+            block = (slab * LAYER_HEADS + unit // width) * SLAB_BLOCKS + begin + unit % width
+            known = tl.load(table_ptr + block, mask=inside, other=PENDING)
+            absent = inside & (known == ABSENT)
+            # Two ranges may have a unit in common.
+            pending = tl.full([TILE], PENDING, tl.int32)
+            before = tl.atomic_xchg(table_ptr + block, pending, mask=absent)
+            claimed = absent & (before == ABSENT)
+            count = claimed.to(tl.int32)
+            place = tl.atomic_add(words_ptr + WANTED, tl.sum(count)) + tl.cumsum(count) - count
+            fits = claimed & (place < room)
+            tl.store(requests_ptr + needed + place, block, mask=fits)
+            tl.store(table_ptr + block, ABSENT, mask=claimed & (place >= room))
+
+
+@triton.jit
+def plan_batch(
+    num_ranges_ptr,
+    request_count_ptr,
+    accepts_ptr,
+    words_ptr,
+    counters_ptr,
+    host_counters_ptr,
+    num_slots,
+    CAPACITY: tl.constexpr,
+):
+    """The one program: sizes of the batch, and nothing accepted until it has been committed.
+
+    Args:
+        num_ranges_ptr: int32, pinned.
+        request_count_ptr: int32; taken, and set to 0.
+        accepts_ptr: int32; set to 0.
+        words_ptr: of the upkeep.
+        counters_ptr: [COUNTERS] int64.
+        host_counters_ptr: a copy of it, pinned.
+        num_slots: of the tier.
+    """
+    needed = tl.minimum(tl.load(request_count_ptr), CAPACITY)
+    free = tl.load(words_ptr + FREE)
+    wanted = tl.load(words_ptr + WANTED)
+    room = tl.maximum(tl.minimum(CAPACITY, free) - needed, 0)
+    batch = needed + tl.minimum(wanted, room)
+    leaving = tl.maximum(batch - free, 0)
+    left = free + leaving - batch
+    tl.store(words_ptr + BATCH, batch)
+    tl.store(words_ptr + FREE_BEFORE, free)
+    tl.store(words_ptr + LEAVING, leaving)
+    tl.store(words_ptr + FREE, left)
+    tl.store(words_ptr + WANTED, 0)
+    tl.store(words_ptr + EVICTED, 0)
+    tl.store(words_ptr + TIES, 0)
+    tl.store(words_ptr + AGES + tl.arange(0, 2 * BINS), tl.zeros([2 * BINS], tl.int32))
+    tl.store(request_count_ptr, 0)
+    tl.store(accepts_ptr, 0)
+
+    filled = tl.load(counters_ptr + FILLED_UNITS) + batch
+    evicted = tl.load(counters_ptr + EVICTED_UNITS) + leaving
+    did_not_fit = (tl.load(num_ranges_ptr) > 0) & ((wanted > room) | (room == 0))
+    cut = did_not_fit & (left > 0)
+    tl.store(counters_ptr + FILLED_UNITS, filled)
+    tl.store(counters_ptr + EVICTED_UNITS, evicted)
+    tl.store(host_counters_ptr + FILLED_UNITS, filled)
+    tl.store(host_counters_ptr + EVICTED_UNITS, evicted)
+    tl.store(host_counters_ptr + HELD_UNITS, (num_slots - left).to(tl.int64))
+    tl.store(host_counters_ptr + RANGES_CUT, cut.to(tl.int64))
+
+
+@triton.jit
+def _age_keys(stamps, step):
+    """10 bits in the order of the ages: exact below EXACT_AGE, rounded down to a 64th above."""
+    age = tl.maximum(step - stamps, 0)
+    bits = age.to(tl.float32).to(tl.int32, bitcast=True) >> _KEY_SHIFT
+    key = tl.where(age < EXACT_AGE, age, EXACT_AGE + bits - _EXACT_BITS)
+    return tl.minimum(key, BINS * BINS - 1)
+
+
+@triton.jit
+def _threshold(histogram_ptr, wanted):
+    """The bin in which the `wanted`-th highest is, and how many of that bin are wanted."""
+    bins = tl.arange(0, BINS)
+    counts = tl.load(histogram_ptr + bins)
+    from_bin = tl.cumsum(counts, 0, reverse=True)
+    above = from_bin - counts
+    is_it = (from_bin >= wanted) & (above < wanted)
+    threshold = tl.sum(tl.where(is_it, bins, 0))
+    return threshold, wanted - tl.sum(tl.where(is_it, above, 0))
+
+
+@triton.jit
+def count_ages(
+    stamps_ptr, step_ptr, words_ptr, num_tiles, IS_FINE: tl.constexpr, TILE: tl.constexpr
+):
+    """One program: the histogram of every num_programs-th tile's keys, added to that of all.
+
+    The coarse one is over keys / 32; the fine one over keys of the coarse threshold's bin.
+
+    Args:
+        stamps_ptr: [num_tiles * TILE] int32, NO_STAMP behind the last slot.
+        step_ptr: int32, number of the last step.
+        words_ptr: of the upkeep.
+        num_tiles: of the stamps.
+    """
+    leaving = tl.load(words_ptr + LEAVING)
+    if leaving > 0:
+        step = tl.load(step_ptr)
+        coarse = 0
+        if IS_FINE:
+            coarse, _ = _threshold(words_ptr + AGES, leaving)
+        total = tl.zeros([BINS], tl.int32)
+        for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+            stamps = tl.load(stamps_ptr + tile * TILE + tl.arange(0, TILE))
+            keys = _age_keys(stamps, step)
+            counts = stamps != NO_STAMP
+            if IS_FINE:
+                total += tl.histogram(keys % BINS, BINS, mask=counts & (keys // BINS == coarse))
+            else:
+                total += tl.histogram(keys // BINS, BINS, mask=counts)
+        bins = AGES + IS_FINE * BINS + tl.arange(0, BINS)
+        tl.atomic_add(words_ptr + bins, total, mask=total > 0)
+
+
+@triton.jit
+def evict(
+    stamps_ptr,
+    owner_ptr,
+    table_ptr,
+    free_ptr,
+    step_ptr,
+    words_ptr,
+    num_tiles,
+    TILE: tl.constexpr,
+):
+    """One program: those of every num_programs-th tile that leave, listed as free.
+
+    Args:
+        stamps_ptr: [num_tiles * TILE] int32, NO_STAMP behind the last slot.
+        owner_ptr: [num_slots] int32 arena blocks.
+        table_ptr: [slabs * units of a slab] int32.
+        free_ptr: [num_slots] int32 slots.
+        step_ptr: int32, number of the last step.
+        words_ptr: of the upkeep.
+        num_tiles: of the stamps.
+    """
+    leaving = tl.load(words_ptr + LEAVING)
+    if leaving > 0:
+        step = tl.load(step_ptr)
+        free_before = tl.load(words_ptr + FREE_BEFORE)
+        coarse, left = _threshold(words_ptr + AGES, leaving)
+        fine, num_ties = _threshold(words_ptr + AGES + BINS, left)
+        threshold = coarse * BINS + fine
+        for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+            slot = tile * TILE + tl.arange(0, TILE)
+            stamps = tl.load(stamps_ptr + slot)
+            keys = tl.where(stamps != NO_STAMP, _age_keys(stamps, step), -1)
+            if tl.max(keys) >= threshold:
+                tie = (keys == threshold).to(tl.int32)
+                number = tl.atomic_add(words_ptr + TIES, tl.sum(tie)) + tl.cumsum(tie) - tie
+                goes = (keys > threshold) | ((tie != 0) & (number < num_ties))
+                count = goes.to(tl.int32)
+                place = tl.atomic_add(words_ptr + EVICTED, tl.sum(count)) + tl.cumsum(count) - count
+                block = tl.load(owner_ptr + slot, mask=goes, other=0)
+                tl.store(table_ptr + block, ABSENT, mask=goes)
+                tl.store(owner_ptr + slot, NO_OWNER, mask=goes)
+                tl.store(stamps_ptr + slot, NO_STAMP, mask=goes)
+                tl.store(free_ptr + free_before + place, slot, mask=goes)
+
+
+@triton.jit
+def assign_slots(free_ptr, request_slots_ptr, words_ptr, TILE: tl.constexpr):
+    """One program: free slots for a tile of the batch, from the list's end.
+
+    Args:
+        free_ptr: [num_slots] int32 slots.
+        request_slots_ptr: takes [CAPACITY] int32.
+        words_ptr: of the upkeep.
+    """
+    batch = tl.load(words_ptr + BATCH)
+    request = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    inside = request < batch
+    last = tl.load(words_ptr + FREE) + batch - 1
+    slot = tl.load(free_ptr + last - request, mask=inside, other=0)
+    tl.store(request_slots_ptr + request, slot, mask=inside)
+
+
+@triton.jit
+def fill(
+    arena_address,
+    kv_address,
+    requests_ptr,
+    request_slots_ptr,
+    words_ptr,
+    slab_stride_bytes,
+    SLAB_UNITS: tl.constexpr,
+    UNIT_BYTES: tl.constexpr,
+    TILE_UNITS: tl.constexpr,
+):
+    """One program: every num_programs-th tile of the batch, from host memory to the tier.
+
+    Args:
+        arena_address: of the store's memory, which the device reads in place.
+        kv_address: of the tier's.
+        requests_ptr: [CAPACITY] int32 arena blocks.
+        request_slots_ptr: [CAPACITY] int32.
+        words_ptr: of the upkeep.
+        slab_stride_bytes: from slab to slab, a multiple of 4096.
+    """
+    word = tl.arange(0, UNIT_BYTES // 4)[None, :]
+    batch = tl.load(words_ptr + BATCH)
+    step = tl.num_programs(0) * TILE_UNITS
+    for first in range(tl.program_id(0) * TILE_UNITS, batch, step):
+        request = first + tl.arange(0, TILE_UNITS)
+        inside = request < batch
+        block = tl.load(requests_ptr + request, mask=inside, other=0).to(tl.int64)
+        slot = tl.load(request_slots_ptr + request, mask=inside, other=0).to(tl.int64)
+        start = (block // SLAB_UNITS) * slab_stride_bytes + (block % SLAB_UNITS) * UNIT_BYTES
+        unit_ptr = typed_pointer(arena_address + start, tl.int32)[:, None] + word
+        slot_ptr = typed_pointer(kv_address + slot * UNIT_BYTES, tl.int32)[:, None] + word
+        # Triton cannot tell from an address; without this it copies four bytes at a time.
+        unit_ptr = tl.multiple_of(unit_ptr, (16, 16))
+        slot_ptr = tl.multiple_of(slot_ptr, (16, 16))
+        unit = tl.load(unit_ptr, mask=inside[:, None], other=0)
+        tl.store(slot_ptr, unit, mask=inside[:, None])
+
+
+@triton.jit
+def commit(
+    requests_ptr,
+    request_slots_ptr,
+    table_ptr,
+    owner_ptr,
+    stamps_ptr,
+    free_ptr,
+    step_ptr,
+    accepts_ptr,
+    words_ptr,
+    TILE: tl.constexpr,
+):
+    """One program: enters a tile of the batch; slots of what was invalidated meanwhile are free.
+
+    Args:
+        requests_ptr: [CAPACITY] int32 arena blocks.
+        request_slots_ptr: [CAPACITY] int32.
+        table_ptr: [slabs * units of a slab] int32.
+        owner_ptr: [num_slots] int32.
+        stamps_ptr: [num_slots] int32; take the number of the last step.
+        free_ptr: [num_slots] int32.
+        step_ptr: int32.
+        accepts_ptr: int32; set to 1.
+        words_ptr: of the upkeep.
+    """
+    batch = tl.load(words_ptr + BATCH)
+    request = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    inside = request < batch
+    block = tl.load(requests_ptr + request, mask=inside, other=0)
+    slot = tl.load(request_slots_ptr + request, mask=inside, other=0)
+    is_wanted = tl.load(table_ptr + block, mask=inside, other=ABSENT) == PENDING
+    tl.store(table_ptr + block, slot, mask=is_wanted)
+    tl.store(owner_ptr + slot, block, mask=is_wanted)
+    tl.store(stamps_ptr + slot, tl.load(step_ptr), mask=is_wanted)
+    _give_back(free_ptr, words_ptr, slot, inside & (is_wanted == 0))
+    if tl.program_id(0) == 0:
+        tl.store(accepts_ptr, 1)
+
+
+@triton.jit
+def invalidate(
+    slabs_ptr,
+    num_slabs_ptr,
+    table_ptr,
+    owner_ptr,
+    stamps_ptr,
+    free_ptr,
+    words_ptr,
+    SLAB_UNITS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """One program: every num_programs-th tile of the slabs' units leaves the tier.
+
+    Args:
+        slabs_ptr: [slabs] int32, pinned, each once.
+        num_slabs_ptr: int32, pinned.
+        table_ptr: [slabs * units of a slab] int32.
+        owner_ptr: [num_slots] int32.
+        stamps_ptr: [num_slots] int32.
+        free_ptr: [num_slots] int32.
+        words_ptr: of the upkeep.
+    """
+    tiles: tl.constexpr = (SLAB_UNITS + TILE - 1) // TILE
+    total = tl.load(num_slabs_ptr) * tiles
+    for ordinal in range(tl.program_id(0), total, tl.num_programs(0)):
+        slab = tl.load(slabs_ptr + ordinal // tiles)
+        unit = ordinal % tiles * TILE + tl.arange(0, TILE)
+        inside = unit < SLAB_UNITS
+        block = slab * SLAB_UNITS + unit
+        slot = tl.load(table_ptr + block, mask=inside, other=ABSENT)
+        is_there = slot >= 0
+        tl.store(table_ptr + block, ABSENT, mask=inside)
+        tl.store(owner_ptr + slot, NO_OWNER, mask=is_there)
+        tl.store(stamps_ptr + slot, NO_STAMP, mask=is_there)
+        _give_back(free_ptr, words_ptr, slot, is_there)
+
+
+@triton.jit
+def _give_back(free_ptr, words_ptr, slots, is_given):
+    """List those of some slots that are given back as free."""
+    count = is_given.to(tl.int32)
+    total = tl.sum(count)
+    if total > 0:
+        place = tl.atomic_add(words_ptr + FREE, total) + tl.cumsum(count) - count
+        tl.store(free_ptr + place, slots, mask=is_given)

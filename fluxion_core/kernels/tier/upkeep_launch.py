@@ -1,0 +1,289 @@
+"""The tier's upkeep as four launches: shapes checked once, then nothing but the kernels."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fluxion_core.errors import ShapeError
+from fluxion_core.geometry import KvGeometry, ceil_div
+from fluxion_core.kernels.tier.constants import ABSENT
+from fluxion_core.kernels.tier.upkeep import (
+    COUNTERS,
+    FREE,
+    NO_OWNER,
+    NO_STAMP,
+    WORDS,
+    append_ranges,
+    assign_slots,
+    commit,
+    count_ages,
+    evict,
+    fill,
+    invalidate,
+    plan_batch,
+)
+
+MAX_RANGES = 1024
+"""Ranges that one batch takes."""
+
+MAX_TABLE_ENTRIES = 2**31 - 1
+"""Arena blocks are int32."""
+
+_FILL_PROGRAMS = 32
+_FILL_TILE_BYTES = 32 << 10
+"""Few programs, since they run beside the steps, each with as many loads under way as its registers
+hold: 1 MiB of all, several times what the link's latency needs."""
+_SLOT_TILE = 4096
+_SLOT_PROGRAMS = 512
+_RANGE_PROGRAMS = 64
+_SLAB_PROGRAMS = 256
+_TABLE_TILE = 1024
+_REQUEST_TILE = 256
+
+
+class HostMemory(NamedTuple):
+    """Memory of a store, as the device reads it."""
+
+    arena_address: int
+    """Of the first slab; a multiple of 16."""
+    slab_stride_bytes: int
+    """From slab to slab; a multiple of 16."""
+    num_slabs: int
+
+
+class TierTensors(NamedTuple):
+    """The state of a tier, on the device. int32 but for bytes and counters; contiguous."""
+
+    kv: Tensor
+    """[num_slots * block_bytes] uint8: K and V of the units."""
+    table: Tensor
+    """[slabs * units of a slab]: of each arena block its slot, or ABSENT, or PENDING."""
+    stamps: Tensor
+    """[num_slots, rounded up]: step that selected the unit last; NO_STAMP: there is no unit."""
+    owner: Tensor
+    """[num_slots]: arena blocks; NO_OWNER: there is none."""
+    free: Tensor
+    """[num_slots]: slots; as many as `words[FREE]` says are free."""
+    requests: Tensor
+    """[capacity]: arena blocks that a step asks for, and then a batch's."""
+    request_count: Tensor
+    """[1]: how many a step has asked for; may exceed the capacity."""
+    request_slots: Tensor
+    """[capacity]: where the batch's units go."""
+    accepts: Tensor
+    """[1]: 0 if a step may not ask for units."""
+    words: Tensor
+    """[WORDS]: see upkeep.py."""
+    counters: Tensor
+    """[COUNTERS] int64: see upkeep.py."""
+
+
+class TierQueues(NamedTuple):
+    """Words that the upkeep's kernels share with the host, in pinned memory."""
+
+    ranges: Tensor
+    """[MAX_RANGES, 4] int32: slab, first block, end block; of all layers and KV heads."""
+    num_ranges: Tensor
+    """[1] int32."""
+    stale_slabs: Tensor
+    """[slabs] int32, each once."""
+    num_stale_slabs: Tensor
+    """[1] int32."""
+    counters: Tensor
+    """[COUNTERS] int64, written by the kernels: see upkeep.py."""
+
+
+class TierUpkeep:
+    """Launches over one tier's memory, which is made here and is where it is for good.
+
+    Each only launches, on the current stream; may be captured in a CUDA graph.
+
+    Args:
+        geometry: of the store's slabs.
+        host: the store's memory.
+        num_slots: units that the tier holds.
+        capacity: units of a batch; at most the tier.
+        step: [1] int32 on the tier's device; goes up by one a step.
+
+    Raises:
+        ShapeError: no kernel takes these shapes.
+    """
+
+    def __init__(
+        self, geometry: KvGeometry, host: HostMemory, num_slots: int, capacity: int, step: Tensor
+    ) -> None:
+        self._slab_units = geometry.num_layers * geometry.num_kv_heads * geometry.slab_blocks
+        entries = host.num_slabs * self._slab_units
+        if not 0 < capacity <= num_slots <= entries <= MAX_TABLE_ENTRIES:
+            raise ShapeError(
+                f"batches of {capacity} units for {num_slots} slots over {entries} units; "
+                f"{MAX_TABLE_ENTRIES} at most, in this order"
+            )
+        unit_bytes = geometry.block_bytes
+        if host.arena_address % 16 or host.slab_stride_bytes % 16 or unit_bytes & (unit_bytes - 1):
+            raise ShapeError(
+                f"an arena at {host.arena_address:#x}, slabs of {host.slab_stride_bytes} B, units "
+                f"of {unit_bytes} B: multiples of 16, and a power of two"
+            )
+        self.geometry, self.num_slots, self.capacity = geometry, num_slots, capacity
+        self._host, self._step = host, step
+        self.tensors = _make_tensors(geometry, entries, num_slots, capacity, step.device)
+        self.queues = _make_queues(host.num_slabs, is_pinned=step.is_cuda)
+
+    def close(self) -> None:
+        """Make a batch of what the last step asked for and of the ranges that free slots hold.
+
+        The units that must leave for it have left, and each of the batch's has a slot. Nothing is
+        accepted until the batch is committed. Six kernels.
+
+        Cost: if units must leave, three passes over the stamps, 12 bytes a slot; else the ranges.
+        """
+        state, queues = self.tensors, self.queues
+        append_ranges[(min(_RANGE_PROGRAMS, self.capacity),)](
+            queues.ranges,
+            queues.num_ranges,
+            state.table,
+            state.requests,
+            state.request_count,
+            state.words,
+            LAYER_HEADS=self.geometry.num_layers * self.geometry.num_kv_heads,
+            SLAB_BLOCKS=self.geometry.slab_blocks,
+            CAPACITY=self.capacity,
+            TILE=_TABLE_TILE,
+            num_warps=4,
+        )
+        plan_batch[(1,)](
+            queues.num_ranges,
+            state.request_count,
+            state.accepts,
+            state.words,
+            state.counters,
+            queues.counters,
+            self.num_slots,
+            CAPACITY=self.capacity,
+            num_warps=1,
+        )
+        self._evict()
+        assign_slots[(ceil_div(self.capacity, _REQUEST_TILE),)](
+            state.free, state.request_slots, state.words, TILE=_REQUEST_TILE, num_warps=4
+        )
+
+    def _evict(self) -> None:
+        state = self.tensors
+        num_tiles = len(state.stamps) // _SLOT_TILE
+        grid = (min(_SLOT_PROGRAMS, num_tiles),)
+        for is_fine in (False, True):
+            count_ages[grid](
+                state.stamps,
+                self._step,
+                state.words,
+                num_tiles,
+                IS_FINE=is_fine,
+                TILE=_SLOT_TILE,
+                num_warps=8,
+            )
+        evict[grid](
+            state.stamps,
+            state.owner,
+            state.table,
+            state.free,
+            self._step,
+            state.words,
+            num_tiles,
+            TILE=_SLOT_TILE,
+            num_warps=8,
+        )
+
+    def fill(self) -> None:
+        """Copy the batch's units from host memory to their slots. One kernel.
+
+        Cost: reads the batch over the link.
+        """
+        state, unit_bytes = self.tensors, self.geometry.block_bytes
+        tile_units = max(1, _FILL_TILE_BYTES // unit_bytes)
+        fill[(min(_FILL_PROGRAMS, ceil_div(self.capacity, tile_units)),)](
+            self._host.arena_address,
+            state.kv.data_ptr(),
+            state.requests,
+            state.request_slots,
+            state.words,
+            self._host.slab_stride_bytes,
+            SLAB_UNITS=self._slab_units,
+            UNIT_BYTES=unit_bytes,
+            TILE_UNITS=tile_units,
+            num_warps=8,
+        )
+
+    def commit(self) -> None:
+        """Enter the batch, once it has been filled, into the table; accept again. One kernel."""
+        state = self.tensors
+        commit[(ceil_div(self.capacity, _REQUEST_TILE),)](
+            state.requests,
+            state.request_slots,
+            state.table,
+            state.owner,
+            state.stamps,
+            state.free,
+            self._step,
+            state.accepts,
+            state.words,
+            TILE=_REQUEST_TILE,
+            num_warps=4,
+        )
+
+    def invalidate(self) -> None:
+        """Free all slots of the queued slabs; what is being filled of them does not count."""
+        state, tile = self.tensors, _TABLE_TILE
+        tiles = self._host.num_slabs * ceil_div(self._slab_units, tile)
+        invalidate[(min(_SLAB_PROGRAMS, tiles),)](
+            self.queues.stale_slabs,
+            self.queues.num_stale_slabs,
+            state.table,
+            state.owner,
+            state.stamps,
+            state.free,
+            state.words,
+            SLAB_UNITS=self._slab_units,
+            TILE=tile,
+            num_warps=4,
+        )
+
+
+def _make_tensors(
+    geometry: KvGeometry, entries: int, num_slots: int, capacity: int, device: torch.device
+) -> TierTensors:
+    def ints(size: int, value: int = 0, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.full((size,), value, dtype=dtype, device=device)
+
+    words = ints(WORDS.value)
+    words[FREE.value] = num_slots
+    return TierTensors(
+        kv=torch.empty(num_slots * geometry.block_bytes, dtype=torch.uint8, device=device),
+        table=ints(entries, ABSENT.value),
+        stamps=ints(ceil_div(num_slots, _SLOT_TILE) * _SLOT_TILE, NO_STAMP.value),
+        owner=ints(num_slots, NO_OWNER.value),
+        # The list's end is taken first.
+        free=torch.arange(num_slots - 1, -1, -1, dtype=torch.int32, device=device),
+        requests=ints(capacity),
+        request_count=ints(1),
+        request_slots=ints(capacity),
+        accepts=ints(1, 1),
+        words=words,
+        counters=ints(COUNTERS.value, dtype=torch.int64),
+    )
+
+
+def _make_queues(num_slabs: int, *, is_pinned: bool) -> TierQueues:
+    def shared(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, pin_memory=is_pinned)
+
+    return TierQueues(
+        ranges=shared(MAX_RANGES, 4),
+        num_ranges=shared(1),
+        stale_slabs=shared(num_slabs),
+        num_stale_slabs=shared(1),
+        counters=shared(COUNTERS.value, dtype=torch.int64),
+    )

@@ -1,0 +1,328 @@
+"""The device tier beside a shadow of its tables, while sequences come, go, and share text.
+
+The steps' kernels are played in plain torch: they look units up, stamp what is there, and ask for
+what is not. The shadow knows the rules and no more: where any choice is right, it takes over the
+tier's, once it has seen that it is one.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fluxion_core.decode.device.pinned import RegisteredStore
+from fluxion_core.decode.device.tier import DeviceTier, TierState
+from fluxion_core.errors import CapacityError
+from fluxion_core.geometry import BLOCK_TOKENS, KvGeometry, WindowSpec, ceil_div
+from fluxion_core.kernels.tier import constants, upkeep
+from fluxion_core.kvstore.sequence import SequenceKv
+from fluxion_core.kvstore.step_append import StepAppend
+from fluxion_core.kvstore.store import HostKvStore
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ABSENT, PENDING = constants.ABSENT.value, constants.PENDING.value
+GEOMETRY = KvGeometry(num_layers=2, num_kv_heads=1, head_dim=16, slab_tokens=128)
+LAYER_HEADS = 2
+SLAB_UNITS = LAYER_HEADS * GEOMETRY.slab_blocks
+WINDOW = WindowSpec(sink_tokens=16, recent_tokens=128)
+MAX_TOKENS = 500
+STEPS = 2000 if DEVICE.type == "cuda" else 240
+
+
+def settle() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+class LateTier(DeviceTier):
+    """Fills end when the test says so, and read the store then."""
+
+    ends: Callable[[], bool] = staticmethod(lambda: True)
+
+    def _fill(self) -> None:
+        self.state = TierState.FILLING
+
+    def _has_filled(self) -> bool:
+        if not self.ends():
+            return False
+        settle()
+        self._launch_fill()
+        settle()
+        return True
+
+
+@dataclass
+class Running:
+    """A sequence that takes part in steps."""
+
+    sequence: SequenceKv
+    tokens: list[int]
+
+    @property
+    def region(self) -> range:
+        return WINDOW.retrieval_region(self.sequence.num_tokens + 1)
+
+    def units(self) -> list[int]:
+        """Arena blocks of the region, all layers and heads."""
+        return [
+            (self.sequence.slabs[block // GEOMETRY.slab_blocks] * LAYER_HEADS + head)
+            * GEOMETRY.slab_blocks
+            + block % GEOMETRY.slab_blocks
+            for block in range(self.region.start // BLOCK_TOKENS, self.region.stop // BLOCK_TOKENS)
+            for head in range(LAYER_HEADS)
+        ]
+
+
+class World:
+    """A store, a tier over it, and what a step does to both."""
+
+    def __init__(self, *, num_slabs: int, num_slots: int, seed: int = 0) -> None:
+        self.random = random.Random(seed)
+        self.generator = torch.Generator().manual_seed(seed)
+        size = num_slabs * (GEOMETRY.slab_bytes // 4096 + 1) * 4096
+        self.store = HostKvStore(GEOMETRY, size, model_key=b"")
+        self.registered = RegisteredStore(self.store) if DEVICE.type == "cuda" else None
+        self.step = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+        stream = torch.cuda.Stream(DEVICE) if DEVICE.type == "cuda" else None
+        self.tier = LateTier(self.store, num_slots * GEOMETRY.block_bytes, self.step, stream)
+        self.running: dict[int, Running] = {}
+
+    def close(self) -> None:
+        self.tier.close()
+        settle()
+        if self.registered is not None:
+            self.registered.close()
+
+    # What happens to sequences.
+
+    def payload(self, tokens: int) -> bytes:
+        shape = (GEOMETRY.num_kv_heads, ceil_div(tokens, BLOCK_TOKENS), 2, BLOCK_TOKENS, 16)
+        kv = torch.randn(shape, generator=self.generator).bfloat16()
+        if tokens % BLOCK_TOKENS:
+            kv[:, -1, :, tokens % BLOCK_TOKENS :] = 0
+        return kv.view(torch.uint8).numpy().tobytes()
+
+    def come(self, slot: int, tokens: list[int]) -> None:
+        """Store what is not stored yet of a prompt, and join."""
+        sequence = self.store.reserve(tokens, MAX_TOKENS - len(tokens))
+        first = sequence.kv_from_token
+        for layer in range(GEOMETRY.num_layers):
+            count = len(tokens) - first
+            sequence.write_blocks(layer, first, count, self.payload(count))
+        sequence.commit()
+        self.running[slot] = Running(sequence, list(tokens))
+        self.tier.join(slot, sequence, self.running[slot].region)
+
+    def append(self, slot: int, count: int) -> None:
+        running = self.running[slot]
+        added = StepAppend(GEOMETRY, [running.sequence], [count])
+        for layer in range(GEOMETRY.num_layers):
+            key, value = torch.randn(2, count, 1, 16, generator=self.generator)
+            added.append(layer, key, value)
+        added.advance([True])
+        running.tokens += [self.random.randrange(9) for _ in range(count)]
+
+    def go(self, slot: int, *, keep: bool) -> list[int]:
+        """Leave; returns the tokens."""
+        running = self.running.pop(slot)
+        if keep:
+            running.sequence.keep(running.tokens[running.sequence.num_prompt_tokens :])
+        self.tier.leave(slot)
+        running.sequence.release()
+        return running.tokens
+
+    # What a step's kernels do.
+
+    def arena_unit(self, unit: int) -> Tensor:
+        kv = self.store.slab_kv(unit // SLAB_UNITS).view(SLAB_UNITS, -1)
+        return kv[unit % SLAB_UNITS].view(torch.uint8)
+
+    def slot_unit(self, slot: int) -> Tensor:
+        kv = self.tier._upkeep.tensors.kv.view(-1, GEOMETRY.block_bytes)
+        return kv[slot].cpu()
+
+    def select(self, units: list[int]) -> tuple[list[int], list[int]]:
+        """Units that are resident, whose copies are right, and those that are asked for now."""
+        tier, step = self.tier, int(self.step.item())
+        table, asked = tier.table.cpu(), []
+        resident = [unit for unit in units if table[unit] >= 0]
+        for unit in resident:
+            slot = int(table[unit])
+            assert torch.equal(self.slot_unit(slot), self.arena_unit(unit))
+            tier.stamps[slot] = step
+        for unit in units:
+            if table[unit] == ABSENT and tier.accepts.item():
+                place = int(tier.request_count.item())
+                tier.request_count.add_(1)
+                if place < len(tier.requests):
+                    tier.table[unit] = PENDING
+                    tier.requests[place] = unit
+                    asked.append(unit)
+        return resident, asked
+
+
+class Shadow:
+    """Tables in dictionaries, and the rules by which they change."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.slot_of: dict[int, int] = {}
+        self.stamp_of: dict[int, int] = {}
+        self.batch: dict[int, int] = {}
+        """Slots that are being filled, by unit."""
+        self.dropped: set[int] = set()
+        """Units of it that do not count any more."""
+        self.generation_of: dict[int, int] = {}
+        self.filled = self.evicted = 0
+
+    @property
+    def free(self) -> int:
+        return self.world.tier.num_slots - len(self.slot_of) - len(self.batch)
+
+    def look_at(self, units: list[int]) -> set[int]:
+        """Slabs of a region that hold something new."""
+        stale = set()
+        for slab in {unit // SLAB_UNITS for unit in units}:
+            generation = self.world.store.generation(slab)
+            if self.generation_of.setdefault(slab, generation) != generation:
+                stale.add(slab)
+            self.generation_of[slab] = generation
+        return stale
+
+    def enter_batch(self) -> None:
+        step = int(self.world.step.item())
+        for unit, slot in self.batch.items():
+            if unit not in self.dropped:
+                self.slot_of[unit], self.stamp_of[unit] = slot, step
+        self.batch, self.dropped = {}, set()
+
+    def drop(self, slabs: set[int]) -> None:
+        for unit in [unit for unit in self.slot_of if unit // SLAB_UNITS in slabs]:
+            del self.slot_of[unit], self.stamp_of[unit]
+        self.dropped |= {unit for unit in self.batch if unit // SLAB_UNITS in slabs}
+
+    def stamp(self, units: list[int]) -> None:
+        for unit in units:
+            self.stamp_of[unit] = int(self.world.step.item())
+
+    def close(self, asked: list[int], queued: set[int]) -> None:
+        """Take over a batch, if it keeps the rules.
+
+        Args:
+            asked: by the step.
+            queued: units of ranges that the batch might take.
+        """
+        tier, free = self.world.tier, self.free
+        size = int(tier._upkeep.tensors.words[upkeep.BATCH.value].item())
+        units = tier.requests[:size].tolist()
+        slots = tier._upkeep.tensors.request_slots[:size].tolist()
+        assert set(asked) <= set(units)
+        assert len(set(units)) == size
+        room = max(min(len(tier.requests), free) - len(asked), 0)
+        absent = queued - set(self.slot_of) - set(asked)
+        assert set(units) - set(asked) <= absent
+        assert size == len(asked) + min(room, len(absent))
+
+        table = tier.table.tolist()
+        gone = {unit for unit, slot in self.slot_of.items() if table[unit] != slot}
+        assert all(table[unit] == ABSENT for unit in gone)
+        assert len(gone) == max(0, size - free)
+        stayed = [self.stamp_of[unit] for unit in self.slot_of if unit not in gone]
+        assert not gone or not stayed or max(self.stamp_of[unit] for unit in gone) <= min(stayed)
+        for unit in gone:
+            del self.slot_of[unit], self.stamp_of[unit]
+        self.batch = dict(zip(units, slots, strict=True))
+        self.filled, self.evicted = self.filled + size, self.evicted + len(gone)
+
+    def compare(self) -> None:
+        """The tier's tables are these, and every slot is in one place."""
+        tier, tensors = self.world.tier, self.world.tier._upkeep.tensors
+        table = {u: slot for u, slot in enumerate(tier.table.tolist()) if slot != ABSENT}
+        pending = dict.fromkeys(set(self.batch) - self.dropped, PENDING)
+        assert table == self.slot_of | pending
+        owner = {slot: u for slot, u in enumerate(tensors.owner.tolist()) if u != -1}
+        assert owner == {slot: unit for unit, slot in self.slot_of.items()}
+        stamps = tier.stamps.tolist()
+        assert {unit: stamps[slot] for unit, slot in self.slot_of.items()} == self.stamp_of
+        free = tensors.free[: int(tensors.words[upkeep.FREE.value].item())].tolist()
+        assert sorted([*free, *owner, *self.batch.values()]) == list(range(tier.num_slots))
+        statistics, unit = tier.statistics(), GEOMETRY.block_bytes
+        assert statistics.filled_bytes == self.filled * unit
+        assert statistics.evicted_bytes == self.evicted * unit
+
+
+def test_hits_stay_right_while_sequences_come_and_go_and_share(monkeypatch) -> None:
+    world = World(num_slabs=14, num_slots=75, seed=3)
+    tier, shadow, chance = world.tier, Shadow(world), world.random.random
+    monkeypatch.setattr(LateTier, "ends", staticmethod(lambda: chance() < 0.25))
+    texts: list[list[int]] = []
+    seen = {"shared": 0, "tails": 0, "stale": 0, "stale in a batch": 0, "evictions": 0, "cut": 0}
+
+    for _ in range(STEPS):
+        stale: set[int] = set()
+        if len(world.running) < 3 and chance() < 0.5:
+            slot = next(slot for slot in range(3) if slot not in world.running)
+            tokens = [world.random.randrange(9) for _ in range(world.random.randrange(40, 400))]
+            if texts and chance() < 0.6:
+                before = world.random.choice(texts)
+                end = len(before) if chance() < 0.5 else world.random.randrange(len(before))
+                tokens = (before[:end] + tokens)[: max(end + 1, 350)]
+            try:
+                world.come(slot, tokens)
+            except CapacityError:
+                assert slot not in world.running
+            else:
+                stale |= shadow.look_at(world.running[slot].units())
+                seen["shared"] += world.running[slot].sequence.shared_tokens >= 128
+                seen["tails"] += world.running[slot].sequence.shared_tokens % 128 != 0
+        for slot in list(world.running):
+            running = world.running[slot]
+            if chance() < 0.1 or len(running.tokens) > MAX_TOKENS - 16:
+                texts = [*texts[-5:], world.go(slot, keep=chance() < 0.7)]
+            else:
+                world.append(slot, world.random.randrange(1, 9))
+                tier.follow(slot, running.sequence, running.region.stop)
+                stale |= shadow.look_at(running.units())
+        settle()
+
+        was_filling = tier.state is TierState.FILLING
+        accepts = tier.before_step()
+        settle()
+        if was_filling and accepts:
+            shadow.enter_batch()
+        seen["stale in a batch"] += any(unit // SLAB_UNITS in stale for unit in shadow.batch)
+        seen["stale"] += any(unit // SLAB_UNITS in stale for unit in shadow.slot_of)
+        shadow.drop(stale)
+        shadow.compare()
+        assert tier.accepts.item() == accepts
+
+        world.step += 1
+        wanted = {unit for running in world.running.values() for unit in running.units()}
+        some = [unit for unit in sorted(wanted) if chance() < 0.1]
+        resident, asked = world.select(some)
+        assert resident == [unit for unit in some if unit in shadow.slot_of]
+        shadow.stamp(resident)
+        settle()
+        tier.after_step()
+        settle()
+        if accepts:
+            evicted = shadow.evicted
+            ranges = tier._upkeep.queues.ranges[: int(tier._upkeep.queues.num_ranges[0])]
+            queued = {
+                (slab * LAYER_HEADS + head) * GEOMETRY.slab_blocks + block
+                for slab, begin, end, _ in ranges.tolist()
+                for head in range(LAYER_HEADS)
+                for block in range(begin, end)
+            }
+            assert queued <= wanted
+            shadow.close(asked, queued)
+            seen["evictions"] += shadow.evicted > evicted
+            seen["cut"] += int(tier._upkeep.queues.counters[upkeep.RANGES_CUT.value])
+        shadow.compare()
+    # Otherwise nothing has been tested.
+    assert all(seen.values()), seen
+    world.close()
