@@ -98,21 +98,29 @@ def await_answer(
     error_code,
 ):
     """The one program: wait for the host, tell whether it answered, stamp begin and end."""
-    step = tl.load(step_ptr)
     begin = global_timer()
     tl.store(stamps_ptr, begin)
     tl.store(has_answer_ptr, 0)
     if tl.load(skip_ptr, volatile=True) == 0:
-        now = begin
-        answered = load_flag(answered_ptr)
-        while (answered < step) & (now - begin < timeout_ns):
-            answered = load_flag(answered_ptr)
-            now = global_timer()
-        if answered < step:
-            tl.store(error_ptr, error_code)
-        else:
-            tl.store(has_answer_ptr, 1)
+        # fmt: off
+        await_flag(answered_ptr, tl.load(step_ptr), error_ptr, has_answer_ptr, begin, timeout_ns,
+                   error_code)
+        # fmt: on
     tl.store(stamps_ptr + 1, global_timer())
+
+
+@triton.jit
+def await_flag(answered_ptr, step, error_ptr, has_answer_ptr, begin, timeout_ns, error_code):
+    """Wait for the host's flag, and tell whether it came within `timeout_ns` of `begin`."""
+    now = begin
+    answered = load_flag(answered_ptr)
+    while (answered < step) & (now - begin < timeout_ns):
+        answered = load_flag(answered_ptr)
+        now = global_timer()
+    if answered < step:
+        tl.store(error_ptr, error_code)
+    else:
+        tl.store(has_answer_ptr, 1)
 
 
 @triton.jit

@@ -1,0 +1,228 @@
+"""Attention of a decode step over units in device memory: flash decoding over lists of slots."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fluxion_core.errors import ShapeError
+from fluxion_core.geometry import BLOCK_TOKENS, MAX_GROUP
+from fluxion_core.kernels.head_shape import check_heads
+from fluxion_core.kernels.tier.constants import COUNT_WORDS, RESIDENT
+from fluxion_core.kernels.tile_products import MIN_ROWS, float32_dot
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+MAX_SPLITS = 64
+
+
+@triton.jit
+def _attend_share(
+    query,
+    tier_ptr,
+    slots_ptr,
+    masks_ptr,
+    begin,
+    end,
+    units,
+    SCALE: tl.constexpr,
+    GROUP_ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    TILE_UNITS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Highest score in base 2, sum of weights, weighted sum of values, of some tiles of a list."""
+    UNIT: tl.constexpr = 2 * 16 * HEAD_DIM
+    member = tl.arange(0, GROUP_ROWS)
+    token = tl.arange(0, TILE_UNITS * 16)
+    in_unit = (token % 16)[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
+    highest = tl.full((GROUP_ROWS,), float("-inf"), tl.float32)
+    weight_sum = tl.zeros((GROUP_ROWS,), tl.float32)
+    sums = tl.zeros((GROUP_ROWS, HEAD_DIM), tl.float32)
+    # A tile ahead: an address that has still to be looked up keeps the pipeline from its loads.
+    unit = begin * TILE_UNITS + token // 16
+    slot = tl.load(slots_ptr + unit, mask=unit < units, other=0)
+    heads = tl.load(masks_ptr + unit, mask=unit < units, other=0)
+    for first in tl.range(begin * TILE_UNITS, end * TILE_UNITS, TILE_UNITS, num_stages=STAGES):
+        key_ptr = tier_ptr + slot.to(tl.int64)[:, None] * UNIT + in_unit
+        is_listed = (first + token // 16 < units)[:, None]
+        key = tl.load(key_ptr, mask=is_listed, other=0.0)
+        value = tl.load(key_ptr + 16 * HEAD_DIM, mask=is_listed, other=0.0)
+        unit = first + TILE_UNITS + token // 16
+        slot = tl.load(slots_ptr + unit, mask=unit < units, other=0)
+
+        scores = float32_dot(query, tl.trans(key)) * (SCALE * LOG2E)
+        is_wanted = ((heads[None, :] >> member[:, None]) & 1) != 0
+        scores = tl.where(is_wanted, scores, float("-inf"))
+        heads = tl.load(masks_ptr + unit, mask=unit < units, other=0)
+        new_highest = tl.maximum(highest, tl.max(scores, axis=1))
+        reference = tl.where(new_highest == float("-inf"), 0.0, new_highest)
+        weights = tl.exp2(scores - reference[:, None])
+        before = tl.exp2(highest - reference)
+        weight_sum = weight_sum * before + tl.sum(weights, axis=1)
+        sums = sums * before[:, None] + float32_dot(weights, value)
+        highest = new_highest
+    return highest, weight_sum, sums
+
+
+@triton.jit
+def attend_resident(
+    query_ptr,
+    tier_ptr,
+    slots_ptr,
+    masks_ptr,
+    counts_ptr,
+    output_ptr,
+    lse_ptr,
+    stride,
+    SCALE: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    SPLITS: tl.constexpr,
+    TILE_UNITS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One program: the state of one GQA group of one row over an even share of its list."""
+    group = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    member = tl.arange(0, GROUP_ROWS)
+    inside = member < GROUP
+    head = group * GROUP + member
+    state = head * SPLITS + split
+    units = tl.load(counts_ptr + group * COUNT_WORDS + RESIDENT)
+    tiles = (units + TILE_UNITS - 1) // TILE_UNITS
+    sharing = tl.minimum(SPLITS, tiles)
+    if split >= sharing:
+        nothing = tl.full((GROUP_ROWS,), float("-inf"), tl.float32)
+        tl.store(lse_ptr + state, nothing, mask=inside)
+    else:
+        channel = tl.arange(0, HEAD_DIM)
+        query = tl.load(
+            query_ptr + head[:, None] * HEAD_DIM + channel[None, :],
+            mask=inside[:, None],
+            other=0.0,
+        )
+        # fmt: off
+        highest, weight_sum, sums = _attend_share(
+            query, tier_ptr, slots_ptr + group * stride, masks_ptr + group * stride,
+            split * tiles // sharing, (split + 1) * tiles // sharing, units, SCALE, GROUP_ROWS,
+            HEAD_DIM, TILE_UNITS, STAGES)
+        # fmt: on
+        weight_sum = tl.where(weight_sum == 0.0, 1.0, weight_sum)
+        tl.store(lse_ptr + state, (highest + tl.log2(weight_sum)) * LN2, mask=inside)
+        tl.store(
+            output_ptr + state[:, None] * HEAD_DIM + channel[None, :],
+            sums / weight_sum[:, None],
+            mask=inside[:, None],
+        )
+
+
+class ResidentStates(NamedTuple):
+    """Partial states of rows' resident units, on the device. float32, contiguous."""
+
+    output: Tensor
+    """[rows, num_heads, splits, head_dim], normalised; anything where the lse is -inf."""
+    lse: Tensor
+    """[rows, num_heads, splits], natural log; -inf for a split in which a head reads nothing."""
+
+
+@dataclass(frozen=True)
+class ResidentAttention:
+    """The shape of an attention over resident units; everything is checked when it is made.
+
+    A program is one warp, which needs no barrier with others: several share a processor, and one
+    multiplies while the next tiles of all are on their way.
+
+    Raises:
+        ShapeError: no kernel takes these heads; or what follows is no number that it takes.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    programs: int = 512
+    """Of a launch, about, shared out evenly to rows and KV heads: four to a processor of an H200,
+    which holds six."""
+    stages: int = 3
+    """Tiles of a program: one less is on its way or being multiplied."""
+    tile_bytes: int = 16 << 10
+    """K and V that a program multiplies at a time; a power of two."""
+
+    def __post_init__(self) -> None:
+        check_heads(self.num_heads, self.num_kv_heads, self.head_dim)
+        if self.group > MAX_GROUP:
+            raise ShapeError(f"{self.group} query heads to a KV head; up to {MAX_GROUP}")
+        if self.programs <= 0 or self.stages <= 0:
+            raise ShapeError(f"{self.programs} programs of {self.stages} stages; at least 1")
+        if self.tile_bytes <= 0 or self.tile_bytes & (self.tile_bytes - 1):
+            raise ShapeError(f"tile_bytes is {self.tile_bytes}; a power of two")
+
+    @property
+    def group(self) -> int:
+        """Query heads of a KV head."""
+        return self.num_heads // self.num_kv_heads
+
+    def num_splits(self, rows: int) -> int:
+        """Partial states of a head in a step of so many rows; a power of two."""
+        share = max(1, self.programs // (rows * self.num_kv_heads))
+        return min(MAX_SPLITS, 1 << (share.bit_length() - 1))
+
+    def make_states(self, rows: int, device: torch.device) -> ResidentStates:
+        """Room for the states of `rows` rows."""
+        shape = (rows, self.num_heads, self.num_splits(rows))
+        return ResidentStates(
+            torch.empty(*shape, self.head_dim, dtype=torch.float32, device=device),
+            torch.empty(shape, dtype=torch.float32, device=device),
+        )
+
+    def launch(
+        self,
+        query: Tensor,
+        tier: Tensor,
+        slots: Tensor,
+        masks: Tensor,
+        counts: Tensor,
+        states: ResidentStates,
+    ) -> None:
+        """Attend to each group's resident units, each head to those that it reads.
+
+        Only launches, on the current stream; may be captured in a CUDA graph. Grid: rows x KV heads
+        by splits.
+
+        Args:
+            query: [rows, num_heads, head_dim] float32, contiguous, unscaled.
+            tier: uint8, contiguous: units of [K 16 x head_dim | V 16 x head_dim] bfloat16.
+            slots: [rows, num_kv_heads, stride] int32, contiguous: places of units in the tier.
+            masks: like slots: bit h says that head h of the group reads the unit.
+            counts: [rows, num_kv_heads, 2] int32, contiguous: words of constants.py, of which
+                RESIDENT says how many are listed; 0 in rows that are padding.
+            states: of as many rows; written.
+
+        Cost: reads listed units once, 64 * head_dim B each, and writes the states of splits that
+        have work; the others take nearly nothing.
+        """
+        group_rows = max(MIN_ROWS, triton.next_power_of_2(self.group))
+        attend_resident[(query.shape[0] * self.num_kv_heads, states.lse.shape[2])](
+            query,
+            tier.view(torch.bfloat16),
+            slots,
+            masks,
+            counts,
+            *states,
+            slots.shape[2],
+            SCALE=self.head_dim**-0.5,
+            GROUP=self.group,
+            GROUP_ROWS=group_rows,
+            HEAD_DIM=self.head_dim,
+            SPLITS=states.lse.shape[2],
+            TILE_UNITS=max(1, self.tile_bytes // (4 * BLOCK_TOKENS * self.head_dim)),
+            STAGES=self.stages,
+            num_warps=group_rows // MIN_ROWS,
+        )
