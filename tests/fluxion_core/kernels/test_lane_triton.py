@@ -17,6 +17,7 @@ from fluxion_core.kernels.block_digest import cpu as block_digest
 from fluxion_core.kernels.block_digest import reference as digests
 from fluxion_core.kernels.block_score import reference as block_score
 from fluxion_core.kernels.block_topk import reference as block_topk
+from fluxion_core.kernels.block_topk.triton import choose_blocks
 from fluxion_core.kernels.sparse_attention import reference as sparse_attention
 from fluxion_core.kernels.sparse_attention.lane import DigestCopies, LaneKernels
 
@@ -120,9 +121,14 @@ class Sequence:
         return chosen
 
     def run(
-        self, level: int, budgets: list[int], ticket: int = 1, radius: float = 1.0
+        self,
+        level: int,
+        budgets: list[int],
+        ticket: int = 1,
+        radius: float = 1.0,
+        listed: tuple[Tensor, Tensor, int] | None = None,
     ) -> tuple[Tensor, Tensor, list[int]]:
-        """Output, lse and statistics of one task."""
+        """Output, lse and statistics of one task. listed: units, masks, how many."""
         output = both_see(torch.full((self.group, self.head_dim), math.nan))
         lse = both_see(torch.full((self.group,), math.nan))
         done = both_see(torch.zeros(1, dtype=torch.int64))
@@ -147,6 +153,10 @@ class Sequence:
             lane_task.STATISTICS: statistics.data_ptr(),
             lane_task.RADIUS_LACK: struct.unpack("<i", struct.pack("<f", 1 - radius))[0],
         }
+        if listed is not None:
+            units, masks, words[lane_task.NUM_BLOCKS] = listed
+            words[lane_task.LISTED_UNITS] = units.data_ptr()
+            words[lane_task.LISTED_MASKS] = masks.data_ptr()
         self.lane.descriptor.zero_()
         for word, value in words.items():
             self.lane.descriptor[word.value] = value
@@ -161,13 +171,7 @@ class Sequence:
     def check(self, level: int, budgets: list[int], radius: float = 1.0) -> None:
         """A task's output and lse against float64, and its bytes against what was chosen."""
         output, lse, (digest_bytes, kv_bytes, begin, end) = self.run(level, budgets, radius=radius)
-        chosen = self.chosen(level, budgets, radius)
-        exact, exact_lse = sparse_attention.attend_blocks(self.query.double(), self.blocks, chosen)
-        plain, _ = sparse_attention.attend_blocks(self.query, self.blocks, chosen)
-        allowed = 4 * (plain - exact).abs().max().item() + 2e-5
-        assert (output - exact).abs().max().item() <= allowed
-        torch.testing.assert_close(lse.double(), exact_lse, atol=2e-5, rtol=1e-5)
-        assert kv_bytes == int(chosen.any(0).sum()) * self.geometry.block_bytes
+        self.check_state(output, lse, kv_bytes, self.chosen(level, budgets, radius))
         scanned = 0
         if level >= 0:
             width, touched = self.geometry.record_blocks(level), self.level_blocks(level)
@@ -175,6 +179,29 @@ class Sequence:
             scanned = records * self.geometry.record_bytes(level)
         assert digest_bytes == scanned
         assert 0 < begin <= end
+
+    def check_list(self, chosen: Tensor) -> None:
+        """The same of a task with a list of what is chosen [group, blocks]; nothing is scanned."""
+        units = chosen.any(0).nonzero().flatten().int()
+        bits = 1 << torch.arange(self.group, dtype=torch.int32)
+        masks = (chosen[:, units].int() * bits[:, None]).sum(0, dtype=torch.int32)
+        # Behind a list's end is what nobody may read.
+        nothing = torch.full((8,), -7, dtype=torch.int32)
+        of_device = [torch.cat((part, nothing)).to(DEVICE) for part in (units, masks)]
+        listed = of_device[0], of_device[1], len(units)
+        output, lse, (digest_bytes, kv_bytes, begin, end) = self.run(0, [], listed=listed)
+        self.check_state(output, lse, kv_bytes, chosen)
+        assert digest_bytes == 0
+        assert 0 < begin <= end
+
+    def check_state(self, output: Tensor, lse: Tensor, kv_bytes: int, chosen: Tensor) -> None:
+        """Output, lse and bytes against what was chosen."""
+        exact, exact_lse = sparse_attention.attend_blocks(self.query.double(), self.blocks, chosen)
+        plain, _ = sparse_attention.attend_blocks(self.query, self.blocks, chosen)
+        allowed = 4 * (plain - exact).abs().max().item() + 2e-5
+        assert (output - exact).abs().max().item() <= allowed
+        torch.testing.assert_close(lse.double(), exact_lse, atol=2e-5, rtol=1e-5)
+        assert kv_bytes == int(chosen.any(0).sum()) * self.geometry.block_bytes
 
 
 @pytest.mark.parametrize("digest_bits", [16, 8])
@@ -245,6 +272,48 @@ def test_a_runner_does_one_task_after_another():
     sequence = Sequence()
     for level, budgets in [(0, [9, 9, 9, 9]), (-1, [0] * 4), (3, [1, 0, 0, 0]), (0, [1, 2, 3, 4])]:
         sequence.check(level, budgets)
+
+
+@pytest.mark.parametrize("group", [1, 4, 7])
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.4, 1.0])
+def test_a_list_is_read_in_place_of_a_choice(group: int, share: float):
+    sequence = Sequence(group=group, seed=group)
+    generator = torch.Generator().manual_seed(group)
+    chosen = torch.rand(group, sequence.blocks.shape[0], generator=generator) < share
+    chosen[:, : sequence.region.start // 16] = False
+    chosen[:, sequence.region.stop // 16 :] = False
+    sequence.check_list(chosen)
+
+
+def test_a_runner_forgets_a_list_and_a_choice():
+    sequence = Sequence(region=range(64, 400))
+    for level, budgets in [(-1, [0] * 4), (3, [1, 0, 0, 2])]:
+        sequence.check(level, budgets)
+        sequence.check_list(sequence.chosen(0, [1, 2, 3, 0]))
+
+
+def test_a_list_longer_than_a_program_copies_at_a_time():
+    count, room = 100, 128
+    units = torch.arange(200, 200 + room, dtype=torch.int32, device=DEVICE)
+    masks = units % 3 + 1
+    task = torch.zeros(lane_task.DEVICE_WORDS, dtype=torch.int64, device=DEVICE)
+    task[lane_task.NUM_BLOCKS.value] = count
+    task[lane_task.LISTED_UNITS.value] = units.data_ptr()
+    task[lane_task.LISTED_MASKS.value] = masks.data_ptr()
+    ids, heads = torch.full_like(units, -7), torch.full_like(units, -7)
+    # What a choice needs, and a list does not.
+    scores = torch.zeros(2, room, device=DEVICE)
+    marks, arrivals = torch.zeros_like(scores, dtype=torch.int8), torch.zeros_like(units[:1])
+    choose_blocks[(2,)](
+        task, scores, marks, ids, heads, arrivals, room, GROUP=2, FEW=16, MANY=32, num_warps=4
+    )
+    assert torch.equal(ids[:count], units[:count])
+    assert torch.equal(heads[:count], masks[:count])
+    assert (ids[count:] == -7).all()
+    assert (heads[count:] == -7).all()
+    assert task[lane_task.NUM_LISTED.value] == task[lane_task.KV_BLOCKS.value] == count
+    assert not marks.any()
+    assert arrivals.item() == 0
 
 
 def test_more_blocks_than_the_smaller_choice_has_room_for():
