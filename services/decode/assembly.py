@@ -189,7 +189,7 @@ def make_costs(model: NodeModel, store: HostKvStore, step: DecodeStep) -> Prompt
     """Estimates of what prompts cost here and on prefill nodes."""
     loaded = model.loaded
     costs = ModelCosts.of(loaded.config, store.geometry, loaded.decoder.embedding.dtype.itemsize)
-    return PromptCosts.of(costs, step.pool.num_threads)
+    return PromptCosts.of(costs, step.pool.num_threads, gathers=step.gathers_prompts)
 
 
 async def load_step(

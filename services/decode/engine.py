@@ -1,8 +1,8 @@
 """The decode engine: one thread that runs batched steps over all live sequences.
 
 Life of a sequence: `submit` (its prompt's KV is whole in the store, its first token is
-known; or the prompt has begun, and what is not stored of it is computed here, a chunk between two
-steps of the others, which gives the first token, and then its profile, if its policy needs one, a
+known; or the prompt has begun, and what is not stored of it is computed here, a chunk or a part of
+one between two steps of the others, which gives the first token, and then its profile, if its policy needs one, a
 slice between two steps), then one new token a step, each given to `on_token`, until that says stop,
 `cancel` is called, or the engine fails. Then `on_end` is called once, and from then on the engine
 does not touch the sequence's memory: the submitter may free it.
@@ -66,8 +66,25 @@ CHUNK_ALONE = ChunkSize(32, 8192)
 CHUNK_BESIDE_STREAMS = ChunkSize(16, 4096)
 """While others wait for their next token, which a chunk delays by one or two steps."""
 
+GATHERED_CHUNK_TOKENS = 512
+"""Where all tokens of a chunk read what is stored at once: few of them would cost as much. Streams
+wait for a part of it that takes about as long as a step."""
+
 _NEW_SHARE = 0.3
 """What the last step's time weighs in the mean."""
+
+
+def most_chunk_tokens(num_stored: int, *, gathers: bool, has_streams: bool) -> int:
+    """Tokens that a chunk should have.
+
+    Args:
+        num_stored: tokens before it.
+        gathers: see `DecodeStep.gathers_prompts`.
+        has_streams: whether others wait for tokens.
+    """
+    if gathers:
+        return GATHERED_CHUNK_TOKENS
+    return (CHUNK_BESIDE_STREAMS if has_streams else CHUNK_ALONE).at(num_stored)
 
 
 @dataclass(frozen=True)
@@ -120,6 +137,8 @@ class DecodeSequence:
     """Of `sampling`; knows all tokens so far."""
     prefill_seconds: float = 0.0
     """Time in chunks of its prompt, and in slices of its profile."""
+    chunk_seconds: float = 0.0
+    """Of that, in a chunk that has begun and is not whole."""
 
     def __post_init__(self) -> None:
         self.sampler = TokenSampler(self.sampling, self.prompt_token_ids, self.generated_token_ids)
@@ -369,17 +388,19 @@ class DecodeEngine:
         """The next tokens of a prompt, and after its last the first new one; whether to go on."""
         prompt, request = sequence.prompt_token_ids, sequence.profile_request
         first = sequence.kv.num_tokens
-        size = CHUNK_BESIDE_STREAMS if has_streams else CHUNK_ALONE
-        count = next_chunk_tokens(
-            len(prompt) - first, size.at(first), wants_profile=request is not None
-        )
+        most = most_chunk_tokens(first, gathers=self._step.gathers_prompts, has_streams=has_streams)
+        count = next_chunk_tokens(len(prompt) - first, most, wants_profile=request is not None)
         started = time.perf_counter()
         end = self._step.compute_chunk(
             sequence.kv,
             prompt[first : first + count],
             None if request is None else request.window,
+            seconds=self._load.step_seconds if has_streams else None,
         )
-        self._on_chunk(count, first, time.perf_counter() - started)
+        sequence.chunk_seconds += time.perf_counter() - started
+        if sequence.kv.num_tokens > first:
+            self._on_chunk(sequence.kv.num_tokens - first, first, sequence.chunk_seconds)
+            sequence.chunk_seconds = 0.0
         if end is None:
             return True
         sequence.profiling = end.profiling

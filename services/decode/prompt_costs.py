@@ -1,7 +1,8 @@
 """Costs of computing a prompt, here and on a prefill node: estimates that follow measurements.
 
 Here: a chunk reads all weights, for 16 rows at a time, and each of its rows all KV before it; a
-chunk's time is what it reads over one rate. There: the whole prompt anew, whose operations grow
+chunk's time is what it reads over one rate. Where a GPU gathers what is stored, a chunk reads it
+once, and weights in the GPU's own memory. There: the whole prompt anew, whose operations grow
 with the square of its length, over one rate, after what the node has to do already; then the KV
 that is missing over the link. All three rates are means of what was seen last.
 
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 
 from fluxion_core.geometry import KvGeometry
 from fluxion_core.models.config import ModelConfig
-from services.decode.engine import CHUNK_ALONE, CHUNK_BESIDE_STREAMS, EngineLoad
+from services.decode.engine import EngineLoad, most_chunk_tokens
 
 NEW_SHARE = 0.3
 """What the last measurement weighs in a mean."""
@@ -26,10 +27,19 @@ FIRST_BYTES_PER_SECOND = 4e9
 MOST_FIRST_THREADS = 16
 """More threads are not thought to read more, before that."""
 
+FIRST_LINK_BYTES_PER_SECOND = 2e10
+"""That a GPU is thought to gather, before its first chunk."""
+
 OTHERS_SHARE = 0.1
 """What a second that one stream waits for our chunks weighs, beside a second that we wait."""
 
 _ROWS_OF_A_READING = 16
+
+_GATHERED_ROWS_OF_A_READING = 128
+"""So many rows are computed in the time that a GPU reads the weights in, or little more."""
+
+_WEIGHT_SHARE = 1 / 50
+"""What a byte in the GPU's own memory costs, beside one over the link."""
 
 _ROWS_OF_A_PROFILE = 8
 """A profile takes about half as long as the attention of its 16 queries in a chunk."""
@@ -70,6 +80,12 @@ class ModelCosts:
         readings = math.ceil(tokens / _ROWS_OF_A_READING)
         return readings * self.weight_bytes + tokens * (stored + tokens / 2) * self.kv_token_bytes
 
+    def gathered_bytes(self, tokens: float, stored: float) -> float:
+        """The same where the chunk gathers: in bytes over the link."""
+        readings = math.ceil(tokens / _GATHERED_ROWS_OF_A_READING)
+        weights = readings * self.weight_bytes * _WEIGHT_SHARE
+        return weights + (stored + tokens) * self.kv_token_bytes
+
     def operations(self, tokens: int) -> float:
         """Operations of a prompt of which nothing is there."""
         return tokens * (self.dense_operations + tokens / 2 * self.attention_operations)
@@ -84,9 +100,10 @@ class PromptCosts:
     kv_token_bytes: int
 
     @staticmethod
-    def of(model: ModelCosts, threads: int) -> PromptCosts:
-        """Make the estimates of a model, on a node with so many threads that compute."""
-        return PromptCosts(LocalCosts(model, threads), HandoffCosts(model), model.kv_token_bytes)
+    def of(model: ModelCosts, threads: int, *, gathers: bool) -> PromptCosts:
+        """Make the estimates of a model on a node; see `LocalCosts`."""
+        here = LocalCosts(model, threads, gathers=gathers)
+        return PromptCosts(here, HandoffCosts(model), model.kv_token_bytes)
 
 
 class LocalCosts:
@@ -95,17 +112,19 @@ class LocalCosts:
     Args:
         model: its shape's costs.
         threads: that compute.
+        gathers: whether chunks gather what is stored; see `DecodeStep.gathers_prompts`.
     """
 
-    def __init__(self, model: ModelCosts, threads: int) -> None:
-        self._model = model
-        self.bytes_per_second = FIRST_BYTES_PER_SECOND * min(threads, MOST_FIRST_THREADS)
+    def __init__(self, model: ModelCosts, threads: int, *, gathers: bool = False) -> None:
+        self._model, self._gathers = model, gathers
+        self._thread_rate = FIRST_BYTES_PER_SECOND * min(threads, MOST_FIRST_THREADS)
+        self.bytes_per_second = FIRST_LINK_BYTES_PER_SECOND if gathers else self._thread_rate
         """That chunks are thought to read."""
 
     def learn(self, tokens: int, stored: int, seconds: float) -> None:
         """Learn that a chunk of so many tokens behind so many took so long."""
         if seconds > 0:
-            rate = self._model.chunk_bytes(tokens, stored) / seconds
+            rate = self._chunk_bytes(tokens, stored) / seconds
             self.bytes_per_second += NEW_SHARE * (rate - self.bytes_per_second)
 
     def seconds(self, missing: int, stored: int, load: EngineLoad, *, wants_profile: bool) -> float:
@@ -119,17 +138,29 @@ class LocalCosts:
                 a step, with a step after each.
         """
         middle = stored + missing // 2
-        size = CHUNK_BESIDE_STREAMS if load.streams else CHUNK_ALONE
-        rows = min(missing, size.at(middle))
-        chunk = self._model.chunk_bytes(rows, middle) / self.bytes_per_second
+        has_streams = load.streams > 0
+        most = most_chunk_tokens(middle, gathers=self._gathers, has_streams=has_streams)
+        rows = min(missing, most)
+        chunk = self._chunk_bytes(rows, middle) / self.bytes_per_second
         chunks = math.ceil((missing + load.pending_tokens) / rows)
-        between = load.step_seconds if load.streams else 0.0
+        between = self._between(chunk, load.step_seconds) if has_streams else 0.0
         seconds = chunks * (chunk + between + OTHERS_SHARE * load.streams * chunk)
         if wants_profile:
             kv_bytes = (stored + missing) * self._model.kv_token_bytes
-            profile = _ROWS_OF_A_PROFILE * kv_bytes / self.bytes_per_second
-            seconds += profile * (self._model.num_layers if load.streams else 1)
+            rate = self._thread_rate if self._gathers else self.bytes_per_second
+            profile = _ROWS_OF_A_PROFILE * kv_bytes / rate
+            seconds += profile * (self._model.num_layers if has_streams else 1)
         return seconds
+
+    def _chunk_bytes(self, tokens: float, stored: float) -> float:
+        bytes_of = self._model.gathered_bytes if self._gathers else self._model.chunk_bytes
+        return bytes_of(tokens, stored)
+
+    def _between(self, chunk_seconds: float, step_seconds: float) -> float:
+        """Steps of the others for each chunk: one, or after each part that is as long as one."""
+        if not self._gathers or not step_seconds:
+            return step_seconds
+        return math.ceil(chunk_seconds / step_seconds) * step_seconds
 
 
 class HandoffCosts:

@@ -56,7 +56,7 @@ class FakeStep(DecodeStep):
     def span_source(self):
         raise NotImplementedError
 
-    def compute_chunk(self, sequence, token_ids, profile_window):
+    def compute_chunk(self, sequence, token_ids, profile_window, *, seconds=None):
         raise NotImplementedError
 
     def advance_profile(self, profiling):

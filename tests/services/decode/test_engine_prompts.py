@@ -14,6 +14,7 @@ from fluxion_core.planning.policy import ExactPolicy, ThresholdPolicy
 from services.decode.engine import (
     CHUNK_ALONE,
     CHUNK_BESIDE_STREAMS,
+    GATHERED_CHUNK_TOKENS,
     DecodeEngine,
     DecodeSequence,
     EngineLoad,
@@ -25,20 +26,27 @@ from tests.services.decode.test_engine import FakeStep, sequence_of
 class FakePrompts:
     """Stores what it is given; the token after a prompt is 1. Prompts of 13s are not computed.
 
-    A profile takes so many slices; one of a prompt of 7s fails in its last.
+    A profile takes so many slices; one of a prompt of 7s fails in its last. A chunk takes so many
+    calls.
     """
 
-    def __init__(self, step: FakeStep, num_slices: int = 1) -> None:
+    def __init__(self, step: FakeStep, num_slices: int = 1, parts: int = 1) -> None:
         self.step = step
         self.num_slices = num_slices
+        self.parts = parts
+        self.seconds: list[float | None] = []
+        """That others could wait, of each call."""
         self.slices: list[int] = []
         """Steps before each slice of a profile."""
         self.ran: list[tuple[int, int, WindowSpec | None]] = []
         """Tokens of each chunk, steps before it, and the window of the profile."""
 
-    def compute_chunk(self, sequence, token_ids, profile_window):
+    def compute_chunk(self, sequence, token_ids, profile_window, *, seconds):
         if token_ids[0] == 13:
             raise ValueError("boom")
+        self.seconds.append(seconds)
+        if len(self.seconds) % self.parts:
+            return None
         self.ran.append((len(token_ids), len(self.step.ran), profile_window))
         sequence.num_tokens += len(token_ids)
         if sequence.num_tokens < sequence.num_prompt_tokens:
@@ -107,6 +115,36 @@ def test_streams_make_a_step_between_two_chunks_which_are_small_then():
     # By hand: a chunk, a step, a chunk…; one prompt after the other; who is ready joins at once.
     assert prompts.ran == [(CHUNK_BESIDE_STREAMS.tokens, steps, None) for steps in range(6)]
     assert [len(rows) for rows in step.ran[:7]] == [1, 1, 2, 1, 1, 2, 1]
+
+
+def test_a_chunk_that_gathers_is_long_and_comes_in_parts_with_a_step_after_each():
+    step, ends = FakeStep(), queue.Queue()
+    step.gathers_prompts = True
+    prompts = FakePrompts(step, parts=3)
+    told: list[tuple[int, int]] = []
+    engine = DecodeEngine(step_with(step, prompts), on_chunk=lambda *chunk: told.append(chunk[:2]))
+    stream = sequence_of(ExactPolicy(), None, 12, ends)
+    length = 100_000 + GATHERED_CHUNK_TOKENS + 5
+    later = prompt_of(length, 1, ends, stored=100_000)
+    for sequence in (stream, later):
+        engine.submit(sequence)
+    engine.start()
+    assert [ends.get(timeout=60) for _ in range(2)] == [None, None]
+    engine.stop()
+    # By hand: two chunks of three parts, each part between two steps of the stream.
+    assert prompts.ran == [(GATHERED_CHUNK_TOKENS, 2, None), (5, 5, None)]
+    assert told == [(GATHERED_CHUNK_TOKENS, 100_000), (5, 100_000 + GATHERED_CHUNK_TOKENS)]
+    assert [len(rows) for rows in step.ran[:7]] == [1, 1, 1, 1, 1, 2, 1]
+    # Before the first step nobody knows how long one is: the least that a part can be.
+    assert prompts.seconds[0] == 0
+    assert all(seconds is not None and seconds > 0 for seconds in prompts.seconds[1:])
+
+
+def test_alone_a_chunk_takes_what_it_takes():
+    step, ends = FakeStep(), queue.Queue()
+    prompts = FakePrompts(step)
+    assert run(step, prompts, [prompt_of(5, 1, ends)], ends) == [None]
+    assert prompts.seconds == [None]
 
 
 def test_the_more_is_stored_the_smaller_the_chunks():

@@ -58,8 +58,13 @@ def test_a_chunk_reads_the_weights_for_16_rows_at_a_time_and_the_kv_for_each_row
     assert MODEL.operations(1000) == 1000 * (2000 + 500)
 
 
-def costs_at(bytes_per_second: float) -> LocalCosts:
-    here = LocalCosts(MODEL, threads=1)
+def test_a_chunk_that_gathers_reads_the_kv_once_and_weights_where_they_are_near():
+    # By hand: 129 rows are two readings of 1 MB, each worth 20 KB over the link.
+    assert MODEL.gathered_bytes(129, 100) == pytest.approx(2 * 20_000 + 229 * 1000)
+
+
+def costs_at(bytes_per_second: float, *, gathers: bool = False) -> LocalCosts:
+    here = LocalCosts(MODEL, threads=1, gathers=gathers)
     here.bytes_per_second = bytes_per_second
     return here
 
@@ -94,6 +99,31 @@ def test_prompts_that_came_before_are_computed_before():
     load = EngineLoad(pending_tokens=96)
     seconds = costs_at(1e6).seconds(64, 968, load, wants_profile=False)
     assert seconds == pytest.approx(5 * 34.512)
+
+
+def test_a_follow_up_that_gathers_is_one_chunk_and_beside_streams_a_step_follows_each_part():
+    # By hand: 64 tokens behind 968, the middle at 1,000: 20 KB of weights and 1,064 KB, at 1 MB/s.
+    here = costs_at(1e6, gathers=True)
+    assert here.seconds(64, 968, EngineLoad(), wants_profile=False) == pytest.approx(1.084)
+    # Parts of 0.4 s: three, each with a step after it; two streams wait as long as the chunk takes.
+    load = EngineLoad(streams=2, step_seconds=0.4)
+    seconds = here.seconds(64, 968, load, wants_profile=False)
+    assert seconds == pytest.approx(1.084 + 3 * 0.4 + 0.2 * 1.084)
+    # Before the first step there is nothing to wait for.
+    load = EngineLoad(streams=2)
+    seconds = here.seconds(64, 968, load, wants_profile=False)
+    assert seconds == pytest.approx(1.084 + 0.2 * 1.084)
+    # Its profile is made by the threads, at 4 GB/s: 8 times 1,032 KB.
+    seconds = here.seconds(64, 968, EngineLoad(), wants_profile=True)
+    assert seconds == pytest.approx(1.084 + 8 * 1.032e6 / 4e9)
+
+
+def test_a_rate_that_gathers_follows_its_chunks():
+    here = LocalCosts(MODEL, threads=16, gathers=True)
+    assert here.bytes_per_second == 2e10
+    # By hand: 100 rows behind 880: 20 KB and 980 KB in 0.1 s are 10 MB/s.
+    here.learn(100, 880, 0.1)
+    assert here.bytes_per_second == pytest.approx(0.7 * 2e10 + 0.3 * 1e7)
 
 
 def test_the_rate_follows_the_chunks():
