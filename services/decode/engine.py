@@ -2,10 +2,10 @@
 
 Life of a sequence: `submit` (its prompt's KV is whole in the store, its first token is
 known; or the prompt has begun, and what is not stored of it is computed here, a chunk or a part of
-one between two steps of the others, which gives the first token, and then its profile, if its policy needs one, a
-slice between two steps), then one new token a step, each given to `on_token`, until that says stop,
-`cancel` is called, or the engine fails. Then `on_end` is called once, and from then on the engine
-does not touch the sequence's memory: the submitter may free it.
+one between two steps of the others, which gives the first token, and then its profile, if its
+policy needs one, a slice between two steps), then one new token a step, each given to `on_token`,
+until that says stop, `cancel` is called, or the engine fails. Then `on_end` is called once, and
+from then on the engine does not touch the sequence's memory: the submitter may free it.
 
 What goes wrong with one sequence ends that one: it finds no slot or has no room for a token, a
 chunk of its prompt fails, no token can be drawn from its logits, its token or its end cannot be

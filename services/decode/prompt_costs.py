@@ -81,7 +81,7 @@ class ModelCosts:
         return readings * self.weight_bytes + tokens * (stored + tokens / 2) * self.kv_token_bytes
 
     def gathered_bytes(self, tokens: float, stored: float) -> float:
-        """The same where the chunk gathers: in bytes over the link."""
+        """Bytes over the link that a chunk costs as much as, where it gathers."""
         readings = math.ceil(tokens / _GATHERED_ROWS_OF_A_READING)
         weights = readings * self.weight_bytes * _WEIGHT_SHARE
         return weights + (stored + tokens) * self.kv_token_bytes

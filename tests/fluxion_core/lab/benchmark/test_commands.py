@@ -9,6 +9,7 @@ import pytest
 from fluxion_core.config.commands import Command, make_app, run_module
 
 COMMANDS = {
+    "follow_up": "FollowUpBench",
     "gpu_step": "GpuStepCommand",
     "gpu_step_report": "GpuStepReport",
     "nvml_agreement": "NvmlAgreementBench",
