@@ -8,12 +8,10 @@ from __future__ import annotations
 from fluxion_core.errors import CapacityError, ConfigError
 
 RESERVE_BYTES = 4 << 30
-RESERVE_SHARE = 0.1
-"""Left free where the node chooses the size: so many bytes, or this share of all of the device's
-memory, whichever is more. Prompts computed here, other processes and fragments need some."""
+"""Left free at least: graphs, the GPU lane, prompts computed here and fragments need some."""
 
-SPARE_BYTES = 1 << 30
-"""Left free where the operator chooses it."""
+RESERVE_SHARE = 0.1
+"""Of all of the device's memory, left free where the node chooses the size, if that is more."""
 
 LEAST_BYTES = 64 << 20
 """A tier of less than this is not made where the node chooses the size."""
@@ -59,10 +57,10 @@ def tier_bytes(
             f"{block_bytes} B; use auto, 0 or more"
         )
     size = min(setting, store_kv_bytes) // block_bytes * block_bytes
-    room = _room(free_bytes - later_bytes - SPARE_BYTES, block_bytes)
+    room = _room(free_bytes - later_bytes - RESERVE_BYTES, block_bytes)
     if size > room:
         raise CapacityError(
-            f"device memory for KV, of {total_bytes} B in all, beside {SPARE_BYTES} B that stay "
+            f"device memory for KV, of {total_bytes} B in all, beside {RESERVE_BYTES} B that stay "
             f"free",
             needed=size,
             free=room,

@@ -41,7 +41,7 @@ def test_what_others_are_still_to_take_is_not_free():
     free = 4 * GIB + 20_000 * SLOT
     assert size_of(None, free=free, total=GIB, later=10_000 * SLOT) == 10_000 * BLOCK
     with pytest.raises(CapacityError):
-        size_of(20_000 * BLOCK, free=GIB + 20_000 * SLOT, total=GIB, later=SLOT)
+        size_of(20_000 * BLOCK, free=free, total=GIB, later=SLOT)
 
 
 def test_auto_of_less_than_the_least_is_none():
@@ -59,12 +59,12 @@ def test_it_is_never_more_than_the_stores_kv(setting: int | None):
 
 
 def test_what_is_asked_for_is_cut_to_whole_blocks_and_may_be_small():
-    assert size_of(3 * BLOCK - 1, free=2 * GIB, total=8 * GIB) == 2 * BLOCK
-    assert size_of(BLOCK, free=2 * GIB, total=8 * GIB) == BLOCK
+    assert size_of(3 * BLOCK - 1, free=5 * GIB, total=8 * GIB) == 2 * BLOCK
+    assert size_of(BLOCK, free=5 * GIB, total=8 * GIB) == BLOCK
 
 
-def test_what_is_asked_for_may_take_the_reserve_but_for_a_gib():
-    free = GIB + 3 * SLOT
+def test_what_is_asked_for_leaves_4_gib_of_any_device():
+    free = 4 * GIB + 3 * SLOT
     assert size_of(3 * BLOCK, free=free, total=140 * GIB) == 3 * BLOCK
     with pytest.raises(CapacityError) as failure:
         size_of(4 * BLOCK, free=free, total=140 * GIB)
