@@ -289,20 +289,22 @@ class DeviceTier:
         self._generations[slab] = generation
 
     def _queue_ranges(self) -> None:
-        """Hand ranges to the next batch, about as many as it can take."""
+        """Hand ranges to the next batch: twice what it can take, since some of it may be there."""
         self._queued.clear()
-        ranges = self._upkeep.queues.ranges.numpy()
-        count = units = 0
+        chosen: list[_BlockRange] = []
+        units = 0
         for row in self._rows.values():
-            before = count
-            for chosen in islice(row.ranges, MAX_RANGES - count):
-                if units >= self._upkeep.capacity:
+            before = len(chosen)
+            for blocks in islice(row.ranges, MAX_RANGES - before):
+                if units >= 2 * self._upkeep.capacity:
                     break
-                ranges[count, :3] = chosen
-                units += self._layer_heads * (chosen.end - chosen.begin)
-                count += 1
-            self._queued.append((row, count - before))
-        self._upkeep.queues.num_ranges[0] = count
+                chosen.append(blocks)
+                units += self._layer_heads * (blocks.end - blocks.begin)
+            self._queued.append((row, len(chosen) - before))
+        queues = self._upkeep.queues
+        queues.num_ranges[0] = len(chosen)
+        if chosen:
+            queues.ranges.numpy()[: len(chosen), :3] = chosen
 
     def _count_queued(self) -> None:
         """Strike the batch's ranges off, unless they are to be handed over again."""

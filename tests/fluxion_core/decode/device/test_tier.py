@@ -8,15 +8,17 @@ tier's, once it has seen that it is one.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from fluxion_core.decode.device.pinned import RegisteredStore
 from fluxion_core.decode.device.tier import DeviceTier, TierState
-from fluxion_core.errors import CapacityError
+from fluxion_core.errors import CapacityError, FluxionError
 from fluxion_core.geometry import BLOCK_TOKENS, KvGeometry, WindowSpec, ceil_div
 from fluxion_core.kernels.tier import constants, upkeep
 from fluxion_core.kvstore.sequence import SequenceKv
@@ -55,6 +57,16 @@ class LateTier(DeviceTier):
         return True
 
 
+class SlowTier(DeviceTier):
+    """Fills read the store at once, and end when the test says so."""
+
+    ends: Callable[[], bool] = staticmethod(lambda: True)
+
+    def _has_filled(self) -> bool:
+        settle()
+        return self.ends() and super()._has_filled()
+
+
 @dataclass
 class Running:
     """A sequence that takes part in steps."""
@@ -80,7 +92,14 @@ class Running:
 class World:
     """A store, a tier over it, and what a step does to both."""
 
-    def __init__(self, *, num_slabs: int, num_slots: int, seed: int = 0) -> None:
+    def __init__(
+        self,
+        *,
+        num_slabs: int,
+        num_slots: int,
+        seed: int = 0,
+        tier_type: type[DeviceTier] = LateTier,
+    ) -> None:
         self.random = random.Random(seed)
         self.generator = torch.Generator().manual_seed(seed)
         size = num_slabs * (GEOMETRY.slab_bytes // 4096 + 1) * 4096
@@ -88,7 +107,7 @@ class World:
         self.registered = RegisteredStore(self.store) if DEVICE.type == "cuda" else None
         self.step = torch.zeros(1, dtype=torch.int32, device=DEVICE)
         stream = torch.cuda.Stream(DEVICE) if DEVICE.type == "cuda" else None
-        self.tier = LateTier(self.store, num_slots * GEOMETRY.block_bytes, self.step, stream)
+        self.tier = tier_type(self.store, num_slots * GEOMETRY.block_bytes, self.step, stream)
         self.running: dict[int, Running] = {}
 
     def close(self) -> None:
@@ -255,8 +274,34 @@ class Shadow:
         assert statistics.evicted_bytes == self.evicted * unit
 
 
-def test_hits_stay_right_while_sequences_come_and_go_and_share(monkeypatch) -> None:
-    world = World(num_slabs=14, num_slots=75, seed=3)
+@pytest.fixture
+def worlds() -> Iterator[Callable[..., World]]:
+    made: list[World] = []
+
+    def make(**options: Any) -> World:
+        made.append(World(**options))
+        return made[-1]
+
+    yield make
+    for world in made:
+        world.close()
+
+
+def run_step(world: World, units: list[int]) -> tuple[list[int], list[int]]:
+    """One step that selects these units; see World.select."""
+    settle()
+    world.tier.before_step()
+    settle()
+    world.step += 1
+    selected = world.select(units)
+    settle()
+    world.tier.after_step()
+    settle()
+    return selected
+
+
+def test_hits_stay_right_while_sequences_come_and_go_and_share(worlds, monkeypatch) -> None:
+    world = worlds(num_slabs=14, num_slots=75, seed=3)
     tier, shadow, chance = world.tier, Shadow(world), world.random.random
     monkeypatch.setattr(LateTier, "ends", staticmethod(lambda: chance() < 0.25))
     texts: list[list[int]] = []
@@ -325,4 +370,115 @@ def test_hits_stay_right_while_sequences_come_and_go_and_share(monkeypatch) -> N
         shadow.compare()
     # Otherwise nothing has been tested.
     assert all(seen.values()), seen
-    world.close()
+
+
+def test_a_region_comes_over_several_batches_while_there_is_room(worlds) -> None:
+    # By hand: blocks 1 to 11 of two layers are 22 units; a batch takes 64 / 8 = 8.
+    world = worlds(num_slabs=4, num_slots=64)
+    world.come(0, list(range(320)))
+    units = world.running[0].units()
+    assert len(units) == 22
+    sizes = []
+    for _ in range(3):
+        run_step(world, [])
+        sizes.append(world.tier.statistics().held_bytes // GEOMETRY.block_bytes)
+    assert sizes == [8, 16, 22]
+    assert run_step(world, units) == (units, [])
+    assert int(world.tier._upkeep.queues.num_ranges[0]) == 0
+    # One block more, as soon as it is in the region.
+    world.append(0, 16)
+    running = world.running[0]
+    world.tier.follow(0, running.sequence, running.region.stop)
+    run_step(world, [])
+    assert run_step(world, running.units()) == (running.units(), [])
+    assert world.tier.statistics().filled_bytes == 24 * GEOMETRY.block_bytes
+
+
+def test_a_full_tier_gives_up_regions_and_follows_what_is_selected(worlds) -> None:
+    # By hand: of 22 units 16 fit; what is missing then takes the place of the least recent.
+    world = worlds(num_slabs=4, num_slots=16)
+    world.come(0, list(range(320)))
+    units = world.running[0].units()
+    for _ in range(12):
+        run_step(world, [])
+    assert int(world.tier._upkeep.queues.num_ranges[0]) == 0
+    table = world.tier.table.tolist()
+    resident = [unit for unit in units if table[unit] >= 0]
+    missing = [unit for unit in units if unit not in resident]
+    assert len(resident) == 16
+    assert world.tier.statistics().evicted_bytes == 0
+
+    assert run_step(world, [*resident[2:], *missing[:2]])[1] == missing[:2]
+    assert run_step(world, missing[:2])[0] == missing[:2]
+    assert world.tier.statistics().evicted_bytes == 2 * GEOMETRY.block_bytes
+    assert [unit for unit in resident if world.tier.table[unit] >= 0] == resident[2:]
+
+
+def test_one_slot_is_a_tier(worlds) -> None:
+    world = worlds(num_slabs=4, num_slots=1)
+    world.come(0, list(range(320)))
+    first, second = world.running[0].units()[:2]
+    run_step(world, [first])
+    assert run_step(world, [first, second]) == ([first], [second])
+    assert run_step(world, [first, second]) == ([second], [first])
+    assert world.tier.statistics().held_bytes == GEOMETRY.block_bytes
+
+
+def test_copies_that_are_under_way_when_their_slab_is_taken_anew_do_not_count(worlds) -> None:
+    world = worlds(num_slabs=4, num_slots=64, tier_type=SlowTier)
+    tier = world.tier
+    world.come(0, list(range(320)))
+    units = world.running[0].units()
+    tier.ends = lambda: False
+    run_step(world, units[:3])
+    world.go(0, keep=False)
+    world.come(0, [5] * 320)
+    assert set(world.running[0].units()) == set(units)
+    # What the next step sees is of nobody, and what it misses it may not ask for.
+    assert run_step(world, units) == ([], [])
+    tier.ends = lambda: True
+    assert run_step(world, units)[0] == []
+    for _ in range(3):
+        run_step(world, [])
+    assert run_step(world, units) == (units, [])
+
+
+def test_who_has_left_is_waited_for_no_more(worlds) -> None:
+    world = worlds(num_slabs=4, num_slots=64)
+    world.come(0, list(range(320)))
+    run_step(world, [])
+    world.go(0, keep=True)
+    for _ in range(3):
+        run_step(world, [])
+    # The batch of the first step, and nothing after it.
+    assert world.tier.statistics().filled_bytes == 8 * GEOMETRY.block_bytes
+
+
+def test_a_fill_that_could_not_be_launched_is_launched_again(worlds, monkeypatch) -> None:
+    world = worlds(num_slabs=4, num_slots=64, tier_type=DeviceTier)
+    world.come(0, list(range(320)))
+    units, tier = world.running[0].units()[:3], world.tier
+
+    def refuse() -> None:
+        raise FluxionError("no")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tier, "_launch_fill", refuse)
+        with pytest.raises(FluxionError):
+            run_step(world, units)
+        with pytest.raises(FluxionError):
+            tier.before_step()
+    settle()
+    tier.before_step()
+    settle()
+    assert tier.before_step()
+    settle()
+    assert run_step(world, units) == (units, [])
+
+
+def test_a_tier_holds_at_least_one_unit_and_at_most_the_store() -> None:
+    store = HostKvStore(GEOMETRY, 1 << 16, model_key=b"")
+    step = torch.zeros(1, dtype=torch.int32)
+    with pytest.raises(CapacityError, match="device_kv_bytes"):
+        DeviceTier(store, GEOMETRY.block_bytes - 1, step, None)
+    assert DeviceTier(store, 1 << 30, step, None).num_slots == store.num_slabs * SLAB_UNITS
