@@ -242,14 +242,16 @@ class DeviceTier:
             self._invalidate()
         return self.state is TierState.IDLE
 
-    def after_step(self) -> None:
+    def after_step(self, *, has_requests: bool = True) -> None:
         """Make a batch of what the step asked for, and begin to fill it, if it could ask at all.
+
+        Args:
+            has_requests: False only if the step has missed nothing; there may be no batch then.
 
         Raises:
             FluxionError: CUDA refuses a launch; the next call goes on from there.
         """
-        if self.state is TierState.IDLE:
-            self._queue_ranges()
+        if self.state is TierState.IDLE and (self._queue_ranges() or has_requests):
             self._launch_close()
             self.state = TierState.CLOSED
         if self.state is TierState.CLOSED:
@@ -288,8 +290,12 @@ class DeviceTier:
             self._stale.add(slab)
         self._generations[slab] = generation
 
-    def _queue_ranges(self) -> None:
-        """Hand ranges to the next batch: twice what it can take, since some of it may be there."""
+    def _queue_ranges(self) -> bool:
+        """Hand ranges to the next batch: twice what it can take, since some of it may be there.
+
+        Returns:
+            Whether there are any.
+        """
         self._queued.clear()
         chosen: list[_BlockRange] = []
         units = 0
@@ -305,6 +311,7 @@ class DeviceTier:
         queues.num_ranges[0] = len(chosen)
         if chosen:
             queues.ranges.numpy()[: len(chosen), :3] = chosen
+        return bool(chosen)
 
     def _count_queued(self) -> None:
         """Strike the batch's ranges off, unless they are to be handed over again."""

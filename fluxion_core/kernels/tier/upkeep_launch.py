@@ -33,9 +33,9 @@ MAX_TABLE_ENTRIES = 2**31 - 1
 """Arena blocks are int32."""
 
 _FILL_PROGRAMS = 32
-_FILL_TILE_BYTES = 32 << 10
-"""Few programs, since they run beside the steps, each with as many loads under way as its registers
-hold: 1 MiB of all, several times what the link's latency needs."""
+_FILL_TILE_BYTES = 16 << 10
+"""Few programs, since they run beside the steps; half a MiB of loads under way, several times what
+the link's latency needs. More would make whoever else reads over the link wait longer."""
 _SLOT_TILE = 4096
 _SLOT_PROGRAMS = 512
 _RANGE_PROGRAMS = 64

@@ -414,6 +414,21 @@ def test_a_full_tier_gives_up_regions_and_follows_what_is_selected(worlds) -> No
     assert [unit for unit in resident if world.tier.table[unit] >= 0] == resident[2:]
 
 
+def test_a_step_that_misses_nothing_makes_a_batch_of_regions_or_none(worlds) -> None:
+    world = worlds(num_slabs=4, num_slots=64)
+    world.come(0, list(range(320)))
+    states = []
+    for _ in range(5):
+        settle()
+        world.tier.before_step()
+        settle()
+        world.tier.after_step(has_requests=False)
+        states.append(world.tier.state)
+    # By hand: 22 units, 8 a batch.
+    assert states == [TierState.FILLING] * 3 + [TierState.IDLE] * 2
+    assert world.tier.accepts.item() == 1
+
+
 def test_one_slot_is_a_tier(worlds) -> None:
     world = worlds(num_slabs=4, num_slots=1)
     world.come(0, list(range(320)))
