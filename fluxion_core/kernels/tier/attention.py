@@ -19,7 +19,11 @@ from fluxion_core.kernels.tile_products import MIN_ROWS, float32_dot
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
-MAX_SPLITS = 64
+LEAST_TILES = tl.constexpr(2)
+"""Of a program, where a list has as many: what is not read side by side need not be merged."""
+MAX_SPLITS = 128
+_LONGEST = 8
+"""How often an even share of the programs may work at one list."""
 
 
 @triton.jit
@@ -72,6 +76,36 @@ def _attend_share(
 
 
 @triton.jit
+def _deal(
+    counts_ptr,
+    groups,
+    GROUPS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    TILE_UNITS: tl.constexpr,
+):
+    """Group of this program, units of its list, its place of how many that share the list.
+
+    Programs are dealt out by the tiles of the lists, at least one to each group; those that are
+    left get a group that there is not.
+    """
+    index = tl.arange(0, GROUPS)
+    is_group = index < groups
+    units = tl.load(counts_ptr + index * COUNT_WORDS + RESIDENT, mask=is_group, other=0)
+    tiles = (units + TILE_UNITS - 1) // TILE_UNITS
+    dealt = tl.num_programs(0) - groups
+    tiles_each = tl.maximum((tl.sum(tiles, axis=0) + dealt - 1) // dealt, LEAST_TILES)
+    sharing = tl.minimum(tl.maximum((tiles + tiles_each - 1) // tiles_each, 1), SPLITS)
+    sharing = tl.where(is_group, sharing, 0)
+    end = tl.cumsum(sharing, axis=0)
+    is_before = is_group & (end <= tl.program_id(0))
+    group = tl.sum(is_before.to(tl.int32), axis=0)
+    split = tl.program_id(0) - tl.max(tl.where(is_before, end, 0), axis=0)
+    is_own = index == group
+    own_units = tl.sum(tl.where(is_own, units, 0), axis=0)
+    return group, own_units, split, tl.sum(tl.where(is_own, sharing, 0), axis=0)
+
+
+@triton.jit(do_not_specialize_on_alignment=["counts_ptr"])
 def attend_resident(
     query_ptr,
     tier_ptr,
@@ -80,8 +114,10 @@ def attend_resident(
     counts_ptr,
     output_ptr,
     lse_ptr,
+    groups,
     stride,
     SCALE: tl.constexpr,
+    GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -90,25 +126,27 @@ def attend_resident(
     STAGES: tl.constexpr,
 ):
     """One program: the state of one GQA group of one row over an even share of its list."""
-    group = tl.program_id(0).to(tl.int64)
-    split = tl.program_id(1)
+    own, units, split, sharing = _deal(counts_ptr, groups, GROUPS, SPLITS, TILE_UNITS)
+    group = own.to(tl.int64)
     member = tl.arange(0, GROUP_ROWS)
-    inside = member < GROUP
+    inside = member < tl.where(own < groups, GROUP, 0)
     head = group * GROUP + member
-    state = head * SPLITS + split
-    units = tl.load(counts_ptr + group * COUNT_WORDS + RESIDENT)
-    tiles = (units + TILE_UNITS - 1) // TILE_UNITS
-    sharing = tl.minimum(SPLITS, tiles)
-    if split >= sharing:
-        nothing = tl.full((GROUP_ROWS,), float("-inf"), tl.float32)
-        tl.store(lse_ptr + state, nothing, mask=inside)
-    else:
+    if split == 0:
+        # What no program will write.
+        part = tl.arange(0, SPLITS)
+        tl.store(
+            lse_ptr + head[:, None] * SPLITS + part[None, :],
+            tl.full((GROUP_ROWS, SPLITS), float("-inf"), tl.float32),
+            mask=inside[:, None] & (part >= tl.where(units > 0, sharing, 0))[None, :],
+        )
+    if units > 0:
         channel = tl.arange(0, HEAD_DIM)
         query = tl.load(
             query_ptr + head[:, None] * HEAD_DIM + channel[None, :],
             mask=inside[:, None],
             other=0.0,
         )
+        tiles = (units + TILE_UNITS - 1) // TILE_UNITS
         # fmt: off
         highest, weight_sum, sums = _attend_share(
             query, tier_ptr, slots_ptr + group * stride, masks_ptr + group * stride,
@@ -116,6 +154,7 @@ def attend_resident(
             HEAD_DIM, TILE_UNITS, STAGES)
         # fmt: on
         weight_sum = tl.where(weight_sum == 0.0, 1.0, weight_sum)
+        state = head * SPLITS + split
         tl.store(lse_ptr + state, (highest + tl.log2(weight_sum)) * LN2, mask=inside)
         tl.store(
             output_ptr + state[:, None] * HEAD_DIM + channel[None, :],
@@ -148,8 +187,8 @@ class ResidentAttention:
     num_kv_heads: int
     head_dim: int
     programs: int = 512
-    """Of a launch, about, shared out evenly to rows and KV heads: four to a processor of an H200,
-    which holds six."""
+    """Of a launch, dealt out to lists by their lengths: four to a processor of an H200, which holds
+    six. More if there are more than half as many lists."""
     stages: int = 3
     """Tiles of a program: one less is on its way or being multiplied."""
     tile_bytes: int = 16 << 10
@@ -169,10 +208,14 @@ class ResidentAttention:
         """Query heads of a KV head."""
         return self.num_heads // self.num_kv_heads
 
+    def num_programs(self, rows: int) -> int:
+        """Programs of a launch for so many rows."""
+        return max(self.programs, 2 * rows * self.num_kv_heads)
+
     def num_splits(self, rows: int) -> int:
-        """Partial states of a head in a step of so many rows; a power of two."""
-        share = max(1, self.programs // (rows * self.num_kv_heads))
-        return min(MAX_SPLITS, 1 << (share.bit_length() - 1))
+        """Partial states of a head, at most, in a step of so many rows; a power of two."""
+        share = self.num_programs(rows) // (rows * self.num_kv_heads)
+        return min(MAX_SPLITS, _LONGEST << (share.bit_length() - 1))
 
     def make_states(self, rows: int, device: torch.device) -> ResidentStates:
         """Room for the states of `rows` rows."""
@@ -193,8 +236,7 @@ class ResidentAttention:
     ) -> None:
         """Attend to each group's resident units, each head to those that it reads.
 
-        Only launches, on the current stream; may be captured in a CUDA graph. Grid: rows x KV heads
-        by splits.
+        Only launches, on the current stream; may be captured in a CUDA graph. Grid: `num_programs`.
 
         Args:
             query: [rows, num_heads, head_dim] float32, contiguous, unscaled.
@@ -209,15 +251,18 @@ class ResidentAttention:
         have work; the others take nearly nothing.
         """
         group_rows = max(MIN_ROWS, triton.next_power_of_2(self.group))
-        attend_resident[(query.shape[0] * self.num_kv_heads, states.lse.shape[2])](
+        groups = query.shape[0] * self.num_kv_heads
+        attend_resident[(self.num_programs(query.shape[0]),)](
             query,
             tier.view(torch.bfloat16),
             slots,
             masks,
             counts,
             *states,
+            groups,
             slots.shape[2],
             SCALE=self.head_dim**-0.5,
+            GROUPS=triton.next_power_of_2(groups),
             GROUP=self.group,
             GROUP_ROWS=group_rows,
             HEAD_DIM=self.head_dim,

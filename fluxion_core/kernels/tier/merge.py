@@ -32,7 +32,10 @@ _TILE_FLOATS = 8192
 """Of splits' outputs that a program merges at a time; 64 registers of each of its threads."""
 
 
-@triton.jit(do_not_specialize=["timeout_ns", "error_code"])
+@triton.jit(
+    do_not_specialize=["timeout_ns", "error_code"],
+    do_not_specialize_on_alignment=["answered_ptr", "skip_ptr", "needs_ptr"],
+)
 def await_missing(
     answered_ptr,
     skip_ptr,
@@ -164,7 +167,7 @@ def _tell(
         tl.store(told + 1, units.to(tl.float32) / region_units.to(tl.float32), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["counts_ptr", "told_ptr"])
 def merge_parts(
     window_output_ptr,
     window_lse_ptr,

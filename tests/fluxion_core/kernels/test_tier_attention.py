@@ -192,20 +192,26 @@ def test_any_number_of_splits_stages_and_units_at_a_time_makes_the_same_state():
         Tier(other, [[11, 27]]).check()
 
 
-def test_rows_share_the_programs_of_a_launch():
+def test_a_launch_has_programs_for_every_row():
     shape = ResidentAttention(32, 8, 128)
-    assert [shape.num_splits(rows) for rows in (1, 2, 4, 5, 16, 64, 100)] == [
-        64,
-        32,
-        16,
-        8,
-        4,
-        1,
-        1,
-    ]
+    rows = (1, 2, 4, 16, 32, 64)
+    assert [shape.num_programs(count) for count in rows] == [512, 512, 512, 512, 512, 1024]
+    assert [shape.num_splits(count) for count in rows] == [128, 128, 128, 32, 16, 16]
     states = shape.make_states(4, torch.device("cpu"))
-    assert states.output.shape == (4, 32, 16, 128)
-    assert states.lse.shape == (4, 32, 16)
+    assert states.output.shape == (4, 32, 128, 128)
+    assert states.lse.shape == (4, 32, 128)
+
+
+def test_programs_are_dealt_out_by_the_lengths_of_lists():
+    # By hand: tiles of 4 units; 10, 1, 0 and 5 of them, for 9 - 4 programs: 4 tiles each.
+    tier = Tier(ResidentAttention(2, 2, 64, programs=9), [[40, 4], [0, 20]])
+    used = (tier.states().lse > -math.inf).sum(-1)
+    assert used.tolist() == [[3, 1], [0, 2]]
+    tier.check()
+    # The longest takes what there is; two tiles are one program's.
+    tier = Tier(ResidentAttention(2, 2, 64, programs=16), [[40, 8], [0, 0]])
+    assert (tier.states().lse > -math.inf).sum(-1).tolist() == [[5, 1], [0, 0]]
+    tier.check()
 
 
 def test_shapes_that_no_kernel_takes_are_refused():
@@ -338,7 +344,7 @@ class Layer:
         assert self.has_answer == has_host
 
 
-@pytest.mark.parametrize("resident_splits", [1, 5, 64])
+@pytest.mark.parametrize("resident_splits", [1, 5, 128])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim"), [(2, 2, 64), (6, 2, 64), (8, 2, 128), (14, 2, 64)]
 )

@@ -17,6 +17,7 @@ COMMANDS = {
     "prompt_profile": "PromptProfileBench",
     "record_plans": "RecordPlans",
     "record_selections": "RecordSelections",
+    "resident_attention": "ResidentAttentionCommand",
     "sampling": "SamplingBench",
     "selection_cache": "SelectionCacheBench",
     "shared_cpus": "SharedCpusCommand",
