@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -33,6 +34,12 @@ from fluxion_core.pool.cpu_pool import CpuPool
 
 PIECE_BYTES = 64 << 20
 """Keys and values that are gathered at a time, of one layer; there is room for two such pieces."""
+
+_FIRST_BYTES_PER_SECOND = 3e10
+"""That a chunk is thought to gather, before it has shown it."""
+
+_LEAST_LAYER_SECONDS = 3e-4
+"""That a layer is thought to take before that: its launches."""
 
 
 class DevicePromptComputer(PromptEnds):
@@ -63,7 +70,7 @@ class DevicePromptComputer(PromptEnds):
         self._model, self._usage, self._residents = decoder, usage, residents
         device = decoder.embedding.device
         self._device = device
-        self._block_bytes = store.geometry.block_bytes
+        self._geometry = store.geometry
         gather = UnitGather(store.geometry, store.arena_address, store.slab_stride_bytes)
         self._pieces = _StoredPieces(gather, device, piece_bytes)
         self._chunk: _Chunk | None = None
@@ -83,14 +90,17 @@ class DevicePromptComputer(PromptEnds):
         if chunk is None or chunk.append.sequence is not sequence:
             chunk = self._begin(sequence, token_ids, wants_profile=profile_window is not None)
         self._pieces.resume(self._residents(sequence))
-        hidden = chunk.advance(started, seconds)
+        hidden, num_layers = chunk.advance(seconds)
         self._pieces.rest()
+        chunk.layer_seconds = (time.perf_counter() - started) / num_layers
+        gathered_bytes = self._pieces.take_host_units() * self._geometry.block_bytes
+        self._usage.pcie_bytes["host_to_device", "missing_kv"] += gathered_bytes
         end = None
         if hidden is None:
             self._chunk = chunk
         else:
             chunk.append.finish()
-            self._count(chunk)
+            self._count_returned(chunk)
             if chunk.is_last:
                 queries = [query.cpu() for query in chunk.attention.queries]
                 end = self._end(sequence, hidden[-1:], queries, profile_window)
@@ -114,17 +124,18 @@ class DevicePromptComputer(PromptEnds):
         ids = torch.tensor(token_ids, device=self._device)
         positions = torch.arange(first, first + count, device=self._device)
         layers = self._model.by_layers(ids, positions, attention)
-        return _Chunk(append, count, attention, layers, is_last=is_last)
+        gathering = first * self._geometry.layer_token_bytes / _FIRST_BYTES_PER_SECOND
+        layer_seconds = max(_LEAST_LAYER_SECONDS, gathering)
+        return _Chunk(append, count, attention, layers, is_last, layer_seconds)
 
-    def _count(self, chunk: _Chunk) -> None:
+    def _count_returned(self, chunk: _Chunk) -> None:
         config, moved = self._model.config, self._usage.pcie_bytes
         kv_floats = config.num_layers * chunk.count * 2 * config.num_kv_heads * config.head_dim
         query_floats = sum(query.numel() for query in chunk.attention.queries)
         moved["device_to_host", "queries"] += (kv_floats + query_floats) * 4
-        moved["host_to_device", "missing_kv"] += self._pieces.take_host_units() * self._block_bytes
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Chunk:
     """A chunk on its way through the layers."""
 
@@ -135,19 +146,23 @@ class _Chunk:
     """As of `Decoder.by_layers`."""
     is_last: bool
     """Of its prompt."""
+    layer_seconds: float
+    """That a layer takes; until its first call has shown it, what its gathering may take."""
 
-    def advance(self, started: float, seconds: float | None) -> Tensor | None:
-        """Compute layers until `seconds` after `started`, at least one; hidden states at the end.
+    def advance(self, seconds: float | None) -> tuple[Tensor | None, int]:
+        """Compute as many layers as there is time for, at least one; None: all that are left.
 
-        The device is behind by up to two layers when this stops.
+        Returns:
+            The hidden states after the last layer, None before it; layers computed.
         """
-        for hidden in self.layers:
-            if hidden is not None:
-                self.attention.finish()
-                return hidden
-            if seconds is not None and time.perf_counter() - started >= seconds:
-                break
-        return None
+        # By the layers' own time, not by the clock: the device is layers behind when they have
+        # been launched.
+        most = None if seconds is None else max(1, int(seconds / self.layer_seconds))
+        outcomes = list(islice(self.layers, most))
+        hidden = outcomes[-1]
+        if hidden is not None:
+            self.attention.finish()
+        return hidden, len(outcomes)
 
 
 class _GatheredAttention:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fluxion_core.decode.chunk import PromptComputer
+from fluxion_core.decode.device import prompts as prompts_module
 from fluxion_core.decode.device.pinned import RegisteredStore
 from fluxion_core.decode.device.prompts import DevicePromptComputer
 from fluxion_core.decode.host.decoder import HostDecoder
@@ -194,6 +195,30 @@ def test_a_chunk_that_others_cannot_wait_for_stops_between_layers(
     assert_same_kv(mine, theirs)
     gathered = usage.pcie_bytes["host_to_device", "missing_kv"]
     assert gathered == CONFIG.num_layers * 13 * BLOCK_BYTES
+
+
+def test_a_call_does_as_many_layers_as_there_is_time_for_by_what_the_last_one_took(
+    host: PromptComputer, seen_store: HostKvStore, body_of: Callable[..., Body], monkeypatch
+):
+    now = [0.0]
+    monkeypatch.setattr(prompts_module.time, "perf_counter", lambda: now[0])
+    prompts, _ = body_of()
+    mine = begun(seen_store, 60)
+    layers = []
+    attend = prompts_module._GatheredAttention.attend
+
+    def timed(self, layer, *qkv):
+        layers.append(layer)
+        now[0] += 1.0
+        return attend(self, layer, *qkv)
+
+    monkeypatch.setattr(prompts_module._GatheredAttention, "attend", timed)
+    # By hand: nothing is stored, and a layer is thought to take 0.3 ms: one in 0.5 ms. It took 1 s:
+    # two in 2.5 s.
+    assert prompts.compute_chunk(mine, PROMPT[:60], None, seconds=5e-4) is None
+    assert layers == [0]
+    assert prompts.compute_chunk(mine, PROMPT[:60], None, seconds=2.5) is not None
+    assert layers == [0, 1, 2]
 
 
 def test_another_sequences_chunk_takes_the_place_of_one_that_was_given_up(
