@@ -130,8 +130,8 @@ class _SlabPlaces:
         geometry = self._geometry
         place = np.searchsorted(self._slabs, addresses, side="right") - 1
         inside = addresses - self._slabs[place] - geometry.kv_offset(layer, kv_head)
-        first: npt.NDArray[np.int64] = self._ordinals[place] * geometry.slab_blocks
-        return first + inside // geometry.block_bytes
+        first = self._ordinals[place] * geometry.slab_blocks
+        return np.asarray(first + inside // geometry.block_bytes, np.int64)
 
 
 class SelectionRecorder:

@@ -3,8 +3,8 @@
     python -m fluxion_core.lab.benchmark.selection_cache FILE.npz… --json out.json
 
 One pool holds a share of the region's units of all layers and heads. A step asks for the units it
-misses; a fill brings them, and the next step that may ask is the one after the fill has ended. What
-leaves is chosen when a fill begins:
+misses; a fill brings them, or as many of the first layers' as it takes, and the next step that may
+ask is the one after the fill has ended. What leaves is chosen when a fill begins:
 
     lru       what was selected longest ago
     lru-old   likewise, but nothing that this step selected: what has no place then is not brought
@@ -52,12 +52,21 @@ class SimulatedCache:
         capacity: units that it holds.
         fill_steps: during which a fill runs and nothing is asked for; 0: what a step misses is
             there for the next one.
+        fill_units: that one fill brings at most.
     """
 
-    def __init__(self, policy: str, num_units: int, capacity: int, fill_steps: int) -> None:
+    def __init__(
+        self,
+        policy: str,
+        num_units: int,
+        capacity: int,
+        fill_steps: int,
+        fill_units: int | None = None,
+    ) -> None:
         if policy not in POLICIES:
             raise ConfigError(f"cache policy {policy!r}; one of {', '.join(POLICIES)}")
         self._policy, self._capacity, self._fill_steps = policy, capacity, fill_steps
+        self._fill_units = min(capacity, fill_units or capacity)
         self._is_held = np.zeros(num_units, np.bool_)
         self._stamps = np.full(num_units, -1, np.int64)
         self._counts = np.zeros(num_units)
@@ -94,7 +103,7 @@ class SimulatedCache:
         return int(is_hit.sum())
 
     def _begin_fill(self, missing: Units) -> None:
-        wanted = missing[: self._capacity]
+        wanted = missing[: self._fill_units]
         free = self._capacity - int(self._is_held.sum())
         if self._policy == "lru-old":
             wanted = wanted[: free + int((self._stamps[self.held] < self._step).sum())]
@@ -160,6 +169,8 @@ class CacheFigure:
     cache: str
     """One of POLICIES."""
     fill_steps: int
+    fill_permille: int
+    """Units of a fill at most, of the region's; 0: no limit."""
     capacity: float
     """Share of the region's units."""
     selected: float
@@ -190,6 +201,7 @@ def simulate(
     *,
     cache: str,
     fill_steps: int,
+    fill_permille: int,
     capacity: float,
     warm_up: int,
 ) -> CacheFigure:
@@ -198,7 +210,11 @@ def simulate(
     begin, end = recorded.regions[text, -1]
     in_region = layers * kv_heads * int(end - begin)
     pool = SimulatedCache(
-        cache, layers * kv_heads * num_bytes * 8, round(capacity * in_region), fill_steps
+        cache,
+        layers * kv_heads * num_bytes * 8,
+        round(capacity * in_region),
+        fill_steps,
+        fill_permille * in_region // 1000 or None,
     )
     hits = np.zeros(len(steps))
     sizes = np.array([len(units) for units in steps])
@@ -217,6 +233,7 @@ def simulate(
         text=recorded.texts[text],
         cache=cache,
         fill_steps=fill_steps,
+        fill_permille=fill_permille,
         capacity=capacity,
         selected=float(sizes.mean() / in_region),
         hits=share(warm_up, len(steps)),
@@ -237,6 +254,9 @@ class SelectionCacheOptions:
     """Who leaves: lru, lru-old, lfu, lfu-all, clock."""
     fill_steps: Numbers = (0, 1, 2)
     """Steps during which a fill runs."""
+    fill_permilles: Numbers = (0,)
+    """Units of a fill at most, in thousandths of the region's; 0: no limit. A batch of 256 MiB is 4
+    of 4 x 128K of Llama-3.1-8B."""
     warm_up: Annotated[int, within(1)] = 32
     """First steps of a text, which are not counted."""
 
@@ -267,11 +287,13 @@ class SelectionCacheBench(JsonOption, Command):
                         steps,
                         cache=cache,
                         fill_steps=fill_steps,
+                        fill_permille=fill_permille,
                         capacity=percent / 100,
                         warm_up=options.warm_up,
                     )
                     for cache in options.caches
                     for fill_steps in options.fill_steps
+                    for fill_permille in options.fill_permilles
                     for percent in options.percents
                 ]
         _print(figures, options, console)
@@ -291,14 +313,21 @@ def _print(
 ) -> None:
     """A row for each text, cache and length of fills: hits, at the change, and fills."""
     table = Table(box=None, pad_edge=False)
-    for column in ("heads read by", "text", "selected", "cache", "fill steps"):
+    for column in ("heads read by", "text", "selected", "cache", "fill steps", "of"):
         table.add_column(column)
     for percent in options.percents:
         table.add_column(f"{percent} %: hits / at change / fills")
     rows: dict[tuple[str, ...], list[str]] = {}
     for one in figures:
         selected, fill_steps = f"{one.selected:.3f}", str(one.fill_steps)
-        key: tuple[str, ...] = (one.selection, one.text, selected, one.cache, fill_steps)
+        key: tuple[str, ...] = (
+            one.selection,
+            one.text,
+            selected,
+            one.cache,
+            fill_steps,
+            str(one.fill_permille),
+        )
         rows.setdefault(key, []).append(
             f"{one.hits:.3f} / {one.hits_at_change:.3f} / {one.fills:.3f}"
         )

@@ -65,6 +65,11 @@ def test_nothing_is_asked_for_while_a_fill_runs():
     ]
 
 
+def test_a_fill_brings_the_first_units_up_to_its_limit():
+    cache = SimulatedCache("lru", 10, 4, 0, fill_units=2)
+    assert hits_of(cache, (1, 2, 3), (1, 2, 3), (1, 2, 3)) == [0, 2, 3]
+
+
 def test_a_cache_of_another_name_is_refused():
     with pytest.raises(ConfigError, match="mru"):
         SimulatedCache("mru", 10, 2, 0)
@@ -81,7 +86,9 @@ def test_a_text_is_counted_from_the_warm_up_on_and_around_its_change():
     recorded = RecordedSelections("exact", ("a",), (change,), {}, bits, levels, regions)
     units = selected_units(recorded, 0)
     assert [one.tolist() for one in units] == [[8]] * change + [[9]] * (steps - change)
-    figure = simulate(recorded, 0, units, cache="lru", fill_steps=0, capacity=0.125, warm_up=4)
+    figure = simulate(
+        recorded, 0, units, cache="lru", fill_steps=0, fill_permille=0, capacity=0.125, warm_up=4
+    )
     assert figure.selected == 1 / 8
     assert figure.hits == pytest.approx(35 / 36)
     assert figure.hits_before_change == 1
