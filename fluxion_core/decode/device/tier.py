@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from fluxion_core.decode.device.graph import StepGraph
-from fluxion_core.errors import CapacityError
+from fluxion_core.errors import CapacityError, FluxionError
 from fluxion_core.geometry import BLOCK_TOKENS, ceil_div
 from fluxion_core.kernels.tier.upkeep import (
     EVICTED_UNITS,
@@ -257,12 +257,33 @@ class DeviceTier:
         if self.state is TierState.CLOSED:
             self._fill()
 
+    def restart(self, capacity_bytes: int) -> None:
+        """Forget everything, and hold no more than so much from now on; for measurements.
+
+        Args:
+            capacity_bytes: at least a batch's, at most what the tier was made with.
+
+        Raises:
+            FluxionError: a batch is under way, or there are sequences.
+            ShapeError: the capacity is out of its range.
+        """
+        if self.state is not TierState.IDLE or self._rows:
+            raise FluxionError("a tier begins anew without sequences, and not during a batch")
+        if self._streams is not None:
+            self._streams.steps.synchronize()
+        self._upkeep.restart(capacity_bytes // self._unit_bytes)
+        if self._streams is not None:
+            torch.cuda.synchronize(self._streams.steps.device)
+        self._generations = [0] * len(self._generations)
+        self._stale.clear()
+
     def statistics(self) -> TierStatistics:
         """The counters; does not wait for the device."""
         counters, unit = self._upkeep.queues.counters.tolist(), self._unit_bytes
+        unusable = self.num_slots - self._upkeep.num_usable
         return TierStatistics(
-            capacity_bytes=self.num_slots * unit,
-            held_bytes=counters[HELD_UNITS.value] * unit,
+            capacity_bytes=self._upkeep.num_usable * unit,
+            held_bytes=(counters[HELD_UNITS.value] - unusable) * unit,
             filled_bytes=counters[FILLED_UNITS.value] * unit,
             evicted_bytes=counters[EVICTED_UNITS.value] * unit,
         )

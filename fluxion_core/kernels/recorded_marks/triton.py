@@ -38,7 +38,7 @@ def mark_scores(
         levels_ptr: [TEXTS][STEPS][LAYERS][KV_HEADS] int8.
         recorded_regions_ptr: [TEXTS][STEPS][2] int32, units.
         regions_ptr: [rows][2] int32, units; both 0 for padding.
-        step_ptr: int32, from 0 on.
+        step_ptr: int32, from 0 on; -1: scores stay.
         scores_ptr: [rows][heads][stride] float32.
         layer: of the recorded model.
     """
@@ -48,11 +48,12 @@ def mark_scores(
     turn = kv_head // KV_HEADS
     text = (row + turn) % TEXTS
     late = ROW_STEPS * (row // TEXTS) + HEAD_STEPS * turn
-    at = (tl.load(step_ptr) + late) % tl.maximum(2 * (STEPS - 1), 1)
+    step = tl.load(step_ptr)
+    at = (tl.maximum(step, 0) + late) % tl.maximum(2 * (STEPS - 1), 1)
     at = tl.minimum(at, 2 * (STEPS - 1) - at)
     group = ((text * STEPS + at) * LAYERS + layer) * KV_HEADS + kv_head % KV_HEADS
     level = tl.load(levels_ptr + group).to(tl.int32)
-    if level >= 0:
+    if (level >= 0) & (step >= 0):
         size = 1 << level
         begin = tl.load(regions_ptr + 2 * row)
         end = tl.load(regions_ptr + 2 * row + 1)

@@ -13,6 +13,7 @@ from fluxion_core.kernels.tier.constants import ABSENT
 from fluxion_core.kernels.tier.upkeep import (
     COUNTERS,
     FREE,
+    HELD_UNITS,
     NO_OWNER,
     NO_STAMP,
     WORDS,
@@ -132,6 +133,26 @@ class TierUpkeep:
         self._host, self._step = host, step
         self.tensors = _make_tensors(geometry, entries, num_slots, capacity, step.device)
         self.queues = _make_queues(host.num_slabs, is_pinned=step.is_cuda)
+        self.num_usable = num_slots
+        """Slots that may be taken."""
+
+    def restart(self, num_slots: int) -> None:
+        """Forget everything, and take no more than so many slots from now on; not during a batch.
+
+        Raises:
+            ShapeError: fewer than a batch takes, or more than there are.
+        """
+        if not self.capacity <= num_slots <= self.num_slots:
+            raise ShapeError(f"{num_slots} slots; from {self.capacity} to {self.num_slots}")
+        state, self.num_usable = self.tensors, num_slots
+        state.table.fill_(ABSENT.value)
+        state.stamps.fill_(NO_STAMP.value)
+        state.owner.fill_(NO_OWNER.value)
+        state.free[:num_slots] = _all_slots(num_slots, state.free.device)
+        state.request_count.zero_()
+        state.words.zero_()
+        state.words[FREE.value] = num_slots
+        self.queues.counters[HELD_UNITS.value] = self.num_slots - num_slots
 
     def close(self) -> None:
         """Make a batch of what the last step asked for and of the ranges that free slots hold.
@@ -265,8 +286,7 @@ def _make_tensors(
         table=ints(entries, ABSENT.value),
         stamps=ints(ceil_div(num_slots, _SLOT_TILE) * _SLOT_TILE, NO_STAMP.value),
         owner=ints(num_slots, NO_OWNER.value),
-        # The list's end is taken first.
-        free=torch.arange(num_slots - 1, -1, -1, dtype=torch.int32, device=device),
+        free=_all_slots(num_slots, device),
         requests=ints(capacity),
         request_count=ints(1),
         request_slots=ints(capacity),
@@ -274,6 +294,11 @@ def _make_tensors(
         words=words,
         counters=ints(COUNTERS.value, dtype=torch.int64),
     )
+
+
+def _all_slots(num_slots: int, device: torch.device) -> Tensor:
+    """A list of free slots: its end is taken first."""
+    return torch.arange(num_slots - 1, -1, -1, dtype=torch.int32, device=device)
 
 
 def _make_queues(num_slabs: int, *, is_pinned: bool) -> TierQueues:

@@ -211,4 +211,4 @@ def measure_copies(device: torch.device, *, size_bytes: int = 4 << 30, repeats: 
         end.record()
         end.synchronize()
         seconds.append(begin.elapsed_time(end) / 1e3)
-    return 2 * size_bytes / median(seconds[1:])
+    return float(2 * size_bytes / median(seconds[1:]))

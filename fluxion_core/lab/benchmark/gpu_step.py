@@ -24,7 +24,6 @@ from pathlib import Path
 from statistics import median
 from typing import Annotated
 
-import numpy as np
 import torch
 from cyclopts import Parameter
 from rich.console import Console
@@ -37,16 +36,15 @@ from fluxion_core.decode.step import StepRow
 from fluxion_core.errors import ConfigError
 from fluxion_core.generation.sampling import sample_rows
 from fluxion_core.geometry import KvGeometry, WindowSpec
-from fluxion_core.kernels import _native
 from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.lab.benchmark.dense_step import DenseStep
 from fluxion_core.lab.benchmark.model_shapes import fill_sequences, random_decoder, shape_named
 from fluxion_core.lab.benchmark.random_planner import blank_state, random_planner
+from fluxion_core.lab.benchmark.read_rates import launch_read, measure_host_read, measure_uva
 from fluxion_core.lab.benchmark.recorded_plans import RecordedPlans
 from fluxion_core.lab.benchmark.replayed_policy import ReplayedPolicy
 from fluxion_core.lab.benchmark.report import describe_machine
 from fluxion_core.lab.benchmark.sampling import STEP_SAMPLING, step_samplers
-from fluxion_core.lab.benchmark.uva_rate import launch_read, measure_uva
 from fluxion_core.lab.provenance import Provenance
 from fluxion_core.machine.cpus import usable_cpus
 from fluxion_core.models.config import ModelConfig
@@ -98,10 +96,15 @@ class GpuStepOptions:
             ConfigError: a mixed batch is not lengths with + between them.
         """
         same = [(context,) * batch for context in self.contexts for batch in self.batches]
-        return same + [tuple(sorted(_lengths(text), reverse=True)) for text in self.mixed]
+        return same + [tuple(sorted(lengths_of(text), reverse=True)) for text in self.mixed]
 
 
-def _lengths(text: str) -> list[int]:
+def lengths_of(text: str) -> list[int]:
+    """Lengths with + between them.
+
+    Raises:
+        ConfigError: they are none.
+    """
     try:
         return [int(length) for length in text.split("+")]
     except ValueError:
@@ -153,12 +156,14 @@ class GpuStepFigure:
 
 
 @dataclass(frozen=True)
-class _Method:
+class StepMethod:
+    """A policy by name, recorded plans, or a step without attention to the region."""
+
     name: str
     plans: RecordedPlans | None = None
 
     def policy(self, config: ModelConfig, region: range, step: int, row: int) -> Policy:
-        """Of one row in one step."""
+        """Policy of one row in one step."""
         if self.name == STREAMING:
             levels = torch.full((config.num_layers, config.num_kv_heads), READ_NOTHING)
             budgets = torch.zeros(config.num_layers, config.num_heads)
@@ -201,7 +206,7 @@ class GpuStepBench:
         self.states = [blank_state(self.planner) for _ in self.sequences]
         seconds = time.perf_counter() - started
         self._note(f"{size / 2**30:.1f} GiB of KV written in {seconds:.1f} s")
-        self.cpu_rate = self._measure_cpu()
+        self.cpu_rate = measure_host_read(self.store)
         self.nvml = open_nvml(f"GPU-{torch.cuda.get_device_properties(self.device).uuid}")
         self.card_bytes = 0.0
         self.uva_rate = 0.0
@@ -262,14 +267,14 @@ class GpuStepBench:
         for lengths in self.options.cases:
             extra = (STREAMING, PLANNING) if lanes == "both" else ()
             for name in (*extra, *self.options.policies):
-                way = _way(name)
+                way = _method(name)
                 turns = self._time(step, slots, lengths, way)
                 figures.append(self._figure(turns, lengths, way.name, lanes))
                 self._print(figures[-1])
         return figures
 
     def _time(
-        self, step: DeviceStep, slots: Sequence[int], lengths: tuple[int, ...], way: _Method
+        self, step: DeviceStep, slots: Sequence[int], lengths: tuple[int, ...], way: StepMethod
     ) -> list[tuple[float, float, float, int, int, int, int, int, float]]:
         chosen = self.sequences[: len(lengths)]
         regions = [self.window.retrieval_region(length + 1) for length in lengths]
@@ -349,17 +354,6 @@ class GpuStepBench:
             sampling * 1e3,
         )
 
-    def _measure_cpu(self, repeats: int = 41) -> float:
-        """Bytes per second of all CPUs over the store's KV: the median, of 5 reads it differs by a
-        third from one process to the next."""
-        piece = 65_536
-        inside = np.arange(0, self.geometry.kv_bytes // piece * piece, piece)
-        slabs = range(min(self.store.num_slabs, 4 * 2**30 // self.geometry.slab_bytes))
-        starts = np.asarray([self.store.slab_address(slab) for slab in slabs])
-        pieces = np.ascontiguousarray((starts[:, None] + inside).ravel())
-        seconds = [_native.read_seconds(pieces, piece, usable_cpus()) for _ in range(repeats)]
-        return len(pieces) * piece / median(seconds)
-
     def _measure_together(self) -> tuple[float, float]:
         """Rates of the CPUs and of the GPU, each while the other reads too."""
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -367,7 +361,7 @@ class GpuStepBench:
         # Longer than the CPUs take: their rate is one beside a reading GPU throughout.
         count = sum(launch_read(self.store, 8 << 30) for _ in range(6))
         end.record()
-        cpu = self._measure_cpu(repeats=9)
+        cpu = measure_host_read(self.store, repeats=9)
         still_reading = not end.query()
         end.synchronize()
         gpu = count / begin.elapsed_time(end) * 1e3
@@ -388,11 +382,11 @@ class GpuStepBench:
         )
 
 
-def _way(name: str) -> _Method:
+def _method(name: str) -> StepMethod:
     if name.endswith(".safetensors"):
         plans = RecordedPlans.load(Path(name))
-        return _Method(f"{plans.policy}, recorded", plans)
-    return _Method(name)
+        return StepMethod(f"{plans.policy}, recorded", plans)
+    return StepMethod(name)
 
 
 def _lanes(name: str) -> Lanes:

@@ -78,12 +78,19 @@ def random_decoder(config: ModelConfig, device: torch.device) -> Decoder:
 
 
 def fill_sequences(
-    store: HostKvStore, lengths: Sequence[int], new_tokens: int, *, threads: int, seed: int = 0
+    store: HostKvStore,
+    lengths: Sequence[int],
+    new_tokens: int,
+    *,
+    threads: int,
+    seed: int = 0,
+    first_id: int = 0,
 ) -> list[SequenceKv]:
     """Sequences of these lengths whose KV is random, digests and all; no two share memory.
 
     Every piece of every layer is written as a hand-off writes it, from one random payload: the
-    bytes repeat, the memory does not.
+    bytes repeat, the memory does not. Sequences of one store must not begin with the same token:
+    they do with `first_id` and those that follow it.
     """
     geometry = store.geometry
     chunk = _CHUNK_SLABS * geometry.slab_tokens
@@ -96,7 +103,7 @@ def fill_sequences(
     for index, length in enumerate(lengths):
         if length % BLOCK_TOKENS:
             raise ConfigError(f"a synthetic sequence of {length} tokens; use multiples of 16")
-        sequence = store.reserve([index, *range(1, length)], new_tokens)
+        sequence = store.reserve([first_id + index, *range(1, length)], new_tokens)
         sequence.grow_for_prompt()
         sequences.append(sequence)
 

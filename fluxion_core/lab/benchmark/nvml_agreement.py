@@ -23,7 +23,7 @@ from fluxion_core.decode.device.pinned import RegisteredStore
 from fluxion_core.errors import ConfigError
 from fluxion_core.geometry import KvGeometry
 from fluxion_core.kvstore.store import HostKvStore
-from fluxion_core.lab.benchmark.uva_rate import launch_read
+from fluxion_core.lab.benchmark.read_rates import launch_read
 from fluxion_core.lab.machine import describe_machine
 from fluxion_core.observe.device_usage import PcieDirection
 from fluxion_core.observe.nvml import NvmlReadings, open_nvml

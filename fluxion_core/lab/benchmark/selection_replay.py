@@ -11,7 +11,9 @@ the device, which whoever runs steps sets before each.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 import numpy.typing as npt
@@ -146,37 +148,65 @@ class MarkedScores:
     """Marks in place of a step's scores; called for each layer of a graph that is captured.
 
     Args:
-        replay: whose plans the step's rows follow.
+        recordings: that steps may follow, of as many texts, steps and heads; none: scores stay.
+        config: of the shape.
         max_rows: of a step.
         device: of the step.
 
     Raises:
-        ConfigError: a head's units do not fit the numbers of the kernel.
+        ConfigError: recordings that differ, or are too large for the kernel's numbers.
     """
 
-    def __init__(self, replay: SelectionReplay, max_rows: int, device: torch.device) -> None:
-        recorded, config = replay.recorded, replay.config
-        self._shape = recorded.bits.shape
+    def __init__(
+        self,
+        recordings: Sequence[RecordedSelections],
+        config: ModelConfig,
+        max_rows: int,
+        device: torch.device,
+    ) -> None:
+        shapes = {recorded.bits.shape for recorded in recordings} or {(1, 1, 1, 1, 1, 1)}
+        if len(shapes) > 1:
+            raise ConfigError(f"recorded selections of different shapes: {sorted(shapes)}")
+        (self._shape,) = shapes
+        if prod(self._shape) >= 2**31:
+            raise ConfigError(f"recorded selections of {prod(self._shape)} B; below 2 GiB")
         self._config = config
-        self._bits = torch.from_numpy(recorded.bits).to(device)
-        self._levels = torch.from_numpy(recorded.levels).to(device)
-        self._recorded_regions = torch.from_numpy(recorded.regions).to(device)
-        self._regions = torch.zeros(max_rows, 2, dtype=torch.int32, device=device)
-        self._step = torch.zeros(1, dtype=torch.int32, device=device)
-        if self._bits.numel() >= 2**31:
-            raise ConfigError(f"recorded selections of {self._bits.numel()} B; up to 2 GiB")
+        texts, steps, layers, kv_heads = self._shape[:4]
 
-    def begin_rows(self, regions: list[range]) -> None:
-        """Say how long rows' regions are, in tokens, until the next call; waits for the device."""
+        def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self._bits = zeros(*self._shape, dtype=torch.uint8)
+        self._levels = zeros(texts, steps, layers, kv_heads, dtype=torch.int8)
+        self._recorded_regions = zeros(texts, steps, 2, dtype=torch.int32)
+        self._regions = zeros(max_rows, 2, dtype=torch.int32)
+        self._step = zeros(1, dtype=torch.int32)
+        self._is_followed = False
+        self.begin_step(0)
+
+    def follow(self, replay: SelectionReplay | None, regions: Sequence[range]) -> None:
+        """Say what the next steps' rows follow; waits for the device.
+
+        Args:
+            replay: of one of the recordings; None: their scores stay.
+            regions: of each row, in tokens.
+        """
+        self._is_followed = replay is not None
+        if replay is not None:
+            self._bits.copy_(torch.from_numpy(replay.recorded.bits))
+            self._levels.copy_(torch.from_numpy(replay.recorded.levels))
+            self._recorded_regions.copy_(torch.from_numpy(replay.recorded.regions))
         units = [[region.start // BLOCK_TOKENS, region.stop // BLOCK_TOKENS] for region in regions]
         self._regions.zero_()
         self._regions[: len(units)] = torch.tensor(units, dtype=torch.int32)
-        self._synchronize()
+        self.begin_step(0)
 
     def begin_step(self, step: int) -> None:
         """Say which step comes next, as `SelectionReplay.policy` was told; waits for the device."""
-        self._step.fill_(step)
-        self._synchronize()
+        self._step.fill_(step if self._is_followed else -1)
+        # Steps run on a stream of their own.
+        if self._step.is_cuda:
+            torch.cuda.synchronize(self._step.device)
 
     def __call__(self, layer: int, scores: Tensor, step: Tensor) -> None:
         """Overwrite a layer's scores.
@@ -210,8 +240,3 @@ class MarkedScores:
             TILE=_TILE,
             num_warps=4,
         )
-
-    def _synchronize(self) -> None:
-        # Steps run on a stream of their own.
-        if self._step.is_cuda:
-            torch.cuda.synchronize(self._step.device)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fluxion_core.decode.device.pinned import RegisteredStore
 from fluxion_core.decode.device.tier import DeviceTier, TierState
-from fluxion_core.errors import CapacityError, FluxionError
+from fluxion_core.errors import CapacityError, FluxionError, ShapeError
 from fluxion_core.geometry import BLOCK_TOKENS, KvGeometry, WindowSpec, ceil_div
 from fluxion_core.kernels.tier import constants, upkeep
 from fluxion_core.kvstore.sequence import SequenceKv
@@ -497,3 +497,38 @@ def test_a_tier_holds_at_least_one_unit_and_at_most_the_store() -> None:
     with pytest.raises(CapacityError, match="device_kv_bytes"):
         DeviceTier(store, GEOMETRY.block_bytes - 1, step, None)
     assert DeviceTier(store, 1 << 30, step, None).num_slots == store.num_slabs * SLAB_UNITS
+
+
+def test_a_tier_that_begins_anew_holds_nothing_and_takes_no_more_than_it_is_told(worlds) -> None:
+    world = worlds(num_slabs=8, num_slots=64, seed=4)
+    tier, unit = world.tier, GEOMETRY.block_bytes
+
+    def steps(number: int) -> list[int]:
+        for _ in range(number):
+            resident, _ = run_step(world, world.running[0].units())
+        tier.before_step()
+        settle()
+        return resident
+
+    world.come(0, [1] * 480)
+    units = world.running[0].units()
+    assert 20 < len(units) < 64
+    assert steps(16) == units
+    with pytest.raises(FluxionError, match="without sequences"):
+        tier.restart(20 * unit)
+    world.go(0, keep=True)
+    for wrong in (65, 7):
+        with pytest.raises(ShapeError, match="slots"):
+            tier.restart(wrong * unit)
+    tier.restart(20 * unit)
+    assert (tier.table == ABSENT).all()
+    assert (tier.statistics().capacity_bytes, tier.statistics().held_bytes) == (20 * unit, 0)
+    world.come(0, [1] * 480)
+    assert 0 < len(steps(16)) <= 20
+    assert tier.statistics().held_bytes == 20 * unit
+    assert int((tier.table >= 0).sum()) == 20
+    assert int(tier.table.max()) < 20
+    world.go(0, keep=True)
+    tier.restart(64 * unit)
+    world.come(0, [1] * 480)
+    assert steps(16) == units

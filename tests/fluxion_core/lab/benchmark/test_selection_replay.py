@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from fluxion_core.errors import ConfigError
 from fluxion_core.geometry import ceil_div
 from fluxion_core.lab.benchmark.model_shapes import LLAMA_8B
 from fluxion_core.lab.benchmark.recorded_selections import RecordedSelections
@@ -23,6 +24,7 @@ from fluxion_core.planning.constants import READ_ALL, READ_NOTHING
 TEXTS, STEPS, LAYERS, KV_HEADS, GROUP = 2, 9, 3, 2, 3
 SHAPE = replace(LLAMA_8B, num_layers=4, num_heads=8, num_kv_heads=4)
 UNTOUCHED = -7.0
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -77,18 +79,17 @@ def test_marks_are_the_recorded_blocks_and_budgets_count_them(
     recorded: RecordedSelections, region: range, step: int
 ):
     replay = SelectionReplay(recorded, SHAPE)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    scores = MarkedScores(replay, 4, device)
-    regions = [region, range(64, 400), region]
-    scores.begin_rows(regions)
+    scores = MarkedScores([recorded], SHAPE, 3, DEVICE)
+    regions = [region, range(64, 400)]
+    scores.follow(replay, regions)
     scores.begin_step(step)
     policies = [replay.policy(of_row, step, row) for row, of_row in enumerate(regions)]
-    number = torch.ones(1, dtype=torch.int32, device=device)
+    number = torch.ones(1, dtype=torch.int32, device=DEVICE)
     seen = set()
     for layer in range(SHAPE.num_layers):
-        marks = torch.full((4, SHAPE.num_heads, 320), UNTOUCHED, device=device)
+        marks = torch.full((3, SHAPE.num_heads, 320), UNTOUCHED, device=DEVICE)
         scores(layer, marks, number)
-        assert (marks[3] == UNTOUCHED).all()  # padding
+        assert (marks[2] == UNTOUCHED).all()  # padding
         for row, of_row in enumerate(regions):
             for head in range(SHAPE.num_heads):
                 level, expected = expected_marks(recorded, of_row, step, row, layer, head)
@@ -100,6 +101,21 @@ def test_marks_are_the_recorded_blocks_and_budgets_count_them(
                 assert (own[len(expected) :] == UNTOUCHED).all()
     assert READ_NOTHING in seen
     assert len(seen) > 2
+
+
+def test_scores_stay_where_nothing_is_followed(recorded: RecordedSelections):
+    scores = MarkedScores([recorded], SHAPE, 1, DEVICE)
+    scores.follow(None, [range(64, 1008)])
+    scores.begin_step(3)
+    marks = torch.full((1, SHAPE.num_heads, 64), UNTOUCHED, device=DEVICE)
+    scores(0, marks, torch.ones(1, dtype=torch.int32, device=DEVICE))
+    assert (marks == UNTOUCHED).all()
+
+
+def test_recordings_of_different_shapes_are_refused(recorded: RecordedSelections):
+    other = replace(recorded, bits=recorded.bits[:, :3])
+    with pytest.raises(ConfigError, match="different shapes"):
+        MarkedScores([recorded, other], SHAPE, 1, DEVICE)
 
 
 def test_a_recording_is_gone_through_forwards_and_backwards():
