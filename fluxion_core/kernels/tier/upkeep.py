@@ -183,9 +183,8 @@ def _threshold(histogram_ptr, wanted):
     """The bin in which the `wanted`-th highest is, and how many of that bin are wanted."""
     bins = tl.arange(0, BINS)
     counts = tl.load(histogram_ptr + bins)
-    from_bin = tl.cumsum(counts, 0, reverse=True)
-    above = from_bin - counts
-    is_it = (from_bin >= wanted) & (above < wanted)
+    above = tl.sum(counts) - tl.cumsum(counts)
+    is_it = (above < wanted) & (above + counts >= wanted)
     threshold = tl.sum(tl.where(is_it, bins, 0))
     return threshold, wanted - tl.sum(tl.where(is_it, above, 0))
 
