@@ -86,7 +86,7 @@ def _deal(
     """Group of this program, units of its list, its place of how many that share the list.
 
     Programs are dealt out by the tiles of the lists, at least one to each group; those that are
-    left get a group that there is not.
+    left get a group that does not exist.
     """
     index = tl.arange(0, GROUPS)
     is_group = index < groups
@@ -187,8 +187,8 @@ class ResidentAttention:
     num_kv_heads: int
     head_dim: int
     programs: int = 512
-    """Of a launch, dealt out to lists by their lengths: four to a processor of an H200, which holds
-    six. More if there are more than half as many lists."""
+    """That share the lists of a launch by their lengths, beside one for each: four to a processor
+    of an H200, which holds six."""
     stages: int = 3
     """Tiles of a program: one less is on its way or being multiplied."""
     tile_bytes: int = 16 << 10
@@ -210,12 +210,12 @@ class ResidentAttention:
 
     def num_programs(self, rows: int) -> int:
         """Programs of a launch for so many rows."""
-        return max(self.programs, 2 * rows * self.num_kv_heads)
+        return self.programs + rows * self.num_kv_heads
 
     def num_splits(self, rows: int) -> int:
         """Partial states of a head, at most, in a step of so many rows; a power of two."""
-        share = self.num_programs(rows) // (rows * self.num_kv_heads)
-        return min(MAX_SPLITS, _LONGEST << (share.bit_length() - 1))
+        even = max(1, self.programs // (rows * self.num_kv_heads))
+        return min(MAX_SPLITS, _LONGEST << (even.bit_length() - 1))
 
     def make_states(self, rows: int, device: torch.device) -> ResidentStates:
         """Room for the states of `rows` rows."""
