@@ -4,11 +4,11 @@
     --lists even,uneven --programs 384,512,768 --stages 2,3,4 --tiles 8,16,32 --json out.json
 
 Lists are of random slots, spread over the whole tier, each head reads each of its group's units.
-Even lists have `units` each; of uneven ones each is half as long as the one before, and all have
-as many as even ones together, as far as the longest may have. Each figure is the median of
-launches of a CUDA graph, in which every launch of the kernel has lists of its own, so that none
-finds its units in the L2; per launch of the kernel. Beside it are the end of a layer of which
-nothing misses, and torch's attention over contiguous KV of as many tokens.
+Even lists have `units` each; of uneven ones the first has up to four times as many, and each half
+as many as the one before. A figure is the median of launches of a CUDA graph, for one launch of
+the kernel; each launch in a graph has lists of its own, so that none finds its units in the L2.
+Beside it are the end of a layer of which nothing misses, and torch's attention over contiguous KV
+of as many tokens, which is the same each time: what fits into the L2 comes from there.
 """
 
 from __future__ import annotations
