@@ -9,6 +9,8 @@ from fluxion_core.kernels.system_memory import INTERPRETED
 
 MIN_ROWS = 8
 """Rows of float32 at least; twice as many of bfloat16 fill a tensor core's 16."""
+MIN_PAIR_ROWS = 4
+"""Likewise for products with pairs of columns: four times as many fill it."""
 
 if INTERPRETED:
 
@@ -17,7 +19,39 @@ if INTERPRETED:
         # The interpreter multiplies bfloat16 as the integers that it keeps them in.
         return tl.dot(rows, tile.to(tl.float32), input_precision="ieee")
 
+    def float32_pair_dot(first_rows, second_rows, tile):
+        """[rows, k] float32 times the even, and times the odd columns of [k, 2 * columns] bfloat16.
+
+        The sum of both, [rows, columns] float32.
+        """
+        first, second = tl.split(tile.to(tl.float32).reshape(tile.shape[0], tile.shape[1] // 2, 2))
+        product = tl.dot(first_rows, first, input_precision="ieee")
+        return product + tl.dot(second_rows, second, input_precision="ieee")
+
 else:
+
+    @triton.jit
+    def _halves(rows):
+        """Two bfloat16 rows for each of float32: together within 2^-17 of it."""
+        high = rows.to(tl.bfloat16)
+        low = (rows - high.to(tl.float32)).to(tl.bfloat16)
+        return tl.join(high, low).permute(2, 0, 1).reshape(2 * rows.shape[0], rows.shape[1])
+
+    @triton.jit
+    def float32_pair_dot(first_rows, second_rows, tile):
+        """[rows, k] float32 times the even, and times the odd columns of [k, 2 * columns] bfloat16.
+
+        The sum of both, [rows, columns] float32. One product of all rows with the tile as it lies
+        in memory, in which half of the numbers are of no use: four rows each fill a tensor core.
+        """
+        rows = tl.join(_halves(first_rows), _halves(second_rows)).permute(2, 0, 1)
+        rows = rows.reshape(4 * first_rows.shape[0], first_rows.shape[1])
+        product = tl.dot(rows, tile, out_dtype=tl.float32)
+        product = product.reshape(2, 2 * first_rows.shape[0], tile.shape[1] // 2, 2)
+        which = tl.arange(0, 2)
+        is_of_use = which[:, None, None, None] == which[None, None, None, :]
+        product = tl.sum(tl.sum(tl.where(is_of_use, product, 0.0), axis=3), axis=0)
+        return tl.sum(product.reshape(2, first_rows.shape[0], tile.shape[1] // 2), axis=0)
 
     @triton.jit
     def float32_dot(rows, tile):
@@ -26,8 +60,5 @@ else:
         A float32 is the sum of two bfloat16 to within 2^-17 of itself, and their products with a
         bfloat16 are exact: both halves are rows of one product, and are added after it.
         """
-        high = rows.to(tl.bfloat16)
-        low = (rows - high.to(tl.float32)).to(tl.bfloat16)
-        halves = tl.join(high, low).permute(2, 0, 1).reshape(2 * rows.shape[0], rows.shape[1])
-        product = tl.dot(halves, tile, out_dtype=tl.float32)
+        product = tl.dot(_halves(rows), tile, out_dtype=tl.float32)
         return tl.sum(product.reshape(2, rows.shape[0], tile.shape[1]), axis=0)

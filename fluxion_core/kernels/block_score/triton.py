@@ -28,8 +28,8 @@ from fluxion_core.kernels.tile_products import float32_dot
 
 
 @triton.jit
-def _reach(weights, radius):
-    """What lows and highs are multiplied with, for a query's channels."""
+def bound_weights(weights, radius):
+    """Factors of lows and of highs in a score, for a query's channels."""
     reach = radius * tl.abs(weights)
     return (weights - reach) * 0.5, (weights + reach) * 0.5
 
@@ -48,7 +48,7 @@ def score_tile(at, inside, query, radius, HEAD_DIM: tl.constexpr, WIDTH: tl.cons
     pairs = pairs.permute(1, 0, 2).reshape(HEAD_DIM, at.shape[0] * WIDTH)
     low = pairs.to(tl.int16).to(tl.bfloat16, bitcast=True)
     high = (pairs >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
-    for_low, for_high = _reach(query, radius)
+    for_low, for_high = bound_weights(query, radius)
     return float32_dot(for_low, low) + float32_dot(for_high, high)
 
 
@@ -57,7 +57,7 @@ def _span_half(header, query, bytes_low, bytes_high, radius):
     """Score terms of one channel of each pair: [rows, records, channel pairs, width]."""
     step = (header & -65536).to(tl.float32, bitcast=True)
     weights = query[:, None, :] * step[None, :, :]
-    for_low, for_high = _reach(weights, radius)
+    for_low, for_high = bound_weights(weights, radius)
     return (
         for_low[:, :, :, None] * bytes_low.to(tl.float32)[None, :, :, :]
         + for_high[:, :, :, None] * bytes_high.to(tl.float32)[None, :, :, :]

@@ -32,12 +32,18 @@ def mark_top(scores_ptr, marks_ptr, num_blocks, budget, BLOCKS: tl.constexpr):
     two bits a pass, until as many are left as are wanted. The bits are counted from the lowest
     score, so that those in which no two differ cost nothing.
 
+    Args:
+        scores_ptr: [num_blocks] float32, and room up to a multiple of 16; aligned for vectors.
+        marks_ptr: takes [num_blocks] int8, and zeros up to a multiple of 16.
+
     Returns:
         [BLOCKS] int32: 1 or 0; 0 beyond num_blocks.
     """
     block = tl.arange(0, BLOCKS)
     is_block = block < num_blocks
-    scores = tl.load(scores_ptr + block, mask=is_block, other=0.0)
+    # Whole vectors: a row has room for them.
+    is_read = block < (num_blocks + 15) // 16 * 16
+    scores = tl.load(scores_ptr + block, mask=is_read, other=0.0)
     bits = tl.where(scores == 0.0, 0.0, scores).to(tl.int32, bitcast=True)
     # In the order of the scores, as signed integers.
     ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
@@ -46,19 +52,18 @@ def mark_top(scores_ptr, marks_ptr, num_blocks, budget, BLOCKS: tl.constexpr):
     # From the lowest on, as unsigned ones. What is no block is never counted: no threshold is 0.
     ordered = tl.where(is_block, ordered - lowest, 0).to(tl.uint32, bitcast=True)
     budget = tl.minimum(budget, num_blocks)
-    threshold = budget.to(tl.int64) * 0
+    threshold = tl.zeros([], tl.uint32)
     at_least = num_blocks
     # The power of two of the widest difference, or one more; the float's exponent has it.
     difference = tl.maximum(highest.to(tl.int64) - lowest.to(tl.int64), 0).to(tl.float32)
     shift = ((difference.to(tl.int32, bitcast=True) >> 23) - 127) // 2 * 2
     shift = tl.where((budget > 0) & (difference > 0), tl.minimum(shift, 30), -1)
     while (shift >= 0) & (at_least != budget):
-        one = threshold + (tl.cast(1, tl.int64) << shift)
-        two = threshold + (tl.cast(2, tl.int64) << shift)
-        three = threshold + (tl.cast(3, tl.int64) << shift)
-        counts = (ordered >= one.to(tl.uint32)).to(tl.int64)
-        counts += (ordered >= two.to(tl.uint32)).to(tl.int64) << COUNT_BITS
-        counts += (ordered >= three.to(tl.uint32)).to(tl.int64) << COUNT_BITS << COUNT_BITS
+        part = tl.cast(1, tl.uint32) << shift.to(tl.uint32)
+        one, two, three = threshold + part, threshold + 2 * part, threshold + 3 * part
+        counts = (ordered >= one).to(tl.int64)
+        counts += (ordered >= two).to(tl.int64) << COUNT_BITS
+        counts += (ordered >= three).to(tl.int64) << COUNT_BITS << COUNT_BITS
         total = tl.sum(counts)
         from_one = (total & COUNT_MASK).to(tl.int32)
         from_two = ((total >> COUNT_BITS) & COUNT_MASK).to(tl.int32)
@@ -70,7 +75,6 @@ def mark_top(scores_ptr, marks_ptr, num_blocks, budget, BLOCKS: tl.constexpr):
         at_least = tl.where(from_three >= budget, from_three, at_least)
         threshold = tl.where(from_three >= budget, three, threshold)
         shift -= 2
-    threshold = threshold.to(tl.uint32)
     is_wanted = block < tl.where(budget > 0, num_blocks, 0)
     chosen = ((ordered >= threshold) & is_wanted).to(tl.int32)
     # Only if all bits are settled and equals are left are there any to leave out, the last of them.
@@ -79,7 +83,7 @@ def mark_top(scores_ptr, marks_ptr, num_blocks, budget, BLOCKS: tl.constexpr):
         before = tl.cumsum(is_equal) - is_equal
         is_last = before >= budget - (at_least - tl.sum(is_equal))
         chosen = tl.where((is_equal != 0) & is_last, 0, chosen)
-    tl.store(marks_ptr + block, chosen.to(tl.int8), mask=is_block)
+    tl.store(marks_ptr + block, chosen.to(tl.int8), mask=is_read)
     return chosen
 
 

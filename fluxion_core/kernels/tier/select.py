@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fluxion_core.kernels.block_score.triton import score_span, score_tile
+from fluxion_core.kernels.block_score.triton import bound_weights, score_span
 from fluxion_core.kernels.block_topk.triton import mark_top
 from fluxion_core.kernels.head_plan.constants import READ_ALL, READ_NOTHING
 from fluxion_core.kernels.system_memory import store_flag, typed_pointer
@@ -31,6 +31,7 @@ from fluxion_core.kernels.tier.constants import (
     SELECTED,
     SLAB_TABLE,
 )
+from fluxion_core.kernels.tile_products import float32_pair_dot
 
 
 @triton.jit
@@ -67,10 +68,29 @@ def list_row_slabs(
 @triton.jit
 def _touched(words, level):
     """The first block of the level that touches the row's region, and how many do."""
-    size = tl.cast(16, tl.int64) << level
-    first = tl.load(words + REGION_BEGIN) // size
-    end = (tl.load(words + REGION_END) + size - 1) // size
-    return first.to(tl.int32), (end - first).to(tl.int32)
+    begin = (tl.load(words + REGION_BEGIN) // 16).to(tl.int32)
+    end = (tl.load(words + REGION_END) // 16).to(tl.int32)
+    first = begin >> level
+    return first, ((end + (1 << level) - 1) >> level) - first
+
+
+@triton.jit
+def _score_pairs(slabs_ptr, records, first, end, low_weights, high_weights,
+                 HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, SLAB_RECORDS: tl.constexpr,
+                 TILE_BLOCKS: tl.constexpr, COPY_BYTES: tl.constexpr):  # fmt: skip
+    """[rows, TILE_BLOCKS] scores from records of 16 bits: low and high of a block are neighbours.
+
+    Beyond the last record it is read again.
+    """
+    RUN: tl.constexpr = 2 * WIDTH
+    record = tl.minimum(first + tl.arange(0, TILE_BLOCKS // WIDTH), end - 1)
+    slab = tl.load(slabs_ptr + record // SLAB_RECORDS).to(tl.int64)
+    at = records + slab * COPY_BYTES + (record % SLAB_RECORDS) * (HEAD_DIM * RUN * 2)
+    at = (at[:, None] + tl.arange(0, RUN)[None, :] * 2).reshape(2 * TILE_BLOCKS)
+    pair_ptr = at.to(tl.pointer_type(tl.bfloat16))[None, :] + tl.arange(0, HEAD_DIM)[:, None] * RUN
+    # Triton cannot tell from an address that runs of channels are aligned.
+    pair_ptr = tl.max_contiguous(tl.multiple_of(pair_ptr, (1, min(16, 2 * RUN))), (1, RUN))
+    return float32_pair_dot(low_weights, high_weights, tl.load(pair_ptr))
 
 
 @triton.jit
@@ -103,6 +123,7 @@ def _score_level(
     if (begin < end_record) & (num_blocks > 0):
         member = tl.arange(0, GROUP_ROWS)
         is_member = (member < GROUP)[:, None]
+        radius = tl.load(words + RADIUS + LEVEL).to(tl.int32).to(tl.float32, bitcast=True)
         row_ptr = query_ptr + member[:, None] * HEAD_DIM
         if DIGEST_BITS == 8:
             pair_ptr = row_ptr + tl.arange(0, HEAD_DIM // 2)[None, :] * 2
@@ -110,16 +131,20 @@ def _score_level(
             odd_query = tl.load(pair_ptr + 1, mask=is_member, other=0.0)
         else:
             query = tl.load(row_ptr + tl.arange(0, HEAD_DIM)[None, :], mask=is_member, other=0.0)
-        radius = tl.load(words + RADIUS + LEVEL).to(tl.int32).to(tl.float32, bitcast=True)
+            for_low, for_high = bound_weights(query, radius)
         for first in range(begin, end_record, tl.num_programs(1) * RECORDS):
-            record = first + tl.arange(0, RECORDS)
-            inside = record < end_record
-            slab = tl.load(slabs_ptr + record // SLAB_RECORDS, mask=inside, other=0).to(tl.int64)
-            at = records + slab * COPY_BYTES + (record % SLAB_RECORDS) * RECORD_BYTES
             if DIGEST_BITS == 8:
+                record = first + tl.arange(0, RECORDS)
+                inside = record < end_record
+                slab = tl.load(slabs_ptr + record // SLAB_RECORDS, mask=inside, other=0)
+                at = records + slab.to(tl.int64) * COPY_BYTES
+                at += (record % SLAB_RECORDS) * RECORD_BYTES
                 scores = score_span(at, inside, query, odd_query, radius, HEAD_DIM, WIDTH)
             else:
-                scores = score_tile(at, inside, query, radius, HEAD_DIM, WIDTH)
+                # fmt: off
+                scores = _score_pairs(slabs_ptr, records, first, end_record, for_low, for_high,
+                                      HEAD_DIM, WIDTH, SLAB_RECORDS, TILE_BLOCKS, COPY_BYTES)
+                # fmt: on
             block = first * WIDTH - first_block + tl.arange(0, TILE_BLOCKS)
             is_scored = (block >= 0) & (block < num_blocks)
             tl.store(
@@ -340,12 +365,12 @@ def split_groups(
     begin = (tl.load(words + REGION_BEGIN) // 16).to(tl.int32)
     end = (tl.load(words + REGION_END) // 16).to(tl.int32)
     end = tl.where(level == READ_NOTHING, begin, end)
+    everything = tl.where(level < 0, (1 << GROUP) - 1, 0)
     end_scored = tl.where(level < 0, begin, end)
-    end_unscored = tl.where(level < 0, end, begin)
     shift = tl.maximum(level, 0)
-    first_block = begin >> shift
     slabs_ptr += row * max_slabs
-    marks_ptr += group * (GROUP * stride)
+    # Of the first block that touches the region.
+    marks_ptr += group * (GROUP * stride) - (begin >> shift)
     of_group = group * stride
     place_in_slab = (layer * KV_HEADS + (group % KV_HEADS).to(tl.int32)) * SLAB_BLOCKS
     is_asking = tl.load(accepts_ptr) != 0
@@ -354,14 +379,13 @@ def split_groups(
     for first in range(begin, end, TILE):
         unit = first + tl.arange(0, TILE)
         inside = unit < end
-        heads = tl.where(unit < end_unscored, (1 << GROUP) - 1, 0)
-        mark_ptr = marks_ptr + (unit >> shift) - first_block
-        for head in tl.static_range(GROUP):
-            mark = tl.load(mark_ptr + head * stride, mask=unit < end_scored, other=0)
-            heads |= mark.to(tl.int32) << head
         slab = tl.load(slabs_ptr + unit // SLAB_BLOCKS, mask=inside, other=0)
         block = slab * SLAB_KV_BLOCKS + place_in_slab + unit % SLAB_BLOCKS
         slot = tl.load(table_ptr + block, mask=inside, other=ABSENT)
+        heads = tl.where(inside, everything, 0)
+        for head in tl.static_range(GROUP):
+            mark_ptr = marks_ptr + head * stride + (unit >> shift)
+            heads |= tl.load(mark_ptr, mask=unit < end_scored, other=0).to(tl.int32) << head
         is_resident = (heads != 0) & (slot >= 0)
         is_missing = (heads != 0) & (slot < 0)
         # Two lists by one prefix sum.

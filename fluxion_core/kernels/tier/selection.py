@@ -21,14 +21,16 @@ from fluxion_core.kernels.tier.select import (
     score_groups,
     split_groups,
 )
-from fluxion_core.kernels.tile_products import MIN_ROWS
+from fluxion_core.kernels.tile_products import MIN_PAIR_ROWS
 
 _TILE_SLABS = 128
 _TILE_BLOCKS = {16: 32, 8: 16}
 """Blocks that a program scores at a time, by bits of their digests: as registers allow."""
 _LEAST_CHOICE = 512
 """Blocks that the top-k has registers for at least."""
-_TILE_UNITS = 2048
+_MANY_IN_FEW_REGISTERS = 8192
+"""Blocks of which a thread of the top-k holds 16 scores."""
+_TILE_UNITS = 4096
 """Units that a program looks up at a time."""
 
 
@@ -97,8 +99,9 @@ class GroupSelection:
         max_region_tokens: of what is selected from.
         max_slabs: of a sequence.
         digests: copies of those of all slabs, on the device.
-        scoring_programs: programs that score a layer, about: some for each multiprocessor, so that
-            enough reads are in flight.
+        scoring_programs: programs that score a layer, at most, unless it has more groups: as many
+            as run at a time, so that none is left for a second round. Eight find room on each of an
+            H200's 132 multiprocessors.
 
     Raises:
         ShapeError: no kernel takes these shapes.
@@ -236,8 +239,8 @@ class GroupSelection:
         groups = len(rows) * geometry.num_kv_heads
         tiles = ceil_div(self.stride, tile_blocks) + 1
         # A dot product has so many rows at least; 8 bits are multiplied without.
-        least_rows = MIN_ROWS if geometry.digest_bits == 16 else 1
-        score_groups[(groups, min(tiles, ceil_div(self.scoring_programs, groups)))](
+        least_rows = MIN_PAIR_ROWS if geometry.digest_bits == 16 else 1
+        score_groups[(groups, max(1, min(tiles, self.scoring_programs // groups)))](
             rows,
             scratch.slabs,
             levels,
@@ -288,6 +291,8 @@ class GroupSelection:
             SOME=max(_LEAST_CHOICE, many // 4),
             MANY=many,
             num_warps=16,
+            # So that three programs share a multiprocessor, where the scores leave room for that.
+            maxnreg=40 if many <= _MANY_IN_FEW_REGISTERS else None,
         )
 
     def _split(
@@ -327,5 +332,5 @@ class GroupSelection:
             SLAB_BLOCKS=geometry.slab_blocks,
             SLAB_KV_BLOCKS=geometry.kv_bytes // geometry.block_bytes,
             TILE=min(_TILE_UNITS, triton.next_power_of_2(self.stride)),
-            num_warps=16,
+            num_warps=32,
         )
