@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from fluxion_core.decode.device.pinned import pinned
@@ -11,6 +13,17 @@ from fluxion_core.kernels.isa import native_layout
 
 STUCK_NS = 10_000_000_000
 """A hand-over that takes longer than this is a fault: the step ends with an error."""
+
+HostListArrays = tuple[
+    npt.NDArray[np.int32],
+    npt.NDArray[np.int32],
+    npt.NDArray[np.int32],
+    npt.NDArray[np.int32],
+    int,
+    int,
+]
+"""Pinned: flags and counts, both [layers, capacity, kv_heads], units and masks, both [capacity,
+kv_heads, stride]; and where the same units and masks are on the device."""
 
 
 class Board:
@@ -62,9 +75,20 @@ class Board:
         )
 
     def native_driver(
-        self, geometry: KvGeometry, num_heads: int, timeout_ns: int
+        self,
+        geometry: KvGeometry,
+        num_heads: int,
+        timeout_ns: int,
+        lists: HostListArrays | None,
     ) -> _native.StepDriver:
-        """The host's side of this board, whose pinned memory it keeps."""
+        """The host's side of this board, whose pinned memory it keeps.
+
+        Args:
+            geometry: of the store.
+            num_heads: query heads of the model.
+            timeout_ns: how long the host waits for the device at most.
+            lists: of what the device selects and lacks; None where the host selects.
+        """
         return _native.StepDriver(
             native_layout(geometry),
             num_heads,
@@ -79,4 +103,5 @@ class Board:
             self.plan_levels.numpy(),
             self.plan_budgets.numpy(),
             timeout_ns,
+            tier=lists,
         )

@@ -2,6 +2,8 @@
 
 In each layer a graph publishes queries, keys and values on the board, attends to the windows, makes
 plans if there are any to make, waits for the host's flag, and merges what the host attended to.
+Where the device selects, it does so behind the plans, attends to what is resident, and waits only
+if something is missing (selection.py).
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from torch import Tensor
 from fluxion_core.decode.device.board import STUCK_NS, Board
 from fluxion_core.decode.device.graph import StepGraph
 from fluxion_core.decode.device.planner import DevicePlanner, LayerPlans
+from fluxion_core.decode.device.selection import DeviceSelection, SelectedLayers
 from fluxion_core.decode.device.windows import DeviceWindows
 from fluxion_core.geometry import KvGeometry, WindowSpec
 from fluxion_core.kernels.dense_attention.triton import WindowAttention
@@ -31,6 +34,8 @@ class StepGraphs:
         window: which tokens every head always attends to.
         attention: over the windows.
         planner: makes plans; None where the host makes them all.
+        selection: selects what is read; None where the host does.
+        step_number: [1] int32 on the device; goes up by one a launch.
         max_rows: sequences of a step.
         stream: to capture on, and to launch on.
     """
@@ -43,15 +48,18 @@ class StepGraphs:
         window: WindowSpec,
         attention: WindowAttention,
         planner: DevicePlanner | None,
+        selection: DeviceSelection | None,
         *,
+        step_number: Tensor,
         max_rows: int,
         stream: torch.cuda.Stream,
     ) -> None:
         self._decoder, self._planner, self._stream = decoder, planner, stream
+        self._selection = selection
         self._geometry = windows.geometry
         self.board, self.windows = board, windows
         self.window, self.attention = window, attention
-        self.step_number = torch.zeros(1, dtype=torch.int32, device=decoder.embedding.device)
+        self.step_number = step_number
         """On the device: goes up by one a launch."""
         sizes = sorted({min(1 << power, max_rows) for power in range(max_rows.bit_length() + 1)})
         ways = (False, True) if planner is not None else (False,)
@@ -84,9 +92,15 @@ class StepGraphs:
         board, device = self.board, self.step_number.device
         words = torch.zeros(2, size, dtype=torch.int64, device=device)
         ints = torch.zeros(2, size, dtype=torch.int32, device=device)
-        planner = self._planner.new_layers(size) if self._planner and plans else None
-        port = _GraphAttention(
-            self, self._geometry, size, slots=ints[0], lengths=ints[1], planner=planner
+        selected = self._selection.new_layers(size) if self._selection else None
+        planner = None
+        if self._planner and plans:
+            planner = self._planner.new_layers(size, device_tells=selected is not None)
+        rows = ints[0], ints[1]
+        port: _GraphAttention = (
+            _GraphAttention(self, self._geometry, size, rows, planner)
+            if selected is None
+            else _SelectedAttention(self, self._geometry, size, rows, planner, selected)
         )
 
         @torch.inference_mode()
@@ -95,32 +109,42 @@ class StepGraphs:
                 words[index].copy_(board.input_words[index, :size], non_blocking=True)
                 ints[index].copy_(board.input_rows[index, :size], non_blocking=True)
             self.step_number.add_(1)
+            if selected is not None:
+                selected.begin()
             if planner is not None:
                 planner.begin()
             hidden = self._decoder(words[0], words[1], port)
             board.logits[:size].copy_(self._decoder.logits(hidden), non_blocking=True)
             board.stamps.copy_(port.stamps, non_blocking=True)
+            if selected is not None:
+                selected.end()
 
         return StepGraph(body, self._stream)
 
 
 class _GraphAttention:
-    """Attention port that only launches: everything the kernels read is where it always is."""
+    """Attention port that only launches: everything the kernels read is where it always is.
+
+    Args:
+        graphs: whose board and windows are used.
+        geometry: of the store.
+        size: rows.
+        rows: window slots, and lengths with the new token, both [rows] int32 on the device.
+        planner: makes plans for some of the rows.
+    """
 
     def __init__(
         self,
         graphs: StepGraphs,
         geometry: KvGeometry,
         size: int,
-        *,
-        slots: Tensor,
-        lengths: Tensor,
+        rows: tuple[Tensor, Tensor],
         planner: LayerPlans | None,
     ) -> None:
-        device = slots.device
         self._graphs, self._size = graphs, size
-        self._slots, self._lengths = slots, lengths
+        self._slots, self._lengths = rows
         self._planner = planner
+        device = self._slots.device
         self._attention = graphs.attention
         self._handover = Handover(
             graphs.window,
@@ -135,7 +159,7 @@ class _GraphAttention:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attend in one layer; see AttentionPort: only launches."""
-        graphs, board, size = self._graphs, self._graphs.board, self._size
+        graphs, board = self._graphs, self._graphs.board
         window_key, window_value = graphs.windows.key(layer), graphs.windows.value(layer)
         self._handover.publish(
             query,
@@ -155,19 +179,38 @@ class _GraphAttention:
             query, window_key, window_value, self._slots, self._lengths, self._states
         )
         if self._planner is not None:
-            self._planner.launch(
-                layer,
-                self._slots,
-                self._lengths,
-                board.device_queries[:size],
-                window_key,
-                self._states,
-                board.plan_levels[layer],
-                board.plan_budgets[layer],
-                board.planned[layer],
-                graphs.step_number,
-            )
-        output = torch.empty(size, *query.shape[1:], dtype=query.dtype, device=query.device)
+            self._plan(layer, self._planner, window_key)
+        self._select(layer)
+        output = torch.empty(self._size, *query.shape[1:], dtype=query.dtype, device=query.device)
+        self._await_and_merge(layer, output)
+        return output
+
+    def _plan(self, layer: int, planner: LayerPlans, window_key: Tensor) -> None:
+        board = self._graphs.board
+        planner.launch(
+            layer,
+            self._slots,
+            self._lengths,
+            board.device_queries[: self._size],
+            window_key,
+            self._states,
+            board.plan_levels[layer],
+            board.plan_budgets[layer],
+            board.planned[layer],
+            self._graphs.step_number,
+            kept=self._kept_plans(layer),
+        )
+
+    def _kept_plans(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """Where the device keeps a layer's plans for itself."""
+        del layer
+        return None
+
+    def _select(self, layer: int) -> None:
+        """The host selects."""
+
+    def _await_and_merge(self, layer: int, output: Tensor) -> None:
+        board = self._graphs.board
         self._handover.await_and_merge(
             self._states.output,
             self._states.lse,
@@ -175,7 +218,7 @@ class _GraphAttention:
             board.lse,
             board.answered[layer : layer + 1],
             board.skip[layer : layer + 1],
-            graphs.step_number,
+            self._graphs.step_number,
             board.error,
             self.stamps[layer, 1:3],
             self._has_answer,
@@ -183,4 +226,47 @@ class _GraphAttention:
             timeout_ns=STUCK_NS,
             error_code=layer + 1,
         )
-        return output
+
+
+class _SelectedAttention(_GraphAttention):
+    """Attention port of a graph that selects for its rows.
+
+    Args:
+        graphs: whose board and windows are used.
+        geometry: of the store.
+        size: rows.
+        rows: as of _GraphAttention.
+        planner: likewise.
+        selected: launches of the selection.
+    """
+
+    def __init__(
+        self,
+        graphs: StepGraphs,
+        geometry: KvGeometry,
+        size: int,
+        rows: tuple[Tensor, Tensor],
+        planner: LayerPlans | None,
+        selected: SelectedLayers,
+    ) -> None:
+        super().__init__(graphs, geometry, size, rows, planner)
+        self._selected = selected
+
+    def _kept_plans(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        return self._selected.plan(layer)
+
+    def _select(self, layer: int) -> None:
+        self._selected.attend(layer, self._graphs.board.device_queries[: self._size])
+
+    def _await_and_merge(self, layer: int, output: Tensor) -> None:
+        planner = self._planner
+        self._selected.await_and_merge(
+            layer,
+            self._graphs.board,
+            self._states,
+            self.stamps[layer, 1:3],
+            self._has_answer,
+            output,
+            (planner.rows, self._slots, planner.told[layer]) if planner is not None else None,
+            timeout_ns=STUCK_NS,
+        )

@@ -152,11 +152,6 @@ class DevicePlanner:
         told = None if device_tells else self._told
         return LayerPlans(self._plan, self._weights, self._memory, self._input, told, size)
 
-    @property
-    def told(self) -> Tensor:
-        """[layers, slots, heads, 2] float32 on the device: lse and share of what heads read."""
-        return self._memory.told
-
     def take_copied_bytes(self) -> int:
         """Digests that went over the link since the last call."""
         return self._digests.take_copied_bytes()
@@ -204,6 +199,16 @@ class LayerPlans:
         self._input, self._told = input_rows[:size], told
         self._rows = torch.zeros_like(self._input, device=device)
         self._scratch: PlanScratch = plan.make_scratch(size, device)
+
+    @property
+    def rows(self) -> Tensor:
+        """[rows, 8] int64 on the device: what to plan, words of kernels/head_plan/triton.py."""
+        return self._rows
+
+    @property
+    def told(self) -> Tensor:
+        """[layers, slots, heads, 2] float32 on the device: lse and share of what heads read."""
+        return self._memory.told
 
     def begin(self) -> None:
         """Begin a step, before its layers."""

@@ -9,6 +9,9 @@ the graph too, behind the windows, and handed to the host with flags of their ow
 
 A layer in which no sequence reads its region is not waited for; its keys and values are appended
 while the GPU goes on.
+
+Where device memory is left for a tier of the store, the graph also chooses what is read, attends to
+what is resident, and asks the host for the rest alone (selection.py).
 """
 
 from __future__ import annotations
@@ -34,6 +37,13 @@ from fluxion_core.decode.device.lane import GpuLane
 from fluxion_core.decode.device.pinned import RegisteredStore
 from fluxion_core.decode.device.planner import DevicePlanner
 from fluxion_core.decode.device.prompts import DevicePromptComputer
+from fluxion_core.decode.device.selection import (
+    LISTED_BYTES,
+    DeviceSelection,
+    MissingBlocks,
+    ScoresHook,
+    selection_if_it_fits,
+)
 from fluxion_core.decode.device.spans import DeviceSpans, StepRecord
 from fluxion_core.decode.device.times import NO_SPANS, LaneWork, StepTimes, step_times
 from fluxion_core.decode.device.windows import DeviceWindows
@@ -75,6 +85,7 @@ class DeviceStep(DecodeStep):
         device_digests: whether there are copies of digests on the device, as far as they fit: of
             all for the lane, of 128-token blocks for predicted plans, which the CPUs make else.
         device_kv_bytes: of the tier; None takes what is free (tier_size.py), 0 makes none.
+        scores_hook: of the selection on the device, for measurements.
         goes_on: asked before each piece that is pinned.
 
     Raises:
@@ -99,12 +110,12 @@ class DeviceStep(DecodeStep):
         planner: Planner | None = None,
         device_digests: bool = True,
         device_kv_bytes: int | None = 0,
+        scores_hook: ScoresHook | None = None,
         goes_on: Callable[[], bool] = lambda: True,
     ) -> None:
         config, geometry = decoder.config, store.geometry
         check_step_shapes(geometry, window, config.num_heads, planner)
         self._store, self._window = store, window
-        self._device_kv_bytes = device_kv_bytes
         self.pool = pool
         self._device = decoder.embedding.device
         self._num_heads = config.num_heads
@@ -112,7 +123,6 @@ class DeviceStep(DecodeStep):
         self._registered = RegisteredStore(store, goes_on)
         self.windows = DeviceWindows(geometry, window, max_rows, self._device)
         self.board = Board(geometry, config.num_heads, max_rows, config.vocab_size, self._device)
-        self._driver = self.board.native_driver(geometry, config.num_heads, STUCK_NS)
         self._stream = torch.cuda.Stream(self._device)
         self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
         self._times: StepTimes | None = None
@@ -121,8 +131,29 @@ class DeviceStep(DecodeStep):
         coarse = None
         if device_digests and planner is not None and planner.mode == "network":
             coarse = coarse_digests_if_they_fit(store, self._device)
-        wanted = device_digests and lanes != "cpu"
+        wanted = device_digests and (lanes != "cpu" or device_kv_bytes != 0)
         self._digests = digests_if_they_fit(store, self._device) if wanted else None
+        step_number = torch.zeros(1, dtype=torch.int32, device=self._device)
+        makes_plans = planner is None or planner.mode != "network" or coarse is not None
+        self._selection = selection_if_it_fits(
+            store,
+            window,
+            config.num_heads,
+            self._digests if makes_plans else None,
+            device_kv_bytes,
+            capacity=max_rows,
+            max_context_tokens=max_context_tokens,
+            step=step_number,
+            stream=self._stream,
+            scores_hook=scores_hook,
+        )
+        self._usage.tier = self._selection.usage if self._selection is not None else None
+        self._driver = self.board.native_driver(
+            geometry,
+            config.num_heads,
+            STUCK_NS,
+            self._selection.host_lists if self._selection is not None else None,
+        )
         attention = WindowAttention(
             window, config.num_heads, geometry.num_kv_heads, geometry.head_dim
         )
@@ -141,6 +172,8 @@ class DeviceStep(DecodeStep):
             window,
             attention,
             self._device_planner,
+            self._selection,
+            step_number=step_number,
             max_rows=max_rows,
             stream=self._stream,
         )
@@ -199,6 +232,8 @@ class DeviceStep(DecodeStep):
             if self._digests is not None:
                 region = self._window.retrieval_region(sequence.num_tokens)
                 self._digests.join(slot, sequence, region.stop)
+        if self._selection is not None:
+            self._selection.join(slot, sequence)
         window = min(sequence.num_tokens, self._window.slot_tokens)
         self._usage.pcie_bytes["host_to_device", "window"] += (
             window * self._store.geometry.token_bytes
@@ -208,6 +243,8 @@ class DeviceStep(DecodeStep):
     def leave(self, slot: int) -> None:
         """Give a slot back."""
         self.windows.leave(slot)
+        if self._selection is not None:
+            self._selection.leave(slot)
         if self._device_planner is not None:
             self._device_planner.leave(slot)
 
@@ -230,11 +267,18 @@ class DeviceStep(DecodeStep):
                 *work.append.arrays,
                 WAKE_BYTES,
             )
-            # The host's part is over; the device still has the last layer's rest, and logits.
-            reads = work.finish()
             lane = LaneWork(self._lane_spans())
-            self._count(reads, lane, num_rows, has_plans=has_plans)
-            self._stream.synchronize()
+            if self._selection is None:
+                # The host's part is over; the device has the last layer's rest still, and logits.
+                reads = work.finish()
+                self._count(reads, lane, num_rows, has_plans=has_plans)
+                self._stream.synchronize()
+            else:
+                self._stream.synchronize()
+                missing = self._selection.end_step(rows, work)
+                reads = work.finish()
+                self._selection.count(self._usage, rows, reads)
+                self._count(reads, lane, num_rows, has_plans=has_plans, missing=missing)
         except RuntimeError as error:
             # torch's errors of the device are RuntimeErrors too.
             raise DeviceError(f"decode step {self._graphs.launches}: {error}") from None
@@ -285,6 +329,11 @@ class DeviceStep(DecodeStep):
         return self._digests is not None
 
     @property
+    def selection(self) -> DeviceSelection | None:
+        """Selection on the device and its tier; None where the host selects."""
+        return self._selection
+
+    @property
     def plans_on_device(self) -> bool:
         """Whether predicted plans are made on the device."""
         return self._device_planner is not None
@@ -308,6 +357,8 @@ class DeviceStep(DecodeStep):
         """
         try:
             torch.cuda.synchronize(self._device)
+            if self._selection is not None:
+                self._selection.close()
         except RuntimeError as error:
             _log.warning(event("arena left pinned", error=str(error)))
             return
@@ -332,6 +383,8 @@ class DeviceStep(DecodeStep):
         planner = self._device_planner
         has_plans = planner.write_input() if planner is not None else False
         work = StepWork(rows, regions, sources, self._num_heads, attends_window=False)
+        if self._selection is not None:
+            self._selection.begin_step(rows, regions, work)
         self._num_rows = len(rows)
         self._write_inputs(rows)
         self.board.skip.numpy()[:] = work.needs_nothing()
@@ -341,29 +394,42 @@ class DeviceStep(DecodeStep):
         return self._lane.spans() if self._lane is not None else NO_SPANS
 
     def _count(
-        self, reads: Sequence[StepReads], lane: LaneWork, size: int, *, has_plans: bool
+        self,
+        reads: Sequence[StepReads],
+        lane: LaneWork,
+        size: int,
+        *,
+        has_plans: bool,
+        missing: MissingBlocks | None = None,
     ) -> None:
         """Add a step's tasks and bytes to `usage`. Flags and stamps, some bytes a layer, are left
         out."""
         usage, board = self._usage, self.board
         tasks = len(lane.spans)
         groups = sum(sum(read.groups_of_size) + read.groups_everything for read in reads)
-        usage.tasks_by_device["gpu"] += tasks
-        usage.tasks_by_device["cpu"] += groups - tasks
+        of_host = groups if missing is None else missing.groups
+        usage.tasks_by_device["cpu"] += of_host - tasks
+        usage.tasks_by_device["gpu"] += groups - of_host + tasks
         batch, layers = len(reads), len(board.skip)
         answered = layers - int(board.skip.count_nonzero())
         state_bytes = self._num_heads * (self._store.geometry.head_dim + 1) * 4
         group_bytes = state_bytes // self._store.geometry.num_kv_heads
+        answered_bytes = answered * batch * state_bytes
         moved = usage.pcie_bytes
         moved["host_to_device", "digests"] += (
             lane.digest_bytes if self._digests is None else self._digests.take_copied_bytes()
         )
         if self._device_planner is not None:
             moved["host_to_device", "digests"] += self._device_planner.take_copied_bytes()
-            if has_plans:
+            if has_plans and missing is None:
                 moved["host_to_device", "attention_states"] += self._device_planner.told_bytes
-        moved["host_to_device", "selected_kv"] += lane.kv_bytes
-        moved["host_to_device", "attention_states"] += answered * batch * state_bytes
+        if missing is None:
+            moved["host_to_device", "selected_kv"] += lane.kv_bytes
+        else:
+            answered_bytes = missing.groups * group_bytes
+            moved["host_to_device", "missing_kv"] += lane.kv_bytes
+            moved["device_to_host", "queries"] += missing.units * LISTED_BYTES
+        moved["host_to_device", "attention_states"] += answered_bytes
         moved["device_to_host", "attention_states"] += tasks * group_bytes
         moved["device_to_host", "queries"] += layers * batch * board.rows[0, 0].nbytes
         moved["device_to_host", "logits"] += size * board.logits[0].nbytes

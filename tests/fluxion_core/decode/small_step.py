@@ -51,15 +51,18 @@ def store_for(digest_bits: int, size_bytes: int = 64 << 20) -> HostKvStore:
 def random_sequence(
     store: HostKvStore, length: int, new_tokens: int, generator: torch.Generator, *, first: int = 0
 ) -> SequenceKv:
-    """Committed. Its prompt is 1, 2, 3… behind `first`: another one, another prompt."""
+    """Committed. Its prompt is 1, 2, 3… behind `first`: another one, another prompt; one that has
+    been, and what is stored of it is shared."""
     geometry = store.geometry
     sequence = store.reserve([first, *range(1, length)], new_tokens)
-    blocks = ceil_div(length, BLOCK_TOKENS)
+    begin = sequence.kv_from_token
+    blocks = ceil_div(length - begin, BLOCK_TOKENS)
     for layer in range(geometry.num_layers):
         shape = (geometry.num_kv_heads, blocks, 2, BLOCK_TOKENS, geometry.head_dim)
         payload = torch.randn(shape, generator=generator).bfloat16()
         if length % BLOCK_TOKENS:
             payload[:, -1, :, length % BLOCK_TOKENS :] = 0
-        sequence.write_blocks(layer, 0, length, payload.view(torch.uint8).numpy().tobytes())
+        written = payload.view(torch.uint8).numpy().tobytes()
+        sequence.write_blocks(layer, begin, length - begin, written)
     sequence.commit()
     return sequence

@@ -8,6 +8,7 @@ import random
 import pytest
 import torch
 
+from fluxion_core.decode.device.tier import DeviceTier
 from fluxion_core.decode.step import StepRow
 from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.planning.policy import parse_policy
@@ -36,29 +37,61 @@ def _held(store: HostKvStore, windows: int) -> tuple[int, ...]:
     return (held.used_bytes, held.reserved_bytes, held.sequences, windows, *device)
 
 
-def test_two_thousand_steps_leave_no_byte_and_no_slot_behind() -> None:
+def _check_tier(tier: DeviceTier, store: HostKvStore) -> int:
+    """Hold every slot against the arena's block that it says it has; returns how many have one."""
+    torch.cuda.synchronize()
+    geometry = store.geometry
+    table, owner, kv = tier.table.cpu(), tier.owner.cpu(), tier.kv.cpu()
+    owned = torch.nonzero(owner >= 0)[:, 0]
+    entered = torch.nonzero(table >= 0)[:, 0]
+    assert torch.equal(table[owner[owned]].long(), owned)
+    assert torch.equal(owner[table[entered]].long(), entered)
+    slab_units = geometry.kv_bytes // geometry.block_bytes
+    slots = kv.view(-1, geometry.block_bytes)
+    for slot in owned[:: max(1, len(owned) // 500)].tolist():
+        slab, unit = divmod(int(owner[slot]), slab_units)
+        if tier.is_current(slab):
+            arena = store.slab_kv(slab).view(torch.uint8).view(slab_units, -1)
+            assert torch.equal(slots[slot], arena[unit])
+    return len(owned)
+
+
+@pytest.mark.parametrize("tier_bytes", [0, 4 << 20, 64 << 20])
+def test_two_thousand_steps_leave_no_byte_and_no_slot_behind(tier_bytes: int) -> None:
     from fluxion_core.decode.device.step import DeviceStep
 
     rng, generator = random.Random(5), torch.Generator().manual_seed(5)
     store = store_for(16)
     step = DeviceStep(
-        random_decoder("cuda"), store, WINDOW, CpuPool(2), max_rows=ROWS, max_context_tokens=8192
+        random_decoder("cuda"),
+        store,
+        WINDOW,
+        CpuPool(2),
+        max_rows=ROWS,
+        max_context_tokens=8192,
+        device_kv_bytes=tier_bytes,
     )
     try:
         at_start = _held(store, step.windows.num_free)
         joined = 0
         rows: list[StepRow] = []
         lives: list[int] = []
-        for _ in range(STEPS):
+        resident = 0
+        for number in range(STEPS):
             while len(rows) < ROWS and (not rows or rng.random() < 0.3):
                 life, length = rng.randint(1, LONGEST_LIFE), rng.randint(40, 2000)
                 joined += 1
-                sequence = random_sequence(store, length, life + 1, generator, first=joined)
+                # Some share what others have stored.
+                first = rng.choice((1, 2, joined + 2))
+                sequence = random_sequence(store, length, life + 1, generator, first=first)
                 policy = parse_policy(rng.choice(POLICIES))
                 rows.append(StepRow(sequence, step.join(sequence), joined % 512, policy))
                 lives.append(life)
-            logits, _ = step.run(rows)
+            logits, reads = step.run(rows)
             assert torch.isfinite(logits).all()
+            resident += sum(read.resident_bytes for read in reads)
+            if step.selection is not None and number % 100 == 99:
+                assert _check_tier(step.selection.tier, store) > 0
             lives = [life - 1 for life in lives]
             for row in [row for row, life in zip(rows, lives, strict=True) if not life]:
                 step.leave(row.slot)
@@ -68,6 +101,7 @@ def test_two_thousand_steps_leave_no_byte_and_no_slot_behind() -> None:
         for row in rows:
             step.leave(row.slot)
             row.sequence.release()
+        assert (resident > 0) == bool(tier_bytes)
         assert joined > STEPS // LONGEST_LIFE
         del rows, logits
         assert _held(store, step.windows.num_free) == at_start

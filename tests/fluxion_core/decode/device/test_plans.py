@@ -114,8 +114,11 @@ def _on_cpu(tokens: Tensor) -> tuple[Tensor, list[list[list[Plan]]], list[StepRe
     return torch.stack(logits), plans, reads
 
 
-@pytest.mark.parametrize("lanes", ["cpu", "gpu", "both"])
-def test_plans_logits_and_reads_are_those_of_the_cpu(lanes: str) -> None:
+@pytest.mark.parametrize(
+    ("lanes", "tier_bytes"),
+    [("cpu", 0), ("gpu", 0), ("both", 0), ("cpu", 64 << 20), ("both", 1 << 20)],
+)
+def test_plans_logits_and_reads_are_those_of_the_cpu(lanes: str, tier_bytes: int) -> None:
     from fluxion_core.decode.device.step import DeviceStep
 
     tokens = torch.randint(512, (STEPS, 4), generator=torch.Generator().manual_seed(3))
@@ -130,9 +133,11 @@ def test_plans_logits_and_reads_are_those_of_the_cpu(lanes: str) -> None:
         max_context_tokens=8192,
         lanes=lanes,  # type: ignore[arg-type]
         planner=planner,
+        device_kv_bytes=tier_bytes,
     )
     try:
         assert step.plans_on_device
+        assert (step.selection is not None) == bool(tier_bytes)
         sequences = _sequences(store, planner)
         slots = {index: step.join(sequences[index][0]) for index in range(4)}
         got, same, reads = [], [], []

@@ -64,8 +64,11 @@ def _on_cpu(policy: str, digest_bits: int, tokens: Tensor) -> tuple[Tensor, list
     # equal, and the CPU's arithmetic is another.
     [("exact", 16), ("exact", 8), ("fixed(16, 10 %)", 16), ("fixed(64, 25 %)", 16)],
 )
+@pytest.mark.parametrize("tier_bytes", [0, 64 << 20, 1 << 20], ids=["none", "all", "little"])
 @pytest.mark.parametrize("lanes", ["cpu", "gpu", "both"])
-def test_logits_and_reads_are_those_of_the_cpu(lanes: str, policy: str, digest_bits: int) -> None:
+def test_logits_and_reads_are_those_of_the_cpu(
+    lanes: str, policy: str, digest_bits: int, tier_bytes: int
+) -> None:
     from fluxion_core.decode.device.step import DeviceStep
 
     tokens = torch.randint(512, (STEPS, len(LENGTHS)), generator=torch.Generator().manual_seed(3))
@@ -80,6 +83,7 @@ def test_logits_and_reads_are_those_of_the_cpu(lanes: str, policy: str, digest_b
         max_rows=5,
         max_context_tokens=8192,
         lanes=lanes,  # type: ignore[arg-type]
+        device_kv_bytes=tier_bytes,
     )
     try:
         sequences = _sequences(store)
@@ -102,6 +106,14 @@ def test_logits_and_reads_are_those_of_the_cpu(lanes: str, policy: str, digest_b
         assert torch.isfinite(torch.stack(got)).all()
         times = step.times()
         assert 0 <= times.waited_idle <= times.waited <= times.total
-        assert (times.lane_tasks > 0) == (lanes == "gpu") or lanes == "both"
+        resident = sum(read.resident_bytes for read in reads)
+        attended = sum(read.attended_bytes for read in reads)
+        if tier_bytes == 64 << 20:
+            # There is room for all, and in 40 steps all has come.
+            assert resident == attended > 0
+            assert times.waited == 0
+        else:
+            assert (0 < resident < attended) == bool(tier_bytes) or policy == "fixed(16, 10 %)"
+            assert (times.lane_tasks > 0) == (lanes == "gpu") or lanes == "both"
     finally:
         step.close()

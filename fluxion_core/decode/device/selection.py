@@ -1,0 +1,270 @@
+"""Selection on the device: a step's graph chooses what is read, and reads what is resident.
+
+Per layer: scores of the blocks' digests, the exact top-k of each head, and a split of what a group
+chose into blocks that are in device memory (tier.py) and blocks that are in host memory alone. The
+first are attended to in the graph at once; lists of the others go to the host, which attends to
+them in place. A group without any does not concern the host, and a layer without any is not waited
+for. What is chosen does not depend on where it lies.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fluxion_core.decode.device.board import HostListArrays
+from fluxion_core.decode.device.digests import DeviceDigests
+from fluxion_core.decode.device.selected_layers import SelectedLayers
+from fluxion_core.decode.device.tier import DeviceTier
+from fluxion_core.decode.device.tier_board import TierBoard
+from fluxion_core.decode.device.tier_size import tier_bytes as size_of_tier
+from fluxion_core.decode.step import StepReads, StepRow
+from fluxion_core.decode.work import StepWork
+from fluxion_core.errors import CapacityError
+from fluxion_core.geometry import BLOCK_SIZES, BLOCK_TOKENS, WindowSpec
+from fluxion_core.kernels.tier.attention import ResidentAttention
+from fluxion_core.kernels.tier.constants import RESIDENT, SELECTED
+from fluxion_core.kernels.tier.merge import TierHandover
+from fluxion_core.kernels.tier.selection import GroupSelection, TierTables
+from fluxion_core.kvstore.sequence import SequenceKv
+from fluxion_core.kvstore.store import HostKvStore
+from fluxion_core.observe.device_usage import DeviceUsage, TierUsage
+from fluxion_core.observe.log import event
+
+_log = logging.getLogger(__name__)
+
+ScoresHook = Callable[[int, Tensor, Tensor], None]
+"""Launches something over a layer's scores before blocks are chosen by them: the layer, its scores,
+[rows, heads, stride] float32, and the step's number, [1] int32 on the device. For measurements."""
+
+LISTED_BYTES = 8
+"""Of a missing block, in the lists that go to the host: which it is, and who reads it."""
+
+
+@dataclass(frozen=True)
+class MissingBlocks:
+    """What a step lacked."""
+
+    groups: int
+    """That the host had to attend to something of."""
+    layers: int
+    """With such groups: the device waited for their answers."""
+    units: int
+    """Blocks of 16 tokens of a layer and KV head."""
+
+
+class DeviceSelection:
+    """Selects for the steps of one body, and keeps its tier.
+
+    Args:
+        store: whose memory the device can address.
+        window: which tokens every head always attends to.
+        num_heads: query heads of the model.
+        capacity: rows of a step.
+        max_region_tokens: of a sequence.
+        max_slabs: likewise.
+        digests: of all slabs, on the device.
+        tier_bytes: K and V that the tier has room for.
+        step: [1] int32 on the device: number of the last step.
+        stream: of the steps.
+        scores_hook: for measurements.
+
+    Raises:
+        CapacityError: the tier holds not even one block.
+        ShapeError: no kernel takes these shapes.
+    """
+
+    def __init__(
+        self,
+        store: HostKvStore,
+        window: WindowSpec,
+        num_heads: int,
+        *,
+        capacity: int,
+        max_region_tokens: int,
+        max_slabs: int,
+        digests: DeviceDigests,
+        tier_bytes: int,
+        step: Tensor,
+        stream: torch.cuda.Stream,
+        scores_hook: ScoresHook | None = None,
+    ) -> None:
+        geometry, device = store.geometry, step.device
+        self.geometry, self._window = geometry, window
+        self.scores_hook = scores_hook
+        """Of the graphs that are made."""
+        self.step = step
+        """[1] int32 on the device: number of the last step."""
+        self.kernels = GroupSelection(
+            geometry, num_heads, max_region_tokens, max_slabs, digests.place
+        )
+        self.attention = ResidentAttention(num_heads, geometry.num_kv_heads, geometry.head_dim)
+        self.handover = TierHandover(num_heads, geometry.num_kv_heads, geometry.head_dim)
+        self.board = TierBoard(geometry, num_heads, capacity, self.kernels.stride, device)
+        self.lists = self.kernels.make_lists(capacity, device)
+        self.scratch = self.kernels.make_scratch(capacity, device)
+        self.tier = DeviceTier(store, tier_bytes, step, stream)
+        self._radii = np.ones((capacity, len(BLOCK_SIZES)), np.float32)
+        self._filled_bytes = 0
+        self.usage = TierUsage(capacity_bytes=self.tier.statistics().capacity_bytes)
+
+    @staticmethod
+    def memory_bytes(
+        store: HostKvStore, num_heads: int, capacity: int, max_region_tokens: int
+    ) -> int:
+        """Device memory that selection takes beside the tier's K and V, about."""
+        geometry = store.geometry
+        units = store.num_slabs * geometry.kv_bytes // geometry.block_bytes
+        of_row = 5 * num_heads + 16 * geometry.num_kv_heads
+        return 4 * units + capacity * of_row * max_region_tokens // BLOCK_TOKENS
+
+    @property
+    def tables(self) -> TierTables:
+        """What the split of a layer looks up, and asks for."""
+        tier = self.tier
+        return TierTables(tier.table, tier.stamps, tier.requests, tier.request_count, tier.accepts)
+
+    @property
+    def host_lists(self) -> HostListArrays:
+        """What the host's side of a step is to know of the lists."""
+        board, lists = self.board, self.lists
+        return (
+            board.listed.numpy(),
+            board.missing_counts.numpy(),
+            board.missing_units.numpy(),
+            board.missing_masks.numpy(),
+            lists.missing_units.data_ptr(),
+            lists.missing_masks.data_ptr(),
+        )
+
+    def join(self, slot: int, sequence: SequenceKv) -> None:
+        """Take note of a committed sequence in a window slot."""
+        self.tier.join(slot, sequence, self._window.retrieval_region(sequence.num_tokens))
+
+    def leave(self, slot: int) -> None:
+        """Forget a slot's sequence."""
+        self.tier.leave(slot)
+
+    def begin_step(self, rows: Sequence[StepRow], regions: Sequence[range], work: StepWork) -> None:
+        """Hand a step's rows and plans to the graph, and enter what has come into the tier.
+
+        On the steps' stream, before the graph.
+        """
+        board = self.board
+        for row, region in zip(rows, regions, strict=True):
+            self.tier.follow(row.slot, row.sequence, region.stop)
+        work.tasks.write_given_plans(
+            board.given_levels.numpy(), board.given_budgets.numpy(), self._radii
+        )
+        board.write_rows(rows, regions, self._radii)
+        self.tier.before_step()
+
+    def end_step(self, rows: Sequence[StepRow], work: StepWork) -> MissingBlocks:
+        """Count what a step that has ended selected, and begin to fetch what it lacked."""
+        counts = self.board.host_counts.numpy()[:, : len(rows)]
+        work.tasks.count_selected(self.board.host_counts.numpy())
+        missing = counts[..., SELECTED.value] - counts[..., RESIDENT.value]
+        self.tier.after_step()
+        return MissingBlocks(
+            int(np.count_nonzero(missing)),
+            int(np.count_nonzero(missing.any(axis=(1, 2)))),
+            int(missing.sum()),
+        )
+
+    def count(
+        self, usage: DeviceUsage, rows: Sequence[StepRow], reads: Sequence[StepReads]
+    ) -> None:
+        """Add a step's hits and misses, and what filled the tier, to a device's usage."""
+        tier, statistics = self.usage, self.tier.statistics()
+        for row, read in zip(rows, reads, strict=True):
+            tier.hit_bytes[row.policy.kind] += read.resident_bytes
+            tier.missed_bytes[row.policy.kind] += read.attended_bytes - read.resident_bytes
+        tier.held_bytes = statistics.held_bytes
+        tier.filled_bytes, tier.evicted_bytes = statistics.filled_bytes, statistics.evicted_bytes
+        usage.pcie_bytes["host_to_device", "tier_fill"] += (
+            statistics.filled_bytes - self._filled_bytes
+        )
+        self._filled_bytes = statistics.filled_bytes
+
+    def new_layers(self, size: int) -> SelectedLayers:
+        """Launches of a graph for `size` rows."""
+        return SelectedLayers(self, size)
+
+    def close(self) -> None:
+        """Wait until nothing reads the store any more."""
+        self.tier.close()
+
+
+def selection_if_it_fits(
+    store: HostKvStore,
+    window: WindowSpec,
+    num_heads: int,
+    digests: DeviceDigests | None,
+    device_kv_bytes: int | None,
+    *,
+    capacity: int,
+    max_context_tokens: int,
+    step: Tensor,
+    stream: torch.cuda.Stream,
+    scores_hook: ScoresHook | None = None,
+) -> DeviceSelection | None:
+    """Selection on the device, if digests and plans are there, and room for a tier.
+
+    Args:
+        store: whose memory the device can address.
+        window: which tokens every head always attends to.
+        num_heads: query heads of the model.
+        digests: of all slabs; None where they do not fit, or the CPUs make plans.
+        device_kv_bytes: of the tier; None takes what is free, 0 makes none.
+        capacity: rows of a step.
+        max_context_tokens: of a sequence.
+        step: [1] int32 on the device: number of the last step.
+        stream: of the steps.
+        scores_hook: for measurements.
+
+    Raises:
+        ConfigError: a size that was asked for holds not even one block.
+        CapacityError: there is no room for a size that was asked for.
+    """
+    geometry, device = store.geometry, step.device
+    free, total = torch.cuda.mem_get_info(device)
+    if device_kv_bytes == 0 or digests is None:
+        if device_kv_bytes:
+            raise CapacityError(
+                "device memory for digests, by which a device tier selects",
+                needed=store.num_slabs * geometry.digest_bytes,
+                free=free,
+                unit="B",
+                remedy="lower store.host_kv_bytes, or set store.device_kv_bytes to 0",
+            )
+        return None
+    region = max(BLOCK_TOKENS, len(window.retrieval_region(max_context_tokens + 1)))
+    size = size_of_tier(
+        device_kv_bytes,
+        block_bytes=geometry.block_bytes,
+        store_kv_bytes=store.num_slabs * geometry.kv_bytes,
+        free_bytes=free,
+        total_bytes=total,
+        later_bytes=DeviceSelection.memory_bytes(store, num_heads, capacity, region),
+    )
+    _log.info(event("device tier", bytes=size, free_bytes=free))
+    if not size:
+        return None
+    return DeviceSelection(
+        store,
+        window,
+        num_heads,
+        capacity=capacity,
+        max_region_tokens=region,
+        max_slabs=geometry.slabs_for(max_context_tokens + 1),
+        digests=digests,
+        tier_bytes=size,
+        step=step,
+        stream=stream,
+        scores_hook=scores_hook,
+    )
