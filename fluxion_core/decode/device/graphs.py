@@ -16,7 +16,8 @@ from torch import Tensor
 from fluxion_core.decode.device.board import STUCK_NS, Board
 from fluxion_core.decode.device.graph import StepGraph
 from fluxion_core.decode.device.planner import DevicePlanner, LayerPlans
-from fluxion_core.decode.device.selection import DeviceSelection, SelectedLayers
+from fluxion_core.decode.device.selected_layers import SelectedLayers
+from fluxion_core.decode.device.selection import DeviceSelection
 from fluxion_core.decode.device.windows import DeviceWindows
 from fluxion_core.geometry import KvGeometry, WindowSpec
 from fluxion_core.kernels.dense_attention.triton import WindowAttention

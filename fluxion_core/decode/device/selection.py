@@ -10,7 +10,7 @@ for. What is chosen does not depend on where it lies.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,18 +29,15 @@ from fluxion_core.errors import CapacityError
 from fluxion_core.geometry import BLOCK_SIZES, BLOCK_TOKENS, WindowSpec
 from fluxion_core.kernels.tier.attention import ResidentAttention
 from fluxion_core.kernels.tier.constants import RESIDENT, SELECTED
+from fluxion_core.kernels.tier.gather import ResidentUnits
 from fluxion_core.kernels.tier.merge import TierHandover
-from fluxion_core.kernels.tier.selection import GroupSelection, TierTables
+from fluxion_core.kernels.tier.selection import GroupSelection, ScoresHook, TierTables
 from fluxion_core.kvstore.sequence import SequenceKv
 from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.observe.device_usage import DeviceUsage, TierUsage
 from fluxion_core.observe.log import event
 
 _log = logging.getLogger(__name__)
-
-ScoresHook = Callable[[int, Tensor, Tensor], None]
-"""Launches something over a layer's scores before blocks are chosen by them: the layer, its scores,
-[rows, heads, stride] float32, and the step's number, [1] int32 on the device. For measurements."""
 
 LISTED_BYTES = 8
 """Of a missing block, in the lists that go to the host: which it is, and who reads it."""
@@ -141,6 +138,12 @@ class DeviceSelection:
             lists.missing_units.data_ptr(),
             lists.missing_masks.data_ptr(),
         )
+
+    def residents(self, sequence: SequenceKv) -> ResidentUnits:
+        """Which units of a sequence may be read on the device, up to the next step. On the steps'
+        stream."""
+        self.tier.refresh(sequence)
+        return ResidentUnits(self.tier.table, self.tier.kv_address)
 
     def join(self, slot: int, sequence: SequenceKv) -> None:
         """Take note of a committed sequence in a window slot."""

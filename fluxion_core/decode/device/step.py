@@ -41,7 +41,6 @@ from fluxion_core.decode.device.selection import (
     LISTED_BYTES,
     DeviceSelection,
     MissingBlocks,
-    ScoresHook,
     selection_if_it_fits,
 )
 from fluxion_core.decode.device.spans import DeviceSpans, StepRecord
@@ -54,6 +53,8 @@ from fluxion_core.decode.work import StepWork, check_step_shapes
 from fluxion_core.errors import CapacityError, DeviceError, FluxionError
 from fluxion_core.geometry import BLOCK_TOKENS, WindowSpec
 from fluxion_core.kernels.dense_attention.triton import WindowAttention
+from fluxion_core.kernels.tier.gather import ResidentUnits
+from fluxion_core.kernels.tier.selection import ScoresHook
 from fluxion_core.kvstore.sequence import SequenceKv
 from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.models.decoder import Decoder
@@ -163,7 +164,7 @@ class DeviceStep(DecodeStep):
                 planner, coarse, attention.num_splits, max_context_tokens, max_rows
             )
         self._plans = StepPlans(geometry, config.num_heads, planner, self._device_planner)
-        self._prompts = DevicePromptComputer(decoder, store, pool, self._usage)
+        self._prompts = DevicePromptComputer(decoder, store, pool, self._usage, self._residents)
         self.board.skip.fill_(1)
         self._graphs = StepGraphs(
             decoder,
@@ -209,6 +210,9 @@ class DeviceStep(DecodeStep):
             num_threads=self.pool.num_threads,
             digests=self._digests.place if self._digests is not None else None,
         )
+
+    def _residents(self, sequence: SequenceKv) -> ResidentUnits | None:
+        return self._selection.residents(sequence) if self._selection is not None else None
 
     @property
     def usage(self) -> DeviceUsage:

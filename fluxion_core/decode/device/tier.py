@@ -159,6 +159,20 @@ class DeviceTier:
         return self._upkeep.num_slots
 
     @property
+    def kv(self) -> Tensor:
+        """[num_slots * block_bytes] uint8: K and V of the units, slot after slot."""
+        return self._upkeep.tensors.kv
+
+    @property
+    def owner(self) -> Tensor:
+        """[num_slots] int32: the arena block that a slot holds; below 0 where it holds none."""
+        return self._upkeep.tensors.owner
+
+    def is_current(self, slab: int) -> bool:
+        """Whether copies of a slab's units, if there are any, are of what it holds now."""
+        return self._generations[slab] in (0, self._store.generation(slab))
+
+    @property
     def kv_address(self) -> int:
         """Address of slot 0 in device memory; the others follow, `block_bytes` each."""
         return self._upkeep.tensors.kv.data_ptr()
@@ -217,6 +231,13 @@ class DeviceTier:
             self._look_at(slabs[ordinal])
             row.ranges.append(_BlockRange(slabs[ordinal], begin, end))
         row.end = region_end
+
+    def refresh(self, sequence: SequenceKv) -> None:
+        """Drop copies of what a sequence's slabs held before; afterwards the table is right."""
+        for slab in sequence.slabs:
+            self._look_at(slab)
+        if self._stale:
+            self._invalidate()
 
     def leave(self, slot: int) -> None:
         """Forget a slot's sequence. Its units stay for others, as long as nobody needs the room."""

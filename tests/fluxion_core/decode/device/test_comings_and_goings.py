@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import gc
 import random
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
-from fluxion_core.decode.device.tier import DeviceTier
 from fluxion_core.decode.step import StepRow
 from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.planning.policy import parse_policy
@@ -19,6 +19,9 @@ from tests.fluxion_core.decode.small_step import (
     random_sequence,
     store_for,
 )
+
+if TYPE_CHECKING:
+    from fluxion_core.decode.device.tier import DeviceTier
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
