@@ -234,28 +234,19 @@ def selection_if_it_fits(
         ConfigError: a size that was asked for holds not even one block.
         CapacityError: there is no room for a size that was asked for.
     """
-    geometry, device = store.geometry, step.device
-    free, total = torch.cuda.mem_get_info(device)
     if device_kv_bytes == 0 or digests is None:
         if device_kv_bytes:
             raise CapacityError(
                 "device memory for digests, by which a device tier selects",
-                needed=store.num_slabs * geometry.digest_bytes,
-                free=free,
+                needed=store.num_slabs * store.geometry.digest_bytes,
+                free=torch.cuda.mem_get_info(step.device)[0],
                 unit="B",
                 remedy="lower store.host_kv_bytes, or set store.device_kv_bytes to 0",
             )
         return None
     region = max(BLOCK_TOKENS, len(window.retrieval_region(max_context_tokens + 1)))
-    size = size_of_tier(
-        device_kv_bytes,
-        block_bytes=geometry.block_bytes,
-        store_kv_bytes=store.num_slabs * geometry.kv_bytes,
-        free_bytes=free,
-        total_bytes=total,
-        later_bytes=DeviceSelection.memory_bytes(store, num_heads, capacity, region),
-    )
-    _log.info(event("device tier", bytes=size, free_bytes=free))
+    beside = DeviceSelection.memory_bytes(store, num_heads, capacity, region)
+    size = _free_for_tier(store, device_kv_bytes, step.device, beside)
     if not size:
         return None
     return DeviceSelection(
@@ -264,10 +255,26 @@ def selection_if_it_fits(
         num_heads,
         capacity=capacity,
         max_region_tokens=region,
-        max_slabs=geometry.slabs_for(max_context_tokens + 1),
+        max_slabs=store.geometry.slabs_for(max_context_tokens + 1),
         digests=digests,
         tier_bytes=size,
         step=step,
         stream=stream,
         scores_hook=scores_hook,
     )
+
+
+def _free_for_tier(
+    store: HostKvStore, device_kv_bytes: int | None, device: torch.device, beside_bytes: int
+) -> int:
+    free, total = torch.cuda.mem_get_info(device)
+    size = size_of_tier(
+        device_kv_bytes,
+        block_bytes=store.geometry.block_bytes,
+        store_kv_bytes=store.num_slabs * store.geometry.kv_bytes,
+        free_bytes=free,
+        total_bytes=total,
+        later_bytes=beside_bytes,
+    )
+    _log.info(event("device tier", bytes=size, free_bytes=free))
+    return size
