@@ -45,7 +45,7 @@ LISTED_BYTES = 8
 
 @dataclass(frozen=True)
 class MissingBlocks:
-    """What a step lacked."""
+    """Blocks of a step that were in host memory alone."""
 
     groups: int
     """That the host had to attend to something of."""
@@ -122,13 +122,13 @@ class DeviceSelection:
 
     @property
     def tables(self) -> TierTables:
-        """What the split of a layer looks up, and asks for."""
+        """Tables that the split of a layer looks up, and asks by."""
         tier = self.tier
         return TierTables(tier.table, tier.stamps, tier.requests, tier.request_count, tier.accepts)
 
     @property
     def host_lists(self) -> HostListArrays:
-        """What the host's side of a step is to know of the lists."""
+        """Lists as the host's side of a step sees them."""
         board, lists = self.board, self.lists
         return (
             board.listed.numpy(),
@@ -140,7 +140,7 @@ class DeviceSelection:
         )
 
     def residents(self, sequence: SequenceKv) -> ResidentUnits:
-        """Which units of a sequence may be read on the device, up to the next step. On the steps'
+        """Units that may be read on the device, of a sequence, up to the next step. On the steps'
         stream."""
         self.tier.refresh(sequence)
         return ResidentUnits(self.tier.table, self.tier.kv_address)
@@ -172,7 +172,7 @@ class DeviceSelection:
         counts = self.board.host_counts.numpy()[:, : len(rows)]
         work.tasks.count_selected(self.board.host_counts.numpy())
         missing = counts[..., SELECTED.value] - counts[..., RESIDENT.value]
-        self.tier.after_step()
+        self.tier.after_step(has_requests=bool(missing.any()))
         return MissingBlocks(
             int(np.count_nonzero(missing)),
             int(np.count_nonzero(missing.any(axis=(1, 2)))),

@@ -52,6 +52,7 @@ from fluxion_core.decode.step import DecodeStep, PromptEnd, StepReads, StepRow
 from fluxion_core.decode.work import StepWork, check_step_shapes
 from fluxion_core.errors import CapacityError, DeviceError, FluxionError
 from fluxion_core.geometry import BLOCK_TOKENS, WindowSpec
+from fluxion_core.kernels import _native
 from fluxion_core.kernels.dense_attention.triton import WindowAttention
 from fluxion_core.kernels.tier.gather import ResidentUnits
 from fluxion_core.kernels.tier.selection import ScoresHook
@@ -148,29 +149,27 @@ class DeviceStep(DecodeStep):
             stream=self._stream,
             scores_hook=scores_hook,
         )
-        self._usage.tier = self._selection.usage if self._selection is not None else None
-        self._driver = self.board.native_driver(
-            geometry,
-            config.num_heads,
-            STUCK_NS,
-            self._selection.host_lists if self._selection is not None else None,
-        )
+        self._driver = self._make_driver()
         attention = WindowAttention(
             window, config.num_heads, geometry.num_kv_heads, geometry.head_dim
         )
-        self._device_planner: DevicePlanner | None = None
-        if planner is not None and coarse is not None:
-            self._device_planner = self._make_planner(
-                planner, coarse, attention.num_splits, max_context_tokens, max_rows
-            )
+        self._device_planner = self._make_planner(
+            planner, coarse, attention.num_splits, max_context_tokens, max_rows
+        )
         self._plans = StepPlans(geometry, config.num_heads, planner, self._device_planner)
         self._prompts = DevicePromptComputer(decoder, store, pool, self._usage, self._residents)
         self.board.skip.fill_(1)
-        self._graphs = StepGraphs(
+        self._graphs = self._make_graphs(decoder, attention, step_number, max_rows)
+        self._lane = self._make_lane(max_context_tokens) if lanes != "cpu" else None
+
+    def _make_graphs(
+        self, decoder: Decoder, attention: WindowAttention, step_number: Tensor, max_rows: int
+    ) -> StepGraphs:
+        return StepGraphs(
             decoder,
             self.board,
             self.windows,
-            window,
+            self._window,
             attention,
             self._device_planner,
             self._selection,
@@ -178,16 +177,23 @@ class DeviceStep(DecodeStep):
             max_rows=max_rows,
             stream=self._stream,
         )
-        self._lane = self._make_lane(max_context_tokens) if lanes != "cpu" else None
+
+    def _make_driver(self) -> _native.StepDriver:
+        selection = self._selection
+        self._usage.tier = selection.usage if selection is not None else None
+        lists = selection.host_lists if selection is not None else None
+        return self.board.native_driver(self._store.geometry, self._num_heads, STUCK_NS, lists)
 
     def _make_planner(
         self,
-        planner: Planner,
-        coarse: CoarseDigests,
+        planner: Planner | None,
+        coarse: CoarseDigests | None,
         num_splits: int,
         max_context_tokens: int,
         max_rows: int,
-    ) -> DevicePlanner:
+    ) -> DevicePlanner | None:
+        if planner is None or coarse is None:
+            return None
         return DevicePlanner(
             planner,
             self._store.geometry,

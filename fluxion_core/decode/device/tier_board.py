@@ -1,4 +1,4 @@
-"""What a step's graph and the host tell each other where the device selects blocks.
+"""The board of a step whose device selects blocks: what it and the host tell each other.
 
 Plans that are known before a step go to the device, in one piece; lists of the blocks that are not
 in device memory come back layer by layer, and at the step's end how many there were of each. The
