@@ -21,6 +21,9 @@ COMMANDS = {
     "sampling": "SamplingBench",
     "selection_cache": "SelectionCacheBench",
     "shared_cpus": "SharedCpusCommand",
+    "tier_model": "TierModelCommand",
+    "tier_step": "TierStepCommand",
+    "tier_step_report": "TierStepReport",
 }
 """Class of each module."""
 
