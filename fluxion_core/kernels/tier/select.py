@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fluxion_core.kernels.block_score.triton import bound_weights, score_span
+from fluxion_core.kernels.block_score.triton import bound_weights
 from fluxion_core.kernels.block_topk.triton import mark_top
 from fluxion_core.kernels.head_plan.constants import READ_ALL, READ_NOTHING
 from fluxion_core.kernels.system_memory import store_flag, typed_pointer
@@ -94,6 +94,30 @@ def _score_pairs(slabs_ptr, records, first, end, low_weights, high_weights,
 
 
 @triton.jit
+def _score_span(slabs_ptr, records, record, query, radius, HEAD_DIM: tl.constexpr,
+                WIDTH: tl.constexpr, SLAB_RECORDS: tl.constexpr,
+                COPY_BYTES: tl.constexpr):  # fmt: skip
+    """[rows, WIDTH] scores from one record of 8 bits, whose bytes are exact as bfloat16."""
+    slab = tl.load(slabs_ptr + record // SLAB_RECORDS).to(tl.int64)
+    at = records + slab * COPY_BYTES + (record % SLAB_RECORDS) * (HEAD_DIM * (4 + 2 * WIDTH))
+    word_ptr = typed_pointer(at, tl.int32)
+    header = tl.load(word_ptr + tl.arange(0, HEAD_DIM))
+    pair_ptr = word_ptr + HEAD_DIM + tl.arange(0, HEAD_DIM // 2)[:, None] * WIDTH
+    pair_ptr = tl.multiple_of(pair_ptr + tl.arange(0, WIDTH)[None, :], (1, min(16, 4 * WIDTH)))
+    words = tl.load(pair_ptr)
+    # [channel pairs, blocks] of low, high, low, high to [channels, blocks, low or high]
+    pairs = tl.join(words & 0xFFFF, (words >> 16) & 0xFFFF).permute(0, 2, 1)
+    pairs = pairs.reshape(HEAD_DIM, WIDTH)
+    keys = tl.join(pairs & 0xFF, pairs >> 8).reshape(HEAD_DIM, 2 * WIDTH)
+    keys = keys.to(tl.float32).to(tl.bfloat16)
+    step = (header & -65536).to(tl.float32, bitcast=True)
+    start = (header << 16).to(tl.float32, bitcast=True)
+    for_low, for_high = bound_weights(query * step[None, :], radius)
+    base = tl.sum(query * start[None, :], axis=1)
+    return float32_pair_dot(for_low, for_high, keys) + base[:, None]
+
+
+@triton.jit
 def _score_level(
     words,
     slabs_ptr,
@@ -112,40 +136,28 @@ def _score_level(
     COPY_BYTES: tl.constexpr,
 ):
     """This program's share of the level's records: every num_programs-th tile of them."""
-    RECORDS: tl.constexpr = TILE_BLOCKS // WIDTH
+    TILE: tl.constexpr = WIDTH if DIGEST_BITS == 8 else TILE_BLOCKS
     SLAB_RECORDS: tl.constexpr = (SLAB_BLOCKS >> LEVEL) // WIDTH
-    # Two bytes a block and channel behind a header of one word a channel, or four bytes.
-    RECORD_BYTES: tl.constexpr = HEAD_DIM * (4 + 2 * WIDTH if DIGEST_BITS == 8 else 4 * WIDTH)
     first_block, num_blocks = _touched(words, LEVEL)
-    first_record = first_block // WIDTH
-    end_record = (first_block + num_blocks + WIDTH - 1) // WIDTH
-    begin = first_record + tl.program_id(1) * RECORDS
-    if (begin < end_record) & (num_blocks > 0):
+    end = (first_block + num_blocks + WIDTH - 1) // WIDTH
+    begin = first_block // WIDTH + tl.program_id(1) * (TILE // WIDTH)
+    if (begin < end) & (num_blocks > 0):
         member = tl.arange(0, GROUP_ROWS)
         is_member = (member < GROUP)[:, None]
-        radius = tl.load(words + RADIUS + LEVEL).to(tl.int32).to(tl.float32, bitcast=True)
         row_ptr = query_ptr + member[:, None] * HEAD_DIM
-        if DIGEST_BITS == 8:
-            pair_ptr = row_ptr + tl.arange(0, HEAD_DIM // 2)[None, :] * 2
-            query = tl.load(pair_ptr, mask=is_member, other=0.0)
-            odd_query = tl.load(pair_ptr + 1, mask=is_member, other=0.0)
-        else:
-            query = tl.load(row_ptr + tl.arange(0, HEAD_DIM)[None, :], mask=is_member, other=0.0)
-            for_low, for_high = bound_weights(query, radius)
-        for first in range(begin, end_record, tl.num_programs(1) * RECORDS):
+        query = tl.load(row_ptr + tl.arange(0, HEAD_DIM)[None, :], mask=is_member, other=0.0)
+        radius = tl.load(words + RADIUS + LEVEL).to(tl.int32).to(tl.float32, bitcast=True)
+        for_low, for_high = bound_weights(query, radius)
+        # fmt: off
+        for first in range(begin, end, tl.num_programs(1) * (TILE // WIDTH)):
             if DIGEST_BITS == 8:
-                record = first + tl.arange(0, RECORDS)
-                inside = record < end_record
-                slab = tl.load(slabs_ptr + record // SLAB_RECORDS, mask=inside, other=0)
-                at = records + slab.to(tl.int64) * COPY_BYTES
-                at += (record % SLAB_RECORDS) * RECORD_BYTES
-                scores = score_span(at, inside, query, odd_query, radius, HEAD_DIM, WIDTH)
+                scores = _score_span(slabs_ptr, records, first, query, radius, HEAD_DIM, WIDTH,
+                                     SLAB_RECORDS, COPY_BYTES)
             else:
-                # fmt: off
-                scores = _score_pairs(slabs_ptr, records, first, end_record, for_low, for_high,
-                                      HEAD_DIM, WIDTH, SLAB_RECORDS, TILE_BLOCKS, COPY_BYTES)
-                # fmt: on
-            block = first * WIDTH - first_block + tl.arange(0, TILE_BLOCKS)
+                scores = _score_pairs(slabs_ptr, records, first, end, for_low, for_high, HEAD_DIM,
+                                      WIDTH, SLAB_RECORDS, TILE_BLOCKS, COPY_BYTES)
+            # fmt: on
+            block = first * WIDTH - first_block + tl.arange(0, TILE)
             is_scored = (block >= 0) & (block < num_blocks)
             tl.store(
                 scores_ptr + member[:, None] * stride + block[None, :],

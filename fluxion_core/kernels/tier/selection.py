@@ -24,8 +24,8 @@ from fluxion_core.kernels.tier.select import (
 from fluxion_core.kernels.tile_products import MIN_PAIR_ROWS
 
 _TILE_SLABS = 128
-_TILE_BLOCKS = {16: 32, 8: 16}
-"""Blocks that a program scores at a time, by bits of their digests: as registers allow."""
+_TILE_BLOCKS = 32
+"""Blocks that a program scores at a time, with digests of 16 bits; with 8 it is a record's."""
 _LEAST_CHOICE = 512
 """Blocks that the top-k has registers for at least."""
 _MANY_IN_FEW_REGISTERS = 8192
@@ -235,11 +235,9 @@ class GroupSelection:
     ) -> None:
         geometry = self.geometry
         widths = [geometry.record_blocks(level) for level in range(len(BLOCK_SIZES))]
-        tile_blocks = _TILE_BLOCKS[geometry.digest_bits]
+        tile_blocks = _TILE_BLOCKS if geometry.digest_bits == 16 else widths[0]
         groups = len(rows) * geometry.num_kv_heads
         tiles = ceil_div(self.stride, tile_blocks) + 1
-        # A dot product has so many rows at least; 8 bits are multiplied without.
-        least_rows = MIN_PAIR_ROWS if geometry.digest_bits == 16 else 1
         score_groups[(groups, max(1, min(tiles, self.scoring_programs // groups)))](
             rows,
             scratch.slabs,
@@ -252,7 +250,7 @@ class GroupSelection:
             self.digests.address,
             KV_HEADS=geometry.num_kv_heads,
             GROUP=self.group,
-            GROUP_ROWS=max(least_rows, triton.next_power_of_2(self.group)),
+            GROUP_ROWS=max(MIN_PAIR_ROWS, triton.next_power_of_2(self.group)),
             HEAD_DIM=geometry.head_dim,
             DIGEST_BITS=geometry.digest_bits,
             SLAB_BLOCKS=geometry.slab_blocks,
@@ -309,6 +307,7 @@ class GroupSelection:
         step: Tensor,
     ) -> None:
         geometry = self.geometry
+        tile = min(_TILE_UNITS, triton.next_power_of_2(self.stride))
         split_groups[(len(rows) * geometry.num_kv_heads,)](
             rows,
             scratch.slabs,
@@ -331,6 +330,6 @@ class GroupSelection:
             GROUP=self.group,
             SLAB_BLOCKS=geometry.slab_blocks,
             SLAB_KV_BLOCKS=geometry.kv_bytes // geometry.block_bytes,
-            TILE=min(_TILE_UNITS, triton.next_power_of_2(self.stride)),
-            num_warps=32,
+            TILE=tile,
+            num_warps=min(32, max(4, tile // 128)),
         )

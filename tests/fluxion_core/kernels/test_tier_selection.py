@@ -24,6 +24,7 @@ from fluxion_core.kernels.tier.selection import (
     GroupLists,
     GroupSelection,
     HostLists,
+    ScoresHook,
     TierTables,
 )
 from fluxion_core.pool.cpu_pool import CpuPool
@@ -170,7 +171,7 @@ class Node:
                 to[constants.RADIUS.value + level] = bits
         return words.to(DEVICE)
 
-    def run(self, *, step: int = STEP) -> Selected:
+    def run(self, *, scores_hook: ScoresHook | None = None) -> Selected:
         """One layer of a step."""
         selection, rows = self.selection, len(self.rows)
         scratch = selection.make_scratch(rows, DEVICE)
@@ -201,7 +202,8 @@ class Node:
             counts,
             needs,
             host,
-            int32s(1, value=step),
+            int32s(1, value=STEP),
+            scores_hook=scores_hook,
         )
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
@@ -277,13 +279,21 @@ class Selected:
             assert (listed[len(of) :] == UNTOUCHED).all()
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("digest_bits", [16, 8])
 @pytest.mark.parametrize("level", [NOTHING, ALL, 0, 1, 2, 3])
-def test_every_level_lists_what_its_heads_chose(level: int, digest_bits: int, share: float):
+def test_every_level_lists_what_its_heads_chose(level: int, digest_bits: int):
     node = Node(Row(levels=[level, 0]), digest_bits=digest_bits)
-    node.hold(share)
+    node.hold(0.3)
     node.check()
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+@pytest.mark.parametrize("level", [ALL, 0])
+def test_what_is_read_may_be_resident_or_missing_altogether(level: int, share: float):
+    node = Node(Row(levels=[level, 3]))
+    node.hold(share)
+    selected = node.check()
+    assert bool(selected.needs[LAYER]) == (share == 0.0)
 
 
 @pytest.mark.parametrize("group", [1, 3, 7])
@@ -321,8 +331,7 @@ def test_rows_of_every_length_beside_each_other():
 @pytest.mark.parametrize("level", [0, 1, 2, 3])
 @pytest.mark.parametrize("region", [range(144, 176), range(112, 272), range(240, 736)])
 def test_the_region_cuts_blocks_at_its_edges(level: int, region: range):
-    budgets = [1, 0, 2, 9, 1, 1, 1, 1]
-    node = Node(Row(region=region, levels=[level, level], budgets=budgets))
+    node = Node(Row(region=region, levels=[level, 3], budgets=[1, 0, 2, 9, 1, 1, 1, 1]))
     node.hold(0.4)
     node.check()
 
@@ -453,3 +462,17 @@ def test_a_group_that_misses_nothing_needs_nobody():
 def test_shapes_that_no_kernel_takes_are_refused(heads: int, region_tokens: int, max_slabs: int):
     with pytest.raises(ShapeError):
         GroupSelection(KvGeometry(1, 2, 64), heads, region_tokens, max_slabs, DigestCopies(0, 1, 0))
+
+
+def test_others_may_change_scores_before_blocks_are_chosen():
+    node = Node(Row(levels=[0, 0], budgets=[2] * 8))
+    seen = []
+
+    def prefer_the_last(layer: int, scores: Tensor, step: Tensor) -> None:
+        seen.append((layer, int(step)))
+        scores[:] = torch.arange(scores.shape[-1])
+
+    selected = node.run(scores_hook=prefer_the_last)
+    assert seen == [(LAYER, STEP)]
+    last = node.rows[0].region.stop // BLOCK_TOKENS
+    assert selected.host.units[0, :, :2].tolist() == [[last - 2, last - 1]] * KV_HEADS
