@@ -117,8 +117,7 @@ class DeviceStep(DecodeStep):
     ) -> None:
         config, geometry = decoder.config, store.geometry
         check_step_shapes(geometry, window, config.num_heads, planner)
-        self._store, self._window = store, window
-        self.pool = pool
+        self._store, self._window, self.pool = store, window, pool
         self._device = decoder.embedding.device
         self._num_heads = config.num_heads
         self.lanes: Lanes = lanes
@@ -150,9 +149,8 @@ class DeviceStep(DecodeStep):
             scores_hook=scores_hook,
         )
         self._driver = self._make_driver()
-        attention = WindowAttention(
-            window, config.num_heads, geometry.num_kv_heads, geometry.head_dim
-        )
+        heads = config.num_heads, geometry.num_kv_heads, geometry.head_dim
+        attention = WindowAttention(window, *heads)
         self._device_planner = self._make_planner(
             planner, coarse, attention.num_splits, max_context_tokens, max_rows
         )
