@@ -239,12 +239,17 @@ def _choose_head(
 ):
     """Mark what one head reads, and count its units: blocks at the region's edges are cut to it."""
     chosen = mark_top(scores_ptr, marks_ptr, num_blocks, budget, BLOCKS)
-    region_begin = (tl.load(words + REGION_BEGIN) // 16).to(tl.int32)
-    region_end = (tl.load(words + REGION_END) // 16).to(tl.int32)
-    block = (region_begin >> level) + tl.arange(0, BLOCKS)
-    begin = tl.maximum(block << level, region_begin)
-    end = tl.minimum((block + 1) << level, region_end)
-    tl.store(head_units_ptr, tl.sum(tl.where(chosen != 0, end - begin, 0)))
+    units = tl.maximum(tl.minimum(budget, num_blocks), 0) << level
+    if level > 0:
+        region_begin = (tl.load(words + REGION_BEGIN) // 16).to(tl.int32)
+        region_end = (tl.load(words + REGION_END) // 16).to(tl.int32)
+        first_block = region_begin >> level
+        block = tl.arange(0, BLOCKS)
+        cut = tl.where(block == 0, region_begin - (first_block << level), 0)
+        cut_end = ((first_block + num_blocks) << level) - region_end
+        cut += tl.where(block == num_blocks - 1, cut_end, 0)
+        units -= tl.sum(tl.where(chosen != 0, cut, 0))
+    tl.store(head_units_ptr, units)
 
 
 @triton.jit(do_not_specialize_on_alignment=["levels_ptr", "budgets_ptr"])
