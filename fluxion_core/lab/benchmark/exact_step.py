@@ -13,7 +13,7 @@ The fastest is what counts. Beside them the limit: bytes of KV at the measured r
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
@@ -26,6 +26,11 @@ from torch import Tensor
 from fluxion_core.decode.device.graph import StepGraph
 from fluxion_core.geometry import KvGeometry
 from fluxion_core.models.decoder import Decoder
+
+RIVALS = ("sdpa", "flash splits", "flex")
+
+REPEATS = 20
+"""Steps that are timed."""
 
 SPLIT_PROGRAMS = 1056
 """Pieces of all rows and KV heads, about: eight for each of 132 multiprocessors."""
@@ -64,7 +69,7 @@ def flash_splits(query: Tensor, key: Tensor, value: Tensor, *, splits: int) -> T
     """
     rows, heads, dim = query.shape
     kv_heads = key.shape[1]
-    grouped = query.view(rows, 1, kv_heads, heads // kv_heads, dim)
+    grouped = query.reshape(rows, 1, kv_heads, heads // kv_heads, dim)
     spread = grouped.expand(-1, splits, -1, -1, -1).reshape(rows * splits, *grouped.shape[2:])
     outputs, lses = _flash(spread, key, value)
     lse = lses.view(rows, splits, kv_heads, heads // kv_heads, 1)
@@ -121,15 +126,20 @@ class ExactStep:
         self._decoder, self._geometry, self._copy_rate = decoder, geometry, copy_rate
 
     def measure(
-        self, rows: int, tokens: int, dense_milliseconds: float, repeats: int, console: Console
+        self,
+        rows: int,
+        tokens: int,
+        dense_milliseconds: float,
+        rivals: Sequence[str],
+        console: Console,
     ) -> list[ExactFigure]:
-        """Every way that runs here.
+        """Figures of every way that is wanted and runs here.
 
         Args:
             rows: of the step.
             tokens: of each row; cut to a multiple of the pieces.
             dense_milliseconds: of the dense step alone.
-            repeats: steps.
+            rivals: ways, of RIVALS.
             console: is told what does not run.
         """
         geometry, device = self._geometry, self._decoder.embedding.device
@@ -141,16 +151,17 @@ class ExactStep:
         for layer in kv:
             layer.normal_()
         pieces = (layers, 2, rows * splits, heads, tokens // splits, dim)
-        ways: list[tuple[str, Attention, Tensor]] = [
-            ("sdpa", sdpa, kv),
-            (f"flash, {splits} splits", partial(flash_splits, splits=splits), kv.view(pieces)),
-            ("flex", flex(), kv),
-        ]
+        ways: dict[str, tuple[Attention, Tensor]] = {
+            "sdpa": (sdpa, kv),
+            "flash splits": (partial(flash_splits, splits=splits), kv.view(pieces)),
+            "flex": (flex(), kv),
+        }
         limit = dense_milliseconds + kv.nbytes / self._copy_rate * 1e3
         figures = []
-        for name, attend, layout in ways:
+        for name in rivals:
+            attend, layout = ways[name]
             try:
-                milliseconds = self._time(attend, layout, rows, tokens, repeats)
+                milliseconds = self._time(attend, layout, rows, tokens)
             except RuntimeError as error:
                 console.print(f"exact, {name}: does not run here: {error}", highlight=False)
                 continue
@@ -162,7 +173,7 @@ class ExactStep:
             )
         return figures
 
-    def _time(self, attend: Attention, kv: Tensor, rows: int, tokens: int, repeats: int) -> float:
+    def _time(self, attend: Attention, kv: Tensor, rows: int, tokens: int) -> float:
         device, decoder = kv.device, self._decoder
         token_ids = torch.arange(rows, device=device)
         positions = torch.full((rows,), tokens - 1, device=device)
@@ -174,7 +185,7 @@ class ExactStep:
 
         body()  # What has to be compiled is, outside of any capture.
         graph, times = StepGraph(body, torch.cuda.Stream(device)), []
-        for _ in range(_WARM_UPS + repeats):
+        for _ in range(_WARM_UPS + REPEATS):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record(graph.stream)
             graph.launch()

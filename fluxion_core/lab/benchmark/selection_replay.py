@@ -182,10 +182,11 @@ class MarkedScores:
         self._regions = zeros(max_rows, 2, dtype=torch.int32)
         self._step = zeros(1, dtype=torch.int32)
         self._is_followed = False
-        self.begin_step(0)
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._synchronize()
 
     def follow(self, replay: SelectionReplay | None, regions: Sequence[range]) -> None:
-        """Say what the next steps' rows follow; waits for the device.
+        """Say what the next steps' rows follow; `begin_step` comes next. Waits for the device.
 
         Args:
             replay: of one of the recordings; None: their scores stay.
@@ -199,14 +200,21 @@ class MarkedScores:
         units = [[region.start // BLOCK_TOKENS, region.stop // BLOCK_TOKENS] for region in regions]
         self._regions.zero_()
         self._regions[: len(units)] = torch.tensor(units, dtype=torch.int32)
-        self.begin_step(0)
+        self._synchronize()
 
     def begin_step(self, step: int) -> None:
-        """Say which step comes next, as `SelectionReplay.policy` was told; waits for the device."""
-        self._step.fill_(step if self._is_followed else -1)
-        # Steps run on a stream of their own.
-        if self._step.is_cuda:
-            torch.cuda.synchronize(self._step.device)
+        """Say which step comes next, as `SelectionReplay.policy` was told.
+
+        Waits until the device knows it, and for nothing else: what runs beside steps goes on.
+        """
+        with torch.cuda.stream(self._stream):
+            self._step.fill_(step if self._is_followed else -1)
+        if self._stream is not None:
+            self._stream.synchronize()
+
+    def _synchronize(self) -> None:
+        if self._stream is not None:
+            torch.cuda.synchronize(self._stream.device)
 
     def __call__(self, layer: int, scores: Tensor, step: Tensor) -> None:
         """Overwrite a layer's scores.

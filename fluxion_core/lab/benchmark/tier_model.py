@@ -42,7 +42,8 @@ from fluxion_core.kvstore.sequence import SequenceKv
 from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.lab.benchmark.report import describe_machine
 from fluxion_core.lab.benchmark.sampling import STEP_SAMPLING, step_samplers
-from fluxion_core.lab.benchmark.tier_step import KvShare, fill_up, restart
+from fluxion_core.lab.benchmark.tier_figures import KvShare
+from fluxion_core.lab.benchmark.tier_step import fill_up, restart
 from fluxion_core.lab.held_prompt import PromptMaker
 from fluxion_core.lab.provenance import Provenance
 from fluxion_core.models.model_options import ModelOptions

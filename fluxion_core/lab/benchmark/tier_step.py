@@ -7,7 +7,8 @@ Weights are random, KV is synthetic and fills its own memory; what heads read is
 real model (record_selections.py) and stretched to the shape, so that the tier is hit as it would
 be. The step selects, splits, asks and fills by its own kernels; marks in place of scores, by which
 it chooses what was recorded, are within its time, and so is sampling. Warm-up steps run first, in
-the recording's order, and the steps that are timed follow them.
+the recording's order and each some times, so that the tier can follow them; those that are timed
+come after them.
 
 Policies by name are chosen by real scores: `exact`, where all KV is resident, and what a step costs
 without any region. At 0 % there is no tier: the engine of before, with plans of the same sizes.
@@ -20,12 +21,12 @@ copies, and missed ones at the sum of the rates at which CPUs and GPU read host 
 from __future__ import annotations
 
 import gc
-import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Annotated
@@ -39,13 +40,18 @@ from fluxion_core.config.commands import Command, run_module, within
 from fluxion_core.decode.device.step import DeviceStep
 from fluxion_core.decode.device.tier import DeviceTier
 from fluxion_core.decode.step import StepRow
-from fluxion_core.errors import ConfigError, ShapeError
+from fluxion_core.errors import ShapeError
 from fluxion_core.generation.sampling import TokenSampler, sample_rows
 from fluxion_core.geometry import KvGeometry, WindowSpec
 from fluxion_core.kvstore.sequence import SequenceKv
 from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.lab.benchmark.dense_step import DenseStep
-from fluxion_core.lab.benchmark.exact_step import ExactFigure, ExactStep, measure_copies
+from fluxion_core.lab.benchmark.exact_step import (
+    RIVALS,
+    ExactFigure,
+    ExactStep,
+    measure_copies,
+)
 from fluxion_core.lab.benchmark.gpu_step import PLANNING, STREAMING, StepMethod, lengths_of
 from fluxion_core.lab.benchmark.model_shapes import fill_sequences, random_decoder, shape_named
 from fluxion_core.lab.benchmark.random_planner import blank_state, random_planner
@@ -54,6 +60,13 @@ from fluxion_core.lab.benchmark.recorded_selections import RecordedSelections
 from fluxion_core.lab.benchmark.report import describe_machine
 from fluxion_core.lab.benchmark.sampling import STEP_SAMPLING, step_samplers
 from fluxion_core.lab.benchmark.selection_replay import MarkedScores, SelectionReplay
+from fluxion_core.lab.benchmark.tier_figures import (
+    ExactRate,
+    KvShare,
+    TierStepFigure,
+    batch_name,
+    groups_that_fit,
+)
 from fluxion_core.lab.provenance import Provenance
 from fluxion_core.machine.cpus import usable_cpus
 from fluxion_core.models.config import ModelConfig
@@ -64,43 +77,11 @@ from fluxion_core.pool.thread_choice import make_pool
 NEW_TOKENS = 16
 """Room of each sequence for tokens of its own."""
 
+WARM_STEPS = 4
+"""Before those that are timed, where nothing has to come into the tier."""
+
 OLD_STEPS = 12
 """Timed without a tier, at most: nothing there depends on the step before."""
-
-_SHARE = re.compile(r"([0-9.]+) ?(%|GiB)")
-
-
-@dataclass(frozen=True)
-class KvShare:
-    """Device memory for KV: a share of all there is, or so much."""
-
-    percent: float | None
-    num_bytes: int = 0
-    """If it is no share."""
-
-    @classmethod
-    def parse(cls, text: str) -> KvShare:
-        """Read "20 %" or "8 GiB".
-
-        Raises:
-            ConfigError: it is neither.
-        """
-        match = _SHARE.fullmatch(text.strip())
-        if match is None:
-            raise ConfigError(f"KV in device memory {text!r}: a share as 20 %, or a size as 8 GiB")
-        number = float(match[1])
-        if match[2] == "%":
-            return cls(number)
-        return cls(None, int(number * 2**30))
-
-    def of(self, kv_bytes: int) -> int:
-        """Bytes, of a batch whose KV takes so many."""
-        return self.num_bytes if self.percent is None else int(kv_bytes * self.percent / 100)
-
-    def __str__(self) -> str:
-        if self.percent is None:
-            return f"{self.num_bytes / 2**30:g} GiB"
-        return f"{self.percent:g} %"
 
 
 @Parameter(name="*")
@@ -127,13 +108,16 @@ class TierStepOptions:
     )
     """KV in device memory, as shares of the batch's or sizes; 0 %: no tier."""
     warm_up: Annotated[int, within(1)] = 96
-    """Steps before those that are timed, where KV is missing."""
+    """Recorded steps before those that are timed, where KV is missing."""
+    warm_up_repeats: Annotated[int, within(1)] = 2
+    """Times that each of them is run: a tier of many GiB takes more steps to warm up than are
+    recorded."""
     steps: Annotated[int, within(1)] = 32
     """Timed."""
     digest_bits: int = 16
     """16 or 8."""
-    rivals: bool = True
-    """Measure exact attention with all KV in device memory too."""
+    rivals: Texts = RIVALS
+    """Ways of exact attention with all KV in device memory, as in exact_step.py; none: ''."""
     threads: Annotated[int | None, within(1)] = None
     """Of the CPU pool; as many as a node chooses if not given."""
 
@@ -158,133 +142,6 @@ class TierStepOptions:
 
 
 @dataclass(frozen=True)
-class TierStepFigure:
-    """One policy with so much KV in device memory. Medians of steps; bytes are of a step."""
-
-    lengths: tuple[int, ...]
-    """Of the sequences."""
-    policy: str
-    is_recorded: bool
-    """Its selections are; else real scores choose."""
-    kv: str
-    """Share or size of KV in device memory, as asked for."""
-    device_kv_bytes: int
-    """That KV may take there; not a step's."""
-    held_bytes: int
-    """That it takes there at the end; not a step's."""
-    milliseconds: float
-    gpu_milliseconds: float
-    """From the graph's first kernel to its last."""
-    idle_milliseconds: float
-    """Of that, the GPU waited for the host and did nothing."""
-    sampling_milliseconds: float
-    """Of the step, on the CPU pool."""
-    selected_bytes: float
-    """K and V of regions that the step read."""
-    region_bytes: float
-    """K and V that exact reads."""
-    missed_bytes: float
-    """Of the selected ones, those in host memory alone: a mean."""
-    filled_bytes: float
-    """Copied into the tier: a mean."""
-    evicted_bytes: float
-    """Left it for others: a mean."""
-    scanned_bytes: float
-    """Digests, wherever they were."""
-    counted_pcie_bytes: float
-    """To the GPU, as counted here: a mean."""
-    nvml_pcie_bytes: float
-    """To the GPU, as the card counted: a mean; 0 where it does not."""
-    dense_milliseconds: float
-    """The dense step alone."""
-    limit_milliseconds: float
-
-    @property
-    def hit_rate(self) -> float:
-        """Share of the selected bytes that was resident."""
-        return 1 - self.missed_bytes / self.selected_bytes if self.selected_bytes else 1.0
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Tokens of all rows."""
-        return len(self.lengths) / self.milliseconds * 1e3
-
-    @property
-    def batch_name(self) -> str:
-        """Such as 4 x 131,072, or 131,072 + 32,768."""
-        return batch_name(self.lengths)
-
-    def as_json(self) -> dict[str, object]:
-        """All that is known of it."""
-        return asdict(self) | {
-            "batch": self.batch_name,
-            "hit_rate": self.hit_rate,
-            "tokens_per_second": self.tokens_per_second,
-        }
-
-    def __str__(self) -> str:
-        gigabytes = [
-            f"{name} {number / 1e9:.3f}"
-            for name, number in (
-                ("selected", self.selected_bytes),
-                ("missed", self.missed_bytes),
-                ("filled", self.filled_bytes),
-                ("PCIe", self.counted_pcie_bytes),
-                ("card", self.nvml_pcie_bytes),
-            )
-        ]
-        return (
-            f"{self.batch_name:14s}  {self.policy:22s} {self.kv:>6s} "
-            f"{self.held_bytes / 2**30:5.1f}/{self.device_kv_bytes / 2**30:4.1f} GiB "
-            f"{self.milliseconds:8.2f} ms  GPU {self.gpu_milliseconds:7.2f}  "
-            f"idle {self.idle_milliseconds:6.2f}  hits {self.hit_rate:.4f}  "
-            f"{', '.join(gigabytes)} GB  limit {self.limit_milliseconds:.2f}"
-        )
-
-
-def batch_name(lengths: Sequence[int]) -> str:
-    """Name of a batch, such as 4 x 131,072, or 131,072 + 32,768."""
-    if len(set(lengths)) == 1:
-        return f"{len(lengths)} x {lengths[0]:,}"
-    return " + ".join(f"{length:,}" for length in lengths)
-
-
-@dataclass(frozen=True)
-class ExactRate:
-    """Exact attention within so much device memory: sequences take turns in groups that fit."""
-
-    lengths: tuple[int, ...]
-    """Of all sequences."""
-    kv: str
-    groups: tuple[tuple[int, ...], ...]
-    """Lengths of those that are there at a time; bringing them there and back is not counted."""
-    milliseconds: float
-    """One token of each sequence."""
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Tokens of all sequences."""
-        return len(self.lengths) / self.milliseconds * 1e3
-
-
-def groups_that_fit(lengths: Sequence[int], tokens: int) -> list[tuple[int, ...]]:
-    """Sequences in groups of so many tokens at most, the longest first into the first with room.
-
-    A sequence that is longer than that is in no group.
-    """
-    groups: list[list[int]] = []
-    for length in sorted(lengths, reverse=True):
-        if length > tokens:
-            continue
-        room = [group for group in groups if sum(group) + length <= tokens]
-        if room:
-            room[0].append(length)
-        else:
-            groups.append([length])
-    return [tuple(group) for group in groups]
-
-
-@dataclass(frozen=True)
 class _Turn:
     """One step that was timed."""
 
@@ -304,12 +161,18 @@ class _Method:
 
     name: str
     replay: SelectionReplay | None = None
+    made: dict[tuple[range, int, int], Policy] = field(default_factory=dict)
 
     def policy(self, config: ModelConfig, region: range, step: int, row: int) -> Policy:
-        """Of one row in one step."""
-        if self.replay is not None:
-            return self.replay.policy(region, step, row)
-        return StepMethod(self.name).policy(config, region, step, row)
+        """Policy of one row in one step; made once, so that it takes no time between steps."""
+        key = (region, step, row)
+        if key not in self.made:
+            self.made[key] = (
+                StepMethod(self.name).policy(config, region, step, row)
+                if self.replay is None
+                else self.replay.policy(region, step, row)
+            )
+        return self.made[key]
 
 
 class TierStepBench:
@@ -361,7 +224,7 @@ class TierStepBench:
         self._note(f"copies within device memory: {self.copy_rate / 1e12:.2f} TB/s")
         for lengths in options.cases:
             self._dense_milliseconds(len(lengths), max(lengths))
-            if options.rivals:
+            if any(options.rivals):
                 self._measure_rivals(lengths)
         torch.cuda.empty_cache()
         started = time.perf_counter()
@@ -419,7 +282,7 @@ class TierStepBench:
         if not own:
             dense = self._dense_milliseconds(rows, tokens)
             exact = ExactStep(self.decoder, self.geometry, self.copy_rate)
-            own = exact.measure(rows, tokens, dense, 20, self._console)
+            own = exact.measure(rows, tokens, dense, self.options.rivals, self._console)
             self.exact += own
             gc.collect()
             torch.cuda.empty_cache()
@@ -492,8 +355,10 @@ class TierStepBench:
             self._note(f"{share}: {held / 2**30:.2f} GiB held: {_since(started)}")
             is_whole = size >= kv_bytes
             for method in (*self._recorded, *(self._named if is_whole else ())):
-                warm_up = 4 if is_whole else self.options.warm_up
-                figures.append(self._time(step, rows, method, share, warm_up, self.options.steps))
+                warm_up = range(WARM_STEPS if is_whole else self.options.warm_up)
+                repeats = 1 if is_whole else self.options.warm_up_repeats
+                numbers = _StepNumbers.after(warm_up, repeats, self.options.steps)
+                figures.append(self._time(step, rows, method, share, numbers))
                 self._note(str(figures[-1]))
             for slot in rows.slots:
                 step.leave(slot)
@@ -503,8 +368,8 @@ class TierStepBench:
         figures = []
         rows = self._joined(step, self._sequences_of(lengths), lengths)
         for method in self._recorded:
-            steps = min(OLD_STEPS, self.options.steps)
-            figures.append(self._time(step, rows, method, KvShare(0.0), 4, steps))
+            numbers = _StepNumbers.after(range(WARM_STEPS), 1, min(OLD_STEPS, self.options.steps))
+            figures.append(self._time(step, rows, method, KvShare(0.0), numbers))
             self._note(str(figures[-1]))
         for slot in rows.slots:
             step.leave(slot)
@@ -523,17 +388,18 @@ class TierStepBench:
         rows: _Rows,
         method: _Method,
         share: KvShare,
-        warm_up: int,
-        steps: int,
+        numbers: _StepNumbers,
     ) -> TierStepFigure:
         regions = [self.window.retrieval_region(length + 1) for length in rows.lengths]
         states = [blank_state(self.planner) for _ in rows.lengths]
         samplers = step_samplers(len(rows.lengths))
+        for number, (row, region) in product(numbers.all, enumerate(regions)):
+            method.policy(self.config, region, number, row)
         self._marks.follow(method.replay, regions)
         turns = []
         before = _Counters.of(step, 0)
-        for number in range(warm_up + steps):
-            if number == warm_up:
+        for count, number in enumerate(numbers.all):
+            if count == len(numbers.warm_up):
                 before = _Counters.of(step, self._received())
             self._marks.begin_step(number)
             step_rows = []
@@ -541,11 +407,13 @@ class TierStepBench:
                 # The same step again and again: what the last one appended is overwritten.
                 sequence.num_tokens = rows.lengths[index]
                 policy = method.policy(self.config, regions[index], number, index)
-                token = (number * 7919 + index) % self.config.vocab_size
+                token = (count * 7919 + index) % self.config.vocab_size
                 step_rows.append(StepRow(sequence, rows.slots[index], token, policy, states[index]))
             turns.append(_turn(step, step_rows, samplers))
         after = _Counters.of(step, self._received())
-        return self._figure(rows.lengths, method, share, turns[warm_up:], before, after)
+        return self._figure(
+            rows.lengths, method, share, turns[len(numbers.warm_up) :], before, after
+        )
 
     def _received(self) -> int:
         if self.nvml is None:
@@ -606,6 +474,25 @@ class _Rows:
     sequences: list[SequenceKv]
     slots: list[int]
     lengths: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _StepNumbers:
+    """Recorded steps in the order in which they are run."""
+
+    warm_up: list[int]
+    timed: list[int]
+
+    @classmethod
+    def after(cls, warm_up: range, repeats: int, count: int) -> _StepNumbers:
+        """So many steps, after others each of which is run some times."""
+        slow = [number for number in warm_up for _ in range(repeats)]
+        return cls(slow, list(range(warm_up.stop, warm_up.stop + count)))
+
+    @property
+    def all(self) -> list[int]:
+        """Numbers of all steps."""
+        return self.warm_up + self.timed
 
 
 @dataclass(frozen=True)

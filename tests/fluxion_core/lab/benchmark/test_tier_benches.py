@@ -17,15 +17,18 @@ from fluxion_core.geometry import KvGeometry
 from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.lab.benchmark.exact_step import ExactFigure
 from fluxion_core.lab.benchmark.model_shapes import fill_sequences
-from fluxion_core.lab.benchmark.tier_model import forced_tokens, pieces_of
-from fluxion_core.lab.benchmark.tier_step import (
+from fluxion_core.lab.benchmark.tier_figures import (
     ExactRate,
     KvShare,
     TierStepFigure,
-    TierStepOptions,
     batch_name,
-    fill_up,
     groups_that_fit,
+)
+from fluxion_core.lab.benchmark.tier_model import forced_tokens, pieces_of
+from fluxion_core.lab.benchmark.tier_step import (
+    TierStepOptions,
+    _StepNumbers,
+    fill_up,
     restart,
 )
 from fluxion_core.lab.benchmark.tier_step_report import TierStepReport, markdown
@@ -140,3 +143,9 @@ def test_a_tier_is_filled_up_with_regions_as_far_as_there_is_room():
     tier.close()
     if pinned is not None:
         pinned.close()
+
+
+def test_steps_that_warm_up_run_some_times_each_and_timed_ones_follow():
+    numbers = _StepNumbers.after(range(3), 2, 2)
+    assert numbers.all == [0, 0, 1, 1, 2, 2, 3, 4]
+    assert len(numbers.warm_up) == 6
