@@ -72,9 +72,9 @@ def flash_splits(query: Tensor, key: Tensor, value: Tensor, *, splits: int) -> T
     grouped = query.reshape(rows, 1, kv_heads, heads // kv_heads, dim)
     spread = grouped.expand(-1, splits, -1, -1, -1).reshape(rows * splits, *grouped.shape[2:])
     outputs, lses = _flash(spread, key, value)
-    lse = lses.view(rows, splits, kv_heads, heads // kv_heads, 1)
+    lse = lses.reshape(rows, splits, kv_heads, heads // kv_heads, 1)
     weights = torch.softmax(lse, dim=1)
-    merged = (outputs.view(rows, splits, *grouped.shape[2:]) * weights).sum(1)
+    merged = (outputs.reshape(rows, splits, *grouped.shape[2:]) * weights).sum(1)
     return merged.reshape(rows, heads, dim).to(query.dtype)
 
 

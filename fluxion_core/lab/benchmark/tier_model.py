@@ -90,6 +90,8 @@ class TierModelOptions:
     """Of weights: bfloat16, or float32, which is for comparisons."""
     threads: Annotated[int | None, within(1)] = None
     """Of the CPU pool; as many as a node chooses if not given."""
+    commit: str = ""
+    """Of the code, where it does not lie in a repository."""
 
     @property
     def shares(self) -> list[KvShare]:
@@ -462,13 +464,18 @@ class TierModelCommand(ModelOptions, JsonOption, Command):
         name = "comparisons" if self.options.compare else "figures"
         results = bench.compare() if self.options.compare else bench.measure()
         gpu = torch.cuda.get_device_name()
+        commit = self.options.commit
         about = Provenance.here(
-            bench.model.name, bench.model.revision_hash, bench.weights_name, gpu=gpu
+            bench.model.name,
+            bench.model.revision_hash,
+            bench.weights_name,
+            commit=commit,
+            gpu=gpu,
         )
         self.write(
             {
                 "about": about.as_json(),
-                "machine": describe_machine() | {"gpu": gpu},
+                "machine": describe_machine(commit) | {"gpu": gpu},
                 "options": asdict(self.options),
                 "sampling": STEP_SAMPLING,
                 name: [asdict(one) for one in results],

@@ -77,6 +77,8 @@ from fluxion_core.pool.thread_choice import make_pool
 NEW_TOKENS = 16
 """Room of each sequence for tokens of its own."""
 
+SHARES = ("100 %", "40 %", "20 %", "10 %", "5 %", "0 %")
+
 WARM_STEPS = 4
 """Before those that are timed, where nothing has to come into the tier."""
 
@@ -103,9 +105,7 @@ class TierStepOptions:
     """Files of recorded selections, of the same texts and steps."""
     policies: Texts = ("exact", STREAMING, PLANNING)
     """By name, where all KV is resident."""
-    kv: Annotated[Texts, Parameter(metavar="N %,N GiB")] = (
-        *("100 %", "40 %", "20 %", "10 %", "5 %", "0 %"),
-    )
+    kv: Annotated[Texts, Parameter(metavar="N %,N GiB")] = SHARES
     """KV in device memory, as shares of the batch's or sizes; 0 %: no tier."""
     warm_up: Annotated[int, within(1)] = 96
     """Recorded steps before those that are timed, where KV is missing."""
@@ -120,16 +120,19 @@ class TierStepOptions:
     """Ways of exact attention with all KV in device memory, as in exact_step.py; none: ''."""
     threads: Annotated[int | None, within(1)] = None
     """Of the CPU pool; as many as a node chooses if not given."""
+    commit: str = ""
+    """Of the code, where it does not lie in a repository."""
 
     @property
     def cases(self) -> list[tuple[int, ...]]:
-        """Lengths of the sequences of every batch.
+        """Lengths of the sequences of every batch, the batch with most tokens first.
 
         Raises:
             ConfigError: a mixed batch is not lengths with + between them.
         """
         same = [(context,) * batch for context in self.contexts for batch in self.batches]
-        return same + [tuple(sorted(lengths_of(text), reverse=True)) for text in self.mixed]
+        mixed = [tuple(sorted(lengths_of(text), reverse=True)) for text in self.mixed]
+        return sorted(same + mixed, key=sum, reverse=True)
 
     @property
     def shares(self) -> list[KvShare]:
@@ -230,6 +233,8 @@ class TierStepBench:
         started = time.perf_counter()
         self.store = HostKvStore(self.geometry, self._store_bytes, model_key=b"bench")
         self._note(f"{self._store_bytes / 2**30:.1f} GiB of arena: {_since(started)}")
+        # Memory that has been written is pinned sooner.
+        self._sequences_of(options.cases[0])
         self.host_rate = measure_host_read(self.store)
         figures: list[TierStepFigure] = []
         sizes = [
@@ -380,6 +385,8 @@ class TierStepBench:
     ) -> _Rows:
         for sequence, length in zip(sequences, lengths, strict=True):
             sequence.num_tokens = length
+            if not sequence.slab_table.is_pinned():
+                sequence.slab_table = sequence.slab_table.pin_memory()
         return _Rows(sequences, [step.join(sequence) for sequence in sequences], lengths)
 
     def _time(
@@ -573,9 +580,12 @@ def run_tier_step_bench(console: Console, options: TierStepOptions) -> dict[str,
     """Measure; print as it goes, return everything as plain data."""
     bench = TierStepBench(options, console)
     figures = bench.run()
+    gpu = torch.cuda.get_device_name()
     return {
-        "about": Provenance.of_shape(options.shape, gpu=torch.cuda.get_device_name()).as_json(),
-        "machine": describe_machine() | {"gpu": torch.cuda.get_device_name()},
+        "about": Provenance.here(
+            f"{options.shape}, random weights", commit=options.commit, gpu=gpu
+        ).as_json(),
+        "machine": describe_machine(options.commit) | {"gpu": gpu},
         "recorded": bench.recorded_abouts,
         "options": asdict(options),
         "sampling": STEP_SAMPLING,
