@@ -176,12 +176,16 @@ class _GraphAttention:
             graphs.step_number,
             self.stamps[layer, 0:1],
         )
+        if self._planner is None:
+            # The host has its lists while the windows are attended to.
+            self._select(layer)
         self._attention.launch(
             query, window_key, window_value, self._slots, self._lengths, self._states
         )
         if self._planner is not None:
             self._plan(layer, self._planner, window_key)
-        self._select(layer)
+            self._select(layer)
+        self._attend_resident(layer)
         output = torch.empty(self._size, *query.shape[1:], dtype=query.dtype, device=query.device)
         self._await_and_merge(layer, output)
         return output
@@ -209,6 +213,9 @@ class _GraphAttention:
 
     def _select(self, layer: int) -> None:
         """The host selects."""
+
+    def _attend_resident(self, layer: int) -> None:
+        """Nothing of a region is on the device."""
 
     def _await_and_merge(self, layer: int, output: Tensor) -> None:
         board = self._graphs.board
@@ -257,7 +264,10 @@ class _SelectedAttention(_GraphAttention):
         return self._selected.plan(layer)
 
     def _select(self, layer: int) -> None:
-        self._selected.attend(layer, self._graphs.board.device_queries[: self._size])
+        self._selected.select(layer, self._graphs.board.device_queries[: self._size])
+
+    def _attend_resident(self, layer: int) -> None:
+        self._selected.attend_resident(layer, self._graphs.board.device_queries[: self._size])
 
     def _await_and_merge(self, layer: int, output: Tensor) -> None:
         planner = self._planner

@@ -45,8 +45,8 @@ class SelectedLayers:
         board = self._selection.board
         return board.levels[layer, : self._size], board.budgets[layer, : self._size]
 
-    def attend(self, layer: int, query: Tensor) -> None:
-        """Select in one layer, list what is missing, and attend to what is resident.
+    def select(self, layer: int, query: Tensor) -> None:
+        """Select in one layer, and list what is resident and what is missing.
 
         Args:
             layer: of the model.
@@ -76,13 +76,22 @@ class SelectedLayers:
             selection.step,
             scores_hook=selection.scores_hook,
         )
+
+    def attend_resident(self, layer: int, query: Tensor) -> None:
+        """Attend to what is resident of what was selected.
+
+        Args:
+            layer: of the model.
+            query: as for `select`.
+        """
+        selection, size = self._selection, self._size
         lists = selection.lists
         selection.attention.launch(
             query,
             selection.tier.kv,
             lists.resident_slots[:size],
             lists.resident_masks[:size],
-            counts,
+            selection.board.counts[layer, :size],
             self._states,
         )
 
