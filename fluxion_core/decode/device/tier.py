@@ -8,14 +8,15 @@ store keeps everything.
 Between steps the tier goes around:
 
     IDLE      the step may ask for units
-    CLOSED    after such a step: its requests, and units that came into regions as far as slots are
-              free, are a batch; slots of the least recently selected are taken for it
+    CLOSED    after such a step: its requests, and units that came into regions, are a batch; slots
+              that are free are taken for it, and those of the least recently selected
     FILLING   the batch is copied on a stream of its own, beside the next steps
     IDLE      before the first step after its end it is entered into the table
 
 Nothing here waits for a batch. All that changes the table is ordered on the steps' stream, so that
-nothing leaves while a step that listed it runs. Only requests evict; units that came into regions
-are given up when no slot is free, and come when they are asked for.
+nothing leaves while a step that listed it runs. Requests never take the slot of what the step has
+selected, nor units that came into regions that of what has been selected lately: both are given up
+when there is no slot for them, and come when they are asked for.
 
 Slabs are told apart by their generation: when a sequence joins, and when its region grows into a
 slab, copies of what that slab held before are dropped before the next step.

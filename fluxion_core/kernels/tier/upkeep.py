@@ -1,10 +1,11 @@
 """Upkeep of the device tier between steps: which units come, which leave, and where they are.
 
-    append_ranges   close: units that came into regions are asked for, as far as slots are free
+    count_ages      close: how many slots may be taken, by age; coarse
+    append_ranges   close: units that came into regions are asked for, as far as there are slots
     plan_batch      close: how many units the batch has, how many must leave for them
-    count_ages      close, twice: histograms of the slots' ages, coarse and then fine
+    count_ages      close: ages about the threshold; fine
     evict           close: the oldest leave, exactly as many as are needed
-    assign_slots    close: a free slot for each unit of the batch
+    assign_slots    close: a slot for each unit of the batch; what has none is absent again
     fill            copies the batch from host memory; the next steps run beside it
     commit          the table says where the batch's units are
     invalidate      slabs with new content: nothing of them is on the device
@@ -14,8 +15,17 @@ the list of free slots), or taken by the batch that is being filled. All but `fi
 the stream of the steps. No step's graph runs beside them, so that nothing leaves while it is
 listed; and `fill` writes slots alone that no entry of the table names.
 
-The least recently selected slots leave, by steps. A slot's age is rounded to a key: 10 bits, exact
-below 512 steps, within a 64th above. Of the threshold's key any leave.
+The least recently selected slots leave, by steps. Who gives room to whom:
+
+    what a step missed              may have slots that are free, or that the step did not select
+    units that came into regions    may have slots that are free, or that OLD_AGE steps did not
+
+So where steps select more than there is room for, what is there stays, and is hit; to exchange it
+for what else they select would be traffic for nothing.
+
+A slot's age is the number of steps since it was selected, rounded to a key: 10 bits, exact below
+512 steps, within a 64th above. Of the threshold's key any leave. Age 0 is not counted: neither what
+the last step selected nor slots without a unit.
 
 All only launch. Grids are fixed: how much there is to do is read from `words`.
 """
@@ -30,7 +40,11 @@ from fluxion_core.kernels.tier.constants import ABSENT, PENDING
 
 NO_OWNER = tl.constexpr(-1)
 NO_STAMP = tl.constexpr(2**31 - 1)
-"""Of a slot that nobody owns: it has no age."""
+"""Of a slot that nobody owns: it is of age 0 for ever."""
+OLD_AGE = tl.constexpr(64)
+"""Steps without being selected, after which a slot may go to a unit that nobody has missed yet: of
+the blocks that a step selects, at least 95 of 100 were selected in the 64 steps before it. A
+multiple of BINS, so that the coarse histogram says how many slots are so old."""
 
 # What the kernels leave for each other, int32.
 FREE = tl.constexpr(0)
@@ -47,8 +61,10 @@ EVICTED = tl.constexpr(5)
 """Slots evicted so far, of those."""
 TIES = tl.constexpr(6)
 """Slots of the threshold's key so far."""
+ASKED = tl.constexpr(7)
+"""Requests in the list, of which the batch has the first."""
 AGES = tl.constexpr(8)
-"""Two histograms of 32 bins."""
+"""Two histograms of 32 bins, of slots that are older than 0; all 0 between batches."""
 WORDS = tl.constexpr(72)
 
 # Counters for the host, int64, on the device and in pinned memory.
@@ -58,7 +74,7 @@ EVICTED_UNITS = tl.constexpr(1)
 HELD_UNITS = tl.constexpr(2)
 """Slots that are not free, the batch's included."""
 RANGES_CUT = tl.constexpr(3)
-"""Not 0 if ranges did not fit into the batch although more slots are free."""
+"""Not 0 if ranges did not fit into the batch although there are more slots for them."""
 COUNTERS = tl.constexpr(4)
 
 BINS = tl.constexpr(32)
@@ -67,6 +83,94 @@ _KEY_SHIFT = tl.constexpr(17)
 """Leaves 6 bits of a float32's mantissa below its exponent."""
 _EXACT_BITS = tl.constexpr(8704)
 """The bits of 512.0, so shifted."""
+
+
+@triton.jit
+def _age_keys(stamps, step):
+    """10 bits in the order of the ages: exact below EXACT_AGE, rounded down to a 64th above."""
+    age = tl.maximum(step - stamps, 0)
+    bits = age.to(tl.float32).to(tl.int32, bitcast=True) >> _KEY_SHIFT
+    key = tl.where(age < EXACT_AGE, age, EXACT_AGE + bits - _EXACT_BITS)
+    return tl.minimum(key, BINS * BINS - 1)
+
+
+@triton.jit
+def _threshold(histogram_ptr, wanted):
+    """The bin in which the `wanted`-th highest is, and how many of that bin are wanted."""
+    bins = tl.arange(0, BINS)
+    counts = tl.load(histogram_ptr + bins)
+    above = tl.sum(counts) - tl.cumsum(counts)
+    is_it = (above < wanted) & (above + counts >= wanted)
+    threshold = tl.sum(tl.where(is_it, bins, 0))
+    return threshold, wanted - tl.sum(tl.where(is_it, above, 0))
+
+
+@triton.jit
+def _may_evict(num_ranges_ptr, request_count_ptr, words_ptr, CAPACITY: tl.constexpr):
+    """Whether a batch may need more slots than are free, or ranges beyond it may."""
+    free = tl.load(words_ptr + FREE)
+    num_ranges = tl.load(num_ranges_ptr, mask=free <= CAPACITY, other=0)
+    return (tl.minimum(tl.load(request_count_ptr), CAPACITY) > free) | (num_ranges > 0)
+
+
+@triton.jit
+def count_ages(
+    num_ranges_ptr,
+    request_count_ptr,
+    stamps_ptr,
+    step_ptr,
+    words_ptr,
+    num_tiles,
+    IS_FINE: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """One program: the histogram of every num_programs-th tile's keys, added to that of all.
+
+    The coarse one is over keys / 32, if anything may have to leave; the fine one over keys of the
+    coarse threshold's bin, if something has to.
+
+    Args:
+        num_ranges_ptr: int32, pinned.
+        request_count_ptr: int32, units that the step asked for.
+        stamps_ptr: [num_tiles * TILE] int32, NO_STAMP behind the last slot.
+        step_ptr: int32, number of the last step.
+        words_ptr: of the upkeep.
+        num_tiles: of the stamps.
+    """
+    leaving = tl.load(words_ptr + LEAVING)
+    if IS_FINE:
+        is_wanted = leaving > 0
+    else:
+        is_wanted = _may_evict(num_ranges_ptr, request_count_ptr, words_ptr, CAPACITY)
+    if is_wanted:
+        step = tl.load(step_ptr)
+        coarse = 0
+        if IS_FINE:
+            coarse, _ = _threshold(words_ptr + AGES, leaving)
+        total = tl.zeros([BINS], tl.int32)
+        for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+            stamps = tl.load(stamps_ptr + tile * TILE + tl.arange(0, TILE))
+            keys = _age_keys(stamps, step)
+            counts = keys > 0
+            if IS_FINE:
+                total += tl.histogram(keys % BINS, BINS, mask=counts & (keys // BINS == coarse))
+            else:
+                total += tl.histogram(keys // BINS, BINS, mask=counts)
+        bins = AGES + IS_FINE * BINS + tl.arange(0, BINS)
+        tl.atomic_add(words_ptr + bins, total, mask=total > 0)
+
+
+@triton.jit
+def _count_slots(request_count_ptr, words_ptr, CAPACITY: tl.constexpr):
+    """How many requests are listed, how many have slots, how many slots ranges may have then."""
+    asked = tl.minimum(tl.load(request_count_ptr), CAPACITY)
+    free = tl.load(words_ptr + FREE)
+    bins = tl.arange(0, BINS)
+    counts = tl.load(words_ptr + AGES + bins)
+    needed = tl.minimum(asked, free + tl.sum(counts))
+    old = tl.sum(tl.where(bins >= OLD_AGE // BINS, counts, 0))
+    return asked, needed, tl.maximum(free + old - needed, 0)
 
 
 @triton.jit
@@ -92,8 +196,8 @@ def append_ranges(
         request_count_ptr: int32, units that the step asked for; may be more than there is room for.
         words_ptr: of the upkeep.
     """
-    needed = tl.minimum(tl.load(request_count_ptr), CAPACITY)
-    room = tl.minimum(CAPACITY, tl.load(words_ptr + FREE)) - needed
+    _, needed, spare = _count_slots(request_count_ptr, words_ptr, CAPACITY)
+    room = tl.minimum(CAPACITY - needed, spare)
     num_ranges = tl.where(room > 0, tl.load(num_ranges_ptr), 0)
     for ordinal in range(tl.program_id(0), num_ranges, tl.num_programs(0)):
         slab = tl.load(ranges_ptr + ordinal * 4)
@@ -139,10 +243,10 @@ def plan_batch(
         host_counters_ptr: a copy of it, pinned.
         num_slots: of the tier.
     """
-    needed = tl.minimum(tl.load(request_count_ptr), CAPACITY)
+    asked, needed, spare = _count_slots(request_count_ptr, words_ptr, CAPACITY)
     free = tl.load(words_ptr + FREE)
     wanted = tl.load(words_ptr + WANTED)
-    room = tl.maximum(tl.minimum(CAPACITY, free) - needed, 0)
+    room = tl.minimum(CAPACITY - needed, spare)
     batch = needed + tl.minimum(wanted, room)
     leaving = tl.maximum(batch - free, 0)
     left = free + leaving - batch
@@ -150,76 +254,20 @@ def plan_batch(
     tl.store(words_ptr + FREE_BEFORE, free)
     tl.store(words_ptr + LEAVING, leaving)
     tl.store(words_ptr + FREE, left)
-    tl.store(words_ptr + WANTED, 0)
-    tl.store(words_ptr + EVICTED, 0)
-    tl.store(words_ptr + TIES, 0)
-    tl.store(words_ptr + AGES + tl.arange(0, 2 * BINS), tl.zeros([2 * BINS], tl.int32))
+    tl.store(words_ptr + ASKED, asked)
     tl.store(request_count_ptr, 0)
     tl.store(accepts_ptr, 0)
 
     filled = tl.load(counters_ptr + FILLED_UNITS) + batch
     evicted = tl.load(counters_ptr + EVICTED_UNITS) + leaving
     did_not_fit = (tl.load(num_ranges_ptr) > 0) & ((wanted > room) | (room == 0))
-    cut = did_not_fit & (left > 0)
+    cut = did_not_fit & (spare > batch - needed)
     tl.store(counters_ptr + FILLED_UNITS, filled)
     tl.store(counters_ptr + EVICTED_UNITS, evicted)
     tl.store(host_counters_ptr + FILLED_UNITS, filled)
     tl.store(host_counters_ptr + EVICTED_UNITS, evicted)
     tl.store(host_counters_ptr + HELD_UNITS, (num_slots - left).to(tl.int64))
     tl.store(host_counters_ptr + RANGES_CUT, cut.to(tl.int64))
-
-
-@triton.jit
-def _age_keys(stamps, step):
-    """10 bits in the order of the ages: exact below EXACT_AGE, rounded down to a 64th above."""
-    age = tl.maximum(step - stamps, 0)
-    bits = age.to(tl.float32).to(tl.int32, bitcast=True) >> _KEY_SHIFT
-    key = tl.where(age < EXACT_AGE, age, EXACT_AGE + bits - _EXACT_BITS)
-    return tl.minimum(key, BINS * BINS - 1)
-
-
-@triton.jit
-def _threshold(histogram_ptr, wanted):
-    """The bin in which the `wanted`-th highest is, and how many of that bin are wanted."""
-    bins = tl.arange(0, BINS)
-    counts = tl.load(histogram_ptr + bins)
-    above = tl.sum(counts) - tl.cumsum(counts)
-    is_it = (above < wanted) & (above + counts >= wanted)
-    threshold = tl.sum(tl.where(is_it, bins, 0))
-    return threshold, wanted - tl.sum(tl.where(is_it, above, 0))
-
-
-@triton.jit
-def count_ages(
-    stamps_ptr, step_ptr, words_ptr, num_tiles, IS_FINE: tl.constexpr, TILE: tl.constexpr
-):
-    """One program: the histogram of every num_programs-th tile's keys, added to that of all.
-
-    The coarse one is over keys / 32; the fine one over keys of the coarse threshold's bin.
-
-    Args:
-        stamps_ptr: [num_tiles * TILE] int32, NO_STAMP behind the last slot.
-        step_ptr: int32, number of the last step.
-        words_ptr: of the upkeep.
-        num_tiles: of the stamps.
-    """
-    leaving = tl.load(words_ptr + LEAVING)
-    if leaving > 0:
-        step = tl.load(step_ptr)
-        coarse = 0
-        if IS_FINE:
-            coarse, _ = _threshold(words_ptr + AGES, leaving)
-        total = tl.zeros([BINS], tl.int32)
-        for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
-            stamps = tl.load(stamps_ptr + tile * TILE + tl.arange(0, TILE))
-            keys = _age_keys(stamps, step)
-            counts = stamps != NO_STAMP
-            if IS_FINE:
-                total += tl.histogram(keys % BINS, BINS, mask=counts & (keys // BINS == coarse))
-            else:
-                total += tl.histogram(keys // BINS, BINS, mask=counts)
-        bins = AGES + IS_FINE * BINS + tl.arange(0, BINS)
-        tl.atomic_add(words_ptr + bins, total, mask=total > 0)
 
 
 @triton.jit
@@ -254,7 +302,7 @@ def evict(
         for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
             slot = tile * TILE + tl.arange(0, TILE)
             stamps = tl.load(stamps_ptr + slot)
-            keys = tl.where(stamps != NO_STAMP, _age_keys(stamps, step), -1)
+            keys = _age_keys(stamps, step)
             if tl.max(keys) >= threshold:
                 tie = (keys == threshold).to(tl.int32)
                 number = tl.atomic_add(words_ptr + TIES, tl.sum(tie)) + tl.cumsum(tie) - tie
@@ -269,13 +317,17 @@ def evict(
 
 
 @triton.jit
-def assign_slots(free_ptr, request_slots_ptr, words_ptr, TILE: tl.constexpr):
-    """One program: free slots for a tile of the batch, from the list's end.
+def assign_slots(
+    requests_ptr, table_ptr, free_ptr, request_slots_ptr, words_ptr, TILE: tl.constexpr
+):
+    """One program: free slots for a tile of the requests, from the list's end, as far as they go.
 
     Args:
+        requests_ptr: [CAPACITY] int32 arena blocks.
+        table_ptr: [slabs * units of a slab] int32; those beyond the batch may be asked for again.
         free_ptr: [num_slots] int32 slots.
         request_slots_ptr: takes [CAPACITY] int32.
-        words_ptr: of the upkeep.
+        words_ptr: of the upkeep; begun anew for the next batch's close.
     """
     batch = tl.load(words_ptr + BATCH)
     request = tl.program_id(0) * TILE + tl.arange(0, TILE)
@@ -283,6 +335,14 @@ def assign_slots(free_ptr, request_slots_ptr, words_ptr, TILE: tl.constexpr):
     last = tl.load(words_ptr + FREE) + batch - 1
     slot = tl.load(free_ptr + last - request, mask=inside, other=0)
     tl.store(request_slots_ptr + request, slot, mask=inside)
+    is_given_up = (request >= batch) & (request < tl.load(words_ptr + ASKED))
+    block = tl.load(requests_ptr + request, mask=is_given_up, other=0)
+    tl.store(table_ptr + block, ABSENT, mask=is_given_up)
+    if tl.program_id(0) == 0:
+        tl.store(words_ptr + WANTED, 0)
+        tl.store(words_ptr + EVICTED, 0)
+        tl.store(words_ptr + TIES, 0)
+        tl.store(words_ptr + AGES + tl.arange(0, 2 * BINS), tl.zeros([2 * BINS], tl.int32))
 
 
 @triton.jit

@@ -155,14 +155,18 @@ class TierUpkeep:
         self.queues.counters[HELD_UNITS.value] = self.num_slots - num_slots
 
     def close(self) -> None:
-        """Make a batch of what the last step asked for and of the ranges that free slots hold.
+        """Make a batch of what the last step asked for and of the queued ranges.
 
-        The units that must leave for it have left, and each of the batch's has a slot. Nothing is
-        accepted until the batch is committed. Six kernels.
+        What the step asked for takes slots that are free or that it did not select; ranges take
+        those that are left of the free ones and of the old ones. The units that must leave have
+        left, and each of the batch's has a slot. Nothing is accepted until the batch is committed.
+        Six kernels.
 
-        Cost: if units must leave, three passes over the stamps, 12 bytes a slot; else the ranges.
+        Cost: a pass over the stamps, 4 bytes a slot, if more is asked for than slots are free, or
+        if ranges are queued and free slots are few; two more if units leave. And the ranges.
         """
         state, queues = self.tensors, self.queues
+        self._count_ages(is_fine=False)
         append_ranges[(min(_RANGE_PROGRAMS, self.capacity),)](
             queues.ranges,
             queues.num_ranges,
@@ -187,26 +191,38 @@ class TierUpkeep:
             CAPACITY=self.capacity,
             num_warps=1,
         )
+        self._count_ages(is_fine=True)
         self._evict()
         assign_slots[(ceil_div(self.capacity, _REQUEST_TILE),)](
-            state.free, state.request_slots, state.words, TILE=_REQUEST_TILE, num_warps=4
+            state.requests,
+            state.table,
+            state.free,
+            state.request_slots,
+            state.words,
+            TILE=_REQUEST_TILE,
+            num_warps=4,
+        )
+
+    def _count_ages(self, *, is_fine: bool) -> None:
+        state = self.tensors
+        num_tiles = len(state.stamps) // _SLOT_TILE
+        count_ages[(min(_SLOT_PROGRAMS, num_tiles),)](
+            self.queues.num_ranges,
+            state.request_count,
+            state.stamps,
+            self._step,
+            state.words,
+            num_tiles,
+            IS_FINE=is_fine,
+            CAPACITY=self.capacity,
+            TILE=_SLOT_TILE,
+            num_warps=8,
         )
 
     def _evict(self) -> None:
         state = self.tensors
         num_tiles = len(state.stamps) // _SLOT_TILE
-        grid = (min(_SLOT_PROGRAMS, num_tiles),)
-        for is_fine in (False, True):
-            count_ages[grid](
-                state.stamps,
-                self._step,
-                state.words,
-                num_tiles,
-                IS_FINE=is_fine,
-                TILE=_SLOT_TILE,
-                num_warps=8,
-            )
-        evict[grid](
+        evict[(min(_SLOT_PROGRAMS, num_tiles),)](
             state.stamps,
             state.owner,
             state.table,

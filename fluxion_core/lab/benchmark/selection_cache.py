@@ -7,7 +7,8 @@ misses; a fill brings them, or as many of the first layers' as it takes, and the
 ask is the one after the fill has ended. What leaves is chosen when a fill begins:
 
     lru       what was selected longest ago
-    lru-old   likewise, but nothing that this step selected: what has no place then is not brought
+    lru-old   likewise, but nothing that this step selected: what has no place then is not brought;
+              the tier's own
     lfu       the lowest count, which decays by 3 % a step; newcomers begin with 1
     lfu-all   likewise, but counts of all units are kept, and a unit stays out if its count is lower
     clock     the next unit from the hand on that was not selected since the hand's last turn

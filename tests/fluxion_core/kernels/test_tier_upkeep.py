@@ -78,6 +78,10 @@ class Tier:
         return dict(zip(units.tolist(), slots.tolist(), strict=True))
 
     @property
+    def pending(self) -> set[int]:
+        return {unit for unit, slot in enumerate(self.state.table.tolist()) if slot == PENDING}
+
+    @property
     def free(self) -> list[int]:
         return self.state.free[: int(self.state.words[upkeep.FREE.value])].tolist()
 
@@ -180,24 +184,86 @@ def test_ranges_take_what_is_absent_each_unit_once() -> None:
     assert tier.counter(upkeep.HELD_UNITS) == 3 + len(tier.batch)
 
 
-def test_ranges_evict_nothing_and_are_given_up_when_the_tier_is_full() -> None:
+@pytest.mark.parametrize(("asked", "taken"), [(1, 1), (3, 3), (4, 4), (5, 4), (8, 4), (11, 4)])
+def test_a_batch_takes_no_slot_that_the_last_step_selected(asked: int, taken: int) -> None:
+    # By hand: of 12 slots one is free, and three were not selected by the last step.
     tier = Tier(12, 8)
-    tier.own(list(range(64, 74)), [500] * 10)
+    tier.own(list(range(64, 75)), [0, 0, 1, 0, 0, 70_000, 0, 0, 0, 2, 0])
+    tier.ask(list(range(asked)))
+    tier.upkeep.close()
+    assert set(tier.batch) == tier.pending == set(range(taken))
+    gone = set(range(64, 75)) - set(tier.resident)
+    assert gone == set([69, 73, 66][: taken - 1])
+    assert tier.counter(upkeep.EVICTED_UNITS) == taken - 1
+    assert tier.counter(upkeep.HELD_UNITS) == 12
+    assert sorted([*tier.batch.values(), *tier.resident.values()]) == list(range(12))
+
+
+def test_closes_one_after_the_other_count_anew() -> None:
+    # By hand: all that is old has left with the first batch; a step later all but two are older.
+    tier = Tier(4, 2)
+    tier.own([10, 11, 12, 13], [3, 0, 9, 0])
+    for asked, resident, batch in (([1, 2], {11, 13}, {1, 2}), ([3], {1, 2, 11, 13}, set())):
+        tier.ask(asked)
+        tier.upkeep.close()
+        tier.upkeep.commit()
+        assert set(tier.batch) == batch
+        assert set(tier.resident) == resident | batch
+    tier.step += 1
+    tier.state.stamps[[tier.resident[1], tier.resident[13]]] = STEP + 1
+    tier.ask([3])
+    tier.upkeep.close()
+    assert set(tier.batch) == {3}
+    assert len({11, 2} & set(tier.resident)) == 1
+    assert tier.pending == {3}
+
+
+@pytest.mark.parametrize(("age", "leaving"), [(0, 0), (63, 0), (64, 6), (511, 6), (90_000, 6)])
+def test_ranges_take_what_is_free_or_has_not_been_selected_for_long(age: int, leaving: int) -> None:
+    # By hand: of 12 slots two are free; two blocks of two layers and two heads are eight units.
+    tier = Tier(12, 8)
+    tier.own(list(range(64, 74)), [0, 1, 62, 63] + [age] * 6)
     tier.queue([(0, 0, 2)])
     tier.upkeep.close()
-    assert set(tier.resident) == set(range(64, 74))
-    assert len(tier.batch) == 2
+    assert set(tier.resident) >= set(range(64, 68))
+    assert len(tier.resident) == 10 - leaving
+    assert len(tier.batch) == 2 + leaving
     assert set(tier.batch) <= blocks_of(0, 0, 2)
     assert tier.counter(upkeep.RANGES_CUT) == 0
     # What has no slot may be asked for.
-    table = tier.state.table[:SLAB_UNITS].tolist()
-    assert {unit for unit, slot in enumerate(table) if slot == PENDING} == set(tier.batch)
+    assert tier.pending == set(tier.batch)
+
+
+def test_ranges_have_what_requests_leave_of_old_slots() -> None:
+    # By hand: four are old, one is free. Three requests take the free one and two of the old ones.
+    tier = Tier(10, 9)
+    tier.own(list(range(64, 73)), [0, 5, 70, 5, 80, 90, 5, 100, 5])
+    tier.ask([40, 41, 42])
+    tier.queue([(0, 0, 2)])
+    tier.upkeep.close()
+    assert len(tier.batch) == 5
+    assert set(tier.batch) > {40, 41, 42}
+    assert set(tier.resident) == {64, 65, 67, 70, 72}
+    assert tier.counter(upkeep.RANGES_CUT) == 0
+
+
+def test_ranges_have_nothing_where_requests_take_more_than_what_is_old() -> None:
+    tier = Tier(10, 9)
+    tier.own(list(range(64, 74)), [0, 5, 70, 5, 80, 5, 5, 5, 5, 5])
+    tier.ask([40, 41, 42])
+    tier.queue([(0, 0, 2)])
+    tier.upkeep.close()
+    assert set(tier.batch) == tier.pending == {40, 41, 42}
+    assert tier.counter(upkeep.RANGES_CUT) == 0
 
 
 @pytest.mark.parametrize("asked", [3, 8])
-def test_ranges_that_a_batch_has_no_place_for_are_cut(asked: int) -> None:
-    tier = Tier(100, 8)
-    tier.ask(list(range(64, 64 + asked)))
+@pytest.mark.parametrize("num_old", [0, 60, 92, 100])
+def test_ranges_that_a_batch_has_no_place_for_are_cut(asked: int, num_old: int) -> None:
+    # There would be slots for them: free ones, old ones, or both.
+    tier = Tier(100, 8, num_slabs=5)
+    tier.own(list(range(32, 32 + num_old)), [64] * num_old)
+    tier.ask(list(range(140, 140 + asked)))
     tier.queue([(0, 0, 2)])
     tier.upkeep.close()
     assert len(tier.batch) == 8
