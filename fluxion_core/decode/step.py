@@ -125,6 +125,7 @@ class DecodeStep(ABC):
         Raises:
             CapacityError: none is free.
             FluxionError: the sequence was reserved before this body was made.
+            DeviceError: as for `run`.
         """
 
     @abstractmethod
@@ -191,6 +192,7 @@ class DecodeStep(ABC):
 
         Raises:
             NonFiniteKvError: K or V of one of them came out as NaN or infinite; none counts.
+            CapacityError: the device has no memory left for it; none counts.
             DeviceError: as for `run`.
         """
 

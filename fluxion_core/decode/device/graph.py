@@ -12,7 +12,7 @@ from functools import cache
 
 import torch
 
-from fluxion_core.errors import FluxionError
+from fluxion_core.errors import DeviceError, FluxionError
 
 
 @cache
@@ -70,10 +70,10 @@ class StepGraph:
         """Put it on its stream.
 
         Raises:
-            FluxionError: CUDA refuses, for example after a kernel of this process has failed.
+            DeviceError: CUDA refuses, for example because a kernel of this process has failed.
         """
         code = _driver().cuGraphLaunch(
             ctypes.c_void_p(self.handle), ctypes.c_void_p(self.stream.cuda_stream)
         )
         if code:
-            raise FluxionError(f"a CUDA graph could not be launched: CUDA error {code}")
+            raise DeviceError(f"a CUDA graph could not be launched: CUDA error {code}")

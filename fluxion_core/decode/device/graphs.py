@@ -79,7 +79,7 @@ class StepGraphs:
             events: recorded before the graph and after it.
 
         Raises:
-            FluxionError: CUDA refuses.
+            DeviceError: CUDA refuses.
         """
         size = min(size for size, _ in self._graphs if size >= num_rows)
         graph = self._graphs[size, has_plans]

@@ -14,24 +14,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from fluxion_core.decode.device.board import HostListArrays
-from fluxion_core.decode.device.digests import DeviceDigests
+from fluxion_core.decode.device.digests import SPARE_SHARE, DeviceDigests
 from fluxion_core.decode.device.selected_layers import SelectedLayers
 from fluxion_core.decode.device.tier import DeviceTier
 from fluxion_core.decode.device.tier_board import TierBoard
 from fluxion_core.decode.device.tier_size import tier_bytes as size_of_tier
 from fluxion_core.decode.step import StepReads, StepRow
 from fluxion_core.decode.work import StepWork
-from fluxion_core.errors import CapacityError
+from fluxion_core.errors import CapacityError, ConfigError
 from fluxion_core.geometry import BLOCK_SIZES, BLOCK_TOKENS, WindowSpec
+from fluxion_core.kernels.sparse_attention.lane import MAX_CHOICE_BLOCKS
 from fluxion_core.kernels.tier.attention import ResidentAttention
 from fluxion_core.kernels.tier.constants import RESIDENT, SELECTED
 from fluxion_core.kernels.tier.gather import ResidentUnits
 from fluxion_core.kernels.tier.merge import TierHandover
 from fluxion_core.kernels.tier.selection import GroupSelection, ScoresHook, TierTables
+from fluxion_core.kernels.tier.upkeep_launch import MAX_TABLE_ENTRIES
 from fluxion_core.kvstore.sequence import SequenceKv
 from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.observe.device_usage import DeviceUsage, TierUsage
@@ -47,10 +50,9 @@ LISTED_BYTES = 8
 class MissingBlocks:
     """Blocks of a step that were in host memory alone."""
 
-    groups: int
-    """That the host had to attend to something of."""
-    layers: int
-    """With such groups: the device waited for their answers."""
+    groups: npt.NDArray[np.int64]
+    """[layers]: groups that the host had to attend to something of. Where there are any, the device
+    waited for their answers."""
     units: int
     """Blocks of 16 tokens of a layer and KV head."""
 
@@ -173,11 +175,7 @@ class DeviceSelection:
         work.tasks.count_selected(self.board.host_counts.numpy())
         missing = counts[..., SELECTED.value] - counts[..., RESIDENT.value]
         self.tier.after_step(has_requests=bool(missing.any()))
-        return MissingBlocks(
-            int(np.count_nonzero(missing)),
-            int(np.count_nonzero(missing.any(axis=(1, 2)))),
-            int(missing.sum()),
-        )
+        return MissingBlocks(np.count_nonzero(missing, axis=(1, 2)), int(missing.sum()))
 
     def count(
         self, usage: DeviceUsage, rows: Sequence[StepRow], reads: Sequence[StepReads]
@@ -231,20 +229,22 @@ def selection_if_it_fits(
         scores_hook: for measurements.
 
     Raises:
-        ConfigError: a size that was asked for holds not even one block.
+        ConfigError: a size that was asked for holds not even one block, or the context or the store
+            is larger than a tier takes.
         CapacityError: there is no room for a size that was asked for.
     """
-    if device_kv_bytes == 0 or digests is None:
-        if device_kv_bytes:
-            raise CapacityError(
-                "device memory for digests, by which a device tier selects",
-                needed=store.num_slabs * store.geometry.digest_bytes,
-                free=torch.cuda.mem_get_info(step.device)[0],
-                unit="B",
-                remedy="lower store.host_kv_bytes, or set store.device_kv_bytes to 0",
-            )
+    if device_kv_bytes == 0:
         return None
     region = max(BLOCK_TOKENS, len(window.retrieval_region(max_context_tokens + 1)))
+    if limit := _exceeded_limit(store, region):
+        if device_kv_bytes is None:
+            _log.info(event("no device tier", because=limit))
+            return None
+        raise ConfigError(f"store.device_kv_bytes is {device_kv_bytes}, and {limit}; use auto or 0")
+    if digests is None:
+        if device_kv_bytes is None:
+            return None
+        raise _no_digests(store, step.device)
     beside = DeviceSelection.memory_bytes(store, num_heads, capacity, region)
     size = _free_for_tier(store, device_kv_bytes, step.device, beside)
     if not size:
@@ -261,6 +261,30 @@ def selection_if_it_fits(
         step=step,
         stream=stream,
         scores_hook=scores_hook,
+    )
+
+
+def _exceeded_limit(store: HostKvStore, region_tokens: int) -> str:
+    """What there is more of than the tier's kernels take; empty if nothing."""
+    if region_tokens > MAX_CHOICE_BLOCKS * BLOCK_TOKENS:
+        return (
+            f"regions of {region_tokens} tokens are more than the {MAX_CHOICE_BLOCKS} blocks of "
+            f"{BLOCK_TOKENS} among which a GPU selects"
+        )
+    units = store.num_slabs * store.geometry.kv_bytes // store.geometry.block_bytes
+    if units > MAX_TABLE_ENTRIES:
+        return f"a store of {units} blocks is more than the {MAX_TABLE_ENTRIES} that its table has"
+    return ""
+
+
+def _no_digests(store: HostKvStore, device: torch.device) -> CapacityError:
+    return CapacityError(
+        f"device memory for digests, by which a device tier selects, in {SPARE_SHARE:.0%} of what "
+        f"is free",
+        needed=store.num_slabs * store.geometry.digest_bytes,
+        free=int(torch.cuda.mem_get_info(device)[0] * SPARE_SHARE),
+        unit="B",
+        remedy="lower store.host_kv_bytes, or set store.device_kv_bytes to 0",
     )
 
 

@@ -31,16 +31,14 @@ class StepRecord:
 
     stamps: npt.NDArray[np.int64]
     """[layers, 3]: published, began to wait, was answered."""
-    skip: npt.NDArray[np.int32]
-    """[layers]: not 0 where the GPU did not wait."""
     tasks: npt.NDArray[np.int64]
     """[tasks, 6] of the GPU lane, any order; columns as in LaneSpan."""
     digests_on_device: bool
     """Whether tasks scan copies of digests there: then only KV comes over PCIe."""
     published_bytes: int
     """Queries, keys and values that a layer sends to the host."""
-    answered_bytes: int
-    """Attention states that come back for a layer."""
+    answered_bytes: npt.NDArray[np.int64]
+    """[layers]: attention states that came back; 0 where the GPU waited for none."""
 
 
 class RecordedStep(Protocol):
@@ -100,9 +98,8 @@ def device_spans(record: StepRecord, host_minus_gpu_ns: int) -> list[Span]:
         moved = record.published_bytes
         spans.append(span(to_host, "publish", published, published, layer=layer, bytes=moved))
         spans.append(span(DENSE_TRACK, "dense", begin, waits, layer=layer))
-        if not record.skip[layer]:
+        if moved := int(record.answered_bytes[layer]):
             spans.append(span(DENSE_TRACK, "wait for host", waits, answered, layer=layer))
-            moved = record.answered_bytes
             spans.append(span(to_device, "states", answered, answered, layer=layer, bytes=moved))
         begin = answered
     tasks = sorted(map(LaneSpan._make, record.tasks.tolist()), key=lambda task: task.begin_ns)

@@ -32,6 +32,7 @@ from fluxion_core.decode.device.digests import (
     coarse_digests_if_they_fit,
     digests_if_they_fit,
 )
+from fluxion_core.decode.device.failures import named_failures
 from fluxion_core.decode.device.graphs import StepGraphs
 from fluxion_core.decode.device.lane import GpuLane
 from fluxion_core.decode.device.pinned import RegisteredStore
@@ -94,7 +95,9 @@ class DeviceStep(DecodeStep):
         ShapeError: see `check_step_shapes`; or no kernel takes the model's heads.
         ConfigError: `device_kv_bytes` is less than a block.
         CapacityError: the store's memory cannot be pinned, or `device_kv_bytes` are not free.
-        RequestCancelledError: `goes_on` said no; nothing is pinned then.
+        RequestCancelledError: `goes_on` said no.
+
+    Whatever is raised, nothing is pinned then.
     """
 
     gathers_prompts = True
@@ -121,13 +124,44 @@ class DeviceStep(DecodeStep):
         self._device = decoder.embedding.device
         self._num_heads = config.num_heads
         self.lanes: Lanes = lanes
+        self._selection: DeviceSelection | None = None
         self._registered = RegisteredStore(store, goes_on)
+        try:
+            self._prepare(
+                decoder,
+                planner,
+                max_rows=max_rows,
+                max_context_tokens=max_context_tokens,
+                device_digests=device_digests,
+                device_kv_bytes=device_kv_bytes,
+                scores_hook=scores_hook,
+            )
+        except BaseException:
+            self.close()
+            raise
+
+    def _prepare(
+        self,
+        decoder: Decoder,
+        planner: Planner | None,
+        *,
+        max_rows: int,
+        max_context_tokens: int,
+        device_digests: bool,
+        device_kv_bytes: int | None,
+        scores_hook: ScoresHook | None,
+    ) -> None:
+        """Take the device's memory, and capture the graphs."""
+        config, geometry = decoder.config, self._store.geometry
+        store, window, lanes = self._store, self._window, self.lanes
         self.windows = DeviceWindows(geometry, window, max_rows, self._device)
         self.board = Board(geometry, config.num_heads, max_rows, config.vocab_size, self._device)
         self._stream = torch.cuda.Stream(self._device)
         self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
         self._times: StepTimes | None = None
         self._num_rows = 0
+        self._answered_bytes = np.zeros(geometry.num_layers, np.int64)
+        """[layers] of the last step: states that came back."""
         self._usage = _new_usage(decoder)
         coarse = None
         if device_digests and planner is not None and planner.mode == "network":
@@ -148,6 +182,8 @@ class DeviceStep(DecodeStep):
             stream=self._stream,
             scores_hook=scores_hook,
         )
+        if lanes == "cpu" and self._selection is None:
+            self._digests = None  # Nobody would scan them.
         self._driver = self._make_driver()
         heads = config.num_heads, geometry.num_kv_heads, geometry.head_dim
         attention = WindowAttention(window, *heads)
@@ -155,7 +191,9 @@ class DeviceStep(DecodeStep):
             planner, coarse, attention.num_splits, max_context_tokens, max_rows
         )
         self._plans = StepPlans(geometry, config.num_heads, planner, self._device_planner)
-        self._prompts = DevicePromptComputer(decoder, store, pool, self._usage, self._residents)
+        self._prompts = DevicePromptComputer(
+            decoder, store, self.pool, self._usage, self._residents
+        )
         self.board.skip.fill_(1)
         self._graphs = self._make_graphs(decoder, attention, step_number, max_rows)
         self._lane = self._make_lane(max_context_tokens) if lanes != "cpu" else None
@@ -235,7 +273,7 @@ class DeviceStep(DecodeStep):
                 "the sequence's table of slabs is not in pinned memory: reserve sequences after "
                 "the device step has been made"
             )
-        with torch.cuda.stream(self._stream):
+        with named_failures("window", self._device), torch.cuda.stream(self._stream):
             slot = self.windows.join(sequence)
             if self._digests is not None:
                 region = self._window.retrieval_region(sequence.num_tokens)
@@ -263,8 +301,9 @@ class DeviceStep(DecodeStep):
     def run(self, rows: Sequence[StepRow]) -> tuple[Tensor, list[StepReads]]:
         """Run one step; see DecodeStep: logits are in pinned memory."""
         started = time.perf_counter()
-        work, has_plans = self._begin(rows)
-        try:
+        # What ran between steps may have failed: that shows when the next one begins.
+        with named_failures(f"decode step {self._graphs.launches + 1}", self._device):
+            work, has_plans = self._begin(rows)
             num_rows = self._graphs.launch(len(rows), has_plans=has_plans, events=self._events)
             self._driver.run(
                 self.pool.native,
@@ -287,9 +326,6 @@ class DeviceStep(DecodeStep):
                 reads = work.finish()
                 self._selection.count(self._usage, rows, reads)
                 self._count(reads, lane, num_rows, has_plans=has_plans, missing=missing)
-        except RuntimeError as error:
-            # torch's errors of the device are RuntimeErrors too.
-            raise DeviceError(f"decode step {self._graphs.launches}: {error}") from None
         if code := int(self.board.error[0]):
             raise DeviceError(
                 f"decode step {self._graphs.launches}: no answer for layer {code - 1} in time"
@@ -314,13 +350,12 @@ class DeviceStep(DecodeStep):
         seconds: float | None = None,
     ) -> PromptEnd | None:
         """Compute a prompt's next tokens; see DecodeStep."""
-        try:
-            with torch.cuda.stream(self._stream):
-                return self._prompts.compute_chunk(
-                    sequence, token_ids, profile_window, seconds=seconds
-                )
-        except RuntimeError as error:
-            raise DeviceError(f"chunk of a prompt: {error}") from None
+        needed_bytes = len(token_ids) * self._store.geometry.token_bytes
+        with (
+            named_failures("chunk of a prompt", self._device, needed_bytes),
+            torch.cuda.stream(self._stream),
+        ):
+            return self._prompts.compute_chunk(sequence, token_ids, profile_window, seconds=seconds)
 
     def advance_profile(self, profiling: PromptProfiling) -> list[PromptProfile] | None:
         """Go on with a prompt's profile; see DecodeStep."""
@@ -348,14 +383,13 @@ class DeviceStep(DecodeStep):
 
     def record(self) -> StepRecord:
         """Record of the last step, for a trace."""
-        board, head_dim = self.board, self._store.geometry.head_dim
+        board = self.board
         return StepRecord(
             stamps=board.stamps.numpy().copy(),
-            skip=board.skip.numpy().copy(),
             tasks=self._lane_spans(),
             digests_on_device=self.digests_on_device,
             published_bytes=self._num_rows * board.rows[0, 0].nbytes,
-            answered_bytes=self._num_rows * self._num_heads * (head_dim + 1) * 4,
+            answered_bytes=self._answered_bytes,
         )
 
     def close(self) -> None:
@@ -415,14 +449,16 @@ class DeviceStep(DecodeStep):
         usage, board = self._usage, self.board
         tasks = len(lane.spans)
         groups = sum(sum(read.groups_of_size) + read.groups_everything for read in reads)
-        of_host = groups if missing is None else missing.groups
+        of_host = groups if missing is None else int(missing.groups.sum())
         usage.tasks_by_device["cpu"] += of_host - tasks
         usage.tasks_by_device["gpu"] += groups - of_host + tasks
         batch, layers = len(reads), len(board.skip)
-        answered = layers - int(board.skip.count_nonzero())
         state_bytes = self._num_heads * (self._store.geometry.head_dim + 1) * 4
         group_bytes = state_bytes // self._store.geometry.num_kv_heads
-        answered_bytes = answered * batch * state_bytes
+        if missing is None:
+            self._answered_bytes = (board.skip.numpy() == 0) * (batch * state_bytes)
+        else:
+            self._answered_bytes = missing.groups * group_bytes
         moved = usage.pcie_bytes
         moved["host_to_device", "digests"] += (
             lane.digest_bytes if self._digests is None else self._digests.take_copied_bytes()
@@ -434,10 +470,9 @@ class DeviceStep(DecodeStep):
         if missing is None:
             moved["host_to_device", "selected_kv"] += lane.kv_bytes
         else:
-            answered_bytes = missing.groups * group_bytes
             moved["host_to_device", "missing_kv"] += lane.kv_bytes
             moved["device_to_host", "queries"] += missing.units * LISTED_BYTES
-        moved["host_to_device", "attention_states"] += answered_bytes
+        moved["host_to_device", "attention_states"] += int(self._answered_bytes.sum())
         moved["device_to_host", "attention_states"] += tasks * group_bytes
         moved["device_to_host", "queries"] += layers * batch * board.rows[0, 0].nbytes
         moved["device_to_host", "logits"] += size * board.logits[0].nbytes

@@ -15,7 +15,6 @@ from fluxion_core.pool.cpu_pool import CpuPool
 RECORD = StepRecord(
     # Layer 0 waits for the host, layer 1 does not, layer 2 does.
     stamps=np.array([[100, 150, 400], [450, 500, 500], [600, 650, 900]]),
-    skip=np.array([0, 1, 0], dtype=np.int32),
     tasks=np.array(
         [
             LaneSpan(2, 1, 10, 20, 700, 800),
@@ -25,7 +24,7 @@ RECORD = StepRecord(
     ),
     digests_on_device=False,
     published_bytes=64,
-    answered_bytes=32,
+    answered_bytes=np.array([32, 0, 48]),
 )
 ROW = np.dtype(
     [
@@ -50,6 +49,13 @@ def test_the_dense_part_and_its_waits_follow_each_other():
     ]
 
 
+def test_a_layer_that_misses_nothing_has_no_wait_and_no_states():
+    record = replace(RECORD, answered_bytes=np.array([0, 0, 48]))
+    spans = device_spans(record, 0)
+    assert [s.args["layer"] for s in spans if s.name == "wait for host"] == [2]
+    assert [dict(s.args) for s in spans if s.name == "states"] == [{"layer": 2, "bytes": 48}]
+
+
 def test_tasks_at_the_same_time_are_on_tracks_of_their_own():
     assert on("gpu tasks 0") == [
         ("task", 1120, 1300, {"layer": 0, "task": 3, "bytes": 3000}),
@@ -65,7 +71,7 @@ def test_pcie_has_what_tasks_read_and_what_layers_hand_over():
         ("read in place", 1120, 1350, {"bytes": 3009}),
         ("states", 1400, 1400, {"layer": 0, "bytes": 32}),
         ("read in place", 1700, 1800, {"bytes": 30}),
-        ("states", 1900, 1900, {"layer": 2, "bytes": 32}),
+        ("states", 1900, 1900, {"layer": 2, "bytes": 48}),
     ]
     assert [(span[1], span[3]["bytes"]) for span in on("pcie device_to_host")] == [
         *((1100, 64), (1450, 64), (1600, 64)),

@@ -116,3 +116,17 @@ def test_logits_and_reads_are_those_of_the_cpu(
             assert (times.lane_tasks > 0) == (lanes == "gpu") or lanes == "both"
     finally:
         step.close()
+
+
+def test_cpus_alone_have_no_digests_on_the_device_where_no_tier_selects_by_them() -> None:
+    from fluxion_core.decode.device.step import DeviceStep
+
+    # Less than a tier is made for.
+    store = store_for(16, 16 << 20)
+    options = {"max_rows": 1, "max_context_tokens": 8192, "device_kv_bytes": None}
+    step = DeviceStep(random_decoder("cuda"), store, WINDOW, CpuPool(2), lanes="cpu", **options)
+    try:
+        assert step.selection is None
+        assert not step.digests_on_device
+    finally:
+        step.close()
