@@ -10,7 +10,7 @@ text, then, for the second half, with that of another piece: a change of topic. 
 the first prompt, stored as it is, gets a follow-up, computed on the node, and some steps; prompts
 of a multiple of 512 tokens are stored whole. With --compare nothing is
 timed: every policy decodes greedily, once without a tier and then with each size of it, and the
-tokens are compared.
+tokens are compared; and once more without a tier, with the CPUs alone in the place of both.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from torch import Tensor
 from fluxion_core.config.command_options import JsonOption, Texts
 from fluxion_core.config.commands import Command, run_module, within
 from fluxion_core.decode.chunk import next_chunk_tokens
-from fluxion_core.decode.device.step import DeviceStep
+from fluxion_core.decode.device.step import DeviceStep, Lanes
 from fluxion_core.decode.step import StepReads, StepRow
 from fluxion_core.errors import ConfigError
 from fluxion_core.generation.sampling import sample_rows
@@ -50,7 +50,7 @@ from fluxion_core.models.model_options import ModelOptions
 from fluxion_core.models.weights import load_model
 from fluxion_core.planning.planner import Planner
 from fluxion_core.planning.planner_weights import PlannerWeights, shipped_planner_weights
-from fluxion_core.planning.policy import Policy, parse_policy
+from fluxion_core.planning.policy import ExactPolicy, Policy, parse_policy
 from fluxion_core.planning.prompt_profile import PromptProfile
 from fluxion_core.pool.thread_choice import make_pool
 
@@ -259,14 +259,16 @@ class TierModelBench:
         size = slabs * (self.geometry.slab_bytes + 4096)
         self.store = HostKvStore(self.geometry, size, model_key=b"bench")
         self._kv_bytes = options.rows * options.tokens * self.geometry.token_bytes
-        self._largest_bytes = max(share.of(self._kv_bytes) for share in options.shares)
         self._held: list[_StoredPrompt] = []
 
     def measure(self) -> list[TierModelFigure]:
         """Hits and times of every policy and size."""
-        figures = []
-        with self._device_step(self._largest_bytes) as step:
-            for share in self.options.shares:
+        figures: list[TierModelFigure] = []
+        for share in self.options.shares:
+            with self._device_step(share.of(self._kv_bytes)) as step:
+                if not figures:
+                    # What a chunk and a step after it launch is compiled.
+                    self._follow_up(step, ExactPolicy())
                 for name in self.options.policies:
                     if name == "exact" and share.of(self._kv_bytes) < self._kv_bytes:
                         continue
@@ -275,32 +277,24 @@ class TierModelBench:
         return figures
 
     def compare(self) -> list[TokenComparison]:
-        """Greedy tokens with and without a tier."""
+        """Greedy tokens with and without a tier; and, for what rounding alone may change, without
+        one twice, by other devices."""
         policies = [parse_policy(name) for name in self.options.policies]
         with self._device_step(0) as step:
             plain = [self._greedy(step, policy) for policy in policies]
         comparisons = []
-        with self._device_step(self._largest_bytes) as step:
-            for share in self.options.shares:
+        for share in (None, *self.options.shares):
+            size = share.of(self._kv_bytes) if share is not None else 0
+            with self._device_step(size, "cpu" if share is None else "both") as step:
                 for policy, expected in zip(policies, plain, strict=True):
-                    self._restart(step, share)
                     tokens = self._greedy(step, policy)
-                    differs = (tokens != expected).any(0).nonzero()
-                    comparisons.append(
-                        TokenComparison(
-                            str(policy),
-                            str(share),
-                            len(tokens),
-                            int((tokens == expected).all(1).sum()),
-                            tokens.shape[1],
-                            int(differs[0]) if len(differs) else -1,
-                        )
-                    )
+                    kv = "no tier, by CPUs" if share is None else str(share)
+                    comparisons.append(compared(str(policy), kv, tokens, expected))
                     self._note(str(comparisons[-1]))
         return comparisons
 
     @contextmanager
-    def _device_step(self, device_kv_bytes: int) -> Iterator[DeviceStep]:
+    def _device_step(self, device_kv_bytes: int, lanes: Lanes = "both") -> Iterator[DeviceStep]:
         started = time.perf_counter()
         step = DeviceStep(
             self.model.decoder,
@@ -309,6 +303,7 @@ class TierModelBench:
             make_pool(self.options.threads)[0],
             max_rows=self.options.rows,
             max_context_tokens=self.options.tokens + self._room,
+            lanes=lanes,
             planner=self.planner,
             device_kv_bytes=device_kv_bytes,
         )
@@ -330,11 +325,10 @@ class TierModelBench:
             self._held.append(_StoredPrompt(piece, sequence, held.profiles, held.first_token_id))
         self._note(f"{len(self._held)} prompts of {self.options.tokens:,}: {_since(started)}")
 
-    def _restart(self, step: DeviceStep, share: KvShare) -> None:
+    def _restart(self, step: DeviceStep) -> None:
         assert step.selection is not None, "there is no room for digests"
         tier = step.selection.tier
-        whole = tier.num_slots * self.geometry.block_bytes
-        restart(tier, min(share.of(self._kv_bytes), whole))
+        restart(tier, tier.num_slots * self.geometry.block_bytes)
 
     def _rows(self, step: DeviceStep, policy: Policy) -> list[StepRow]:
         """Every prompt as it was before its first step, in a slot."""
@@ -362,7 +356,7 @@ class TierModelBench:
         return torch.tensor(chosen).T
 
     def _figure(self, step: DeviceStep, share: KvShare, policy: Policy) -> TierModelFigure:
-        self._restart(step, share)
+        self._restart(step)
         rows = self._rows(step, policy)
         tokens = forced_tokens([held.piece for held in self._held], self.options.steps)
         steps = self._run(step, rows, self.options.steps, lambda row, number: tokens[row][number])
@@ -434,6 +428,19 @@ class TierModelBench:
 
     def _note(self, text: str) -> None:
         self._console.print(text, highlight=False)
+
+
+def compared(policy: str, kv: str, tokens: Tensor, expected: Tensor) -> TokenComparison:
+    """Tokens [rows, steps] beside others."""
+    differs = (tokens != expected).any(0).nonzero()
+    return TokenComparison(
+        policy,
+        kv,
+        len(tokens),
+        int((tokens == expected).all(1).sum()),
+        tokens.shape[1],
+        int(differs[0]) if len(differs) else -1,
+    )
 
 
 def _with_token(row: StepRow, token: int) -> StepRow:

@@ -176,6 +176,48 @@ def test_plans_logits_and_reads_are_those_of_the_cpu(lanes: str, tier_bytes: int
         step.close()
 
 
+def _told_after(steps: int, tier_bytes: int) -> Tensor:
+    """[layers, rows, heads, 2] of the last step: lse and share of what heads read."""
+    from fluxion_core.decode.device.step import DeviceStep
+
+    store, planner = store_for(16), _planner()
+    step = DeviceStep(
+        random_decoder("cuda"),
+        store,
+        WINDOW,
+        CpuPool(2),
+        max_rows=4,
+        max_context_tokens=8192,
+        lanes="cpu",
+        planner=planner,
+        device_kv_bytes=tier_bytes,
+    )
+    try:
+        of_planner = step._device_planner
+        assert of_planner is not None
+        chosen = _sequences(store, planner)[1:3]
+        rows = [
+            StepRow(sequence, step.join(sequence), 5, policy, state)
+            for sequence, state, policy in chosen
+        ]
+        for _ in range(steps):
+            step.run(rows)
+        told = of_planner._memory.told if tier_bytes else of_planner._told
+        return told[:, [row.slot for row in rows]].cpu().clone()
+    finally:
+        step.close()
+
+
+@pytest.mark.parametrize("tier_bytes", [64 << 20, 1 << 20])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_tier_tells_the_planner_what_the_host_tells_it(steps: int, tier_bytes: int) -> None:
+    told, expected = _told_after(steps, tier_bytes), _told_after(steps, 0)
+    # Plans near a tie may differ by now, of a few heads.
+    close = torch.isclose(told, expected, rtol=1e-3, atol=1e-3).all(-1)
+    assert close.float().mean() > 0.95
+    assert (expected[..., 1] > 0).any()
+
+
 def test_without_digests_on_the_device_the_cpus_make_the_plans() -> None:
     from fluxion_core.decode.device.step import DeviceStep
 
