@@ -237,10 +237,8 @@ def selection_if_it_fits(
         return None
     region = max(BLOCK_TOKENS, len(window.retrieval_region(max_context_tokens + 1)))
     if limit := _exceeded_limit(store, region):
-        if device_kv_bytes is None:
-            _log.info(event("no device tier", because=limit))
-            return None
-        raise ConfigError(f"store.device_kv_bytes is {device_kv_bytes}, and {limit}; use auto or 0")
+        _refuse_limit(limit, device_kv_bytes)
+        return None
     if digests is None:
         if device_kv_bytes is None:
             return None
@@ -275,6 +273,12 @@ def _exceeded_limit(store: HostKvStore, region_tokens: int) -> str:
     if units > MAX_TABLE_ENTRIES:
         return f"a store of {units} blocks is more than the {MAX_TABLE_ENTRIES} that its table has"
     return ""
+
+
+def _refuse_limit(limit: str, device_kv_bytes: int | None) -> None:
+    if device_kv_bytes is not None:
+        raise ConfigError(f"store.device_kv_bytes is {device_kv_bytes}, and {limit}; use auto or 0")
+    _log.info(event("no device tier", because=limit))
 
 
 def _no_digests(store: HostKvStore, device: torch.device) -> CapacityError:
