@@ -307,7 +307,9 @@ def choose_groups(
 @triton.jit
 def _ask_for(table_ptr, requests_ptr, request_count_ptr, max_requests, block, is_wanted):
     """Ask for what nobody has asked for; what there is no more room for stays absent."""
-    if tl.load(request_count_ptr, volatile=True) < max_requests:
+    # Others count meanwhile: a load would tell one warp this and another one that, and only some of
+    # the program would come to the barriers below. An atomic tells all the same.
+    if tl.atomic_add(request_count_ptr, 0, sem="relaxed") < max_requests:
         pending = tl.full(block.shape, PENDING, tl.int32)
         before = tl.atomic_xchg(table_ptr + block, pending, mask=is_wanted, sem="relaxed")
         is_mine = is_wanted & (before == ABSENT)

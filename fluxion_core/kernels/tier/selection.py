@@ -32,6 +32,9 @@ _MANY_IN_FEW_REGISTERS = 8192
 """Blocks of which a thread of the top-k holds 16 scores."""
 _TILE_UNITS = 4096
 """Units that a program looks up at a time."""
+_LEAST_TILE_UNITS = 128
+"""One for each of its threads: two that looked one up might see it before and after it was asked
+for."""
 
 
 ScoresHook = Callable[[int, Tensor, Tensor], None]
@@ -307,7 +310,7 @@ class GroupSelection:
         step: Tensor,
     ) -> None:
         geometry = self.geometry
-        tile = min(_TILE_UNITS, triton.next_power_of_2(self.stride))
+        tile = min(_TILE_UNITS, max(_LEAST_TILE_UNITS, triton.next_power_of_2(self.stride)))
         split_groups[(len(rows) * geometry.num_kv_heads,)](
             rows,
             scratch.slabs,
