@@ -126,7 +126,7 @@ class DeviceSelection:
     def tables(self) -> TierTables:
         """Tables that the split of a layer looks up, and asks by."""
         tier = self.tier
-        return TierTables(tier.table, tier.stamps, tier.requests, tier.request_count, tier.accepts)
+        return TierTables(tier.table, tier.stamps, tier.requests, tier.request_count)
 
     @property
     def host_lists(self) -> HostListArrays:

@@ -7,19 +7,22 @@ store keeps everything.
 
 Between steps the tier goes around:
 
-    IDLE      the step may ask for units
-    CLOSED    after such a step: its requests, and units that came into regions, are a batch; slots
+    IDLE      nothing is on its way
+    CLOSED    after a step: what was asked for, and units that came into regions, are a batch; slots
               that are free are taken for it, and those of the least recently selected
-    FILLING   the batch is copied on a stream of its own, beside the next steps
-    IDLE      before the first step after its end it is entered into the table
+    FILLING   the batch is copied on a stream of its own, beside the next steps; what they ask for
+              waits
+    IDLE      before the first step after its end it is entered into the table; and if anything
+              waits, the next batch is closed at once
 
-Nothing here waits for a batch. All that changes the table is ordered on the steps' stream, so that
-nothing leaves while a step that listed it runs. Requests never take the slot of what the step has
-selected, nor units that came into regions that of what has been selected lately: both are given up
-when there is no slot for them, and come when they are asked for.
+Steps ask at any time, and nothing here waits for a batch. All that changes the table is ordered on
+the steps' stream, so that nothing leaves while a step that listed it runs. Requests never take the
+slot of what the last step has selected, nor units that came into regions that of what has been
+selected lately: both are given up when there is no slot for them, and come when they are asked for.
 
 Slabs are told apart by their generation: when a sequence joins, and when its region grows into a
-slab, copies of what that slab held before are dropped before the next step.
+slab, copies of what that slab held before are dropped before the next step. So is what was asked
+for or is on its way, which may have been read before the slab changed.
 """
 
 from __future__ import annotations
@@ -51,8 +54,8 @@ from fluxion_core.kernels.tier.upkeep_launch import (
 from fluxion_core.kvstore.sequence import SequenceKv
 from fluxion_core.kvstore.store import HostKvStore
 
-BATCH_BYTES = 256 << 20
-"""A batch at most: it takes a step or two to fill over PCIe."""
+BATCH_BYTES = 1 << 30
+"""A batch at most: about 20 ms of PCIe. A step whose selection is new misses gigabytes."""
 
 BATCH_SHARE = 8
 """A batch takes at most the tier's bytes divided by this."""
@@ -74,7 +77,7 @@ class TierStatistics:
     held_bytes: int
     """In slots that are not free, those of the batch included."""
     filled_bytes: int
-    """Came over PCIe."""
+    """Came over PCIe, or were to come and were dropped as their slabs changed."""
     evicted_bytes: int
     """Left so that others could come; those of slabs with new content do not count."""
 
@@ -144,13 +147,15 @@ class DeviceTier:
         self._rows: dict[int, _Row] = {}
         self._queued: list[tuple[_Row, int]] = []
         """Rows of which ranges are in the batch, and how many."""
+        self._has_requests = False
+        """Whether a step may have asked for something since the last close."""
         self._generations = [0] * store.num_slabs
         """Of each slab, when it was last looked at; 0: never, and then nothing of it is here."""
         self._stale: set[int] = set()
         self._streams = None if stream is None else _Streams(stream)
         self._launch_close = self._launcher(self._upkeep.close)
         self._launch_fill = self._launcher(self._upkeep.fill, is_fill=True)
-        # Captures launch: a batch of nothing is closed, and this one accepts again.
+        # Captures launch: a batch of nothing is closed, and is entered.
         self._launch_commit = self._launcher(self._upkeep.commit)
         self._launch_invalidate = self._launcher(self._upkeep.invalidate)
 
@@ -190,18 +195,13 @@ class DeviceTier:
 
     @property
     def requests(self) -> Tensor:
-        """[requests of a step] int32: takes the arena blocks that it asks for."""
+        """[units of a batch] int32: takes the arena blocks that steps ask for."""
         return self._upkeep.tensors.requests
 
     @property
     def request_count(self) -> Tensor:
-        """[1] int32: how many it has asked for; what exceeds `requests` is not listed there."""
+        """[1] int32: how many they have asked for; what exceeds `requests` is not listed there."""
         return self._upkeep.tensors.request_count
-
-    @property
-    def accepts(self) -> Tensor:
-        """[1] int32: 0 if a step must not ask for anything."""
-        return self._upkeep.tensors.accepts
 
     def join(self, slot: int, sequence: SequenceKv, region: range) -> None:
         """Take note of a committed sequence in a window slot; its region is to come.
@@ -244,28 +244,29 @@ class DeviceTier:
         """Forget a slot's sequence. Its units stay for others, as long as nobody needs the room."""
         del self._rows[slot]
 
-    def before_step(self) -> bool:
-        """Enter a batch that has been filled, and drop copies of what slabs held before.
+    def before_step(self) -> None:
+        """Drop copies of what slabs held before, and enter a batch that has been filled.
 
-        Returns:
-            Whether the step may ask for units; `accepts` says the same on the device.
+        If anything waits for the next batch, that is closed and begun at once.
 
         Raises:
             FluxionError: CUDA refuses a launch; the next call goes on from there.
             RuntimeError: a kernel has failed, the device with it.
         """
-        if self.state is TierState.CLOSED:
-            self._fill()
+        # First: a range of a slab that was taken anew is of what it holds now, and must not be
+        # dropped with the rest.
+        if self._stale:
+            self._invalidate()
         if self.state is TierState.FILLING and self._has_filled():
             self._launch_commit()
             self.state = TierState.IDLE
             self._count_queued()
-        if self._stale:
-            self._invalidate()
-        return self.state is TierState.IDLE
+            self._close_batch()
+        if self.state is TierState.CLOSED:
+            self._fill()
 
     def after_step(self, *, has_requests: bool = True) -> None:
-        """Make a batch of what the step asked for, and begin to fill it, if it could ask at all.
+        """Make a batch of what steps asked for, unless there is one; and begin to fill it.
 
         Args:
             has_requests: False only if the step has missed nothing; there may be no batch then.
@@ -273,9 +274,9 @@ class DeviceTier:
         Raises:
             FluxionError: CUDA refuses a launch; the next call goes on from there.
         """
-        if self.state is TierState.IDLE and (self._queue_ranges() or has_requests):
-            self._launch_close()
-            self.state = TierState.CLOSED
+        self._has_requests |= has_requests
+        if self.state is TierState.IDLE:
+            self._close_batch()
         if self.state is TierState.CLOSED:
             self._fill()
 
@@ -298,6 +299,7 @@ class DeviceTier:
             torch.cuda.synchronize(self._streams.steps.device)
         self._generations = [0] * len(self._generations)
         self._stale.clear()
+        self._has_requests = False
 
     def statistics(self) -> TierStatistics:
         """The counters; does not wait for the device."""
@@ -332,6 +334,13 @@ class DeviceTier:
         if self._generations[slab] not in (0, generation):
             self._stale.add(slab)
         self._generations[slab] = generation
+
+    def _close_batch(self) -> None:
+        """Close the next batch, if there may be anything for it."""
+        if self._queue_ranges() or self._has_requests:
+            self._launch_close()
+            self.state = TierState.CLOSED
+            self._has_requests = False
 
     def _queue_ranges(self) -> bool:
         """Hand ranges to the next batch: twice what it can take, since some of it may be there.

@@ -334,7 +334,6 @@ def split_groups(
     stamps_ptr,
     requests_ptr,
     request_count_ptr,
-    accepts_ptr,
     resident_slots_ptr,
     resident_masks_ptr,
     missing_units_ptr,
@@ -364,7 +363,6 @@ def split_groups(
         stamps_ptr: [slots] int32; those that are selected take the step.
         requests_ptr: [max_requests] int32; takes arena blocks.
         request_count_ptr: [1] int32; goes beyond max_requests where there was no room.
-        accepts_ptr: [1] int32: 0 if nothing is asked for.
         resident_slots_ptr, resident_masks_ptr: [rows][KV_HEADS][stride] int32; take slots, and
             bits of the heads that read them.
         missing_units_ptr, missing_masks_ptr: likewise; units counted from the sequence's start.
@@ -392,7 +390,6 @@ def split_groups(
     marks_ptr += group * (GROUP * stride) - (begin >> shift)
     of_group = group * stride
     place_in_slab = (layer * KV_HEADS + (group % KV_HEADS).to(tl.int32)) * SLAB_BLOCKS
-    is_asking = tl.load(accepts_ptr) != 0
     num_resident = tl.zeros([], tl.int32)
     num_missing = tl.zeros([], tl.int32)
     for first in range(begin, end, TILE):
@@ -422,7 +419,7 @@ def split_groups(
         total = tl.sum(both)
         num_resident += total & 0xFFFF
         num_missing += total >> 16
-        if is_asking & ((total >> 16) > 0):
+        if (total >> 16) > 0:
             is_wanted = is_missing & (slot == ABSENT)
             _ask_for(table_ptr, requests_ptr, request_count_ptr, max_requests, block, is_wanted)
     tl.store(counts_ptr + group * COUNT_WORDS + SELECTED, num_resident + num_missing)

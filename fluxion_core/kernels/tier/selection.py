@@ -52,8 +52,6 @@ class TierTables(NamedTuple):
     """[most requests of a step]: arena blocks."""
     request_count: Tensor
     """[1]: requests since it was zeroed; above their room where there were more."""
-    accepts: Tensor
-    """[1]: 0 if a step asks for nothing."""
 
 
 class SelectionScratch(NamedTuple):

@@ -1,24 +1,30 @@
 """Upkeep of the device tier between steps: which units come, which leave, and where they are.
 
     count_ages      close: how many slots may be taken, by age; coarse
-    append_ranges   close: units that came into regions are asked for, as far as there are slots
+    append_ranges   close: units that came into regions join the batch, as far as there are slots
     plan_batch      close: how many units the batch has, how many must leave for them
     count_ages      close: ages about the threshold; fine
     evict           close: the oldest leave, exactly as many as are needed
-    assign_slots    close: a slot for each unit of the batch; what has none is absent again
+    assign_slots    close: what was asked for joins the batch, and has a slot, or is absent again
     fill            copies the batch from host memory; the next steps run beside it
     commit          the table says where the batch's units are
     invalidate      slabs with new content: nothing of them is on the device
+    cancel          and nothing of them comes: neither what was asked for, nor what is on its way
+
+There are two lists of units that are pending: what steps ask for, at any time, and the batch, to
+which close moves that. While a batch is filled, what is asked for waits for the next. Every entry
+of either is pending in the table, or NOTHING; and every unit that is pending is in one entry.
 
 A slot is in one of three states: owned by a unit (`owner` and `table` name each other), free (in
 the list of free slots), or taken by the batch that is being filled. All but `fill` are ordered on
 the stream of the steps. No step's graph runs beside them, so that nothing leaves while it is
-listed; and `fill` writes slots alone that no entry of the table names.
+listed; and `fill` writes slots alone that no entry of the table names. `cancel` may run beside it:
+what it cancels may be copied or not, and nobody reads it.
 
 The least recently selected slots leave, by steps. Who gives room to whom:
 
-    what a step missed              may have slots that are free, or that the step did not select
-    units that came into regions    may have slots that are free, or that OLD_AGE steps did not
+    what steps missed               may have slots that are free, or not selected by the last step
+    units that came into regions    may have slots that are free, or not selected by OLD_AGE steps
 
 So where steps select more than there is room for, what is there stays, and is hit; to exchange it
 for what else they select would be traffic for nothing.
@@ -38,6 +44,8 @@ import triton.language as tl
 from fluxion_core.kernels.system_memory import typed_pointer
 from fluxion_core.kernels.tier.constants import ABSENT, PENDING
 
+NOTHING = tl.constexpr(-1)
+"""In a list of units: what was here has been cancelled."""
 NO_OWNER = tl.constexpr(-1)
 NO_STAMP = tl.constexpr(2**31 - 1)
 """Of a slot that nobody owns: it is of age 0 for ever."""
@@ -50,7 +58,7 @@ multiple of BINS, so that the coarse histogram says how many slots are so old.""
 FREE = tl.constexpr(0)
 """Slots in the list of free ones."""
 BATCH = tl.constexpr(1)
-"""Units of the batch."""
+"""Entries of the batch."""
 FREE_BEFORE = tl.constexpr(2)
 """Free slots before the batch's evictions, which are listed behind them."""
 LEAVING = tl.constexpr(3)
@@ -62,7 +70,7 @@ EVICTED = tl.constexpr(5)
 TIES = tl.constexpr(6)
 """Slots of the threshold's key so far."""
 ASKED = tl.constexpr(7)
-"""Requests in the list, of which the batch has the first."""
+"""Requests in the list, of which the batch takes the first."""
 AGES = tl.constexpr(8)
 """Two histograms of 32 bins, of slots that are older than 0; all 0 between batches."""
 WORDS = tl.constexpr(72)
@@ -132,7 +140,7 @@ def count_ages(
 
     Args:
         num_ranges_ptr: int32, pinned.
-        request_count_ptr: int32, units that the step asked for.
+        request_count_ptr: int32, units that steps asked for.
         stamps_ptr: [num_tiles * TILE] int32, NO_STAMP behind the last slot.
         step_ptr: int32, number of the last step.
         words_ptr: of the upkeep.
@@ -178,7 +186,7 @@ def append_ranges(
     ranges_ptr,
     num_ranges_ptr,
     table_ptr,
-    requests_ptr,
+    batch_ptr,
     request_count_ptr,
     words_ptr,
     LAYER_HEADS: tl.constexpr,
@@ -186,14 +194,14 @@ def append_ranges(
     CAPACITY: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """One program: asks for the units of every num_programs-th range that are not there.
+    """One program: the units of every num_programs-th range that are not there join the batch.
 
     Args:
         ranges_ptr: [ranges][4] int32, pinned: slab, first block, end block.
         num_ranges_ptr: int32, pinned.
         table_ptr: [slabs * units of a slab] int32.
-        requests_ptr: takes [CAPACITY] int32 arena blocks, behind those of the step.
-        request_count_ptr: int32, units that the step asked for; may be more than there is room for.
+        batch_ptr: takes [CAPACITY] int32 arena blocks, behind the room for what was asked for.
+        request_count_ptr: int32, units that steps asked for; may be more than there is room for.
         words_ptr: of the upkeep.
     """
     _, needed, spare = _count_slots(request_count_ptr, words_ptr, CAPACITY)
@@ -217,7 +225,7 @@ def append_ranges(
             count = claimed.to(tl.int32)
             place = tl.atomic_add(words_ptr + WANTED, tl.sum(count)) + tl.cumsum(count) - count
             fits = claimed & (place < room)
-            tl.store(requests_ptr + needed + place, block, mask=fits)
+            tl.store(batch_ptr + needed + place, block, mask=fits)
             tl.store(table_ptr + block, ABSENT, mask=claimed & (place >= room))
 
 
@@ -225,19 +233,17 @@ def append_ranges(
 def plan_batch(
     num_ranges_ptr,
     request_count_ptr,
-    accepts_ptr,
     words_ptr,
     counters_ptr,
     host_counters_ptr,
     num_slots,
     CAPACITY: tl.constexpr,
 ):
-    """The one program: sizes of the batch, and nothing accepted until it has been committed.
+    """The one program: sizes of the batch, and a list of requests that begins anew.
 
     Args:
         num_ranges_ptr: int32, pinned.
         request_count_ptr: int32; taken, and set to 0.
-        accepts_ptr: int32; set to 0.
         words_ptr: of the upkeep.
         counters_ptr: [COUNTERS] int64.
         host_counters_ptr: a copy of it, pinned.
@@ -256,7 +262,6 @@ def plan_batch(
     tl.store(words_ptr + FREE, left)
     tl.store(words_ptr + ASKED, asked)
     tl.store(request_count_ptr, 0)
-    tl.store(accepts_ptr, 0)
 
     filled = tl.load(counters_ptr + FILLED_UNITS) + batch
     evicted = tl.load(counters_ptr + EVICTED_UNITS) + leaving
@@ -318,14 +323,17 @@ def evict(
 
 @triton.jit
 def assign_slots(
-    requests_ptr, table_ptr, free_ptr, request_slots_ptr, words_ptr, TILE: tl.constexpr
+    requests_ptr, table_ptr, free_ptr, batch_ptr, request_slots_ptr, words_ptr, TILE: tl.constexpr
 ):
-    """One program: free slots for a tile of the requests, from the list's end, as far as they go.
+    """One program: a tile of the requests joins the batch; free slots for it, from the list's end.
+
+    NOTHING takes a slot too, until the batch is committed.
 
     Args:
-        requests_ptr: [CAPACITY] int32 arena blocks.
+        requests_ptr: [CAPACITY] int32 arena blocks or NOTHING.
         table_ptr: [slabs * units of a slab] int32; those beyond the batch may be asked for again.
         free_ptr: [num_slots] int32 slots.
+        batch_ptr: [CAPACITY] int32; has the units of ranges.
         request_slots_ptr: takes [CAPACITY] int32.
         words_ptr: of the upkeep; begun anew for the next batch's close.
     """
@@ -335,9 +343,11 @@ def assign_slots(
     last = tl.load(words_ptr + FREE) + batch - 1
     slot = tl.load(free_ptr + last - request, mask=inside, other=0)
     tl.store(request_slots_ptr + request, slot, mask=inside)
-    is_given_up = (request >= batch) & (request < tl.load(words_ptr + ASKED))
-    block = tl.load(requests_ptr + request, mask=is_given_up, other=0)
-    tl.store(table_ptr + block, ABSENT, mask=is_given_up)
+    is_asked_for = request < tl.load(words_ptr + ASKED)
+    block = tl.load(requests_ptr + request, mask=is_asked_for, other=NOTHING)
+    # Where some are given up there are no ranges.
+    tl.store(batch_ptr + request, block, mask=inside & is_asked_for)
+    tl.store(table_ptr + block, ABSENT, mask=(inside == 0) & (block >= 0))
     if tl.program_id(0) == 0:
         tl.store(words_ptr + WANTED, 0)
         tl.store(words_ptr + EVICTED, 0)
@@ -349,7 +359,7 @@ def assign_slots(
 def fill(
     arena_address,
     kv_address,
-    requests_ptr,
+    batch_ptr,
     request_slots_ptr,
     words_ptr,
     slab_stride_bytes,
@@ -362,7 +372,7 @@ def fill(
     Args:
         arena_address: of the store's memory, which the device reads in place.
         kv_address: of the tier's.
-        requests_ptr: [CAPACITY] int32 arena blocks.
+        batch_ptr: [CAPACITY] int32 arena blocks or NOTHING.
         request_slots_ptr: [CAPACITY] int32.
         words_ptr: of the upkeep.
         slab_stride_bytes: from slab to slab, a multiple of 4096.
@@ -372,8 +382,8 @@ def fill(
     step = tl.num_programs(0) * TILE_UNITS
     for first in range(tl.program_id(0) * TILE_UNITS, batch, step):
         request = first + tl.arange(0, TILE_UNITS)
-        inside = request < batch
-        block = tl.load(requests_ptr + request, mask=inside, other=0).to(tl.int64)
+        block = tl.load(batch_ptr + request, mask=request < batch, other=NOTHING).to(tl.int64)
+        inside = block >= 0
         slot = tl.load(request_slots_ptr + request, mask=inside, other=0).to(tl.int64)
         start = (block // SLAB_UNITS) * slab_stride_bytes + (block % SLAB_UNITS) * UNIT_BYTES
         unit_ptr = typed_pointer(arena_address + start, tl.int32)[:, None] + word
@@ -387,42 +397,38 @@ def fill(
 
 @triton.jit
 def commit(
-    requests_ptr,
+    batch_ptr,
     request_slots_ptr,
     table_ptr,
     owner_ptr,
     stamps_ptr,
     free_ptr,
     step_ptr,
-    accepts_ptr,
     words_ptr,
     TILE: tl.constexpr,
 ):
-    """One program: enters a tile of the batch; slots of what was invalidated meanwhile are free.
+    """One program: enters a tile of the batch; slots of what was cancelled are free.
 
     Args:
-        requests_ptr: [CAPACITY] int32 arena blocks.
+        batch_ptr: [CAPACITY] int32 arena blocks or NOTHING.
         request_slots_ptr: [CAPACITY] int32.
         table_ptr: [slabs * units of a slab] int32.
         owner_ptr: [num_slots] int32.
         stamps_ptr: [num_slots] int32; take the number of the last step.
         free_ptr: [num_slots] int32.
         step_ptr: int32.
-        accepts_ptr: int32; set to 1.
         words_ptr: of the upkeep.
     """
     batch = tl.load(words_ptr + BATCH)
     request = tl.program_id(0) * TILE + tl.arange(0, TILE)
     inside = request < batch
-    block = tl.load(requests_ptr + request, mask=inside, other=0)
+    block = tl.load(batch_ptr + request, mask=inside, other=NOTHING)
     slot = tl.load(request_slots_ptr + request, mask=inside, other=0)
-    is_wanted = tl.load(table_ptr + block, mask=inside, other=ABSENT) == PENDING
-    tl.store(table_ptr + block, slot, mask=is_wanted)
-    tl.store(owner_ptr + slot, block, mask=is_wanted)
-    tl.store(stamps_ptr + slot, tl.load(step_ptr), mask=is_wanted)
-    _give_back(free_ptr, words_ptr, slot, inside & (is_wanted == 0))
-    if tl.program_id(0) == 0:
-        tl.store(accepts_ptr, 1)
+    comes = block >= 0
+    tl.store(table_ptr + block, slot, mask=comes)
+    tl.store(owner_ptr + slot, block, mask=comes)
+    tl.store(stamps_ptr + slot, tl.load(step_ptr), mask=comes)
+    _give_back(free_ptr, words_ptr, slot, inside & (comes == 0))
 
 
 @triton.jit
@@ -461,6 +467,39 @@ def invalidate(
         tl.store(owner_ptr + slot, NO_OWNER, mask=is_there)
         tl.store(stamps_ptr + slot, NO_STAMP, mask=is_there)
         _give_back(free_ptr, words_ptr, slot, is_there)
+
+
+@triton.jit
+def cancel(
+    requests_ptr,
+    request_count_ptr,
+    batch_ptr,
+    table_ptr,
+    words_ptr,
+    CAPACITY: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """One program: a tile of both lists, in which nothing is left that is not pending any more.
+
+    Args:
+        requests_ptr: [CAPACITY] int32 arena blocks or NOTHING.
+        request_count_ptr: int32, units that steps asked for; may be more than there is room for.
+        batch_ptr: [CAPACITY] int32 arena blocks or NOTHING.
+        table_ptr: [slabs * units of a slab] int32.
+        words_ptr: of the upkeep.
+    """
+    entry = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    num_requests = tl.minimum(tl.load(request_count_ptr), CAPACITY)
+    _cancel_entries(requests_ptr + entry, entry < num_requests, table_ptr)
+    _cancel_entries(batch_ptr + entry, entry < tl.load(words_ptr + BATCH), table_ptr)
+
+
+@triton.jit
+def _cancel_entries(entry_ptr, is_entry, table_ptr):
+    """Of a list's entries, those that are not pending become NOTHING."""
+    block = tl.load(entry_ptr, mask=is_entry, other=NOTHING)
+    known = tl.load(table_ptr + block, mask=block >= 0, other=PENDING)
+    tl.store(entry_ptr, NOTHING, mask=known != PENDING)
 
 
 @triton.jit

@@ -19,6 +19,7 @@ from fluxion_core.kernels.tier.upkeep import (
     WORDS,
     append_ranges,
     assign_slots,
+    cancel,
     commit,
     count_ages,
     evict,
@@ -69,13 +70,13 @@ class TierTensors(NamedTuple):
     free: Tensor
     """[num_slots]: slots; as many as `words[FREE]` says are free."""
     requests: Tensor
-    """[capacity]: arena blocks that a step asks for, and then a batch's."""
+    """[capacity]: arena blocks that steps ask for, or NOTHING."""
     request_count: Tensor
-    """[1]: how many a step has asked for; may exceed the capacity."""
+    """[1]: how many they have asked for; may exceed the capacity."""
+    batch: Tensor
+    """[capacity]: arena blocks that come now, or NOTHING; `words[BATCH]` says how many."""
     request_slots: Tensor
     """[capacity]: where the batch's units go."""
-    accepts: Tensor
-    """[1]: 0 if a step may not ask for units."""
     words: Tensor
     """[WORDS]: see upkeep.py."""
     counters: Tensor
@@ -155,12 +156,12 @@ class TierUpkeep:
         self.queues.counters[HELD_UNITS.value] = self.num_slots - num_slots
 
     def close(self) -> None:
-        """Make a batch of what the last step asked for and of the queued ranges.
+        """Make a batch of what steps asked for and of the queued ranges; not during a batch.
 
-        What the step asked for takes slots that are free or that it did not select; ranges take
-        those that are left of the free ones and of the old ones. The units that must leave have
-        left, and each of the batch's has a slot. Nothing is accepted until the batch is committed.
-        Six kernels.
+        What steps asked for takes slots that are free or that the last one did not select; ranges
+        take those that are left of the free ones and of the old ones. The units that must leave
+        have left, and each of the batch's has a slot. What steps ask for from now on is the next
+        batch's. Six kernels.
 
         Cost: a pass over the stamps, 4 bytes a slot, if more is asked for than slots are free, or
         if ranges are queued and free slots are few; two more if units leave. And the ranges.
@@ -171,7 +172,7 @@ class TierUpkeep:
             queues.ranges,
             queues.num_ranges,
             state.table,
-            state.requests,
+            state.batch,
             state.request_count,
             state.words,
             LAYER_HEADS=self.geometry.num_layers * self.geometry.num_kv_heads,
@@ -183,7 +184,6 @@ class TierUpkeep:
         plan_batch[(1,)](
             queues.num_ranges,
             state.request_count,
-            state.accepts,
             state.words,
             state.counters,
             queues.counters,
@@ -197,6 +197,7 @@ class TierUpkeep:
             state.requests,
             state.table,
             state.free,
+            state.batch,
             state.request_slots,
             state.words,
             TILE=_REQUEST_TILE,
@@ -244,7 +245,7 @@ class TierUpkeep:
         fill[(min(_FILL_PROGRAMS, ceil_div(self.capacity, tile_units)),)](
             self._host.arena_address,
             state.kv.data_ptr(),
-            state.requests,
+            state.batch,
             state.request_slots,
             state.words,
             self._host.slab_stride_bytes,
@@ -255,24 +256,26 @@ class TierUpkeep:
         )
 
     def commit(self) -> None:
-        """Enter the batch, once it has been filled, into the table; accept again. One kernel."""
+        """Enter the batch, once it has been filled, into the table. One kernel."""
         state = self.tensors
         commit[(ceil_div(self.capacity, _REQUEST_TILE),)](
-            state.requests,
+            state.batch,
             state.request_slots,
             state.table,
             state.owner,
             state.stamps,
             state.free,
             self._step,
-            state.accepts,
             state.words,
             TILE=_REQUEST_TILE,
             num_warps=4,
         )
 
     def invalidate(self) -> None:
-        """Free all slots of the queued slabs; what is being filled of them does not count."""
+        """Free all slots of the queued slabs, and cancel what is to come of them. Two kernels.
+
+        May run beside a fill: what it copies of them is not entered.
+        """
         state, tile = self.tensors, _TABLE_TILE
         tiles = self._host.num_slabs * ceil_div(self._slab_units, tile)
         invalidate[(min(_SLAB_PROGRAMS, tiles),)](
@@ -285,6 +288,16 @@ class TierUpkeep:
             state.words,
             SLAB_UNITS=self._slab_units,
             TILE=tile,
+            num_warps=4,
+        )
+        cancel[(ceil_div(self.capacity, _REQUEST_TILE),)](
+            state.requests,
+            state.request_count,
+            state.batch,
+            state.table,
+            state.words,
+            CAPACITY=self.capacity,
+            TILE=_REQUEST_TILE,
             num_warps=4,
         )
 
@@ -305,8 +318,8 @@ def _make_tensors(
         free=_all_slots(num_slots, device),
         requests=ints(capacity),
         request_count=ints(1),
+        batch=ints(capacity),
         request_slots=ints(capacity),
-        accepts=ints(1, 1),
         words=words,
         counters=ints(COUNTERS.value, dtype=torch.int64),
     )

@@ -38,7 +38,7 @@ from rich.console import Console
 from fluxion_core.config.command_options import JsonOption, Numbers, Texts
 from fluxion_core.config.commands import Command, run_module, within
 from fluxion_core.decode.device.step import DeviceStep
-from fluxion_core.decode.device.tier import DeviceTier
+from fluxion_core.decode.device.tier import DeviceTier, TierState
 from fluxion_core.decode.step import StepRow
 from fluxion_core.errors import ShapeError
 from fluxion_core.generation.sampling import TokenSampler, sample_rows
@@ -550,8 +550,9 @@ def _turn(step: DeviceStep, rows: Sequence[StepRow], samplers: Sequence[TokenSam
 
 def restart(tier: DeviceTier, capacity_bytes: int) -> None:
     """Empty a tier that no sequence uses, once its batch has come in."""
-    while not tier.before_step():
+    while tier.state is not TierState.IDLE:
         _synchronize()
+        tier.before_step()
     tier.restart(capacity_bytes)
 
 

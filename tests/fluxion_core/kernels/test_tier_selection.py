@@ -95,7 +95,6 @@ class Node:
             int32s(NUM_SLOTS, value=OLD_STEP),
             int32s(max_requests, value=UNTOUCHED),
             int32s(1),
-            int32s(1, value=1),
         )
         self.query = torch.randn(len(self.rows), self.heads, head_dim, generator=self.generator).to(
             DEVICE
@@ -215,7 +214,7 @@ class Node:
         """Run a layer, and hold everything that it wrote against the oracle."""
         table, stamps = self.tables.table.cpu().clone(), self.tables.stamps.cpu().clone()
         asked: list[int] = []
-        accepts, room = bool(self.tables.accepts.item()), len(self.tables.requests)
+        room = len(self.tables.requests)
         selected = self.run()
         missing_groups = 0
         for index, row in enumerate(self.rows):
@@ -230,8 +229,7 @@ class Node:
                 assert selected.lists.head_units[index, heads].tolist() == chosen.sum(1).tolist()
                 stamps[lists.resident_slots] = STEP
                 missing_groups += len(lists.missing_units) > 0
-                if accepts:
-                    asked += reference.ask_for(table, lists.missing_blocks, len(asked), room)
+                asked += reference.ask_for(table, lists.missing_blocks, len(asked), room)
         assert selected.needs.tolist() == [0, missing_groups]
         assert torch.equal(self.tables.stamps.cpu(), stamps)
         self.check_requests(table, asked, room)
@@ -430,17 +428,6 @@ def test_what_there_is_no_room_to_ask_for_stays_absent(room: int):
     node = Node(Row(levels=[ALL, ALL]), Row([4, 1, 0], levels=[0, ALL]), max_requests=room)
     node.check()
     assert (node.tables.table == PENDING).sum().item() == room
-
-
-def test_a_step_that_accepts_no_requests_asks_for_nothing():
-    node = Node(Row(levels=[ALL, 0]))
-    node.hold(0.5)
-    node.tables.accepts.zero_()
-    before = node.tables.table.clone()
-    selected = node.check()
-    assert selected.needs[LAYER].item() == 2
-    assert node.tables.request_count.item() == 0
-    assert torch.equal(node.tables.table, before)
 
 
 def test_a_group_that_misses_nothing_needs_nobody():

@@ -15,6 +15,7 @@ from fluxion_core.kernels.tier.upkeep_launch import HostMemory, TierUpkeep
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ABSENT, PENDING = constants.ABSENT.value, constants.PENDING.value
+NOTHING = upkeep.NOTHING.value
 NO_OWNER, NO_STAMP = upkeep.NO_OWNER.value, upkeep.NO_STAMP.value
 GEOMETRY = KvGeometry(num_layers=2, num_kv_heads=2, head_dim=16, slab_tokens=128)
 SLAB_UNITS = 4 * 8
@@ -54,11 +55,13 @@ class Tier:
         self.state.words[upkeep.FREE.value] = slots - count
 
     def ask(self, units: list[int]) -> None:
-        """A step's requests."""
-        for place, unit in enumerate(units[: self.upkeep.capacity]):
+        """A step's requests, behind those that wait."""
+        first = int(self.state.request_count)
+        for place, unit in enumerate(units[: self.upkeep.capacity - first]):
+            assert self.state.table[unit] == ABSENT
             self.state.table[unit] = PENDING
-            self.state.requests[place] = unit
-        self.state.request_count[0] = len(units)
+            self.state.requests[first + place] = unit
+        self.state.request_count[0] = first + len(units)
 
     def queue(self, ranges: list[tuple[int, int, int]]) -> None:
         for place, chosen in enumerate(ranges):
@@ -74,8 +77,9 @@ class Tier:
     def batch(self) -> dict[int, int]:
         """Slots by unit."""
         size = int(self.state.words[upkeep.BATCH.value])
-        units, slots = self.state.requests[:size], self.state.request_slots[:size]
-        return dict(zip(units.tolist(), slots.tolist(), strict=True))
+        units, slots = self.state.batch[:size].tolist(), self.state.request_slots[:size].tolist()
+        assert len({unit for unit in units if unit != NOTHING}) == size - units.count(NOTHING)
+        return {u: slot for u, slot in zip(units, slots, strict=True) if u != NOTHING}
 
     @property
     def pending(self) -> set[int]:
@@ -166,7 +170,6 @@ def test_what_was_asked_for_beyond_the_batch_is_left_out() -> None:
     tier.upkeep.close()
     assert set(tier.batch) == {9, 8, 7}
     assert int(tier.state.request_count) == 0
-    assert int(tier.state.accepts) == 0
 
 
 def test_ranges_take_what_is_absent_each_unit_once() -> None:
@@ -308,8 +311,85 @@ def test_a_batch_is_entered_but_for_what_has_been_invalidated_meanwhile() -> Non
     assert tier.resident == {3: 0, 100: slots[100]}
     assert int(tier.state.stamps[slots[100]]) == STEP + 1
     assert sorted([*tier.free, *tier.resident.values()]) == list(range(8))
-    assert int(tier.state.accepts) == 1
     assert (tier.state.table[SLAB_UNITS : 2 * SLAB_UNITS] == ABSENT).all()
+
+
+def test_what_is_asked_for_beside_a_fill_is_of_the_next_batch() -> None:
+    tier = Tier(8, 4)
+    tier.ask([40, 41])
+    tier.upkeep.close()
+    tier.ask([7, 100, 8])
+    assert tier.pending == {40, 41, 7, 100, 8}
+    tier.upkeep.fill()
+    tier.upkeep.commit()
+    assert set(tier.resident) == {40, 41}
+    assert tier.pending == {7, 100, 8}
+    tier.upkeep.close()
+    tier.upkeep.fill()
+    tier.upkeep.commit()
+    kv = tier.state.kv.view(8, -1).cpu()
+    for unit, slot in tier.resident.items():
+        assert torch.equal(kv[slot], unit_of(tier.arena, GEOMETRY, unit))
+    assert set(tier.resident) == {40, 41, 7, 100, 8}
+    assert len(tier.free) == 3
+
+
+def test_what_is_asked_for_anew_after_its_slab_has_changed_comes_anew() -> None:
+    # By hand: 40 and 100 are on their way, and 41 waits. Then slab 1 has something new: 40 and 41
+    # are asked for again, and each is in one list alone.
+    tier = Tier(8, 4)
+    tier.ask([40, 100])
+    tier.upkeep.close()
+    tier.upkeep.fill()
+    tier.ask([41])
+    tier.arena[1] = 255 - tier.arena[1]
+    tier.drop([1])
+    assert tier.pending == {100}
+    tier.ask([40, 41])
+    assert tier.state.requests[:3].tolist() == [NOTHING, 40, 41]
+    tier.upkeep.commit()
+    assert set(tier.resident) == {100}
+    assert tier.pending == {40, 41}
+    assert len(tier.free) == 7
+    tier.upkeep.close()
+    assert set(tier.batch) == {40, 41}
+    tier.upkeep.fill()
+    tier.upkeep.commit()
+    assert set(tier.resident) == {100, 40, 41}
+    kv = tier.state.kv.view(8, -1).cpu()
+    for unit, slot in tier.resident.items():
+        assert torch.equal(kv[slot], unit_of(tier.arena, GEOMETRY, unit))
+    assert sorted([*tier.free, *tier.resident.values()]) == list(range(8))
+
+
+@pytest.mark.parametrize("num_owned", [0, 7])
+def test_what_was_cancelled_is_not_copied_and_gives_its_slot_back(num_owned: int) -> None:
+    # By hand: slab 1 has the batch's only unit, and then one of three that wait: the second of
+    # them, or that which has no slot. Nobody's entry is written in their place.
+    tier = Tier(8, 4)
+    guarded = torch.full((1 + len(tier.state.table),), ABSENT, dtype=torch.int32, device=DEVICE)
+    guarded[0] = 99
+    tier.state = tier.upkeep.tensors = tier.state._replace(table=guarded[1:])
+    tier.own(list(range(64, 64 + num_owned)), [0] * num_owned)
+    tier.state.kv.fill_(0)
+    tier.ask([40])
+    tier.upkeep.close()
+    tier.ask([3, 41, 4])
+    tier.drop([1])
+    tier.upkeep.fill()
+    assert not tier.state.kv.any()
+    tier.upkeep.commit()
+    assert len(tier.free) == 8 - num_owned
+    tier.upkeep.close()
+    comes = {3} if num_owned else {3, 4}
+    assert set(tier.batch) == tier.pending == comes
+    tier.upkeep.fill()
+    tier.upkeep.commit()
+    assert set(tier.resident) == comes | set(range(64, 64 + num_owned))
+    assert sorted([*tier.free, *tier.resident.values()]) == list(range(8))
+    written = tier.state.kv.view(8, -1).any(dim=1).cpu().nonzero().flatten().tolist()
+    assert written == sorted(tier.resident[unit] for unit in comes)
+    assert guarded[0] == 99
 
 
 def test_invalid_slabs_leave_whole_and_others_stay() -> None:

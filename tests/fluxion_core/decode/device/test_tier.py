@@ -27,6 +27,7 @@ from fluxion_core.kvstore.store import HostKvStore
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ABSENT, PENDING = constants.ABSENT.value, constants.PENDING.value
+NOTHING = upkeep.NOTHING.value
 GEOMETRY = KvGeometry(num_layers=2, num_kv_heads=1, head_dim=16, slab_tokens=128)
 LAYER_HEADS = 2
 SLAB_UNITS = LAYER_HEADS * GEOMETRY.slab_blocks
@@ -41,19 +42,27 @@ def settle() -> None:
 
 
 class LateTier(DeviceTier):
-    """Fills end when the test says so, and read the store then."""
+    """Fills end when the test says so; every other one reads the store not before then."""
 
     ends: Callable[[], bool] = staticmethod(lambda: True)
+    begun = ended = 0
+    """Batches so far."""
 
     def _fill(self) -> None:
         self.state = TierState.FILLING
+        self.begun += 1
+        if self.begun % 2:
+            settle()
+            self._launch_fill()
 
     def _has_filled(self) -> bool:
         if not self.ends():
             return False
         settle()
-        self._launch_fill()
-        settle()
+        if self.begun % 2 == 0:
+            self._launch_fill()
+            settle()
+        self.ended += 1
         return True
 
 
@@ -61,10 +70,18 @@ class SlowTier(DeviceTier):
     """Fills read the store at once, and end when the test says so."""
 
     ends: Callable[[], bool] = staticmethod(lambda: True)
+    begun = ended = 0
+    """Batches so far."""
+
+    def _fill(self) -> None:
+        super()._fill()
+        self.begun += 1
 
     def _has_filled(self) -> bool:
         settle()
-        return self.ends() and super()._has_filled()
+        has_filled = self.ends() and super()._has_filled()
+        self.ended += has_filled
+        return has_filled
 
 
 @dataclass
@@ -154,6 +171,18 @@ class World:
         running.sequence.release()
         return running.tokens
 
+    @property
+    def queued(self) -> set[int]:
+        """Units of ranges that the last batch might have taken."""
+        queues = self.tier._upkeep.queues
+        ranges = queues.ranges[: int(queues.num_ranges[0])].tolist()
+        return {
+            (slab * LAYER_HEADS + head) * GEOMETRY.slab_blocks + block
+            for slab, begin, end, _ in ranges
+            for head in range(LAYER_HEADS)
+            for block in range(begin, end)
+        }
+
     # What a step's kernels do.
 
     def arena_unit(self, unit: int) -> Tensor:
@@ -174,7 +203,7 @@ class World:
             assert torch.equal(self.slot_unit(slot), self.arena_unit(unit))
             tier.stamps[slot] = step
         for unit in units:
-            if table[unit] == ABSENT and tier.accepts.item():
+            if table[unit] == ABSENT:
                 place = int(tier.request_count.item())
                 tier.request_count.add_(1)
                 if place < len(tier.requests):
@@ -191,10 +220,10 @@ class Shadow:
         self.world = world
         self.slot_of: dict[int, int] = {}
         self.stamp_of: dict[int, int] = {}
-        self.batch: dict[int, int] = {}
-        """Slots that are being filled, by unit."""
-        self.dropped: set[int] = set()
-        """Units of it that do not count any more."""
+        self.waiting: list[int] = []
+        """Units that have been asked for, or NOTHING."""
+        self.batch: list[tuple[int, int]] = []
+        """Units that are being filled, or NOTHING, and their slots."""
         self.generation_of: dict[int, int] = {}
         self.filled = self.evicted = 0
         self.given_up = self.pushed_by_ranges = 0
@@ -221,36 +250,32 @@ class Shadow:
 
     def enter_batch(self) -> None:
         step = int(self.world.step.item())
-        for unit, slot in self.batch.items():
-            if unit not in self.dropped:
+        for unit, slot in self.batch:
+            if unit != NOTHING:
                 self.slot_of[unit], self.stamp_of[unit] = slot, step
-        self.batch, self.dropped = {}, set()
+        self.batch = []
 
     def drop(self, slabs: set[int]) -> None:
         for unit in [unit for unit in self.slot_of if unit // SLAB_UNITS in slabs]:
             del self.slot_of[unit], self.stamp_of[unit]
-        self.dropped |= {unit for unit in self.batch if unit // SLAB_UNITS in slabs}
+        self.batch = [(NOTHING if u // SLAB_UNITS in slabs else u, slot) for u, slot in self.batch]
+        self.waiting = [NOTHING if unit // SLAB_UNITS in slabs else unit for unit in self.waiting]
 
     def stamp(self, units: list[int]) -> None:
         for unit in units:
             self.stamp_of[unit] = int(self.world.step.item())
 
-    def close(self, asked: list[int], queued: set[int]) -> None:
-        """Take over a batch, if it keeps the rules.
-
-        Args:
-            asked: by the step.
-            queued: units of ranges that the batch might take.
-        """
-        tier, free = self.world.tier, self.free
+    def close(self) -> None:
+        """Take over a batch, if it keeps the rules."""
+        tier, free, asked, queued = self.world.tier, self.free, self.waiting, self.world.queued
         ages = [int(self.world.step.item()) - stamp for stamp in self.stamp_of.values()]
         taken = asked[: free + sum(age > 0 for age in ages)]
         old = sum(age >= upkeep.OLD_AGE.value for age in ages)
-        size = int(tier._upkeep.tensors.words[upkeep.BATCH.value].item())
-        units = tier.requests[:size].tolist()
-        slots = tier._upkeep.tensors.request_slots[:size].tolist()
+        tensors = tier._upkeep.tensors
+        size = int(tensors.words[upkeep.BATCH.value].item())
+        units, slots = tensors.batch[:size].tolist(), tensors.request_slots[:size].tolist()
         assert units[: len(taken)] == taken
-        assert len(set(units)) == size
+        assert len(set(units) - {NOTHING}) == size - units.count(NOTHING)
         room = max(min(len(tier.requests), free + old) - len(taken), 0)
         absent = queued - set(self.slot_of) - set(taken)
         assert set(units[len(taken) :]) <= absent
@@ -265,7 +290,7 @@ class Shadow:
         assert not gone or min(key_of[unit] for unit in gone) >= max([1, *stayed])
         for unit in gone:
             del self.slot_of[unit], self.stamp_of[unit]
-        self.batch = dict(zip(units, slots, strict=True))
+        self.batch, self.waiting = list(zip(units, slots, strict=True)), []
         self.given_up += len(asked) - len(taken)
         self.pushed_by_ranges += len(gone) - max(0, len(taken) - free)
         self.filled, self.evicted = self.filled + size, self.evicted + len(gone)
@@ -274,14 +299,18 @@ class Shadow:
         """The tier's tables are these, and every slot is in one place."""
         tier, tensors = self.world.tier, self.world.tier._upkeep.tensors
         table = {u: slot for u, slot in enumerate(tier.table.tolist()) if slot != ABSENT}
-        pending = dict.fromkeys(set(self.batch) - self.dropped, PENDING)
-        assert table == self.slot_of | pending
+        coming = [*self.waiting, *(unit for unit, _ in self.batch)]
+        assert len(set(coming) - {NOTHING}) == len(coming) - coming.count(NOTHING)
+        assert table == self.slot_of | dict.fromkeys(set(coming) - {NOTHING}, PENDING)
+        assert tier.requests[: len(self.waiting)].tolist() == self.waiting
+        assert min(tier.request_count.item(), len(tier.requests)) == len(self.waiting)
         owner = {slot: u for slot, u in enumerate(tensors.owner.tolist()) if u != -1}
         assert owner == {slot: unit for unit, slot in self.slot_of.items()}
         stamps = tier.stamps.tolist()
         assert {unit: stamps[slot] for unit, slot in self.slot_of.items()} == self.stamp_of
         free = tensors.free[: int(tensors.words[upkeep.FREE.value].item())].tolist()
-        assert sorted([*free, *owner, *self.batch.values()]) == list(range(tier.num_slots))
+        filling = [slot for _, slot in self.batch]
+        assert sorted([*free, *owner, *filling]) == list(range(tier.num_slots))
         statistics, unit = tier.statistics(), GEOMETRY.block_bytes
         assert statistics.filled_bytes == self.filled * unit
         assert statistics.evicted_bytes == self.evicted * unit
@@ -306,19 +335,33 @@ def run_step(world: World, units: list[int]) -> tuple[list[int], list[int]]:
     world.tier.before_step()
     settle()
     world.step += 1
-    selected = world.select(units)
+    resident, asked = world.select(units)
     settle()
-    world.tier.after_step()
+    world.tier.after_step(has_requests=len(resident) < len(units))
     settle()
-    return selected
+    return resident, asked
 
 
-def test_hits_stay_right_while_sequences_come_and_go_and_share(worlds, monkeypatch) -> None:
-    world = worlds(num_slabs=14, num_slots=40, seed=3)
+def test_hits_stay_right_while_sequences_come_and_go_and_share(worlds) -> None:
+    world = worlds(num_slabs=14, num_slots=40, seed=4)
     tier, shadow, chance = world.tier, Shadow(world), world.random.random
-    monkeypatch.setattr(LateTier, "ends", staticmethod(lambda: chance() < 0.25))
+    tier.ends = lambda: chance() < 0.4
     texts: list[list[int]] = []
-    seen = dict.fromkeys(["shared", "tails", "stale", "stale in a batch", "evictions", "cut"], 0)
+    kinds = ["shared", "tails", "stale", "stale in a batch", "stale and waiting", "evictions"]
+    seen = dict.fromkeys([*kinds, "cut", "waiting", "one after the other"], 0)
+
+    def follow_batches(begun: int, ended: int) -> None:
+        if tier.ended > ended:
+            shadow.enter_batch()
+        if tier.begun > begun:
+            evicted = shadow.evicted
+            assert world.queued <= {u for run in world.running.values() for u in run.units()}
+            shadow.close()
+            seen["evictions"] += shadow.evicted > evicted
+            seen["cut"] += int(tier._upkeep.queues.counters[upkeep.RANGES_CUT.value])
+        # What waits, waits for a batch.
+        assert tier.state is TierState.FILLING or not set(shadow.waiting) - {NOTHING}
+        shadow.compare()
 
     for number in range(STEPS):
         stale: set[int] = set()
@@ -347,16 +390,15 @@ def test_hits_stay_right_while_sequences_come_and_go_and_share(worlds, monkeypat
                 stale |= shadow.look_at(running.units())
         settle()
 
-        was_filling = tier.state is TierState.FILLING
-        accepts = tier.before_step()
-        settle()
-        if was_filling and accepts:
-            shadow.enter_batch()
-        seen["stale in a batch"] += any(unit // SLAB_UNITS in stale for unit in shadow.batch)
+        before = tier.begun, tier.ended
+        seen["stale in a batch"] += any(unit // SLAB_UNITS in stale for unit, _ in shadow.batch)
+        seen["stale and waiting"] += any(unit // SLAB_UNITS in stale for unit in shadow.waiting)
         seen["stale"] += any(unit // SLAB_UNITS in stale for unit in shadow.slot_of)
         shadow.drop(stale)
-        shadow.compare()
-        assert tier.accepts.item() == accepts
+        tier.before_step()
+        settle()
+        seen["one after the other"] += tier.begun > before[0]
+        follow_batches(*before)
 
         # Now and then many have gone by. Half of the time they select nearly everything.
         world.step += 50 if chance() < 0.1 else 1
@@ -366,23 +408,13 @@ def test_hits_stay_right_while_sequences_come_and_go_and_share(worlds, monkeypat
         resident, asked = world.select(some)
         assert resident == [unit for unit in some if unit in shadow.slot_of]
         shadow.stamp(resident)
+        seen["waiting"] += bool(asked) and tier.state is TierState.FILLING
+        shadow.waiting += asked
         settle()
-        tier.after_step()
+        before = tier.begun, tier.ended
+        tier.after_step(has_requests=len(resident) < len(some))
         settle()
-        if accepts:
-            evicted = shadow.evicted
-            ranges = tier._upkeep.queues.ranges[: int(tier._upkeep.queues.num_ranges[0])]
-            queued = {
-                (slab * LAYER_HEADS + head) * GEOMETRY.slab_blocks + block
-                for slab, begin, end, _ in ranges.tolist()
-                for head in range(LAYER_HEADS)
-                for block in range(begin, end)
-            }
-            assert queued <= wanted
-            shadow.close(asked, queued)
-            seen["evictions"] += shadow.evicted > evicted
-            seen["cut"] += int(tier._upkeep.queues.counters[upkeep.RANGES_CUT.value])
-        shadow.compare()
+        follow_batches(*before)
     # Otherwise nothing has been tested.
     seen |= {"given up": shadow.given_up, "pushed by ranges": shadow.pushed_by_ranges}
     assert all(seen.values()), seen
@@ -446,7 +478,8 @@ def test_exact_hits_what_fits_and_fills_no_more(worlds) -> None:
     statistics = world.tier.statistics()
     assert statistics.filled_bytes == statistics.held_bytes == 16 * GEOMETRY.block_bytes
     assert statistics.evicted_bytes == 0
-    assert (world.tier.table != PENDING).all()
+    # These wait, and are given up before the next step.
+    assert (world.tier.table == PENDING).nonzero().flatten().tolist() == sorted(asked)
 
 
 def test_beside_steps_of_a_fill_what_the_newest_has_selected_stays(worlds) -> None:
@@ -515,7 +548,64 @@ def test_a_step_that_misses_nothing_makes_a_batch_of_regions_or_none(worlds) -> 
         states.append(world.tier.state)
     # By hand: 22 units, 8 a batch.
     assert states == [TierState.FILLING] * 3 + [TierState.IDLE] * 2
-    assert world.tier.accepts.item() == 1
+
+
+def test_a_batch_follows_a_batch_with_no_step_between(worlds) -> None:
+    # By hand: eight units a batch, no ranges. While the first is filled three steps ask for six
+    # more, and one for nothing; they are the second, which begins before the next step.
+    world = worlds(num_slabs=4, num_slots=64, tier_type=SlowTier)
+    world.come(0, list(range(320)))
+    units, tier = world.running[0].units(), world.tier
+    tier.leave(0)
+    assert run_step(world, units[:3]) == ([], units[:3])
+    tier.ends = lambda: False
+    for number in range(3, 9, 2):
+        assert run_step(world, units[: number + 2]) == ([], units[number : number + 2])
+    run_step(world, [])
+    assert (tier.begun, tier.ended) == (1, 0)
+    tier.ends = lambda: True
+    tier.before_step()
+    settle()
+    assert (tier.begun, tier.ended) == (2, 1)
+    tier.ends = lambda: False
+    assert run_step(world, units[:9]) == (units[:3], [])
+    tier.ends = lambda: True
+    assert run_step(world, units[:9]) == (units[:9], [])
+    assert (tier.begun, tier.ended) == (3, 2)
+    assert tier.statistics().filled_bytes == 9 * GEOMETRY.block_bytes
+    for _ in range(2):
+        assert run_step(world, units[:9]) == (units[:9], [])
+    assert tier.state is TierState.IDLE
+    assert tier.begun == 3
+
+
+def test_regions_come_batch_after_batch_though_no_step_misses_anything(worlds) -> None:
+    # By hand: 22 units, eight a batch, each begun before the step after the last one's.
+    world = worlds(num_slabs=4, num_slots=64)
+    world.come(0, list(range(320)))
+    run_step(world, [])
+    assert world.tier.begun == 1
+    for begun in (2, 3, 3):
+        settle()
+        world.tier.before_step()
+        assert world.tier.begun == begun
+
+
+def test_what_comes_into_a_region_of_a_slab_taken_anew_is_not_dropped_with_the_old(worlds) -> None:
+    # By hand: a batch of the old text ends before the step that drops it; the next batch, of the
+    # new text's region, begins before that step too.
+    world = worlds(num_slabs=4, num_slots=64, tier_type=SlowTier)
+    tier = world.tier
+    world.come(0, list(range(320)))
+    units = world.running[0].units()
+    run_step(world, units[:3])
+    world.go(0, keep=False)
+    world.come(0, [5] * 320)
+    assert world.running[0].units() == units
+    for _ in range(3):
+        assert tier.state is TierState.FILLING
+        run_step(world, [])
+    assert run_step(world, units) == (units, [])
 
 
 def test_one_slot_is_a_tier(worlds) -> None:
@@ -525,7 +615,9 @@ def test_one_slot_is_a_tier(worlds) -> None:
     run_step(world, [first])
     for _ in range(3):
         assert run_step(world, [first, second]) == ([first], [second])
+    # Asked for beside a batch of nothing, it comes with the next one.
     assert run_step(world, [second]) == ([], [second])
+    assert run_step(world, [second]) == ([], [])
     assert run_step(world, [first, second]) == ([second], [first])
     assert world.tier.statistics().held_bytes == GEOMETRY.block_bytes
 
@@ -540,10 +632,12 @@ def test_copies_that_are_under_way_when_their_slab_is_taken_anew_do_not_count(wo
     world.go(0, keep=False)
     world.come(0, [5] * 320)
     assert set(world.running[0].units()) == set(units)
-    # What the next step sees is of nobody, and what it misses it may not ask for.
-    assert run_step(world, units) == ([], [])
+    # What the next step sees is of nobody; what it misses is asked for, the old copies or not.
+    assert run_step(world, units) == ([], units[:8])
     tier.ends = lambda: True
-    assert run_step(world, units)[0] == []
+    # The old batch ends, and the next one begins; every hit is looked at.
+    assert run_step(world, units[:3]) == ([], [])
+    assert run_step(world, units[:8])[0] == units[:8]
     for _ in range(3):
         run_step(world, [])
     assert run_step(world, units) == (units, [])
@@ -576,9 +670,6 @@ def test_a_fill_that_could_not_be_launched_is_launched_again(worlds, monkeypatch
             tier.before_step()
     settle()
     tier.before_step()
-    settle()
-    assert tier.before_step()
-    settle()
     assert run_step(world, units) == (units, [])
 
 
@@ -597,8 +688,9 @@ def test_a_tier_that_begins_anew_holds_nothing_and_takes_no_more_than_it_is_told
     def steps(number: int) -> list[int]:
         for _ in range(number):
             resident, _ = run_step(world, world.running[0].units())
-        tier.before_step()
-        settle()
+        while tier.state is not TierState.IDLE:
+            tier.before_step()
+            settle()
         return resident
 
     world.come(0, [1] * 480)
