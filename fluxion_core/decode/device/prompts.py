@@ -90,8 +90,11 @@ class DevicePromptComputer(PromptEnds):
         if chunk is None or chunk.append.sequence is not sequence:
             chunk = self._begin(sequence, token_ids, wants_profile=profile_window is not None)
         self._pieces.resume(self._residents(sequence))
-        hidden, num_layers = chunk.advance(seconds)
-        self._pieces.rest()
+        try:
+            hidden, num_layers = chunk.advance(seconds)
+        finally:
+            # One that fails too: what it gathers must have been read before units are moved.
+            self._pieces.rest()
         chunk.layer_seconds = (time.perf_counter() - started) / num_layers
         gathered_bytes = self._pieces.take_host_units() * self._geometry.block_bytes
         self._usage.pcie_bytes["host_to_device", "missing_kv"] += gathered_bytes
@@ -285,6 +288,7 @@ class _StoredPieces:
         self._stream = self._streams.Stream()
         self._is_gathered = [self._streams.Event() for _ in self._buffers]
         self._is_free = [self._streams.Event() for _ in self._buffers]
+        self._rests = self._streams.Event()
         self._host_units = torch.zeros(1, dtype=torch.int64, device=device)
         self._slabs = torch.zeros(0, dtype=torch.int64, device=device)
         self._runs: list[range] = []
@@ -333,8 +337,11 @@ class _StoredPieces:
         self._gather_ahead()
 
     def rest(self) -> None:
-        """Wait for the device: nothing is gathered, and no resident unit read, until `resume`."""
-        self._streams.synchronize(self._device)
+        """Wait for what was gathered and for the current stream, and for nothing else that the
+        device does: nothing is gathered, and no resident unit read, until `resume`."""
+        self._streams.current_stream().wait_stream(self._stream)
+        self._rests.record()
+        self._rests.synchronize()
 
     def take_host_units(self) -> int:
         """Take the count of units that were read in host memory since the last call."""

@@ -134,6 +134,51 @@ def test_a_follow_up_is_the_hosts(
     assert usage.busy_seconds > 0
 
 
+def test_a_chunk_waits_for_its_own_work_alone(
+    host: PromptComputer,
+    seen_store: HostKvStore,
+    body_of: Callable[..., Body],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    # Beside it the tier may be filled, which takes longer than a part of a chunk.
+    def refuse(*_) -> None:
+        raise AssertionError("waited for all that the device does")
+
+    monkeypatch.setattr(torch.get_device_module(DEVICE), "synchronize", refuse)
+    prompts, _ = body_of()
+    mine = begun(seen_store, 120)
+    by_host(host, mine, 80)
+    assert prompts.compute_chunk(mine, PROMPT[80:120], None) is not None
+
+
+def test_a_chunk_that_fails_leaves_nothing_under_way_and_can_be_computed_again(
+    host: PromptComputer,
+    seen_store: HostKvStore,
+    body_of: Callable[..., Body],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    prompts, _ = body_of()
+    theirs, mine = begun(store_for(16), 120), begun(seen_store, 120)
+    for sequence in (theirs, mine):
+        by_host(host, sequence, 80)
+    rests = []
+    rest, attend_part = prompts._pieces.rest, prompts_module.attend_part
+
+    def full(*_, **__) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(prompts._pieces, "rest", lambda: rests.append(rest()))
+    monkeypatch.setattr(prompts_module, "attend_part", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        prompts.compute_chunk(mine, PROMPT[80:120], None)
+    assert len(rests) == 1
+    assert mine.num_tokens == 80
+    monkeypatch.setattr(prompts_module, "attend_part", attend_part)
+    assert prompts.compute_chunk(mine, PROMPT[80:120], None) is not None
+    by_host(host, theirs, 120)
+    assert_same_kv(mine, theirs)
+
+
 def test_chunks_follow_each_other(
     host: PromptComputer, seen_store: HostKvStore, body_of: Callable[..., Body]
 ):
