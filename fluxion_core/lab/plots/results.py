@@ -23,6 +23,7 @@ from fluxion_core.lab.evaluation.report import Report
 from fluxion_core.lab.plots.bars import draw_groups
 from fluxion_core.lab.plots.evaluation import draw_agreement, draw_divergence, draw_scores
 from fluxion_core.lab.plots.serve import draw_loads
+from fluxion_core.lab.plots.tier import draw_shares, draw_who_leaves
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -54,6 +55,10 @@ def draw_all(results: Path = RESULTS) -> list[Path]:
                 draw_prefill(_read(path), picture)
             case "shared-cpus":
                 draw_shared_cpus(_read(path), picture)
+            case "tier-128k":
+                draw_shares(_read(path), picture)
+            case "who-leaves":
+                draw_who_leaves(_read(path), picture)
             case _:
                 continue
         drawn.append(picture)

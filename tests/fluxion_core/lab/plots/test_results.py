@@ -13,7 +13,9 @@ def test_every_plot_of_a_result_is_drawn_from_its_figures(tmp_path: Path):
         (tmp_path / path.parent.name).mkdir(exist_ok=True)
         shutil.copy(path, tmp_path / path.parent.name / path.name)
     drawn = draw_all(tmp_path)
-    assert {picture.name for picture in drawn} >= {"prefill.png", "shared-cpus.png", "serve.png"}
+    names = {picture.name for picture in drawn}
+    assert names >= {"prefill.png", "shared-cpus.png", "serve.png"}
+    assert names >= {"tier-128k.png", "who-leaves.png"}
     assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in drawn)
 
 
