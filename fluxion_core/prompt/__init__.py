@@ -3,5 +3,5 @@
 The prefill node, evaluation, training and benchmarks compute prompts here, by `compute.py`.
 
 Not here: whose turn it is (services/prefill/engine.py), and prompts that are computed on a decode
-node (decode/chunk.py).
+node (decode/chunk.py, decode/device/prompts.py).
 """
