@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import struct
 
-import google_crc32c
 import numpy as np
 from google.protobuf.message import DecodeError
 
@@ -17,6 +16,7 @@ from fluxion_core.errors import (
 )
 from fluxion_core.generation.sampling import SamplingParams
 from fluxion_core.geometry import WindowSpec
+from fluxion_core.kernels.crc32c.cpu import crc32c
 from fluxion_core.kvstream.assembler import HandoffAssembler
 from fluxion_core.kvstream.handoff import Frame, FrameKind, Header, KvLayout, Trailer
 from fluxion_core.wire.frame_limits import MAX_FRAME_PAYLOAD_BYTES, PREFIX_BYTES
@@ -55,7 +55,7 @@ def encode_frame(frame: Frame) -> bytes:
         frame.first_token,
         frame.num_tokens,
         len(payload),
-        _crc32c(payload),
+        _checksum(payload),
         0,
     )
     return b"".join((prefix, payload))
@@ -72,7 +72,7 @@ def decode_frame(message: bytes) -> Frame:
         raise FrameFormatError(
             f"frame of {len(message)} B is shorter than its {PREFIX_BYTES} B prefix"
         )
-    magic, version, kind, layer, first_token, num_tokens, payload_bytes, crc32c, reserved = (
+    magic, version, kind, layer, first_token, num_tokens, payload_bytes, expected, reserved = (
         _PREFIX.unpack_from(message)
     )
     if magic != MAGIC:
@@ -92,16 +92,16 @@ def decode_frame(message: bytes) -> Frame:
     if frame_kind is not FrameKind.CHUNK and (layer or first_token or num_tokens):
         raise FrameFormatError(f"{frame_kind.name} frame with a layer or tokens; must be 0")
     payload = memoryview(message)[PREFIX_BYTES:]
-    found = _crc32c(payload)
-    if found != crc32c:
-        raise FrameChecksumError(layer=layer, first_token=first_token, expected=crc32c, found=found)
+    found = _checksum(payload)
+    if found != expected:
+        raise FrameChecksumError(
+            layer=layer, first_token=first_token, expected=expected, found=found
+        )
     return Frame(frame_kind, payload, layer, first_token, num_tokens)
 
 
-def _crc32c(payload: bytes | memoryview) -> int:
-    # The library takes bytes, or an array over them, but no memoryview; this copies nothing.
-    checksum: int = google_crc32c.value(np.frombuffer(payload, dtype=np.uint8))
-    return checksum
+def _checksum(payload: bytes | memoryview) -> int:
+    return crc32c(np.frombuffer(payload, dtype=np.uint8))
 
 
 def _check_payload_bytes(kind: FrameKind, payload_bytes: int) -> None:

@@ -128,6 +128,10 @@ def test_the_store_refuses_what_does_not_fit():
         _native.ingest_blocks(LAYOUT, 0, 0, 0, 32, payload)
     with pytest.raises(ShapeError, match="layer 2"):
         _native.ingest_blocks(LAYOUT, 0, 2, 0, 16, payload)
+    with pytest.raises(ShapeError, match="data is float32"):
+        _native.crc32c(floats(2))
+    with pytest.raises(ShapeError, match="data"):
+        _native.crc32c(payload[0, ::2])
     rows = floats(1, 2, 16)
     with pytest.raises(ShapeError, match="tokens_in_slab"):
         _native.append_tokens(LAYOUT, int64s(1), int64s(2), 0, rows, rows, int32s(1))

@@ -99,6 +99,15 @@ def test_a_wrong_checksum_names_the_frame():
         codec.decode_frame(VECTOR[:-1] + b"0")
 
 
+@pytest.mark.parametrize("at", [32, 33, 32 + 5000, -4000, -9, -1])
+def test_a_large_frame_that_is_damaged_anywhere_is_refused(at: int):
+    payload = bytes(range(251)) * 41
+    damaged = bytearray(codec.encode_frame(Frame(FrameKind.CHUNK, payload, 3, 32, 16)))
+    damaged[at] ^= 16
+    with pytest.raises(FrameChecksumError, match="layer 3 at token 32"):
+        codec.decode_frame(bytes(damaged))
+
+
 def test_frames_above_the_limit_are_refused_on_both_sides():
     too_large = bytes(codec.MAX_FRAME_PAYLOAD_BYTES + 1)
     with pytest.raises(FrameFormatError, match="limit"):

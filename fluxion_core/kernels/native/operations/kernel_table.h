@@ -168,6 +168,8 @@ struct KernelTable {
   // returns how many.
   int32_t (*list_between)(const float* logits, int32_t count, float least, float below,
                           int32_t first, int32_t* places);
+  // CRC32C of what has the CRC32C `crc` (0 of nothing) and of these bytes after it.
+  uint32_t (*crc32c)(uint32_t crc, const void* data, int64_t bytes);
 };
 
 extern const KernelTable kScalarKernels;

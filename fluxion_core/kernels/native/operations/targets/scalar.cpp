@@ -1,5 +1,6 @@
 #include "operations/simd/scalar.h"
 #include "operations/kernel_table.h"
+#include "operations/simd/crc32c_tables.h"
 
 #include "operations/block_digest.inl"
 #include "operations/block_score.inl"
@@ -15,7 +16,7 @@
 #include "operations/token_weights.inl"
 
 const fluxion::KernelTable fluxion::kScalarKernels = {
-    "scalar",     digest_blocks, digest_span, copy_past_cache, score_tiles,      score_spans,
-    choose_top,   attend_runs,   read_pieces, dense_rows,      bound_statistics, dense_rows_bf16,
-    add_norm_row, gate_rows,     need_blocks, add_moments,     penalise_seen,    logit_extremes,
-    weigh_block,  bucket_logits, list_between};
+    "scalar",     digest_blocks, digest_span,  copy_past_cache, score_tiles,      score_spans,
+    choose_top,   attend_runs,   read_pieces,  dense_rows,      bound_statistics, dense_rows_bf16,
+    add_norm_row, gate_rows,     need_blocks,  add_moments,     penalise_seen,    logit_extremes,
+    weigh_block,  bucket_logits, list_between, crc32c_tables};
