@@ -103,6 +103,17 @@ class ModelConfig:
                 f"needs {self.head_dim // 2}"
             )
 
+    @property
+    def matrix_weights(self) -> int:
+        """Weights of all layers' matrices: each is an addition and a multiplication a token."""
+        projections = self.hidden_size * self.head_dim * 2 * (self.num_heads + self.num_kv_heads)
+        return self.num_layers * (projections + 3 * self.hidden_size * self.intermediate_size)
+
+    @property
+    def attention_operations(self) -> int:
+        """Operations of a token for each one before it, all layers together."""
+        return 4 * self.num_heads * self.head_dim * self.num_layers
+
 
 def _require_positive(value: float, name: str) -> None:
     # Written so that NaN is refused too.

@@ -62,17 +62,12 @@ class ModelCosts:
     @staticmethod
     def of(config: ModelConfig, geometry: KvGeometry, weight_item_bytes: int) -> ModelCosts:
         """The costs of a model whose weights take so many bytes each."""
-        heads, kv_heads = config.num_heads, config.num_kv_heads
-        projections = config.hidden_size * config.head_dim * 2 * (heads + kv_heads)
-        weights = config.num_layers * (
-            projections + 3 * config.hidden_size * config.intermediate_size
-        )
         return ModelCosts(
             num_layers=config.num_layers,
-            weight_bytes=weights * weight_item_bytes,
+            weight_bytes=config.matrix_weights * weight_item_bytes,
             kv_token_bytes=geometry.token_bytes,
-            dense_operations=2 * weights,
-            attention_operations=4 * heads * config.head_dim * config.num_layers,
+            dense_operations=2 * config.matrix_weights,
+            attention_operations=config.attention_operations,
         )
 
     def chunk_bytes(self, tokens: float, stored: float) -> float:

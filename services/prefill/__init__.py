@@ -1,4 +1,4 @@
-"""The prefill node: computes prompts in turns, and streams their KV to who asked.
+"""The prefill node: computes prompts chunk by chunk, and streams their KV to who asked.
 
 Not here: stored KV, and a prompt's attention (fluxion_core/prompt).
 """

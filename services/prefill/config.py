@@ -22,11 +22,13 @@ class EngineSettings(Section):
     the others waiting. If not given, 512 on a CPU and 4096 on a GPU; fewer where the KV of two
     chunks would be more than outgoing_bytes."""
     max_running_prompts: Count = Field(default=8, gt=0)
-    """Prompts computed in turns, a chunk each. One that pauses for a slow receiver has no place."""
+    """Prompts that may have begun at a time: a short one goes between the chunks of a long one. One
+    that pauses for a slow receiver has no place."""
     running_kv_bytes: ByteCount = 8 << 30
     """KV of the prompts that have begun, and KV that is computed and not taken; a prompt that does
     not fit beside the others waits for them. A prompt alone is always computed: the model's context
-    bounds it."""
+    bounds it. One prompt counts as seven eighths at most, so that short ones have room beside it:
+    an eighth comes on top of the largest prompt's KV."""
     max_waiting_prompts: Count = 64
     """Prompts that may wait for a place; the next one is refused."""
     outgoing_bytes: ByteCount | None = None

@@ -1,11 +1,11 @@
-"""The prefill engine: one thread that computes prompts in turns, a chunk at a time.
+"""The prefill engine: one thread that computes prompts, a chunk of one at a time.
 
 Life of a prompt: `submit`; chunks, each through all layers, its KV handed out layer by layer; the
-first token sampled from the last position's logits; `on_end`. A prompt whose outgoing KV is not
-taken pauses: it gives its place up, and others go on. What has been computed and not taken counts
-as KV of the engine until it is. `cancel` takes effect before the next layer. A device that
-fails (DeviceError) ends everything: the engine takes no prompt any more, and says so to
-`on_failure`, once.
+first token sampled from the last position's logits; `on_end`. Whose chunk is next is decided after
+each (`line.py`). A prompt whose outgoing KV is not taken pauses: it gives its place up, and others
+go on. What has been computed and not taken counts as KV of the engine until it is. `cancel` takes
+effect before the next layer. A device that fails (DeviceError) ends everything: the engine takes
+no prompt any more, and says so to `on_failure`, once.
 
 `on_frame`, `on_end` and `on_failure` run on the engine's thread and must not block; a prompt
 cancelled while it waits ends on the thread that cancels it. The engine knows frames, not gRPC.
@@ -16,10 +16,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -41,47 +40,11 @@ from fluxion_core.planning import prompt_profile
 from fluxion_core.prompt.capture import KvCapture
 from fluxion_core.prompt.compute import PromptComputation
 from fluxion_core.prompt.outbox import DeviceOutbox
+from services.prefill.line import LineLimits, PrefillLoad, PromptLine
+from services.prefill.own_time import OwnTime
+from services.prefill.prompt import Prompt
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(eq=False)
-class Prompt:
-    """One prompt in the engine. Its fields are the engine's from `submit` to `on_end`."""
-
-    request_id: str
-    token_ids: list[int]
-    kv_from_token: int
-    sampling: SamplingParams
-    on_frame: Callable[[Frame], None]
-    """Takes each CHUNK frame."""
-    on_end: Callable[[Trailer | BaseException], None]
-    """Called once, with the trailer or with what went wrong."""
-    outgoing_bytes: Callable[[], int]
-    """KV that was handed out and has not been taken. From any thread."""
-    profile_window: WindowSpec | None = None
-    """The receiver's default window, if it wants a profile of the prompt."""
-    submitted: float = field(default_factory=time.perf_counter)
-    is_cancelled: bool = False
-    num_computed: int = 0
-    computation: PromptComputation | None = None
-    queue_seconds: float = 0.0
-    prefill_seconds: float = 0.0
-    profile_seconds: float = 0.0
-    """Of prefill_seconds."""
-    num_chunks: int = 0
-    payload_bytes: int = 0
-
-
-@dataclass(frozen=True)
-class PrefillLoad:
-    """Work before the engine: prompts, and tokens still to be computed."""
-
-    running_prompts: int
-    """Those that pause are not among them."""
-    paused_prompts: int
-    waiting_prompts: int
-    pending_tokens: int
 
 
 @dataclass
@@ -102,10 +65,10 @@ class PrefillEngine:
         decoder: the model.
         geometry: of its KV.
         chunk_tokens: tokens at a time, or fewer: two chunks' KV is within `outgoing_bytes`.
-        max_running: prompts computed in turns, those that pause not counted.
+        max_running: prompts that may have begun, those that pause not counted.
         max_waiting: prompts that may wait beside them.
         running_kv_bytes: KV of the prompts that have begun, and of those that are computed what was
-            not taken yet; a prompt alone may exceed it.
+            not taken yet; one prompt counts as seven eighths of it at most.
         outgoing_bytes: KV of one prompt that may wait to be taken.
         on_failure: told when the device has failed for good.
     """
@@ -125,16 +88,18 @@ class PrefillEngine:
         self._decoder = decoder
         self._geometry = geometry
         self._chunk_tokens = _chunk_tokens_within(chunk_tokens, outgoing_bytes // 2, geometry)
-        self._outgoing_bytes = outgoing_bytes
-        self._max_running = max_running
-        self._max_waiting = max_waiting
-        self._running_kv_bytes = running_kv_bytes
-        self._device = decoder.embedding.device
+        limits = LineLimits(
+            chunk_tokens=self._chunk_tokens,
+            max_running=max_running,
+            max_waiting=max_waiting,
+            running_kv_bytes=running_kv_bytes,
+            outgoing_bytes=outgoing_bytes,
+        )
+        self._own_time = OwnTime(decoder.config)
         self._changed = threading.Condition()
-        self._waiting: deque[Prompt] = deque()
-        self._running: deque[Prompt] = deque()
-        self._leaving: list[Prompt] = []
-        """Computed, and not all taken when somebody last looked."""
+        self._line = PromptLine(self._own_time.seconds, geometry.token_bytes, limits)
+        """Whoever uses it holds `_changed`."""
+        self._device = decoder.embedding.device
         self._stopping = False
         self._on_failure = on_failure
         self._failure: DeviceError | None = None
@@ -192,28 +157,13 @@ class PrefillEngine:
                 raise self._failure
             if self._stopping:
                 raise DrainingError("this prefill node is shutting down; use another one")
-            # Those that the engine's thread will take in a moment do not count as waiting.
-            free_places = max(0, self._max_running - self._num_going())
-            if len(self._waiting) >= self._max_waiting + free_places:
-                raise CapacityError(
-                    "prefill queue",
-                    needed=1,
-                    free=0,
-                    unit="places",
-                    remedy="retry later or on another prefill node",
-                )
-            self._waiting.append(prompt)
+            self._line.add(prompt)
             self._changed.notify()
 
     def cancel(self, prompt: Prompt) -> None:
         """Give a prompt up: at once if it waits, else before its next layer; then `on_end`."""
         with self._changed:
-            prompt.is_cancelled = True
-            was_waiting = prompt in self._waiting
-            if was_waiting:
-                self._waiting.remove(prompt)
-            if prompt in self._leaving:
-                self._leaving.remove(prompt)
+            was_waiting = self._line.cancel(prompt)
             self._changed.notify()
         if was_waiting:
             prompt.on_end(RequestCancelledError("the receiver ended the hand-off"))
@@ -226,14 +176,7 @@ class PrefillEngine:
     def load(self) -> PrefillLoad:
         """Prompts and tokens that are to be computed now."""
         with self._changed:
-            prompts = [*self._waiting, *self._running]
-            running = self._num_going()
-            return PrefillLoad(
-                running_prompts=running,
-                paused_prompts=len(self._running) - running,
-                waiting_prompts=len(self._waiting),
-                pending_tokens=sum(len(p.token_ids) - p.num_computed for p in prompts),
-            )
+            return self._line.load()
 
     def statistics(self) -> PrefillStatistics:
         """A copy of the counters."""
@@ -251,43 +194,46 @@ class PrefillEngine:
     def _run(self) -> None:
         self._clock.start()
         while (prompt := self._next_prompt()) is not None:
-            outcome: Trailer | BaseException | None
             self._clock.account("no_work")
-            try:
-                outcome = self._compute_chunk(prompt)
-            except FluxionError as error:
-                outcome = error
-            except torch.OutOfMemoryError as error:
-                outcome = self._out_of_memory(prompt, error)
-            except torch.AcceleratorError as error:
-                outcome = self._fail(error)
-            except Exception as error:
-                _log.exception(event("prefill failed", request_id=prompt.request_id))
-                outcome = error
+            outcome = self._take_turn(prompt)
             if isinstance(outcome, BaseException):
                 self._forget_outgoing()
             self._clock.account("host_step")
-            with self._changed:
-                if outcome is None:
-                    # To the end of the round: the others have their turn.
-                    self._running.rotate(-1)
-                else:
-                    self._running.remove(prompt)
-                    if isinstance(outcome, Trailer) and not prompt.is_cancelled:
-                        self._leaving.append(prompt)
             if outcome is not None:
+                with self._changed:
+                    self._line.end(prompt, is_computed=isinstance(outcome, Trailer))
                 prompt.computation = None
                 _end(prompt, outcome)
         with self._changed:
-            left = [*self._running, *self._waiting]
-            self._running.clear()
-            self._waiting.clear()
+            left = self._line.clear()
         for prompt in left:
+            prompt.computation = None
             _end(
                 prompt,
                 self._failure
                 or DrainingError("this prefill node is shutting down; use another one"),
             )
+
+    def _take_turn(self, prompt: Prompt) -> Trailer | BaseException | None:
+        """Compute a prompt's next chunk; how the prompt ends, if it does."""
+        first_token, seconds_before = prompt.num_computed, prompt.prefill_seconds
+        try:
+            outcome = self._compute_chunk(prompt)
+        except FluxionError as error:
+            return error
+        except torch.OutOfMemoryError as error:
+            return self._out_of_memory(prompt, error)
+        except torch.AcceleratorError as error:
+            return self._fail(error)
+        except Exception as error:
+            _log.exception(event("prefill failed", request_id=prompt.request_id))
+            return error
+        self._own_time.learn(
+            first_token,
+            prompt.num_computed - first_token,
+            prompt.prefill_seconds - seconds_before,
+        )
+        return outcome
 
     def _out_of_memory(self, prompt: Prompt, error: torch.OutOfMemoryError) -> CapacityError:
         _log.error(event("out of device memory", request_id=prompt.request_id, error=str(error)))
@@ -315,39 +261,13 @@ class PrefillEngine:
             self._outbox.drop()
 
     def _next_prompt(self) -> Prompt | None:
-        """Put the next prompt that can go on first in the round; None: stop."""
+        """The one whose chunk is next, once there is one that can go on; None: stop."""
         with self._changed:
             while not (self._stopping or self._failure):
-                while self._waiting and self._has_place_for(self._waiting[0]):
-                    prompt = self._waiting.popleft()
-                    prompt.queue_seconds = time.perf_counter() - prompt.submitted
-                    self._running.append(prompt)
-                for _ in range(len(self._running)):
-                    if self._goes_on(self._running[0]):
-                        return self._running[0]
-                    self._running.rotate(-1)
+                if (prompt := self._line.next()) is not None:
+                    return prompt
                 self._changed.wait()
             return None
-
-    def _has_place_for(self, prompt: Prompt) -> bool:
-        self._leaving = [other for other in self._leaving if other.outgoing_bytes()]
-        if not (self._running or self._leaving):
-            return True
-        tokens = sum(len(other.token_ids) for other in (prompt, *self._running))
-        held = tokens * self._geometry.token_bytes
-        held += sum(other.outgoing_bytes() for other in self._leaving)
-        return held <= self._running_kv_bytes and self._num_going() < self._max_running
-
-    def _num_going(self) -> int:
-        """Prompts that have a place."""
-        return sum(self._goes_on(prompt) for prompt in self._running)
-
-    def _goes_on(self, prompt: Prompt) -> bool:
-        """Whether its next chunk's KV may be handed out, or it is to end."""
-        if prompt.is_cancelled or not (waiting := prompt.outgoing_bytes()):
-            return True
-        tokens = min(self._chunk_tokens, len(prompt.token_ids) - prompt.num_computed)
-        return waiting + tokens * self._geometry.token_bytes <= self._outgoing_bytes
 
     def _compute_chunk(self, prompt: Prompt) -> Trailer | None:
         """One chunk through all layers; the trailer, if it was the last."""
@@ -355,6 +275,7 @@ class PrefillEngine:
             raise RequestCancelledError("the receiver ended the hand-off")
         started = time.perf_counter()
         if prompt.computation is None:
+            prompt.queue_seconds = started - prompt.submitted
             capture = self._new_capture(prompt)
             prompt.computation = PromptComputation(self._decoder, prompt.token_ids, capture)
         computation = prompt.computation

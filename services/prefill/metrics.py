@@ -12,7 +12,8 @@ from prometheus_client.registry import Collector
 from fluxion_core.observe.metrics import MetricDefinition, PlainHistogram
 from services.gpu_metrics import device_families
 from services.metrics import SECONDS_BOUNDS, USUAL_ENDS, outcome_of
-from services.prefill.engine import PrefillEngine, Prompt
+from services.prefill.engine import PrefillEngine
+from services.prefill.prompt import Prompt
 
 PROMPTS = MetricDefinition(
     "fluxion_prefill_prompts_total",
@@ -22,7 +23,10 @@ PROMPTS = MetricDefinition(
     ("outcome", "status"),
 )
 RUNNING = MetricDefinition(
-    "fluxion_prefill_prompts_running", "gauge", "prompts", "Prompts computed in turns."
+    "fluxion_prefill_prompts_running",
+    "gauge",
+    "prompts",
+    "Prompts that have begun and do not pause; one of them is computed at a time.",
 )
 PAUSED = MetricDefinition(
     "fluxion_prefill_prompts_paused",
@@ -31,7 +35,7 @@ PAUSED = MetricDefinition(
     "Prompts that have begun and pause, because their decode node does not take their KV.",
 )
 WAITING = MetricDefinition(
-    "fluxion_prefill_prompts_waiting", "gauge", "prompts", "Prompts that wait for their turn."
+    "fluxion_prefill_prompts_waiting", "gauge", "prompts", "Prompts that have not begun."
 )
 PENDING_TOKENS = MetricDefinition(
     "fluxion_prefill_pending_tokens", "gauge", "tokens", "Prompt tokens still to be computed."
@@ -55,7 +59,7 @@ PREFILL_SECONDS = MetricDefinition(
     "fluxion_prefill_seconds",
     "histogram",
     "seconds",
-    "Computing a prompt, its pauses not counted, finished prompts only.",
+    "Computing a prompt, its pauses and others' chunks not counted, finished prompts only.",
 )
 
 PREFILL_DEFINITIONS = (

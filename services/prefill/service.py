@@ -22,8 +22,9 @@ from fluxion_core.wire import codec
 from fluxion_core.wire.callers import Callers
 from fluxion_proto.v1 import handoff_pb2, handoff_pb2_grpc
 from services.metrics import outcome_of
-from services.prefill.engine import PrefillEngine, Prompt
+from services.prefill.engine import PrefillEngine
 from services.prefill.metrics import PromptCounters
+from services.prefill.prompt import Prompt
 
 _log = logging.getLogger(__name__)
 

@@ -17,7 +17,8 @@ from fluxion_core.geometry import KvGeometry
 from fluxion_core.kvstream.handoff import Frame, Trailer
 from fluxion_core.models.decoder import Decoder
 from fluxion_core.models.weights import load_model
-from services.prefill.engine import PrefillEngine, Prompt
+from services.prefill.engine import PrefillEngine
+from services.prefill.prompt import Prompt
 
 CHUNK_TOKENS = 16
 GEOMETRY = KvGeometry(num_layers=2, num_kv_heads=2, head_dim=16)
@@ -79,26 +80,111 @@ class Receiver:
         return self.ends.get(timeout=60)
 
 
-def test_prompts_have_turns_of_a_chunk(make_engine: Callable[..., PrefillEngine]):
+def submit_amid(long: Receiver, short: Receiver, engine: PrefillEngine) -> None:
+    """Submit a prompt once another has begun, as if both had come at once."""
+
+    def take(frame: Frame) -> None:
+        long.take(frame)
+        if len(long.frames) == 1:
+            engine.submit(short.prompt)
+
+    # By the clock it would depend on how long a chunk takes.
+    short.prompt.submitted = long.prompt.submitted
+    long.prompt.on_frame = take
+    engine.submit(long.prompt)
+
+
+def alone(engine: PrefillEngine, num_tokens: int) -> tuple[list[Frame], Trailer | BaseException]:
+    """Compute a prompt while the engine has no other."""
+    receiver = Receiver(num_tokens)
+    with running(engine):
+        engine.submit(receiver.prompt)
+        end = receiver.end()
+    return receiver.frames, end
+
+
+def test_a_short_prompt_leaves_before_the_rest_of_a_long_one_and_both_are_as_if_alone(
+    make_engine: Callable[..., PrefillEngine],
+):
     log: list[tuple[Receiver, Frame]] = []
     long, short = Receiver(5 * CHUNK_TOKENS, log), Receiver(2 * CHUNK_TOKENS, log)
     engine = make_engine()
-    # Both are there before the first turn.
-    engine.submit(long.prompt)
-    engine.submit(short.prompt)
+    submit_amid(long, short, engine)
     with running(engine):
-        assert isinstance(long.end(), Trailer)
-        assert isinstance(short.end(), Trailer)
+        ends = [long.end(), short.end()]
     turns = [(receiver, frame.first_token) for receiver, frame in log if frame.layer == 0]
-    assert turns == [
-        (long, 0),
-        (short, 0),
-        (long, 16),
-        (short, 16),
-        (long, 32),
-        (long, 48),
-        (long, 64),
-    ]
+    assert turns == [(long, 0), (short, 0), (short, 16), *((long, 16 * i) for i in range(1, 5))]
+    for receiver, end, chunks in ((long, ends[0], 5), (short, ends[1], 2)):
+        frames, end_alone = alone(make_engine(), chunks * CHUNK_TOKENS)
+        assert receiver.frames == frames
+        assert isinstance(end, Trailer)
+        assert isinstance(end_alone, Trailer)
+        assert end.first_token_id == end_alone.first_token_id
+
+
+def test_a_prompt_cancelled_while_another_has_the_turn_is_gone_before_the_next_chunk(
+    make_engine: Callable[..., PrefillEngine],
+):
+    log: list[tuple[Receiver, Frame]] = []
+    long, short = Receiver(5 * CHUNK_TOKENS, log), Receiver(2 * CHUNK_TOKENS, log)
+    engine = make_engine()
+    held = []
+
+    def take(frame: Frame) -> None:
+        short.take(frame)
+        if len(short.frames) == 1:
+            held.append(long.prompt.computation)
+            engine.cancel(long.prompt)
+        held.append(long.prompt.computation)
+
+    short.prompt.on_frame = take
+    submit_amid(long, short, engine)
+    with running(engine):
+        assert isinstance(long.end(), RequestCancelledError)
+        assert isinstance(short.end(), Trailer)
+    assert [receiver for receiver, _ in log] == [long, long, short, short, short, short]
+    # By hand: as the short one's first chunk leaves, what the long one holds is there; then not.
+    assert [computation is not None for computation in held] == [True, True, True, False, False]
+    assert long.ends.empty()
+    load = engine.load()
+    assert (load.running_prompts, load.waiting_prompts, load.pending_tokens) == (0, 0, 0)
+
+
+def test_who_fails_amid_a_long_prompt_leaves_it_whole(make_engine: Callable[..., PrefillEngine]):
+    def fail(frame: Frame) -> None:
+        raise ZeroDivisionError
+
+    long, short = Receiver(5 * CHUNK_TOKENS), Receiver(2 * CHUNK_TOKENS)
+    short.prompt.on_frame = fail
+    engine = make_engine()
+    submit_amid(long, short, engine)
+    with running(engine):
+        assert isinstance(short.end(), ZeroDivisionError)
+        assert isinstance(long.end(), Trailer)
+    assert short.prompt.computation is None
+    assert long.frames == alone(make_engine(), 5 * CHUNK_TOKENS)[0]
+
+
+def test_stopping_leaves_nothing_of_prompts_that_have_begun(
+    make_engine: Callable[..., PrefillEngine],
+):
+    long, short = Receiver(5 * CHUNK_TOKENS), Receiver(2 * CHUNK_TOKENS)
+    engine = make_engine()
+    has_begun = threading.Event()
+
+    def take(frame: Frame) -> None:
+        for receiver in (long, short):
+            receiver.room.clear()
+        has_begun.set()
+
+    short.prompt.on_frame = take
+    submit_amid(long, short, engine)
+    with running(engine):
+        assert has_begun.wait(60)
+    for receiver in (long, short):
+        assert isinstance(receiver.end(), DrainingError)
+        assert receiver.prompt.computation is None
+    assert engine.load().pending_tokens == 0
 
 
 @pytest.mark.parametrize("what", ["on_frame", "on_end"])
@@ -110,12 +196,12 @@ def test_what_cannot_be_delivered_is_nobody_elses(
 
     deaf, others = Receiver(2 * CHUNK_TOKENS), [Receiver(3 * CHUNK_TOKENS) for _ in range(2)]
     setattr(deaf.prompt, what, gone)
-    alone = Receiver(3 * CHUNK_TOKENS)
+    last = Receiver(3 * CHUNK_TOKENS)
     engine = make_engine()
-    for receiver in (others[0], deaf, others[1], alone):
+    for receiver in (others[0], deaf, others[1], last):
         engine.submit(receiver.prompt)
     with running(engine):
-        ends = [receiver.end() for receiver in (*others, alone)]
+        ends = [receiver.end() for receiver in (*others, last)]
         if what == "on_frame":
             assert isinstance(deaf.end(), ConnectionError)
     assert all(isinstance(end, Trailer) for end in ends)
@@ -138,21 +224,6 @@ def test_a_prompt_without_room_waits_and_the_others_go_on(
         engine.wake()
         assert isinstance(blocked.end(), Trailer)
     assert blocked.frames == other.frames
-
-
-def test_a_prompt_that_does_not_fit_beside_the_others_waits_for_them(
-    make_engine: Callable[..., PrefillEngine],
-):
-    log: list[tuple[Receiver, Frame]] = []
-    receivers = [Receiver(count * CHUNK_TOKENS, log) for count in (2, 2, 9)]
-    # Room for the first two; the third exceeds it even alone, and is computed alone.
-    engine = make_engine(running_kv_bytes=4 * CHUNK_TOKENS * GEOMETRY.token_bytes)
-    for receiver in receivers:
-        engine.submit(receiver.prompt)
-    with running(engine):
-        assert all(isinstance(receiver.end(), Trailer) for receiver in receivers)
-    order = [receivers.index(receiver) for receiver, frame in log if frame.layer == 0]
-    assert order == [0, 1, 0, 1, *[2] * 9]
 
 
 def test_a_cancelled_prompt_computes_no_further_layer(make_engine: Callable[..., PrefillEngine]):
