@@ -2,6 +2,6 @@
 
 The prefill node, evaluation, training and benchmarks compute prompts here, by `compute.py`.
 
-Not here: whose turn it is (services/prefill/engine.py), and prompts that are computed on a decode
+Not here: whose turn it is (services/prefill/line.py), and prompts that are computed on a decode
 node (decode/chunk.py, decode/device/prompts.py).
 """
