@@ -59,8 +59,8 @@ def markdown(name: str, report: dict[str, Any]) -> list[str]:
         f"## {options['shape']}: {name}.json",
         "",
         f"{machine['gpu']}, {machine['processor']} ({machine['isa']}), Python {machine['python']}, "
-        f"torch {machine['torch']}, commit {machine['commit']}; medians of {options['steps']} "
-        f"steps, bytes of a step.",
+        f"torch {machine['torch']}, commit {machine['commit']}.",
+        f"Medians of {options['steps']} steps, bytes of a step.",
         f"Copies within HBM {report['copy_gigabytes_per_second'] / 1e3:.2f} TB/s, host read "
         f"{report['host_read_gigabytes_per_second']:.0f} GB/s, UVA "
         f"{report['uva_gigabytes_per_second']:.1f}.",
@@ -100,7 +100,7 @@ def _exact_lines(report: dict[str, Any]) -> list[str]:
     columns = ("exact in HBM", "way", "GiB of KV", "ms", "tokens/s", "limit ms")
     lines = [*_table(columns, rows), ""]
     lines += [
-        f"- Exact within {one['kv']} of HBM, {len(one['lengths'])} sequences in "
+        f"- Exact within {one['kv']} of HBM:\n  {len(one['lengths'])} sequences in "
         f"{len(one['groups'])} groups that take turns: {one['milliseconds']:.2f} ms for a token of "
         f"each, {one['tokens_per_second']:.0f} tokens/s."
         for one in report["exact_rates"]
