@@ -15,7 +15,8 @@ without any region. At 0 % there is no tier: the engine of before, with plans of
 
 Beside each figure: the memory that KV has on the device; exact attention with all KV there, the
 ways that torch has (exact_step.py); and a limit, the dense step, resident bytes at the rate of
-copies, and missed ones at the sum of the rates at which CPUs and GPU read host memory.
+copies, and missed ones at the sum of the rates at which CPUs and GPU read host memory. With
+`--kernels` each figure is followed by what the kernels of its steps took (step_kernels.py).
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ from fluxion_core.lab.benchmark.recorded_selections import RecordedSelections
 from fluxion_core.lab.benchmark.report import describe_machine
 from fluxion_core.lab.benchmark.sampling import STEP_SAMPLING, step_samplers
 from fluxion_core.lab.benchmark.selection_replay import MarkedScores, SelectionReplay
+from fluxion_core.lab.benchmark.step_kernels import kernel_table, kernel_times, record_kernels
 from fluxion_core.lab.benchmark.tier_figures import (
     ExactRate,
     KvShare,
@@ -71,6 +73,7 @@ from fluxion_core.lab.provenance import Provenance
 from fluxion_core.machine.cpus import usable_cpus
 from fluxion_core.models.config import ModelConfig
 from fluxion_core.observe.nvml import MIN_LOOK_SECONDS, open_nvml
+from fluxion_core.planning.planner import PlannerState
 from fluxion_core.planning.policy import Policy
 from fluxion_core.pool.thread_choice import make_pool
 
@@ -118,6 +121,8 @@ class TierStepOptions:
     """16 or 8."""
     rivals: Texts = RIVALS
     """Ways of exact attention with all KV in device memory, as in exact_step.py; none: ''."""
+    kernels: Annotated[int, within(0)] = 0
+    """Steps of each figure that are run again, under a profiler."""
     threads: Annotated[int | None, within(1)] = None
     """Of the CPU pool; as many as a node chooses if not given."""
     commit: str = ""
@@ -305,7 +310,7 @@ class TierStepBench:
             max_context_tokens=max(map(max, self.options.cases)) + NEW_TOKENS,
             planner=self.planner,
             device_kv_bytes=device_kv_bytes,
-            scores_hook=self._marks if device_kv_bytes else None,
+            scores_hook=self._marks if device_kv_bytes and self._recorded else None,
         )
         self._note(f"step with {device_kv_bytes / 2**30:.1f} GiB for KV: {_since(started)}")
         try:
@@ -408,18 +413,41 @@ class TierStepBench:
         for count, number in enumerate(numbers.all):
             if count == len(numbers.warm_up):
                 before = _Counters.of(step, self._received())
-            self._marks.begin_step(number)
-            step_rows = []
-            for index, sequence in enumerate(rows.sequences):
-                # The same step again and again: what the last one appended is overwritten.
-                sequence.num_tokens = rows.lengths[index]
-                policy = method.policy(self.config, regions[index], number, index)
-                token = (count * 7919 + index) % self.config.vocab_size
-                step_rows.append(StepRow(sequence, rows.slots[index], token, policy, states[index]))
-            turns.append(_turn(step, step_rows, samplers))
+            turns.append(_turn(step, self._begin(rows, method, count, number, states), samplers))
         after = _Counters.of(step, self._received())
-        return self._figure(
+        figure = self._figure(
             rows.lengths, method, share, turns[len(numbers.warm_up) :], before, after
+        )
+        if self.options.kernels:
+            last = self._begin(rows, method, 0, numbers.timed[-1], states)
+            self._print_kernels(str(figure), step, last)
+        return figure
+
+    def _begin(
+        self, rows: _Rows, method: _Method, count: int, number: int, states: list[PlannerState]
+    ) -> list[StepRow]:
+        """Rows of the step that was recorded as `number`, the bench's `count`-th."""
+        self._marks.begin_step(number)
+        step_rows = []
+        for index, sequence in enumerate(rows.sequences):
+            # The same step again and again: what the last one appended is overwritten.
+            sequence.num_tokens = rows.lengths[index]
+            region = self.window.retrieval_region(rows.lengths[index] + 1)
+            policy = method.policy(self.config, region, number, index)
+            token = (count * 7919 + index) % self.config.vocab_size
+            step_rows.append(StepRow(sequence, rows.slots[index], token, policy, states[index]))
+        return step_rows
+
+    def _print_kernels(self, title: str, step: DeviceStep, rows: list[StepRow]) -> None:
+        lengths = [row.sequence.num_tokens for row in rows]
+
+        def run() -> None:
+            for row, length in zip(rows, lengths, strict=True):
+                row.sequence.num_tokens = length
+            step.run(rows)
+
+        self._console.print(
+            kernel_table(title, kernel_times(record_kernels(run, self.options.kernels)))
         )
 
     def _received(self) -> int:
