@@ -22,6 +22,12 @@ from fluxion_core.models import gguf_file
 from fluxion_core.models.config import ModelConfig
 from fluxion_core.models.decoder import Decoder, tensor_shapes
 from fluxion_core.models.gguf_index import open_gguf
+from fluxion_core.models.random_weights import (
+    draw_weights,
+    has_random_weights,
+    revision_of,
+    seed_of,
+)
 from fluxion_core.models.safetensors_dir import read_config
 from fluxion_core.models.safetensors_files import SafetensorsWeights, weight_files
 
@@ -55,7 +61,8 @@ def load_model(path: Path, *, device: torch.device, dtype: torch.dtype) -> Loade
     """Read a model's weights.
 
     Args:
-        path: a .gguf file or a directory with config.json and safetensors.
+        path: a .gguf file or a directory with config.json and safetensors, or with a file that says
+            that the weights are random (random_weights.py).
         device: where weights go.
         dtype: of weights and activations.
 
@@ -66,6 +73,8 @@ def load_model(path: Path, *, device: torch.device, dtype: torch.dtype) -> Loade
     """
     if not path.exists():
         raise ModelNotFoundError(f"{path}: no such file or directory")
+    if has_random_weights(path):
+        return _draw(path, device, dtype)
     config, source, files = _open(path)
     # Nothing is allocated for a file that does not hold what its config promises.
     _check_complete(source, config, path)
@@ -78,6 +87,16 @@ def load_model(path: Path, *, device: torch.device, dtype: torch.dtype) -> Loade
             pass
     name = path.stem if path.is_file() else path.name
     return LoadedModel(name, decoder, config, revision.result())
+
+
+def _draw(path: Path, device: torch.device, dtype: torch.dtype) -> LoadedModel:
+    """A model of random weights, whose name says so."""
+    config, seed = read_config(path), seed_of(path)
+    decoder = Decoder(config, device, dtype)
+    decoder.eval()
+    draw_weights(decoder, seed)
+    name = f"{path.name}, random weights"
+    return LoadedModel(name, decoder, config, revision_of(path, decoder))
 
 
 def _open(path: Path) -> tuple[ModelConfig, WeightSource, list[Path]]:

@@ -14,6 +14,7 @@ from fluxion_core.kvstore.sequence import SequenceKv
 from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.models.config import ModelConfig, RopeConfig
 from fluxion_core.models.decoder import Decoder
+from fluxion_core.models.random_weights import draw_weights
 
 LLAMA_8B = ModelConfig(
     architecture="llama",
@@ -49,7 +50,19 @@ QWEN_7B = replace(
 )
 """Qwen2.5-7B."""
 
-SHAPES = {"llama-3.1-8b": LLAMA_8B, "qwen2.5-7b": QWEN_7B}
+TINY = replace(
+    LLAMA_8B,
+    vocab_size=512,
+    hidden_size=64,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=32,
+    intermediate_size=128,
+)
+"""No model's: a bench's own test on a CPU."""
+
+SHAPES = {"llama-3.1-8b": LLAMA_8B, "qwen2.5-7b": QWEN_7B, "tiny": TINY}
 
 _CHUNK_SLABS = 4
 
@@ -69,11 +82,7 @@ def shape_named(name: str, num_layers: int | None = None) -> ModelConfig:
 def random_decoder(config: ModelConfig, device: torch.device) -> Decoder:
     """A decoder with random bfloat16 weights, scaled so that activations stay finite."""
     decoder = Decoder(config, device, torch.bfloat16)
-    for weight in decoder.parameters():
-        if weight.dim() == 1:
-            weight.data.fill_(1.0)
-        else:
-            weight.data.normal_(std=weight.shape[-1] ** -0.5)
+    draw_weights(decoder, seed=0)
     return decoder
 
 

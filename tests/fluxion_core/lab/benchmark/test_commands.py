@@ -15,6 +15,7 @@ COMMANDS = {
     "nvml_agreement": "NvmlAgreementBench",
     "offloaded_cache": "OffloadedCacheBench",
     "prompt_profile": "PromptProfileBench",
+    "random_model": "RandomModel",
     "record_plans": "RecordPlans",
     "record_selections": "RecordSelections",
     "resident_attention": "ResidentAttentionCommand",
