@@ -117,7 +117,7 @@ def make_serving(
         has_prefill_nodes=bool(nodes),
         costs=costs,
         load=engine.load,
-        pending_tokens=nodes.least_pending_tokens,
+        least_load=nodes.least_load,
         counters=counters,
     )
     generation = Generation(

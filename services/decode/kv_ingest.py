@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -179,12 +179,13 @@ class KvIngest:
 
     async def _from_some_node(self, handoff: _Handoff) -> HandoffResult:
         failures: dict[str, FluxionError] = {}
-        addresses = deque(await self._nodes.by_load())
+        addresses = deque(await self._nodes.by_load(handoff.num_tokens))
         while addresses:
             address = addresses.popleft()
             try:
-                async with self._nodes.channel(address, handoff.num_tokens) as channel:
-                    result = await self._attempt(handoff, address, channel)
+                async with self._nodes.channel(address) as channel:
+                    with self._nodes.sending(address, handoff.num_tokens) as said:
+                        result = await self._attempt(handoff, address, channel, said)
             except _WORTH_ANOTHER_NODE as error:
                 if isinstance(error, _UnheardError) and address not in failures:
                     await self._nodes.renew(address)
@@ -241,9 +242,16 @@ class KvIngest:
         return none_found
 
     async def _attempt(
-        self, handoff: _Handoff, address: str, channel: grpc.aio.Channel
+        self,
+        handoff: _Handoff,
+        address: str,
+        channel: grpc.aio.Channel,
+        said: Callable[[], None],
     ) -> HandoffResult:
-        """Have one node compute a prompt; commits its sequence."""
+        """Have one node compute a prompt; commits its sequence.
+
+        said: called when the node has said something; see `PrefillNodes.sending`.
+        """
         sequence, progress = handoff.sequence, handoff.progress
         sequence.restart()
         assembler = HandoffAssembler(
@@ -264,6 +272,7 @@ class KvIngest:
                 async for message in call:
                     heard()
                     has_heard = True
+                    said()
                     with self._trace.span(track, "frame", bytes=len(message)):
                         kind = codec.take_message(assembler, message)
                     if kind is FrameKind.CHUNK and first_chunk is None:

@@ -17,6 +17,7 @@ from fluxion_core.observe.log import event
 from services.decode.config import DEFAULT_LOCAL_PREFILL_TOKENS
 from services.decode.engine import EngineLoad
 from services.decode.kv_ingest import HandoffResult
+from services.decode.prefill_nodes import NodeLoad
 from services.decode.prompt_costs import PromptCosts
 from services.decode.request_counters import RequestCounters
 
@@ -58,7 +59,7 @@ class Placement:
         has_prefill_nodes: whether any is configured.
         costs: estimates of both.
         load: what this node's engine has to do.
-        pending_tokens: asks prefill nodes what the least busy one has to do.
+        least_load: asks prefill nodes where a prompt of so many tokens waits least.
         counters: count decisions.
     """
 
@@ -69,14 +70,14 @@ class Placement:
         has_prefill_nodes: bool,
         costs: PromptCosts,
         load: Callable[[], EngineLoad],
-        pending_tokens: Callable[[], Awaitable[float]],
+        least_load: Callable[[int], Awaitable[NodeLoad]],
         counters: RequestCounters,
     ) -> None:
         self._limit = limit
         self._has_prefill_nodes = has_prefill_nodes
         self._costs = costs
         self._load = load
-        self._pending_tokens = pending_tokens
+        self._least_load = least_load
         self._counters = counters
 
     async def place(
@@ -126,12 +127,12 @@ class Placement:
         if not self._has_prefill_nodes:
             return PlacementDecision(True, PlacementReason.NO_PREFILL_NODE)
         here = costs.here.seconds(missing, stored, self._load(), wants_profile=wants_profile)
-        there = costs.there.seconds(tokens, missing * costs.kv_token_bytes, 0)
+        there = costs.there.seconds(tokens, missing * costs.kv_token_bytes, NodeLoad())
         if there is None:
             is_little = missing <= DEFAULT_LOCAL_PREFILL_TOKENS or missing * UNTRIED_SPEED <= tokens
             return PlacementDecision(is_little, PlacementReason.UNTRIED)
         if there < here:
             # Only now is it worth a question how long the prompt would wait there.
-            pending = await self._pending_tokens()
-            there = costs.there.seconds(tokens, missing * costs.kv_token_bytes, pending) or there
+            least = await self._least_load(tokens)
+            there = costs.there.seconds(tokens, missing * costs.kv_token_bytes, least) or there
         return PlacementDecision(here <= there, PlacementReason.COST, here, there)

@@ -5,8 +5,8 @@ headless Kubernetes service); it is looked up again for each prompt, so that rep
 used at once and those that go are not asked. Each replica has a channel of its own: which one
 failed, and that the next attempt goes to another, is then ours to say.
 
-Where there are several, each is asked for its load before a prompt is handed to one: an answer
-takes a millisecond, a prompt seconds.
+Where there are several, each is asked before a prompt is handed to one what it would wait for
+there: an answer takes a millisecond, a prompt seconds.
 
 Not here: what names stand for (node_names.py); what is asked of nodes (kv_ingest.py). On the event
 loop only.
@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
 
 import grpc
 
@@ -48,6 +48,21 @@ _TAKES_NOTHING = frozenset(
 """What a node that cannot be given prompts answers; any other refusal is of this one question."""
 
 
+@dataclass(frozen=True)
+class NodeLoad:
+    """Work that a prefill node has when a prompt may come."""
+
+    tokens_before: int = 0
+    """That it computes before such a prompt."""
+    pending_tokens: int = 0
+    """All that it has to compute."""
+    seconds_before: float = 0.0
+    """Its own estimate, for `tokens_before` less `other_tokens`."""
+    other_tokens: int = 0
+    """Those that were just sent to it; all of a node that makes no estimate."""
+    is_draining: bool = False
+
+
 class PrefillNodes:
     """Channels to prefill nodes.
 
@@ -66,8 +81,8 @@ class PrefillNodes:
         self._silent: set[str] = set()
         """Nodes whose connection carries nothing, though it is not broken."""
         self._calls: dict[str, int] = {}
-        self._tokens: dict[str, int] = {}
-        """Of the prompts that each node computes for us."""
+        self._sent: dict[str, list[int]] = {}
+        """Tokens of each prompt that a node was sent and has not said a word of."""
         self._next = 0
 
     def __len__(self) -> int:
@@ -108,31 +123,40 @@ class PrefillNodes:
             await channel.close()
         return list(found)
 
-    async def by_load(self) -> list[str]:
-        """host:port of every node there is now but those that drain, least busy first.
+    async def by_load(self, prompt_tokens: int) -> list[str]:
+        """host:port of every node there is now but those that drain, the one first that has least
+        to do before a prompt of so many tokens, and of several the one that has least to do.
 
         Equally busy ones are in turn. Who does not say its load in time comes last.
         """
         nodes = await self.in_turn()
         if len(nodes) < 2:
             return nodes
-        loads = await asyncio.gather(*(self._load(node) for node in nodes))
-        usable = [pair for pair in zip(loads, nodes, strict=True) if pair[0] is not None]
-        return [node for _, node in sorted(usable, key=lambda pair: pair[0] or 0.0)]
+        loads = await asyncio.gather(*(self._load(node, prompt_tokens) for node in nodes))
+        told = [
+            (load.tokens_before, load.pending_tokens, node)
+            for load, node in zip(loads, nodes, strict=True)
+            if load is not None and not load.is_draining
+        ]
+        silent = [node for load, node in zip(loads, nodes, strict=True) if load is None]
+        return [node for *_, node in sorted(told, key=lambda one: one[:2])] + silent
 
-    async def least_pending_tokens(self) -> float:
-        """Tokens that the least busy node has to compute before ours; 0 if none says so in time."""
-        loads = await asyncio.gather(*(self._load(node) for node in list(self._channels)))
-        told = [load for load in loads if load is not None and math.isfinite(load)]
-        return min(told, default=0.0)
+    async def least_load(self, prompt_tokens: int) -> NodeLoad:
+        """The load of the node where a prompt of so many tokens waits least; none if none says
+        so in time."""
+        nodes = list(self._channels)
+        loads = await asyncio.gather(*(self._load(node, prompt_tokens) for node in nodes))
+        told = [load for load in loads if load is not None and not load.is_draining]
+        return min(told, key=lambda load: load.tokens_before, default=NodeLoad())
 
-    async def _load(self, node: str) -> float | None:
-        """Tokens that it has to compute; infinite if it does not answer, None if it drains."""
+    async def _load(self, node: str, prompt_tokens: int) -> NodeLoad | None:
+        """Load of a node; None if it does not answer in time."""
         async with self.channel(node) as channel:
             stub = handoff_pb2_grpc.PrefillNodeStub(channel)
             try:
                 answer = await stub.GetPrefillLoad(
-                    handoff_pb2.GetPrefillLoadRequest(), timeout=LOAD_SECONDS
+                    handoff_pb2.GetPrefillLoadRequest(prompt_tokens=prompt_tokens),
+                    timeout=LOAD_SECONDS,
                 )
             except grpc.aio.AioRpcError as error:
                 _log.warning(
@@ -140,11 +164,19 @@ class PrefillNodes:
                         "prefill node does not tell its load", node=node, status=error.code().name
                     )
                 )
-                return math.inf
-        if answer.is_draining:
-            return None
-        # What we have just sent it, it may not have counted yet.
-        return max(float(answer.pending_tokens), float(self._tokens.get(node, 0)))
+                return None
+        # It has not counted these yet. Of those that come together the shorter ones go first.
+        sent = self._sent.get(node, [])
+        sent_before = sum(tokens for tokens in sent if tokens <= prompt_tokens)
+        is_told = answer.HasField("seconds_before")
+        before = answer.tokens_before if is_told else answer.pending_tokens
+        return NodeLoad(
+            tokens_before=before + sent_before,
+            pending_tokens=answer.pending_tokens + sum(sent),
+            seconds_before=answer.seconds_before,
+            other_tokens=sent_before if is_told else before + sent_before,
+            is_draining=answer.is_draining,
+        )
 
     async def refusals(self, seconds: float) -> dict[str, str]:
         """Reasons for which nodes that are there take no prompts; "" of one that does take them."""
@@ -187,22 +219,35 @@ class PrefillNodes:
         await self.in_turn()
 
     @asynccontextmanager
-    async def channel(self, node: str, tokens: int = 0) -> AsyncIterator[grpc.aio.Channel]:
-        """The channel to a node that `in_turn` gave; open until the block ends.
-
-        Args:
-            node: host:port.
-            tokens: that it computes for us meanwhile.
-        """
+    async def channel(self, node: str) -> AsyncIterator[grpc.aio.Channel]:
+        """The channel to a node (host:port) that `in_turn` gave; open until the block ends."""
         if node not in self._channels:
             self._open(node)
         self._calls[node] = self._calls.get(node, 0) + 1
-        self._tokens[node] = self._tokens.get(node, 0) + tokens
         try:
             yield self._channels[node]
         finally:
             self._calls[node] -= 1
-            self._tokens[node] -= tokens
+
+    @contextmanager
+    def sending(self, node: str, tokens: int) -> Iterator[Callable[[], None]]:
+        """Count a prompt of so many tokens as one that a node has to compute, until what the block
+        gets is called: the node has said something of it, and counts it itself; or it ends.
+        """
+        sent = self._sent.setdefault(node, [])
+        sent.append(tokens)
+        is_counted = True
+
+        def said() -> None:
+            nonlocal is_counted
+            if is_counted:
+                sent.remove(tokens)
+            is_counted = False
+
+        try:
+            yield said
+        finally:
+            said()
 
     def _open(self, node: str, server_name: str | None = None) -> None:
         credentials = self._credentials.current()

@@ -3,8 +3,9 @@
 Here: a chunk reads all weights, for 16 rows at a time, and each of its rows all KV before it; a
 chunk's time is what it reads over one rate. Where a GPU gathers what is stored, a chunk reads it
 once, and weights in the GPU's own memory. There: the whole prompt anew, whose operations grow
-with the square of its length, over one rate, after what the node has to do already; then the KV
-that is missing over the link. All three rates are means of what was seen last.
+with the square of its length, over one rate, after what the node computes before it, by its own
+estimate: not all that it has to do, for a short prompt goes before the rest of long ones; then the
+KV that is missing over the link. All three rates are means of what was seen last.
 
 Seconds. Pure arithmetic; learnt from on any thread, asked on the event loop.
 """
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from fluxion_core.geometry import KvGeometry
 from fluxion_core.models.config import ModelConfig
 from services.decode.engine import EngineLoad, most_chunk_tokens
+from services.decode.prefill_nodes import NodeLoad
 
 NEW_SHARE = 0.3
 """What the last measurement weighs in a mean."""
@@ -192,16 +194,16 @@ class HandoffCosts:
             before = self._bytes_per_second
             self._bytes_per_second = max(rate, before + NEW_SHARE * (rate - before))
 
-    def seconds(self, tokens: int, missing_bytes: int, pending_tokens: float) -> float | None:
+    def seconds(self, tokens: int, missing_bytes: int, load: NodeLoad) -> float | None:
         """Seconds until a prompt is computed there and its KV here; None before any hand-off.
 
         Args:
             tokens: of the prompt.
             missing_bytes: of its KV, not stored here.
-            pending_tokens: that the node has to compute before.
+            load: what the node has to do when the prompt comes.
         """
         if self._operations_per_second is None:
             return None
         computing = self._model.operations(tokens) / self._operations_per_second
         sending = missing_bytes / self._bytes_per_second if self._bytes_per_second else 0.0
-        return computing * (1 + pending_tokens / tokens) + sending
+        return load.seconds_before + computing * (1 + load.other_tokens / tokens) + sending

@@ -40,7 +40,7 @@ from fluxion_core.planning import prompt_profile
 from fluxion_core.prompt.capture import KvCapture
 from fluxion_core.prompt.compute import PromptComputation
 from fluxion_core.prompt.outbox import DeviceOutbox
-from services.prefill.line import LineLimits, PrefillLoad, PromptLine
+from services.prefill.line import LineLimits, PrefillLoad, PromptLine, PromptWait
 from services.prefill.own_time import OwnTime
 from services.prefill.prompt import Prompt
 
@@ -177,6 +177,11 @@ class PrefillEngine:
         """Prompts and tokens that are to be computed now."""
         with self._changed:
             return self._line.load()
+
+    def wait(self, num_tokens: int) -> PromptWait:
+        """The wait of a prompt of so many tokens, if it came now."""
+        with self._changed:
+            return self._line.wait(num_tokens, time.perf_counter())
 
     def statistics(self) -> PrefillStatistics:
         """A copy of the counters."""

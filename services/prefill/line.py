@@ -39,6 +39,15 @@ class PrefillLoad:
 
 
 @dataclass(frozen=True)
+class PromptWait:
+    """Work that would be done before a prompt that came now."""
+
+    tokens: int
+    seconds: float
+    """Estimated; 0 before any chunk was computed."""
+
+
+@dataclass(frozen=True)
 class LineLimits:
     """Bounds of a line; see PrefillEngine."""
 
@@ -137,10 +146,34 @@ class PromptLine:
             ),
         )
 
+    def wait(self, num_tokens: int, now: float) -> PromptWait:
+        """The wait of a prompt of so many tokens, if it came `now` (as `Prompt.submitted` counts).
+
+        That is the rest of all whose deadlines are earlier, and of a later one's chunk, which is
+        not interrupted, on average half.
+        """
+        deadline = now + PATIENCE * self._own_seconds(num_tokens)
+        there = [prompt for prompt in (*self._waiting, *self._begun) if not prompt.is_cancelled]
+        before = [prompt for prompt in there if self._deadline(prompt) <= deadline]
+        tokens = sum(len(prompt.token_ids) - prompt.num_computed for prompt in before)
+        seconds = sum(self._seconds_of(prompt, len(prompt.token_ids)) for prompt in before)
+        going = [prompt for prompt in there if prompt in self._begun and self._goes_on(prompt)]
+        turn = min(going, key=self._place, default=None)
+        if turn is not None and turn not in before:
+            seconds += self._seconds_of(turn, self._limits.chunk_tokens) / 2
+        return PromptWait(tokens, seconds)
+
+    def _seconds_of(self, prompt: Prompt, num_tokens: int) -> float:
+        """What the next so many tokens of a prompt take, or fewer if it ends before."""
+        end = min(len(prompt.token_ids), prompt.num_computed + num_tokens)
+        return self._own_seconds(end) - self._own_seconds(prompt.num_computed)
+
     def _place(self, prompt: Prompt) -> tuple[bool, float]:
         """Lowest is next: who is only to end and gives memory back, then the earliest deadline."""
-        own_seconds = self._own_seconds(len(prompt.token_ids))
-        return not prompt.is_cancelled, prompt.submitted + PATIENCE * own_seconds
+        return not prompt.is_cancelled, self._deadline(prompt)
+
+    def _deadline(self, prompt: Prompt) -> float:
+        return prompt.submitted + PATIENCE * self._own_seconds(len(prompt.token_ids))
 
     def _has_room_for(self, prompt: Prompt) -> bool:
         self._leaving = [other for other in self._leaving if other.outgoing_bytes()]

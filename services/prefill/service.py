@@ -232,10 +232,13 @@ class PrefillNodeService(handoff_pb2_grpc.PrefillNodeServicer):
     async def GetPrefillLoad(  # noqa: N802 - the rpc's name
         self, request: handoff_pb2.GetPrefillLoadRequest, context: grpc.aio.ServicerContext
     ) -> handoff_pb2.GetPrefillLoadResponse:
-        """Prompts and tokens still to be computed."""
-        del request, context
+        """Prompts and tokens still to be computed, and what a prompt would wait for."""
+        del context
         load = self._engine.load()
+        wait = self._engine.wait(request.prompt_tokens) if request.prompt_tokens else None
         return handoff_pb2.GetPrefillLoadResponse(
+            tokens_before=None if wait is None else wait.tokens,
+            seconds_before=None if wait is None else wait.seconds,
             running_prompts=load.running_prompts,
             waiting_prompts=load.waiting_prompts,
             pending_tokens=load.pending_tokens,

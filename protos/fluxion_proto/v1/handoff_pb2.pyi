@@ -76,19 +76,25 @@ class HandoffTrailer(_message.Message):
     def __init__(self, first_token_id: _Optional[int] = ..., queue_seconds: _Optional[float] = ..., prefill_seconds: _Optional[float] = ..., num_chunks: _Optional[int] = ..., payload_bytes: _Optional[int] = ..., prompt_profile: _Optional[bytes] = ...) -> None: ...
 
 class GetPrefillLoadRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("prompt_tokens",)
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    prompt_tokens: int
+    def __init__(self, prompt_tokens: _Optional[int] = ...) -> None: ...
 
 class GetPrefillLoadResponse(_message.Message):
-    __slots__ = ("running_prompts", "waiting_prompts", "pending_tokens", "layout", "is_draining")
+    __slots__ = ("running_prompts", "waiting_prompts", "pending_tokens", "layout", "is_draining", "tokens_before", "seconds_before")
     RUNNING_PROMPTS_FIELD_NUMBER: _ClassVar[int]
     WAITING_PROMPTS_FIELD_NUMBER: _ClassVar[int]
     PENDING_TOKENS_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     IS_DRAINING_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_BEFORE_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_BEFORE_FIELD_NUMBER: _ClassVar[int]
     running_prompts: int
     waiting_prompts: int
     pending_tokens: int
     layout: Layout
     is_draining: bool
-    def __init__(self, running_prompts: _Optional[int] = ..., waiting_prompts: _Optional[int] = ..., pending_tokens: _Optional[int] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., is_draining: _Optional[bool] = ...) -> None: ...
+    tokens_before: int
+    seconds_before: float
+    def __init__(self, running_prompts: _Optional[int] = ..., waiting_prompts: _Optional[int] = ..., pending_tokens: _Optional[int] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., is_draining: _Optional[bool] = ..., tokens_before: _Optional[int] = ..., seconds_before: _Optional[float] = ...) -> None: ...

@@ -10,6 +10,7 @@ from fluxion_core.geometry import KvGeometry
 from fluxion_core.models.config import ModelConfig, RopeConfig
 from services.decode.engine import EngineLoad
 from services.decode.placement import Placement, PlacementDecision, PlacementReason
+from services.decode.prefill_nodes import NodeLoad
 from services.decode.prompt_costs import HandoffCosts, LocalCosts, ModelCosts, PromptCosts
 from services.decode.request_counters import RequestCounters
 
@@ -138,14 +139,17 @@ def test_the_rate_follows_the_chunks():
 
 def test_a_hand_off_costs_the_whole_prompt_what_waits_before_it_and_the_link():
     there = HandoffCosts(MODEL)
-    assert there.seconds(1000, 5000, 0) is None
+    assert there.seconds(1000, 5000, NodeLoad()) is None
     # By hand: 2.5 M operations in 5 s; 1 MB in 4 s.
     there.learn(1000, 5.0, 1_000_000, 4.0)
-    assert there.seconds(1000, 0, 0) == pytest.approx(5.0)
-    assert there.seconds(1000, 500_000, 0) == pytest.approx(5.0 + 2.0)
-    # 3,000 tokens before ours; a prompt of 2,000 has 6 M operations.
-    assert there.seconds(1000, 0, 3000) == pytest.approx(20.0)
-    assert there.seconds(2000, 0, 0) == pytest.approx(12.0)
+    assert there.seconds(1000, 0, NodeLoad()) == pytest.approx(5.0)
+    assert there.seconds(1000, 500_000, NodeLoad()) == pytest.approx(5.0 + 2.0)
+    # A prompt of 2,000 has 6 M operations.
+    assert there.seconds(2000, 0, NodeLoad()) == pytest.approx(12.0)
+    # What goes before it takes what the node says; 3,000 tokens of which it says nothing, three
+    # times our own. What comes after it takes nothing.
+    load = NodeLoad(4000, pending_tokens=99_000, seconds_before=7.0, other_tokens=3000)
+    assert there.seconds(1000, 0, load) == pytest.approx(7.0 + 20.0)
 
 
 def test_rates_of_hand_offs_follow_and_a_slow_one_says_little_of_the_link():
@@ -153,22 +157,23 @@ def test_rates_of_hand_offs_follow_and_a_slow_one_says_little_of_the_link():
     there.learn(1000, 5.0, 1_000_000, 4.0)
     # By hand: 0.7 of 0.5 M/s and 0.3 of 1 M/s are 0.65; the link is the faster of what was seen.
     there.learn(1000, 2.5, 1_000_000, 1.0)
-    assert there.seconds(1000, 0, 0) == pytest.approx(2.5 / 0.65)
-    assert there.seconds(1000, 1_000_000, 0) == pytest.approx(2.5 / 0.65 + 1.0)
+    assert there.seconds(1000, 0, NodeLoad()) == pytest.approx(2.5 / 0.65)
+    assert there.seconds(1000, 1_000_000, NodeLoad()) == pytest.approx(2.5 / 0.65 + 1.0)
     # A prompt that comes at 0.1 MB/s while it is computed: 0.7 of 1 MB/s and 0.3 of 0.1.
     there.learn(1000, 2.5 / 0.65, 1_000_000, 10.0)
-    assert there.seconds(1000, 730_000, 0) == pytest.approx(2.5 / 0.65 + 1.0)
+    assert there.seconds(1000, 730_000, NodeLoad()) == pytest.approx(2.5 / 0.65 + 1.0)
 
 
 class Nodes:
-    """Prefill nodes that have so many tokens to compute; counts who asks."""
+    """Prefill nodes that have something to do; counts who asks."""
 
-    def __init__(self, pending: float = 0.0) -> None:
-        self.pending, self.asked = pending, 0
+    def __init__(self) -> None:
+        self.load, self.asked = NodeLoad(), 0
 
-    async def least_pending_tokens(self) -> float:
+    async def least_load(self, prompt_tokens: int) -> NodeLoad:
+        assert prompt_tokens
         self.asked += 1
-        return self.pending
+        return self.load
 
 
 def placement(
@@ -189,7 +194,7 @@ def placement(
         has_prefill_nodes=has_prefill_nodes,
         costs=costs,
         load=EngineLoad,
-        pending_tokens=nodes.least_pending_tokens,
+        least_load=nodes.least_load,
         counters=counters or RequestCounters(),
     )
 
@@ -216,14 +221,18 @@ async def test_prefill_nodes_are_asked_for_their_queue_only_if_they_would_be_soo
     # By hand: 1 of 100 tokens: 1 MB and 100 KB here, 1.0995 s; there 0.41 s and 1 KB.
     decision = await place(placement(nodes), 100, 99)
     assert (decision.is_local, nodes.asked) == (False, 1)
-    # With 200 tokens before it, it takes three times as long there: 1.23 s.
-    nodes.pending = 200
+    # Behind 0.7 s of others it would be done later there.
+    nodes.load = NodeLoad(200, 200, seconds_before=0.7)
     decision = await place(placement(nodes), 100, 99)
     assert (decision.is_local, nodes.asked) == (True, 2)
-    assert decision.there_seconds == pytest.approx(3 * 0.41 + 0.001)
+    assert decision.there_seconds == pytest.approx(0.7 + 0.41 + 0.001)
+    # It does not matter how much comes after it.
+    nodes.load = NodeLoad(20, 512_000, seconds_before=0.1)
+    decision = await place(placement(nodes), 100, 99)
+    assert (decision.is_local, nodes.asked) == (False, 3)
     # 1 of 1,000: 2 s here, 5 s there, whatever waits.
     decision = await place(placement(nodes), 1000, 999)
-    assert (decision.is_local, nodes.asked) == (True, 2)
+    assert (decision.is_local, nodes.asked) == (True, 3)
 
 
 @pytest.mark.parametrize(

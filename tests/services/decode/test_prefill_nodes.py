@@ -10,7 +10,7 @@ import pytest
 
 from fluxion_core.config.settings import ClientSettings, ClientTlsSettings
 from fluxion_proto.v1 import handoff_pb2, handoff_pb2_grpc
-from services.decode.prefill_nodes import PrefillNodes
+from services.decode.prefill_nodes import NodeLoad, PrefillNodes
 from tests.certificates import Authority
 
 
@@ -88,16 +88,29 @@ async def test_a_channel_in_use_outlives_its_name(names, open_nodes):
 
 
 class Node(handoff_pb2_grpc.PrefillNodeServicer):
-    """A prefill node that only says how busy it is."""
+    """A prefill node that only says how busy it is: with a long prompt, and short ones."""
 
-    def __init__(self, pending_tokens: int, *, is_draining: bool = False) -> None:
-        self._answer = handoff_pb2.GetPrefillLoadResponse(
-            pending_tokens=pending_tokens, is_draining=is_draining
-        )
+    def __init__(
+        self,
+        shorts: int,
+        *,
+        long: int = 100_000,
+        is_draining: bool = False,
+        is_old: bool = False,
+    ) -> None:
+        self._shorts, self._long = shorts, long
+        self._is_draining, self._is_old = is_draining, is_old
 
     async def GetPrefillLoad(self, request, context):
-        del request, context
-        return self._answer
+        del context
+        pending = self._shorts + self._long
+        answer = handoff_pb2.GetPrefillLoadResponse(
+            pending_tokens=pending, is_draining=self._is_draining
+        )
+        if not self._is_old:
+            before = self._shorts if request.prompt_tokens < 100_000 else pending
+            answer.tokens_before, answer.seconds_before = before, before / 1000
+        return answer
 
 
 @pytest.fixture
@@ -125,7 +138,14 @@ async def test_the_least_busy_node_is_first_and_draining_ones_are_left_alone(
     silent = find_free_address()
     nodes = open_nodes(silent, busy, going, idle)
     for _ in range(4):
-        assert await nodes.by_load() == [idle, busy, silent]
+        assert await nodes.by_load(1000) == [idle, busy, silent]
+
+
+async def test_of_nodes_where_a_prompt_would_be_next_the_idle_one_is_first(start_node, open_nodes):
+    long, idle = await start_node(Node(0)), await start_node(Node(0, long=0))
+    nodes = open_nodes(long, idle)
+    for _ in range(2):
+        assert await nodes.by_load(1000) == [idle, long]
 
 
 async def test_the_least_busy_node_says_what_a_prompt_would_wait_for(
@@ -135,9 +155,10 @@ async def test_the_least_busy_node_says_what_a_prompt_would_wait_for(
     going = await start_node(Node(0, is_draining=True))
     nodes = open_nodes(busy, idle, going, find_free_address())
     # Nobody has been called yet, so that nobody is known.
-    assert await nodes.least_pending_tokens() == 0
+    assert await nodes.least_load(1000) == NodeLoad()
     first = await nodes.in_turn()
-    assert await nodes.least_pending_tokens() == 70
+    assert await nodes.least_load(1000) == NodeLoad(70, 100_070, seconds_before=0.07)
+    assert await nodes.least_load(200_000) == NodeLoad(100_070, 100_070, seconds_before=100.07)
     # Whose turn it is does not change.
     assert await nodes.in_turn() == first[1:] + first[:1]
 
@@ -145,12 +166,24 @@ async def test_the_least_busy_node_says_what_a_prompt_would_wait_for(
 async def test_what_was_just_sent_counts_before_the_node_says_so(start_node, open_nodes):
     first, second = await start_node(Node(0)), await start_node(Node(0))
     nodes = open_nodes(first, second)
-    async with nodes.channel(first, 700):
-        assert {(await nodes.by_load())[0] for _ in range(3)} == {second}
-        async with nodes.channel(second, 900):
-            assert (await nodes.by_load())[0] == first
+    with nodes.sending(first, 700) as first_said:
+        assert {(await nodes.by_load(700))[0] for _ in range(3)} == {second}
+        with nodes.sending(second, 900):
+            assert (await nodes.by_load(900))[0] == first
+            # One that is shorter goes before both: they count as work alone.
+            assert (await nodes.by_load(600))[0] == first
+            expected = NodeLoad(700, 100_700, seconds_before=0.0, other_tokens=700)
+            assert await nodes.least_load(900) == expected
+            first_said()
+            assert await nodes.least_load(900) == NodeLoad(0, 100_000)
     # Equally busy: in turn.
-    assert {(await nodes.by_load())[0] for _ in range(2)} == {first, second}
+    assert {(await nodes.by_load(1000))[0] for _ in range(2)} == {first, second}
+
+
+async def test_of_a_node_that_makes_no_estimate_all_counts_as_before(start_node, open_nodes):
+    nodes = open_nodes(await start_node(Node(70, is_old=True)))
+    await nodes.in_turn()
+    assert await nodes.least_load(1000) == NodeLoad(100_070, 100_070, other_tokens=100_070)
 
 
 async def test_an_address_stands_for_itself_and_is_not_looked_up(names, open_nodes):

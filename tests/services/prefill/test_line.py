@@ -6,7 +6,7 @@ import pytest
 
 from fluxion_core.errors import CapacityError
 from fluxion_core.generation.sampling import SamplingParams
-from services.prefill.line import LineLimits, PromptLine
+from services.prefill.line import LineLimits, PromptLine, PromptWait
 from services.prefill.prompt import Prompt
 
 CHUNK_TOKENS = 4_000
@@ -238,3 +238,25 @@ def test_as_many_may_wait_as_there_are_places_and_no_more():
     assert line.next() is not None
     with pytest.raises(CapacityError):
         waiting(line, *(Receiver(4_000) for _ in range(2)))
+
+
+def test_a_prompt_that_comes_waits_for_earlier_deadlines_and_for_half_a_chunk_of_a_later_one():
+    line, long, short = line_of(), Receiver(128_000), Receiver(2_000, arrival=10)
+    waiting(line, long, Receiver(128_000))
+    assert line.next() is long.prompt
+    computed(line, long.prompt)
+    waiting(line, short)
+    # By hand: deadlines are 2,048 and 42. One of 3,000 that comes at 11 has 59, and waits for the
+    # short one; a short one that comes at 9 has 41, and waits for nobody but half a chunk, 2 s.
+    assert line.next() is short.prompt
+    assert line.wait(3_000, now=11) == PromptWait(2_000, 2.0)
+    assert line.wait(2_000, now=9) == PromptWait(0, 1.0)
+    # It has gone when it is computed; then a chunk of the long one is under way.
+    computed(line, short.prompt)
+    assert line.next() is long.prompt
+    assert line.wait(3_000, now=11) == PromptWait(0, 2.0)
+    # One of 128,000 waits for the rest of both; so does a short one once they have waited.
+    assert line.wait(128_000, now=11) == PromptWait(252_000, 252.0)
+    assert line.wait(1_000, now=2_032) == PromptWait(252_000, 252.0)
+    line.cancel(long.prompt)
+    assert line.wait(128_000, now=11) == PromptWait(128_000, 128.0)

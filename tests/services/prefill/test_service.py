@@ -176,6 +176,29 @@ async def test_a_hand_off_of_which_nothing_is_taken_is_ended_and_counted(
         assert 'fluxion_prefill_prompts_total{outcome="failed",status="ABORTED"} 3.0' in text
 
 
+async def test_a_node_says_what_a_prompt_of_a_given_length_would_wait_for(start_prefill):
+    no_window = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 8192)]
+    async with (
+        start_prefill(outgoing_bytes="16KiB") as node,
+        open_channel(node.address, ClientSettings()) as channel,
+        grpc.aio.insecure_channel(node.address, options=no_window) as unread,
+    ):
+        stub = handoff_pb2_grpc.PrefillNodeStub(channel)
+        load = await stub.GetPrefillLoad(handoff_pb2.GetPrefillLoadRequest())
+        assert not load.HasField("tokens_before")
+        assert not load.HasField("seconds_before")
+        layout = await layout_of(channel)
+        await frames_of(channel, request_of(layout, 300))
+        load = await stub.GetPrefillLoad(handoff_pb2.GetPrefillLoadRequest(prompt_tokens=300))
+        assert (load.HasField("seconds_before"), load.seconds_before) == (True, 0.0)
+        call = unread.unary_stream(METHOD)(request_of(layout, 2000))
+        await anext(aiter(call))
+        load = await stub.GetPrefillLoad(handoff_pb2.GetPrefillLoadRequest(prompt_tokens=2000))
+        assert 0 < load.tokens_before <= load.pending_tokens
+        assert load.seconds_before > 0
+        call.cancel()
+
+
 async def test_a_cancelled_stream_ends_its_prompt(start_prefill):
     async with start_prefill() as node, open_channel(node.address, ClientSettings()) as channel:
         layout = await layout_of(channel)
