@@ -17,7 +17,7 @@ from fluxion_core.errors import (
     NonFiniteKvError,
     StreamTruncatedError,
 )
-from fluxion_core.geometry import BLOCK_TOKENS, KvGeometry, ceil_div
+from fluxion_core.geometry import BLOCK_SIZES, BLOCK_TOKENS, KvGeometry, ceil_div
 from fluxion_core.kernels.block_digest import cpu as block_digest
 from fluxion_core.kernels.block_digest import reference
 from fluxion_core.kvstore.prefix_index import NamedPrompt, Prefix, TokenArray, token_array
@@ -87,6 +87,30 @@ class SequenceKv:
         """Forget what was written before a commit, so that another hand-off can begin."""
         assert not self._may_append
         self._next_token = [self.kv_from_token] * self._store.geometry.num_layers
+        if self._tail is None:
+            self._digest_begun_blocks()
+
+    def _digest_begun_blocks(self) -> None:
+        """Digest again the stored part of the coarse block in which the next token lies.
+
+        What was written behind it is in that block's digest, and the next write would add to it.
+        """
+        geometry, end = self._store.geometry, self.kv_from_token
+        first = end - end % BLOCK_SIZES[-1]
+        if first == end:
+            return
+        ordinal, inside = divmod(first, geometry.slab_tokens)
+        blocks = slice(inside // BLOCK_TOKENS, (inside + end - first) // BLOCK_TOKENS)
+        stored = self._store.slab_kv(self._slabs[ordinal])[:, :, blocks].clone()
+        for layer, kv in enumerate(stored):
+            block_digest.ingest_blocks(
+                geometry,
+                int(self.slab_table[ordinal]),
+                layer,
+                inside,
+                end - first,
+                block_digest.payload_of(kv),
+            )
 
     def write_blocks(
         self, layer: int, first_token: int, num_tokens: int, payload: bytes | memoryview

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -294,6 +296,33 @@ def test_a_restarted_hand_off_writes_again():
     ingest(sequence, kv_of(tokens))
     sequence.commit()
     check_content(sequence, kv_of(tokens))
+
+
+@pytest.mark.parametrize("digest_bits", [8, 16])
+@pytest.mark.parametrize("scale", [64.0, float("inf")])
+def test_nothing_of_a_hand_off_that_failed_is_left_in_digests(digest_bits: int, scale: float):
+    geometry = KvGeometry(2, 2, 32, slab_tokens=512, digest_bits=digest_bits)
+    tokens, cut = list(range(512)), 150
+    kv = kv_of(tokens, geometry)
+    digests = []
+    for fails in (False, True):
+        store = make_store(2, geometry)
+        first = store.reserve(tokens[:cut], 0)
+        ingest(first, kv[:, :, :, :cut])
+        first.commit()
+        first.keep([])
+        first.release()
+        second = store.reserve(tokens, 0)
+        assert second.kv_from_token == 144
+        if fails:
+            with suppress(NonFiniteKvError):
+                ingest(second, kv * scale)
+            second.restart()
+        ingest(second, kv)
+        second.commit()
+        digests.append([store.slab_digest(second.slabs[0], level).clone() for level in range(4)])
+    for one, two in zip(*digests, strict=True):
+        assert torch.equal(one, two)
 
 
 @pytest.mark.parametrize("side", [0, 1])
