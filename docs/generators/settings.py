@@ -24,6 +24,8 @@ def _default(name: str, field: FieldInfo) -> str:
         for unit, factor in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
             if value % factor == 0:
                 return f"`{value // factor}{unit}`"
+    if isinstance(value, tuple):
+        return ", ".join(f"`{one}`" for one in value)
     return f"`{value}`"
 
 

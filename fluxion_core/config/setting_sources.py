@@ -218,7 +218,7 @@ def _parser(settings: type[BaseModel], program: str) -> argparse.ArgumentParser:
                 _flag(name), dest=name, action=argparse.BooleanOptionalAction, help=about
             )
             continue
-        default = "" if field.default in (None, "", ()) else f" (default: {field.default})"
+        default = "" if field.default in (None, "", ()) else f" (default: {_shown(field.default)})"
         choices = "|".join(map(str, get_args(kind))) if get_origin(kind) is Literal else ""
         is_list = get_origin(kind) is tuple
         group.add_argument(
@@ -230,6 +230,10 @@ def _parser(settings: type[BaseModel], program: str) -> argparse.ArgumentParser:
             action="extend" if is_list else "store",
         )
     return parser
+
+
+def _shown(default: object) -> str:
+    return " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
 
 
 _METAVARS: dict[object, str] = {int: "NUMBER", float: "NUMBER", Path: "FILE"}

@@ -14,6 +14,7 @@ from typing import Annotated
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from fluxion_core.config.addresses import Address
+from fluxion_core.config.carriers import Carrier
 from fluxion_core.config.limits import MAX_BYTES, MAX_INT32, MAX_SECONDS
 
 _BYTE_UNITS = {
@@ -93,6 +94,20 @@ def _split_commas(value: object) -> object:
     return tuple(entry.strip() for one in texts for entry in one.split(",") if entry.strip())
 
 
+def _way(value: object) -> object:
+    if not isinstance(value, str) or value not in list(Carrier):
+        raise ValueError(f"{value!r} is no way; use one or more of {', '.join(Carrier)}")
+    return Carrier(value)
+
+
+def _each_once(ways: tuple[Carrier, ...]) -> tuple[Carrier, ...]:
+    if not ways:
+        raise ValueError(f"names no way; use one or more of {', '.join(Carrier)}")
+    if len(set(ways)) < len(ways):
+        raise ValueError(f"names a way twice: {', '.join(ways)}")
+    return ways
+
+
 def _file_name(value: object) -> object:
     if isinstance(value, str) and not value:
         raise ValueError("is empty; name a file, or leave the setting out")
@@ -133,6 +148,13 @@ PeerAddresses = Annotated[
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_split_commas)]
 """Words; in one text, commas stand between them."""
+
+Ways = Annotated[
+    tuple[Annotated[Carrier, BeforeValidator(_way)], ...],
+    BeforeValidator(_split_commas),
+    AfterValidator(_each_once),
+]
+"""Ways of KV in order of preference, each at most once; in one text, commas stand between them."""
 
 FilePath = Annotated[Path, BeforeValidator(_file_name)]
 """A file or a directory, which need not be there yet."""

@@ -20,6 +20,7 @@ from typing import Annotated, Literal, Self, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fluxion_core.config.addresses import is_loopback
+from fluxion_core.config.carriers import Carrier
 from fluxion_core.config.setting_errors import problems_of
 from fluxion_core.config.setting_sources import (
     CONFIG_VARIABLE,
@@ -36,8 +37,10 @@ from fluxion_core.config.setting_types import (
     Names,
     OptionalListenAddress,
     Seconds,
+    Ways,
 )
 from fluxion_core.errors import ConfigError
+from fluxion_core.machine.cpus import num_usable_cpus
 
 
 class Section(BaseModel):
@@ -187,6 +190,25 @@ class ModelSettings(Section):
     """Threads of torch, which computes a prefill node's prompts on a CPU; 0 for one per usable
     CPU, an eighth of them left to others from 4 CPUs on. A decode node's own work has
     engine.attention_threads."""
+
+
+class HandoffSettings(Section):
+    """KV between nodes: what it travels on, beside the call that asks for it."""
+
+    ways: Ways = (Carrier.SHARED_MEMORY, Carrier.SOCKETS, Carrier.GRPC)
+    """Ways that may be used: shared_memory (both nodes on one machine), sockets, grpc (the call's
+    own stream). The prefill node takes the first of its own that the decode node names too and
+    that is possible. One that fails is not replaced by another."""
+    connections: Count = Field(default=4, ge=1, le=16)
+    """Connections of one hand-off, by sockets or shared memory: the fewer of both nodes'."""
+    threads: Count | None = Field(default=None, ge=1, le=64)
+    """Threads that move KV over sockets and shared memory; if not given, one for every four usable
+    CPUs, at least 1 and at most 4."""
+
+    @property
+    def num_threads(self) -> int:
+        """Threads that move KV: those given, else those that suit the machine."""
+        return self.threads or max(1, min(4, num_usable_cpus() // 4))
 
 
 class LogSettings(Section):

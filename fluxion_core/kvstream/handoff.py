@@ -6,9 +6,10 @@ may come in is kvstream/assembler.py.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from enum import IntEnum
 
+from fluxion_core.config.carriers import Carrier
 from fluxion_core.errors import LayoutMismatchError
 from fluxion_core.geometry import BLOCK_TOKENS, KvGeometry, ceil_div
 
@@ -59,17 +60,37 @@ class KvLayout:
 
     def check_compatible(self, peer: KvLayout) -> None:
         """Raise LayoutMismatchError naming the first field in which `peer` differs."""
-        for field in fields(self):
-            if field.name == "model_name":
+        for name in (each.name for each in fields(self)):
+            if name == "model_name":
                 continue
-            ours, theirs = getattr(self, field.name), getattr(peer, field.name)
+            ours, theirs = getattr(self, name), getattr(peer, name)
             if ours != theirs:
-                raise LayoutMismatchError(field.name, expected=ours, found=theirs)
+                raise LayoutMismatchError(name, expected=ours, found=theirs)
 
     def payload_bytes(self, num_tokens: int) -> int:
         """Bytes of a CHUNK of `num_tokens` tokens: whole blocks, the last one zero padded."""
         block_bytes = 2 * BLOCK_TOKENS * self.head_dim * 2
         return self.num_kv_heads * ceil_div(num_tokens, BLOCK_TOKENS) * block_bytes
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """The place where a hand-off's KV is fetched beside its call, and what is shown there."""
+
+    way: Carrier
+    """Any but GRPC."""
+    call_id: bytes
+    """16 bytes; names the call."""
+    secret: bytes = field(repr=False)
+    """32 bytes; proves that who connects has had the HEADER."""
+    connections: int
+    """That the receiver makes."""
+    port: int = 0
+    """SOCKETS: TCP port, of the host that was called."""
+    unix_name: str = ""
+    """SHARED_MEMORY: abstract name, without the zero byte before it."""
+    tls: bool = False
+    """SOCKETS: connections are TLS 1.3, with the secret as pre-shared key."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +102,13 @@ class Header:
     """Of the prompt."""
     kv_from_token: int
     """First token whose KV follows; the receiver holds what comes before."""
+    endpoint: Endpoint | None = None
+    """Where CHUNKs are fetched; None: they come with the call itself."""
+
+    @property
+    def way(self) -> Carrier:
+        """The way that CHUNKs come."""
+        return Carrier.GRPC if self.endpoint is None else self.endpoint.way
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import struct
 import numpy as np
 from google.protobuf.message import DecodeError
 
+from fluxion_core.config.carriers import Carrier
 from fluxion_core.errors import (
     FrameChecksumError,
     FrameFormatError,
@@ -18,7 +19,14 @@ from fluxion_core.generation.sampling import SamplingParams
 from fluxion_core.geometry import WindowSpec
 from fluxion_core.kernels.crc32c.cpu import crc32c
 from fluxion_core.kvstream.assembler import HandoffAssembler
-from fluxion_core.kvstream.handoff import Frame, FrameKind, Header, KvLayout, Trailer
+from fluxion_core.kvstream.handoff import (
+    Endpoint,
+    Frame,
+    FrameKind,
+    Header,
+    KvLayout,
+    Trailer,
+)
 from fluxion_core.wire.frame_limits import MAX_FRAME_PAYLOAD_BYTES, PREFIX_BYTES
 from fluxion_proto.v1 import generate_pb2, handoff_pb2
 
@@ -33,10 +41,27 @@ _PREFIX = struct.Struct("<IHHIIIIII")
 
 assert _PREFIX.size == PREFIX_BYTES
 
+CALL_ID_BYTES = 16
+SECRET_BYTES = 32
+MAX_CONNECTIONS = 16
+"""Of one hand-off, beside its call."""
+
+MAX_PORT = 65535
+MAX_UNIX_NAME_BYTES = 107
+"""Of an abstract name, without the zero byte before it."""
+
 MAX_HEADER_PAYLOAD_BYTES = 1 << 20
 """A HEADER is a message of a few hundred bytes; this leaves room for more. A TRAILER may hold a
 prompt profile (154 B per layer and head): 0.8 MB for 80 layers of 64 heads, so it may be as large
 as any frame."""
+
+
+WAY_NUMBERS = {
+    Carrier.GRPC: handoff_pb2.GRPC,
+    Carrier.SOCKETS: handoff_pb2.SOCKETS,
+    Carrier.SHARED_MEMORY: handoff_pb2.SHARED_MEMORY,
+}
+"""As messages and a connection's first bytes have them."""
 
 
 def encode_frame(frame: Frame) -> bytes:
@@ -164,7 +189,15 @@ def header_frame(header: Header) -> Frame:
         layout=layout_to_proto(header.layout),
         num_tokens=header.num_tokens,
         kv_from_token=header.kv_from_token,
+        way=WAY_NUMBERS[header.way],
     )
+    if (endpoint := header.endpoint) is not None:
+        message.port = endpoint.port
+        message.unix_name = endpoint.unix_name
+        message.call_id = endpoint.call_id
+        message.secret = endpoint.secret
+        message.connections = endpoint.connections
+        message.tls = endpoint.tls
     return Frame(FrameKind.HEADER, message.SerializeToString())
 
 
@@ -185,11 +218,65 @@ def parse_header(frame: Frame) -> Header:
     """The announcement in a HEADER frame.
 
     Raises:
-        FrameFormatError: not a HEADER, or not a HandoffHeader message.
+        FrameFormatError: not a HEADER, not a HandoffHeader message, or with a way or an endpoint
+            that there cannot be.
     """
     message = handoff_pb2.HandoffHeader()
     _parse(frame, FrameKind.HEADER, message)
-    return Header(layout_from_proto(message.layout), message.num_tokens, message.kv_from_token)
+    return Header(
+        layout_from_proto(message.layout),
+        message.num_tokens,
+        message.kv_from_token,
+        _parse_endpoint(message),
+    )
+
+
+def _parse_endpoint(message: handoff_pb2.HandoffHeader) -> Endpoint | None:
+    # A prefill node that knows no other way names none.
+    if message.way == handoff_pb2.WAY_UNSPECIFIED:
+        return None
+    way = way_of(message.way)
+    if way is None:
+        raise FrameFormatError(f"HEADER has way {message.way}; known: {', '.join(Carrier)}")
+    if way is Carrier.GRPC:
+        return None
+    for name, needed in (("call_id", CALL_ID_BYTES), ("secret", SECRET_BYTES)):
+        if (length := len(getattr(message, name))) != needed:
+            raise FrameFormatError(f"HEADER has a {name} of {length} B; need {needed}")
+    if not 1 <= message.connections <= MAX_CONNECTIONS:
+        raise FrameFormatError(
+            f"HEADER asks for {message.connections} connections; must be 1 to {MAX_CONNECTIONS}"
+        )
+    if way is Carrier.SOCKETS and not 1 <= message.port <= MAX_PORT:
+        raise FrameFormatError(f"HEADER has port {message.port}; must be 1 to {MAX_PORT}")
+    if (
+        way is Carrier.SHARED_MEMORY
+        and not 1 <= len(message.unix_name.encode()) <= MAX_UNIX_NAME_BYTES
+    ):
+        raise FrameFormatError(
+            f"HEADER has a unix_name of {len(message.unix_name.encode())} B; "
+            f"must be 1 to {MAX_UNIX_NAME_BYTES}"
+        )
+    return Endpoint(
+        way=way,
+        call_id=message.call_id,
+        secret=message.secret,
+        connections=message.connections,
+        port=message.port,
+        unix_name=message.unix_name,
+        tls=message.tls,
+    )
+
+
+def way_of(number: int) -> Carrier | None:
+    """The way of a number in a message; None if this node knows none of that number."""
+    return next((way for way, known in WAY_NUMBERS.items() if known == number), None)
+
+
+def ways_from_proto(message: handoff_pb2.HandoffRequest) -> tuple[Carrier, ...]:
+    """The ways that a decode node can; one that names none knows gRPC alone."""
+    known = tuple(way for number in message.ways if (way := way_of(number)) is not None)
+    return known if message.ways else (Carrier.GRPC,)
 
 
 def parse_trailer(frame: Frame) -> Trailer:

@@ -13,7 +13,7 @@ from fluxion_core.config.setting_types import (
     PeerAddresses,
     Seconds,
 )
-from fluxion_core.config.settings import ClientSettings, NodeSettings, Section
+from fluxion_core.config.settings import ClientSettings, HandoffSettings, NodeSettings, Section
 from services.decode.cache_domain import Sharing
 
 DEFAULT_LOCAL_PREFILL_TOKENS = 256
@@ -100,3 +100,5 @@ class DecodeSettings(NodeSettings):
     """Batching and queue."""
     prefill: PrefillSettings = PrefillSettings()
     """Where KV comes from."""
+    handoff: HandoffSettings = HandoffSettings()
+    """How KV comes."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from fluxion_core.config.setting_types import ByteCount, Count
-from fluxion_core.config.settings import NodeSettings, Section
+from fluxion_core.config.setting_types import ByteCount, Count, OptionalListenAddress
+from fluxion_core.config.settings import HandoffSettings, NodeSettings, Section
 
 CPU_CHUNK_TOKENS = 512
 GPU_CHUNK_TOKENS = 4096
@@ -36,8 +36,19 @@ class EngineSettings(Section):
     not given, 64 MiB on a CPU and 1 GiB on a GPU."""
 
 
+class PrefillHandoffSettings(HandoffSettings):
+    """KV to decode nodes: what it travels on, beside the call that asks for it."""
+
+    listen: OptionalListenAddress = ""
+    """host:port that decode nodes connect to for KV by sockets; empty for server.listen's host and
+    a free port. They are told the port and use the host that they have called. Give it a fixed port
+    where a firewall stands between."""
+
+
 class PrefillNodeSettings(NodeSettings):
     """A Fluxion prefill node: computes prompts and streams their KV to decode nodes."""
 
     engine: EngineSettings = EngineSettings()
     """Chunking and queue."""
+    handoff: PrefillHandoffSettings = PrefillHandoffSettings()
+    """How KV leaves."""

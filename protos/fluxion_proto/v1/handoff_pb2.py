@@ -25,25 +25,27 @@ _sym_db = _symbol_database.Default()
 from fluxion_proto.v1 import generate_pb2 as fluxion__proto_dot_v1_dot_generate__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x66luxion_proto/v1/handoff.proto\x12\nfluxion.v1\x1a\x1f\x66luxion_proto/v1/generate.proto\"\xca\x01\n\x06Layout\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\x15\n\rrevision_hash\x18\x02 \x01(\t\x12\x10\n\x08kv_dtype\x18\x03 \x01(\t\x12\x12\n\nnum_layers\x18\x04 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x05 \x01(\r\x12\x10\n\x08head_dim\x18\x06 \x01(\r\x12\x14\n\x0c\x62lock_tokens\x18\x07 \x01(\r\x12\x12\n\nrope_theta\x18\x08 \x01(\x01\x12\x1d\n\x15tokenizer_fingerprint\x18\t \x01(\t\"\xe3\x01\n\x0eHandoffRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12&\n\x08sampling\x18\x03 \x01(\x0b\x32\x14.fluxion.v1.Sampling\x12\"\n\x06layout\x18\x04 \x01(\x0b\x32\x12.fluxion.v1.Layout\x12\x15\n\rkv_from_token\x18\x05 \x01(\r\x12\x1b\n\x13want_prompt_profile\x18\x06 \x01(\x08\x12\x13\n\x0bsink_tokens\x18\x07 \x01(\r\x12\x15\n\rrecent_tokens\x18\x08 \x01(\r\"^\n\rHandoffHeader\x12\"\n\x06layout\x18\x01 \x01(\x0b\x32\x12.fluxion.v1.Layout\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12\x15\n\rkv_from_token\x18\x03 \x01(\r\"\x9b\x01\n\x0eHandoffTrailer\x12\x16\n\x0e\x66irst_token_id\x18\x01 \x01(\r\x12\x15\n\rqueue_seconds\x18\x02 \x01(\x01\x12\x17\n\x0fprefill_seconds\x18\x03 \x01(\x01\x12\x12\n\nnum_chunks\x18\x04 \x01(\x04\x12\x15\n\rpayload_bytes\x18\x05 \x01(\x04\x12\x16\n\x0eprompt_profile\x18\x06 \x01(\x0c\".\n\x15GetPrefillLoadRequest\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\"\xf9\x01\n\x16GetPrefillLoadResponse\x12\x17\n\x0frunning_prompts\x18\x01 \x01(\r\x12\x17\n\x0fwaiting_prompts\x18\x02 \x01(\r\x12\x16\n\x0epending_tokens\x18\x03 \x01(\x04\x12\"\n\x06layout\x18\x04 \x01(\x0b\x32\x12.fluxion.v1.Layout\x12\x13\n\x0bis_draining\x18\x05 \x01(\x08\x12\x1a\n\rtokens_before\x18\x06 \x01(\x04H\x00\x88\x01\x01\x12\x1b\n\x0eseconds_before\x18\x07 \x01(\x01H\x01\x88\x01\x01\x42\x10\n\x0e_tokens_beforeB\x11\n\x0f_seconds_before2f\n\x0bPrefillNode\x12W\n\x0eGetPrefillLoad\x12!.fluxion.v1.GetPrefillLoadRequest\x1a\".fluxion.v1.GetPrefillLoadResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x66luxion_proto/v1/handoff.proto\x12\nfluxion.v1\x1a\x1f\x66luxion_proto/v1/generate.proto\"\xca\x01\n\x06Layout\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\x15\n\rrevision_hash\x18\x02 \x01(\t\x12\x10\n\x08kv_dtype\x18\x03 \x01(\t\x12\x12\n\nnum_layers\x18\x04 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x05 \x01(\r\x12\x10\n\x08head_dim\x18\x06 \x01(\r\x12\x14\n\x0c\x62lock_tokens\x18\x07 \x01(\r\x12\x12\n\nrope_theta\x18\x08 \x01(\x01\x12\x1d\n\x15tokenizer_fingerprint\x18\t \x01(\t\"\xac\x02\n\x0eHandoffRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12&\n\x08sampling\x18\x03 \x01(\x0b\x32\x14.fluxion.v1.Sampling\x12\"\n\x06layout\x18\x04 \x01(\x0b\x32\x12.fluxion.v1.Layout\x12\x15\n\rkv_from_token\x18\x05 \x01(\r\x12\x1b\n\x13want_prompt_profile\x18\x06 \x01(\x08\x12\x13\n\x0bsink_tokens\x18\x07 \x01(\r\x12\x15\n\rrecent_tokens\x18\x08 \x01(\r\x12\x1d\n\x04ways\x18\t \x03(\x0e\x32\x0f.fluxion.v1.Way\x12\x0f\n\x07machine\x18\n \x01(\t\x12\x17\n\x0fmax_connections\x18\x0b \x01(\r\"\xe0\x01\n\rHandoffHeader\x12\"\n\x06layout\x18\x01 \x01(\x0b\x32\x12.fluxion.v1.Layout\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12\x15\n\rkv_from_token\x18\x03 \x01(\r\x12\x1c\n\x03way\x18\x04 \x01(\x0e\x32\x0f.fluxion.v1.Way\x12\x0c\n\x04port\x18\x05 \x01(\r\x12\x11\n\tunix_name\x18\x06 \x01(\t\x12\x0f\n\x07\x63\x61ll_id\x18\x07 \x01(\x0c\x12\x0e\n\x06secret\x18\x08 \x01(\x0c\x12\x13\n\x0b\x63onnections\x18\t \x01(\r\x12\x0b\n\x03tls\x18\n \x01(\x08\"\x9b\x01\n\x0eHandoffTrailer\x12\x16\n\x0e\x66irst_token_id\x18\x01 \x01(\r\x12\x15\n\rqueue_seconds\x18\x02 \x01(\x01\x12\x17\n\x0fprefill_seconds\x18\x03 \x01(\x01\x12\x12\n\nnum_chunks\x18\x04 \x01(\x04\x12\x15\n\rpayload_bytes\x18\x05 \x01(\x04\x12\x16\n\x0eprompt_profile\x18\x06 \x01(\x0c\".\n\x15GetPrefillLoadRequest\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\"\xf9\x01\n\x16GetPrefillLoadResponse\x12\x17\n\x0frunning_prompts\x18\x01 \x01(\r\x12\x17\n\x0fwaiting_prompts\x18\x02 \x01(\r\x12\x16\n\x0epending_tokens\x18\x03 \x01(\x04\x12\"\n\x06layout\x18\x04 \x01(\x0b\x32\x12.fluxion.v1.Layout\x12\x13\n\x0bis_draining\x18\x05 \x01(\x08\x12\x1a\n\rtokens_before\x18\x06 \x01(\x04H\x00\x88\x01\x01\x12\x1b\n\x0eseconds_before\x18\x07 \x01(\x01H\x01\x88\x01\x01\x42\x10\n\x0e_tokens_beforeB\x11\n\x0f_seconds_before*D\n\x03Way\x12\x13\n\x0fWAY_UNSPECIFIED\x10\x00\x12\x08\n\x04GRPC\x10\x01\x12\x0b\n\x07SOCKETS\x10\x02\x12\x11\n\rSHARED_MEMORY\x10\x03\x32\x66\n\x0bPrefillNode\x12W\n\x0eGetPrefillLoad\x12!.fluxion.v1.GetPrefillLoadRequest\x1a\".fluxion.v1.GetPrefillLoadResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'fluxion_proto.v1.handoff_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_WAY']._serialized_start=1272
+  _globals['_WAY']._serialized_end=1340
   _globals['_LAYOUT']._serialized_start=80
   _globals['_LAYOUT']._serialized_end=282
   _globals['_HANDOFFREQUEST']._serialized_start=285
-  _globals['_HANDOFFREQUEST']._serialized_end=512
-  _globals['_HANDOFFHEADER']._serialized_start=514
-  _globals['_HANDOFFHEADER']._serialized_end=608
-  _globals['_HANDOFFTRAILER']._serialized_start=611
-  _globals['_HANDOFFTRAILER']._serialized_end=766
-  _globals['_GETPREFILLLOADREQUEST']._serialized_start=768
-  _globals['_GETPREFILLLOADREQUEST']._serialized_end=814
-  _globals['_GETPREFILLLOADRESPONSE']._serialized_start=817
-  _globals['_GETPREFILLLOADRESPONSE']._serialized_end=1066
-  _globals['_PREFILLNODE']._serialized_start=1068
-  _globals['_PREFILLNODE']._serialized_end=1170
+  _globals['_HANDOFFREQUEST']._serialized_end=585
+  _globals['_HANDOFFHEADER']._serialized_start=588
+  _globals['_HANDOFFHEADER']._serialized_end=812
+  _globals['_HANDOFFTRAILER']._serialized_start=815
+  _globals['_HANDOFFTRAILER']._serialized_end=970
+  _globals['_GETPREFILLLOADREQUEST']._serialized_start=972
+  _globals['_GETPREFILLLOADREQUEST']._serialized_end=1018
+  _globals['_GETPREFILLLOADRESPONSE']._serialized_start=1021
+  _globals['_GETPREFILLLOADRESPONSE']._serialized_end=1270
+  _globals['_PREFILLNODE']._serialized_start=1342
+  _globals['_PREFILLNODE']._serialized_end=1444
 # @@protoc_insertion_point(module_scope)

@@ -8,6 +8,7 @@ from typing import get_args, get_origin
 
 import pytest
 
+from fluxion_core.config.carriers import Carrier
 from fluxion_core.config.setting_sources import _plain_type, settings_of
 from fluxion_core.config.settings import load_settings
 from fluxion_core.errors import ConfigError
@@ -72,6 +73,31 @@ def test_a_file_may_be_named_by_a_variable(tmp_path: Path):
 def test_lists_and_ipv6_addresses_come_from_every_source(given: dict, tmp_path: Path):
     settings = load(*given.pop("flags", ()), tmp_path=tmp_path, **given)
     assert settings.prefill.addresses == ("a:1", "[::1]:2")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"flags": ("--handoff.ways", "sockets", "grpc")},
+        {"FLUXION_HANDOFF__WAYS": "sockets,grpc"},
+        {"toml": '[handoff]\nways = ["sockets", "grpc"]'},
+    ],
+)
+def test_ways_of_kv_come_from_every_source(given: dict, tmp_path: Path):
+    settings = load(*given.pop("flags", ()), tmp_path=tmp_path, **given)
+    assert settings.handoff.ways == (Carrier.SOCKETS, Carrier.GRPC)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (("grpc", "pigeon"), "'pigeon' is no way; use one or more of shared_memory, sockets, grpc"),
+        (("grpc", "sockets", "grpc"), "names a way twice"),
+        ((" , ",), "names no way"),
+    ],
+)
+def test_ways_that_there_cannot_be_are_refused(given: tuple[str, ...], words: str):
+    assert words in refusal("--handoff.ways", *given)
 
 
 @pytest.mark.parametrize(

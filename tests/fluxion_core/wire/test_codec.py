@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fluxion_core.config.carriers import Carrier
 from fluxion_core.errors import (
     FrameChecksumError,
     FrameFormatError,
@@ -20,7 +21,7 @@ from fluxion_core.errors import (
 )
 from fluxion_core.generation.sampling import SamplingParams
 from fluxion_core.geometry import WindowSpec
-from fluxion_core.kvstream.handoff import Frame, FrameKind, Header, KvLayout, Trailer
+from fluxion_core.kvstream.handoff import Endpoint, Frame, FrameKind, Header, KvLayout, Trailer
 from fluxion_core.wire import codec
 from fluxion_proto.v1 import handoff_pb2
 
@@ -144,6 +145,57 @@ def test_header_and_trailer_survive_the_wire():
         codec.parse_header(codec.trailer_frame(trailer))
     with pytest.raises(FrameFormatError, match="no valid message"):
         codec.parse_trailer(Frame(FrameKind.TRAILER, b"\xff\xff\xff"))
+
+
+ENDPOINTS = [
+    Endpoint(Carrier.SOCKETS, bytes(16), bytes(range(32)), 4, port=50061, tls=True),
+    Endpoint(Carrier.SHARED_MEMORY, bytes(16), bytes(range(32)), 1, unix_name="fluxion"),
+]
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS, ids=lambda endpoint: endpoint.way)
+def test_where_kv_is_fetched_survives_the_wire(endpoint: Endpoint):
+    header = Header(LAYOUT, 300, 128, endpoint)
+    assert codec.parse_header(codec.header_frame(header)) == header
+    assert header.way is endpoint.way
+    assert str(endpoint.secret) not in repr(header)
+
+
+def test_a_header_that_names_no_way_is_of_a_node_that_knows_grpc_alone():
+    message = handoff_pb2.HandoffHeader(layout=codec.layout_to_proto(LAYOUT), num_tokens=7)
+    frame = Frame(FrameKind.HEADER, message.SerializeToString())
+    assert codec.parse_header(frame).way is Carrier.GRPC
+    assert codec.ways_from_proto(handoff_pb2.HandoffRequest()) == (Carrier.GRPC,)
+
+
+def test_ways_that_this_node_does_not_know_are_not_taken_for_grpc():
+    assert codec.ways_from_proto(handoff_pb2.HandoffRequest(ways=[9])) == ()
+    known = codec.ways_from_proto(handoff_pb2.HandoffRequest(ways=[9, 3, 1]))
+    assert known == (Carrier.SHARED_MEMORY, Carrier.GRPC)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"way": 9}, "way 9"),
+        ({"call_id": bytes(15)}, "call_id of 15 B"),
+        ({"secret": bytes(33)}, "secret of 33 B"),
+        ({"connections": 0}, "0 connections"),
+        ({"connections": 17}, "17 connections"),
+        ({"port": 0}, "port 0"),
+        ({"port": 65536}, "port 65536"),
+        ({"way": 3}, "unix_name of 0 B"),
+        ({"way": 3, "unix_name": "x" * 108}, "unix_name of 108 B"),
+    ],
+)
+def test_an_endpoint_that_cannot_be_is_refused(change: dict, words: str):
+    message = handoff_pb2.HandoffHeader.FromString(
+        bytes(codec.header_frame(Header(LAYOUT, 300, 0, ENDPOINTS[0])).payload)
+    )
+    for name, value in change.items():
+        setattr(message, name, value)
+    with pytest.raises(FrameFormatError, match=words):
+        codec.parse_header(Frame(FrameKind.HEADER, message.SerializeToString()))
 
 
 @pytest.mark.parametrize("field", ["queue_seconds", "prefill_seconds"])
