@@ -8,6 +8,8 @@
 #include <stdexcept>
 
 #include "operations/kernel_table.h"
+#include "plane/ring_transport.h"
+#include "plane/tls_transport.h"
 
 namespace fluxion {
 
@@ -60,9 +62,17 @@ ssize_t PlainTransport::write(const iovec* parts, int count) {
 }
 
 std::unique_ptr<Transport> make_transport(int fd, const TransportOptions& options) {
+  const bool is_receiver = options.role == PlaneRole::kReceiver;
   if (options.kind == "plain") return std::make_unique<PlainTransport>(fd);
+  if (options.kind == "tls") {
+    return std::make_unique<TlsTransport>(fd, options.role, options.psk, options.identity);
+  }
+  if (options.kind == "ring" && is_receiver) return std::make_unique<RingReceiver>(fd);
+  if (options.kind == "ring") {
+    return std::make_unique<RingSender>(fd, options.slots, options.slot_bytes);
+  }
   ::close(fd);
-  throw std::invalid_argument("transport '" + options.kind + "': plain");
+  throw std::invalid_argument("transport '" + options.kind + "': plain, tls or ring");
 }
 
 }  // namespace fluxion
