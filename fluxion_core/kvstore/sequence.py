@@ -5,10 +5,12 @@ Its life, and what is shared of it, is told at the head of store.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from fluxion_core.errors import (
@@ -24,6 +26,28 @@ from fluxion_core.kvstore.prefix_index import NamedPrompt, Prefix, TokenArray, t
 
 if TYPE_CHECKING:
     from fluxion_core.kvstore.store import HostKvStore
+
+
+class Landing(Protocol):
+    """Writer of a prompt's KV from other threads, straight into the sequence's slabs."""
+
+    def close(self) -> None:
+        """End it; nothing of it touches slabs any more on return. Idempotent."""
+
+
+@dataclass(frozen=True)
+class LandingPlace:
+    """Memory that a landing writes into: each layer's tokens in order, and their digests."""
+
+    slab_addresses: npt.NDArray[np.int64]
+    """[slabs] of the whole prompt, in token order."""
+    kv_from_token: int
+    """First token that is written; a multiple of 16."""
+    num_tokens: int
+    """Of the prompt, where it ends."""
+
+
+LandingT = TypeVar("LandingT", bound=Landing)
 
 
 class SequenceKv:
@@ -58,6 +82,8 @@ class SequenceKv:
         self._may_append = False
         self._next_token = [self.kv_from_token] * store.geometry.num_layers
         self._is_released = False
+        self._landing: Landing | None = None
+        """Open until somebody needs the slabs for something else."""
         self.slab_table = torch.zeros(max_slabs, dtype=torch.int64, pin_memory=store.pins_tables)
         """[max_slabs] addresses of the sequence's slabs in token order; grows in place."""
         for ordinal, slab in enumerate(self._slabs):
@@ -86,6 +112,7 @@ class SequenceKv:
     def restart(self) -> None:
         """Forget what was written before a commit, so that another hand-off can begin."""
         assert not self._may_append
+        self._close_landing()
         self._next_token = [self.kv_from_token] * self._store.geometry.num_layers
         if self._tail is None:
             self._digest_begun_blocks()
@@ -127,6 +154,7 @@ class SequenceKv:
             FrameFormatError: not the layer's next tokens, beyond the prompt, or of a wrong size.
             NonFiniteKvError: K or V of one of them is NaN or infinite.
         """
+        assert self._landing is None, "a landing writes this sequence's blocks"
         geometry = self._store.geometry
         num_blocks = ceil_div(num_tokens, BLOCK_TOKENS)
         if not 0 <= layer < geometry.num_layers or first_token != self._next_token[layer]:
@@ -161,11 +189,49 @@ class SequenceKv:
             raise NonFiniteKvError(layer=layer, token=token)
         self._next_token[layer] = end
 
+    def open_landing(self, make: Callable[[LandingPlace], LandingT]) -> LandingT:
+        """Have the whole prompt's KV written by a landing, in place of `write_blocks`.
+
+        All slabs are taken for it. It is closed by `landed`, and by `restart` and `release`, so
+        that it never writes into a slab that is another's.
+
+        Args:
+            make: opens the landing at the place that it gets.
+
+        Raises:
+            FluxionError: the sequence has been released.
+        """
+        assert not self._may_append, "the prompt is there, or this node computes it"
+        assert self._landing is None, "another landing is open"
+        assert self._next_token == [self.kv_from_token] * self._store.geometry.num_layers
+        self.grow_for_prompt()
+        self._tail = None
+        place = LandingPlace(
+            self.slab_table[: len(self._slabs)].numpy().copy(),
+            self.kv_from_token,
+            self.num_prompt_tokens,
+        )
+        landing = make(place)
+        self._landing = landing
+        return landing
+
+    def landed(self) -> None:
+        """Note that the open landing has written everything, and close it; `commit` may follow."""
+        assert self._landing is not None, "no landing is open"
+        self._close_landing()
+        self._next_token = [self.num_prompt_tokens] * self._store.geometry.num_layers
+
+    def _close_landing(self) -> None:
+        if self._landing is not None:
+            self._landing.close()
+            self._landing = None
+
     def begin_prompt(self) -> None:
         """Let `StepAppend` add the prompt's tokens too, after those that were stored already.
 
         `commit` follows when they are all there.
         """
+        assert self._landing is None, "a landing writes this sequence's blocks"
         assert self._next_token == [self.kv_from_token] * self._store.geometry.num_layers
         self.num_tokens = self.shared_tokens
         self._may_append = True
@@ -177,6 +243,7 @@ class SequenceKv:
             StreamTruncatedError: a layer is not whole.
             NonFiniteKvError: see `damage`.
         """
+        assert self._landing is None, "a landing is open; `landed` says that it is whole"
         self._refuse_damage()
         whole = [self.num_tokens] if self._may_append else self._next_token
         for layer, next_token in enumerate(whole):
@@ -257,6 +324,7 @@ class SequenceKv:
         if self._is_released:
             return
         self._is_released = True
+        self._close_landing()
         self._store.give_back(self._slabs, self._num_reserved, self._tail)
         self._slabs, self._num_reserved = [], 0
 

@@ -3,6 +3,10 @@
 Rules: one HEADER first; CHUNKs, each layer's in token order without gap or overlap, layers
 interleaved at will; one TRAILER, after every layer is whole. A frame that breaks a rule ends the
 hand-off: nothing is committed.
+
+Where the HEADER names an endpoint, CHUNKs come over connections beside the call and land natively
+(services/decode/data_plane.py), by the same rules. Then the TRAILER may come before they have
+landed, and what it counts is compared once both are there.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ from typing import Protocol
 
 from fluxion_core.errors import FrameFormatError, FrameOrderError, StreamTruncatedError
 from fluxion_core.geometry import BLOCK_TOKENS
-from fluxion_core.kvstream.handoff import Frame, FrameKind, Header, KvLayout, Trailer
+from fluxion_core.kvstream.handoff import Endpoint, Frame, FrameKind, Header, KvLayout, Trailer
 
 
 class KvSink(Protocol):
@@ -42,6 +46,8 @@ class HandoffAssembler:
         self._kv_from_token = kv_from_token
         self._next_token = [kv_from_token] * layout.num_layers
         self._has_header = False
+        self.endpoint: Endpoint | None = None
+        """Where CHUNKs come from, as the HEADER says; None: they come with the call."""
         self._trailer: Trailer | None = None
         self.num_chunks = 0
         """CHUNK frames taken."""
@@ -69,6 +75,7 @@ class HandoffAssembler:
                 f"asked for {self._kv_from_token} to {self._num_tokens}"
             )
         self._has_header = True
+        self.endpoint = header.endpoint
 
     def take_chunk(self, frame: Frame) -> None:
         """Write one CHUNK to the sink.
@@ -81,6 +88,8 @@ class HandoffAssembler:
             raise FrameFormatError(f"expected a CHUNK frame, got {frame.kind.name}")
         if not self._has_header or self._trailer is not None:
             raise FrameFormatError("CHUNK frame outside of HEADER and TRAILER")
+        if self.endpoint is not None:
+            raise FrameFormatError("CHUNK frame in a call whose KV comes over its connections")
         self._check_extent(frame)
         self._sink.write_blocks(frame.layer, frame.first_token, frame.num_tokens, frame.payload)
         self._next_token[frame.layer] = frame.first_token + frame.num_tokens
@@ -96,6 +105,33 @@ class HandoffAssembler:
         """
         if self._trailer is not None or not self._has_header:
             raise FrameFormatError("TRAILER frame before the HEADER, or a second one")
+        self._trailer = trailer
+        if self.endpoint is None:
+            self._check_whole(trailer)
+
+    def take_landing(self, num_chunks: int, payload_bytes: int) -> None:
+        """Accept all KV that was to come beside the call: so many CHUNKs of so many bytes."""
+        assert self.endpoint is not None
+        self.num_chunks, self.payload_bytes = num_chunks, payload_bytes
+        self._next_token = [self._num_tokens] * len(self._next_token)
+
+    def finish(self) -> Trailer:
+        """The trailer, once the stream has ended, and all KV has come.
+
+        Raises:
+            StreamTruncatedError: the stream ended without one, or a layer is not whole.
+            FrameFormatError: the trailer's counts differ from what came beside the call.
+        """
+        if self._trailer is None:
+            whole = sum(next_token == self._num_tokens for next_token in self._next_token)
+            raise StreamTruncatedError(
+                f"the stream ended before its TRAILER, with {whole} of "
+                f"{self._layout.num_layers} layers whole"
+            )
+        self._check_whole(self._trailer)
+        return self._trailer
+
+    def _check_whole(self, trailer: Trailer) -> None:
         for layer, next_token in enumerate(self._next_token):
             if next_token != self._num_tokens:
                 raise StreamTruncatedError(
@@ -107,21 +143,6 @@ class HandoffAssembler:
                 f"TRAILER counts {trailer.num_chunks} chunks of {trailer.payload_bytes} B; "
                 f"{self.num_chunks} of {self.payload_bytes} B came"
             )
-        self._trailer = trailer
-
-    def finish(self) -> Trailer:
-        """The trailer, once the stream has ended.
-
-        Raises:
-            StreamTruncatedError: the stream ended without one.
-        """
-        if self._trailer is None:
-            whole = sum(next_token == self._num_tokens for next_token in self._next_token)
-            raise StreamTruncatedError(
-                f"the stream ended before its TRAILER, with {whole} of "
-                f"{self._layout.num_layers} layers whole"
-            )
-        return self._trailer
 
     def _check_extent(self, frame: Frame) -> None:
         layer, first, count = frame.layer, frame.first_token, frame.num_tokens

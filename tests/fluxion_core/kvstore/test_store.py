@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -18,9 +19,10 @@ from fluxion_core.errors import (
     StreamTruncatedError,
 )
 from fluxion_core.geometry import BLOCK_SIZES, BLOCK_TOKENS, KvGeometry, ceil_div
+from fluxion_core.kernels.block_digest import cpu as block_digest
 from fluxion_core.kernels.block_digest import reference
 from fluxion_core.kvstore.digest_index import gather_digests, gather_kv
-from fluxion_core.kvstore.sequence import SequenceKv
+from fluxion_core.kvstore.sequence import LandingPlace, SequenceKv
 from fluxion_core.kvstore.step_append import StepAppend
 from fluxion_core.kvstore.store import HostKvStore
 
@@ -296,6 +298,88 @@ def test_a_restarted_hand_off_writes_again():
     ingest(sequence, kv_of(tokens))
     sequence.commit()
     check_content(sequence, kv_of(tokens))
+
+
+class WritingLanding:
+    """A landing that writes where it was told, and says what the store held when it was closed."""
+
+    def __init__(self, store: HostKvStore, place: LandingPlace) -> None:
+        self.place, self.held_at_close = place, []
+        self._store = store
+
+    def write(self, kv: torch.Tensor) -> None:
+        first, count = self.place.kv_from_token, self.place.num_tokens - self.place.kv_from_token
+        for ordinal, inside, part in GEOMETRY.split_by_slab(first, count):
+            begin = ordinal * GEOMETRY.slab_tokens + inside
+            for layer in range(GEOMETRY.num_layers):
+                heads = np.frombuffer(payload(kv, layer, begin, part), np.uint8).reshape(2, -1)
+                address = int(self.place.slab_addresses[ordinal])
+                block_digest.ingest_blocks(GEOMETRY, address, layer, inside, part, heads)
+
+    def close(self) -> None:
+        self.held_at_close.append(self._store.statistics().used_bytes)
+
+
+def test_what_has_landed_is_what_is_read():
+    store = make_store(4)
+    tokens = list(range(300))
+    stored(store, tokens[:150]).release()
+    sequence = store.reserve(tokens, 0)
+    landing = sequence.open_landing(lambda place: WritingLanding(store, place))
+    assert (landing.place.kv_from_token, landing.place.num_tokens) == (128, 300)
+    assert landing.place.slab_addresses.tolist() == [store.slab_address(s) for s in sequence.slabs]
+    landing.write(kv_of(tokens))
+    sequence.landed()
+    assert len(landing.held_at_close) == 1
+    sequence.commit()
+    check_content(sequence, kv_of(tokens))
+    sequence.release()
+    assert len(landing.held_at_close) == 1
+    check_accounting(store)
+
+
+@pytest.mark.parametrize("end", ["restart", "release"])
+def test_a_landing_is_closed_before_its_slabs_are_anothers(end: str):
+    store = make_store(4)
+    tokens = list(range(300))
+    sequence = store.reserve(tokens, 0)
+    landing = sequence.open_landing(lambda place: WritingLanding(store, place))
+    held = store.statistics().used_bytes
+    assert held
+    getattr(sequence, end)()
+    assert landing.held_at_close == [held]
+    if end == "restart":
+        again = sequence.open_landing(lambda place: WritingLanding(store, place))
+        again.write(kv_of(tokens))
+        sequence.landed()
+        sequence.commit()
+        check_content(sequence, kv_of(tokens))
+    sequence.release()
+    assert store.statistics().reserved_bytes == store.statistics().used_bytes == 0
+
+
+def test_a_landing_and_another_writer_exclude_each_other():
+    store = make_store(4)
+    sequence = store.reserve(list(range(40)), 0)
+    with pytest.raises(AssertionError):
+        sequence.landed()
+    sequence.open_landing(lambda place: WritingLanding(store, place))
+    for not_now in (
+        sequence.commit,
+        sequence.begin_prompt,
+        lambda: sequence.open_landing(lambda place: WritingLanding(store, place)),
+        lambda: sequence.write_blocks(0, 0, 16, bytes(2 * GEOMETRY.block_bytes)),
+    ):
+        with pytest.raises(AssertionError):
+            not_now()
+    sequence.release()
+    other = stored(store, list(range(40)))
+    with pytest.raises(AssertionError):
+        other.open_landing(lambda place: WritingLanding(store, place))
+    gone = store.reserve(list(range(50, 90)), 0)
+    gone.release()
+    with pytest.raises(FluxionError, match="released"):
+        gone.open_landing(lambda place: WritingLanding(store, place))
 
 
 @pytest.mark.parametrize("digest_bits", [8, 16])

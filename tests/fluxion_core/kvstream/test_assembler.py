@@ -8,9 +8,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fluxion_core.errors import FluxionError, HandoffError, LayoutMismatchError
+from fluxion_core.config.carriers import Carrier
+from fluxion_core.errors import (
+    FluxionError,
+    FrameFormatError,
+    HandoffError,
+    LayoutMismatchError,
+    StreamTruncatedError,
+)
 from fluxion_core.kvstream.assembler import HandoffAssembler
-from fluxion_core.kvstream.handoff import Frame, FrameKind, Header, KvLayout, Trailer
+from fluxion_core.kvstream.handoff import Endpoint, Frame, FrameKind, Header, KvLayout, Trailer
 
 LAYOUT = KvLayout(
     "toy",
@@ -156,3 +163,49 @@ def test_only_names_for_people_may_differ():
     LAYOUT.check_compatible(replace(LAYOUT, model_name="another"))
     with pytest.raises(LayoutMismatchError, match="revision_hash"):
         LAYOUT.check_compatible(replace(LAYOUT, revision_hash="ff"))
+
+
+BESIDE = Header(LAYOUT, NUM_TOKENS, 0, Endpoint(Carrier.SOCKETS, bytes(16), bytes(32), 4, port=7))
+
+
+def take(items: list[object], landing: tuple[int, int] | None) -> HandoffAssembler:
+    """Feed a stream whose KV lands beside it after so many of its items, if it does."""
+    assembler = HandoffAssembler(Recorder(), LAYOUT, num_tokens=NUM_TOKENS, kv_from_token=0)
+    for item in items:
+        match item:
+            case Header():
+                assembler.take_header(item)
+            case Trailer():
+                assembler.take_trailer(item)
+            case Frame():
+                assembler.take_chunk(item)
+            case "landing":
+                assert landing is not None
+                assembler.take_landing(*landing)
+    assembler.finish()
+    return assembler
+
+
+def test_kv_that_lands_beside_its_call_may_be_whole_before_or_after_the_trailer():
+    trailer = Trailer(1, 0.0, 0.0, 6, 600)
+    for items in ([BESIDE, trailer, "landing"], [BESIDE, "landing", trailer]):
+        assembler = take(items, (6, 600))
+        assert assembler.endpoint == BESIDE.endpoint
+        assert (assembler.num_chunks, assembler.payload_bytes) == (6, 600)
+        assert assembler.tokens_taken == NUM_TOKENS
+
+
+def test_kv_that_was_to_land_beside_its_call_and_did_not_is_missed():
+    trailer = Trailer(1, 0.0, 0.0, 6, 600)
+    with pytest.raises(StreamTruncatedError, match="layer 0 holds 0 of 70"):
+        take([BESIDE, trailer], None)
+    with pytest.raises(StreamTruncatedError, match="before its TRAILER"):
+        take([BESIDE, "landing"], (6, 600))
+    with pytest.raises(FrameFormatError, match="counts 6 chunks of 600 B; 5 of 600 B came"):
+        take([BESIDE, trailer, "landing"], (5, 600))
+    with pytest.raises(FrameFormatError, match="6 of 601 B came"):
+        take([BESIDE, trailer, "landing"], (6, 601))
+    with pytest.raises(FrameFormatError, match="comes over its connections"):
+        take([BESIDE, chunk(0, 0, 32)], None)
+    with pytest.raises(FrameFormatError, match="second"):
+        take([BESIDE, trailer, trailer], None)
