@@ -34,6 +34,7 @@ BENCHES = {
     "handoff": "bench_handoff:BenchHandoff",
     "kernels": "bench_kernels:BenchKernels",
     "serve": "bench_serve:BenchServe",
+    "first-token": "bench_first_token:BenchFirstToken",
     "prefill": "bench_prefill:BenchPrefill",
     "decode-step": "bench_decode_step:BenchDecodeStep",
     "telemetry": "bench_telemetry:BenchTelemetry",

@@ -6,10 +6,8 @@ What is measured, and how: fluxion_core/lab/benchmark/telemetry.py.
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from dataclasses import replace
-from pathlib import Path
 
 from rich.console import Console
 
@@ -25,6 +23,7 @@ from services.cli.demo import load_document
 from services.cli.http import get
 from services.cli.logs import LogPrinter
 from services.cli.node_plans import plan_nodes
+from services.cli.process_cpu import cpu_seconds_of
 from services.cli.processes import NodeGroup, finished_before, stop_signals
 from services.cli.up import bring_up
 
@@ -42,17 +41,14 @@ class Stream:
     """
 
     def __init__(self, pid: int) -> None:
-        self._stat = Path(f"/proc/{pid}/stat")
+        self._pid = pid
         self.marks: list[tuple[float, float]] = []
         """When each came, s, and what CPU seconds the node had used until then."""
         self.has_ended = False
 
     def arrive(self, tokens: int) -> None:
         """Tokens are there."""
-        # The command's name, in parentheses, may have spaces in it.
-        fields = self._stat.read_text().rpartition(")")[2].split()
-        ticks = int(fields[11]) + int(fields[12])
-        self.marks += [(time.perf_counter(), ticks / os.sysconf("SC_CLK_TCK"))] * tokens
+        self.marks += [(time.perf_counter(), cpu_seconds_of(self._pid))] * tokens
 
     def wait(self, tokens: int) -> None:
         """Wait until so many more have arrived."""

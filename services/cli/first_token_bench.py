@@ -1,0 +1,346 @@
+"""`fluxion bench first-token`: both nodes on random weights of a shape, a way of KV at a time.
+
+What is measured, and what is made of it: fluxion_core/lab/benchmark/first_token.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+
+import torch
+from rich.console import Console
+
+from fluxion_core.client import NO_RETRIES, AsyncClient, Delta, Finish, GenerationOptions, Usage
+from fluxion_core.errors import ConfigError, FluxionError
+from fluxion_core.geometry import KvGeometry
+from fluxion_core.lab.benchmark.first_token import (
+    Answer,
+    Crowd,
+    Prompts,
+    WayAnswers,
+    first_token_report,
+)
+from fluxion_core.lab.benchmark.model_shapes import shape_named
+from fluxion_core.lab.benchmark.random_model import write_random_model
+from fluxion_core.lab.benchmark.report import describe_machine
+from fluxion_core.lab.provenance import Provenance
+from fluxion_core.models.config import ModelConfig
+from fluxion_core.planning.policy import PredictedPolicy, parse_policy
+from services.cli.commands.bench_first_token import BenchFirstToken
+from services.cli.commands.up import Up
+from services.cli.logs import LogPrinter
+from services.cli.node_plans import plan_nodes
+from services.cli.prefill_alone import PrefillTimes, measure_alone
+from services.cli.process_cpu import cpu_seconds_of
+from services.cli.processes import NodeGroup, NodeProcess, finished_before, stop_signals
+from services.cli.up import bring_up
+
+STREAM_NEW_TOKENS = 16_384
+"""At most; the stream is cancelled when the crowd has been served."""
+
+_WARM_UP_TOKENS = 8192
+"""Of a prompt that does not count, at most."""
+
+_SPARE_SLABS = 8
+_SLAB_ALIGNMENT_BYTES = 4096
+
+
+async def bench_first_token(options: BenchFirstToken, console: Console) -> dict[str, object]:
+    """Measure computing alone, then each way; print tables, return the report.
+
+    Raises:
+        ConfigError: a length, a shape or a way is none, or a prompt does not fit the context.
+        FluxionError: the model or a device cannot be used, a node failed, or a request did.
+    """
+    config = shape_named(options.shape, options.layers)
+    _check_lengths(options, config)
+    policy = parse_policy(options.policy)
+    devices = _devices(options)
+    with tempfile.TemporaryDirectory(prefix="fluxion-bench-") as folder:
+        model = Path(folder) / options.shape
+        write_random_model(model, config)
+        computing = await asyncio.to_thread(
+            measure_alone,
+            model,
+            devices[0],
+            _computed(options),
+            has_profile=isinstance(policy, PredictedPolicy),
+        )
+        console.print(f"computing alone: {_medians(computing)}", highlight=False)
+        measured = [
+            await _measure_way(way, options, config, model, devices) for way in options.ways
+        ]
+    tables = first_token_report(console, computing.seconds, measured)
+    about = Provenance.here(computing.model, computing.revision, gpu=computing.gpu)
+    return {
+        "about": about.as_json(),
+        "machine": describe_machine() | {"gpu": computing.gpu or "none"},
+        "devices": {"prefill": devices[0], "decode": devices[1]},
+        "options": _kept(options),
+        **tables,
+    }
+
+
+def _check_lengths(options: BenchFirstToken, config: ModelConfig) -> None:
+    longest = max(one.tokens for one in _computed(options))
+    if longest + 1 > config.context_tokens:
+        raise ConfigError(f"a prompt of {longest} tokens; the context has {config.context_tokens}")
+
+
+def _computed(options: BenchFirstToken) -> list[Prompts]:
+    """Prompts to be computed alone: the single ones, and the crowd's if none is as long."""
+    prompts = list(options.prompts)
+    if options.crowd and options.crowd_tokens not in {one.tokens for one in prompts}:
+        prompts.append(Prompts(options.crowd_tokens, 1))
+    return prompts
+
+
+def _devices(options: BenchFirstToken) -> tuple[str, str]:
+    """The prefill node's, and the decode node's: a GPU each if there are two."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    prefill = options.prefill_device or ("cuda:0" if count else "cpu")
+    return prefill, options.decode_device or ("cuda:1" if count > 1 else prefill)
+
+
+def _medians(computing: PrefillTimes) -> str:
+    return ", ".join(f"{n:,} tokens {median(all_):.3f} s" for n, all_ in computing.seconds.items())
+
+
+def _kept(options: BenchFirstToken) -> dict[str, object]:
+    """Options of the report, and the nodes' settings that came from variables."""
+    about_printing = ("json", "logs", "log_level")
+    kept = {name: value for name, value in asdict(options).items() if name not in about_printing}
+    return kept | {
+        "variables": {name: os.environ[name] for name in os.environ if name.startswith("FLUXION_")}
+    }
+
+
+async def _measure_way(
+    way: str,
+    options: BenchFirstToken,
+    config: ModelConfig,
+    model: Path,
+    devices: tuple[str, str],
+) -> WayAnswers:
+    files = [model.parent / f"{node}.toml" for node in ("prefill", "decode")]
+    files[0].write_text(_prefill_settings(way, devices[0]), encoding="utf-8")
+    files[1].write_text(_decode_settings(way, options, config, devices), encoding="utf-8")
+    plans = plan_nodes(
+        Up(
+            model=str(model),
+            decode_listen="127.0.0.1:0",
+            prefill_config=files[0],
+            decode_config=files[1],
+        )
+    )
+    nodes = NodeGroup(NodeLog(has_all=options.logs))
+    started = time.perf_counter()
+    with stop_signals(nodes.kill) as stop_requested:
+        async with nodes:
+            processes = await bring_up(nodes, plans, ready_seconds=options.ready_seconds)
+            ready_seconds = time.perf_counter() - started
+            async with AsyncClient(plans[1].address, retry=NO_RETRIES) as client:
+                asker = Asker(client, processes, config.vocab_size, options.policy)
+                measuring = asyncio.create_task(_measure(asker, options))
+                if not await finished_before(measuring, stop_requested):
+                    raise FluxionError("stopped by a signal")
+                single, crowd = measuring.result()
+    return WayAnswers(way, ready_seconds, tuple(single), crowd)
+
+
+def _prefill_settings(way: str, device: str) -> str:
+    return f'[model]\ndevice = "{device}"\n[handoff]\nways = ["{way}"]\n'
+
+
+def _decode_settings(
+    way: str, options: BenchFirstToken, config: ModelConfig, devices: tuple[str, str]
+) -> str:
+    """Every prompt by the prefill node; memory for all prompts that are there at once."""
+    device_kv = options.device_kv or ("0" if devices[0] == devices[1] else "auto")
+    return (
+        f'[model]\ndevice = "{devices[1]}"\n[handoff]\nways = ["{way}"]\n'
+        f"[engine]\nlocal_prefill_tokens = 0\n"
+        f'[store]\nhost_kv_bytes = "{options.host_kv or _kv_bytes(options, config)}"\n'
+        f'device_kv_bytes = "{device_kv}"\n'
+    )
+
+
+def _kv_bytes(options: BenchFirstToken, config: ModelConfig) -> int:
+    geometry = KvGeometry(config.num_layers, config.num_kv_heads, config.head_dim)
+    lengths = [one.tokens for one in options.prompts]
+    slabs = max(map(geometry.slabs_for, lengths))
+    if options.crowd:
+        together = [options.crowd_tokens] * options.crowd + [options.short_tokens]
+        together.append(options.stream_tokens + STREAM_NEW_TOKENS)
+        slabs = max(slabs, sum(geometry.slabs_for(one + 1) for one in together))
+    return (slabs + _SPARE_SLABS) * (geometry.slab_bytes + _SLAB_ALIGNMENT_BYTES)
+
+
+class NodeLog:
+    """Prints what nodes log, on standard error: all of it, or warnings and errors."""
+
+    def __init__(self, *, has_all: bool) -> None:
+        self._has_all = has_all
+        self._print = LogPrinter(Console(stderr=True))
+
+    def __call__(self, node: str, line: str) -> None:
+        """Print a line, if it is wanted; what is in no log format always is."""
+        if self._has_all or " INFO " not in line:
+            self._print(node, line)
+
+
+async def _measure(asker: Asker, options: BenchFirstToken) -> tuple[list[Answer], Crowd | None]:
+    longest = max(one.tokens for one in _computed(options))
+    await asker.ask(asker.prompt(min(_WARM_UP_TOKENS, longest)))
+    single = [
+        await asker.ask(asker.prompt(one.tokens))
+        for one in options.prompts
+        for _ in range(one.repeats)
+    ]
+    return single, await _ask_crowd(asker, options) if options.crowd else None
+
+
+async def _ask_crowd(asker: Asker, options: BenchFirstToken) -> Crowd:
+    # Made before the stream, whose tokens' arrivals are seen on this thread too.
+    long_prompts = [asker.prompt(options.crowd_tokens) for _ in range(options.crowd)]
+    short_prompts = [asker.prompt(options.short_tokens) for _ in range(options.short)]
+    stream = TokenTimes(asker, options.stream_tokens)
+
+    async def one_after_the_other() -> list[Answer]:
+        return [await asker.ask(prompt) for prompt in short_prompts]
+
+    try:
+        await stream.wait_for(options.quiet_steps + 1)
+        quiet, first = stream.gaps_from(0), len(stream.arrivals) - 1
+        # The short ones' first request is sent after those of the long ones.
+        long = asyncio.gather(*map(asker.ask, long_prompts))
+        short = asyncio.ensure_future(one_after_the_other())
+        answers = await long
+        gaps = stream.gaps_from(first)
+        in_order = sorted(answers, key=lambda one: one.first_token_seconds)
+        return Crowd(tuple(in_order), tuple(await short), tuple(quiet), tuple(gaps))
+    finally:
+        await stream.cancel()
+
+
+class Asker:
+    """Sends prompts of random tokens, no two alike, and times their first tokens.
+
+    Args:
+        client: of the decode node.
+        processes: of the prefill node and of the decode node.
+        vocab_size: of the model.
+        policy: what requests read.
+    """
+
+    def __init__(
+        self,
+        client: AsyncClient,
+        processes: Sequence[NodeProcess],
+        vocab_size: int,
+        policy: str,
+    ) -> None:
+        self.client, self.policy = client, policy
+        self._processes = processes
+        self._vocab_size = vocab_size
+
+    def prompt(self, num_tokens: int) -> list[int]:
+        """Random token ids."""
+        return [random.randrange(self._vocab_size) for _ in range(num_tokens)]
+
+    async def ask(self, prompt: Sequence[int]) -> Answer:
+        """Send a prompt; the answer is one token.
+
+        Raises:
+            FluxionError: the request failed.
+        """
+        asked = GenerationOptions(max_new_tokens=1, ignore_eos=True, policy=self.policy)
+        before = self._cpu_seconds()
+        started = time.perf_counter()
+        arrived: float | None = None
+        usage: Usage | None = None
+        async for event in self.client.stream(prompt, asked):
+            if isinstance(event, Delta) and event.token_ids and arrived is None:
+                arrived = time.perf_counter()
+            elif isinstance(event, Finish):
+                usage = event.usage
+        if arrived is None or usage is None:
+            raise FluxionError(f"a prompt of {len(prompt)} tokens got no token")
+        cpu = [later - earlier for earlier, later in zip(before, self._cpu_seconds(), strict=True)]
+        return Answer(
+            prompt_tokens=len(prompt),
+            first_token_seconds=arrived - started,
+            queue_seconds=usage.queue_seconds,
+            prefill_seconds=usage.prefill_seconds,
+            handoff_seconds=usage.handoff_seconds,
+            handoff_bytes=usage.handoff_bytes,
+            prefill_cpu_seconds=cpu[0],
+            decode_cpu_seconds=cpu[1],
+        )
+
+    def _cpu_seconds(self) -> list[float]:
+        return [cpu_seconds_of(process.pid) for process in self._processes]
+
+
+class TokenTimes:
+    """A stream that makes tokens until it is cancelled, and when each of them came."""
+
+    def __init__(self, asker: Asker, num_tokens: int) -> None:
+        self.arrivals: list[float] = []
+        self._changed = asyncio.Event()
+        self._reading = asyncio.create_task(self._read(asker, asker.prompt(num_tokens)))
+
+    async def wait_for(self, count: int) -> None:
+        """Wait until so many tokens have come.
+
+        Raises:
+            FluxionError: the stream ended before.
+        """
+        while len(self.arrivals) < count:
+            self._changed.clear()
+            changed = asyncio.create_task(self._changed.wait())
+            await asyncio.wait((changed, self._reading), return_when=asyncio.FIRST_COMPLETED)
+            changed.cancel()
+            self._check()
+
+    def gaps_from(self, first: int) -> list[float]:
+        """Seconds between arrivals from this one on.
+
+        Raises:
+            FluxionError: the stream has ended, or no two tokens have come since.
+        """
+        self._check()
+        gaps = [later - earlier for earlier, later in pairwise(self.arrivals[first:])]
+        if not gaps:
+            raise FluxionError(
+                "the stream made no token meanwhile; give --quiet-steps or prompts more"
+            )
+        return gaps
+
+    async def cancel(self) -> None:
+        """End the stream; idempotent."""
+        self._reading.cancel()
+        await asyncio.gather(self._reading, return_exceptions=True)
+
+    def _check(self) -> None:
+        if self._reading.done():
+            self._reading.result()
+            raise FluxionError(f"the stream ended after {len(self.arrivals)} tokens")
+
+    async def _read(self, asker: Asker, prompt: list[int]) -> None:
+        asked = GenerationOptions(
+            max_new_tokens=STREAM_NEW_TOKENS, ignore_eos=True, policy=asker.policy
+        )
+        async for event in asker.client.stream(prompt, asked):
+            if isinstance(event, Delta):
+                self.arrivals += [time.perf_counter()] * len(event.token_ids)
+                self._changed.set()
