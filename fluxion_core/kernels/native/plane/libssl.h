@@ -49,7 +49,6 @@ using BioControl = long (*)(Bio*, int command, long number, void* pointer);
   F(void, SSL_CTX_free, (Context*))                                                   \
   F(long, SSL_CTX_ctrl, (Context*, int command, long number, void* pointer))          \
   F(int, SSL_CTX_set_ciphersuites, (Context*, const char*))                           \
-  F(void, SSL_CTX_set_default_read_buffer_len, (Context*, size_t))                    \
   F(int, SSL_CTX_set_num_tickets, (Context*, size_t))                                 \
   F(void, SSL_CTX_set_psk_find_session_callback, (Context*, FindSession))             \
   F(void, SSL_CTX_set_psk_use_session_callback, (Context*, UseSession))               \

@@ -19,15 +19,16 @@ namespace {
 constexpr size_t kKeyBytes = 32, kMostIdentityBytes = 128;
 constexpr size_t kRecordBytes = 16 << 10;  // the most that one record of TLS carries
 // Records are sent and received many at a time, for a call of the kernel costs as much as a record's
-// encryption; so many bytes still lie in the cache.
-constexpr size_t kBatchBytes = 16 * kRecordBytes;
+// encryption; so many bytes still lie in the cache. OpenSSL's own reading ahead moves all that is left
+// to the front of its buffer with every record.
+constexpr size_t kBatchBytes = 8 * kRecordBytes;
 constexpr size_t kSendBufferBytes = kBatchBytes + (8 << 10);  // with what each record adds
 // A key of AES-GCM is good for 2^24.5 full records (RFC 8446, 5.5), 380 GiB; it is changed long before.
 constexpr uint64_t kMostBytesOfKey = uint64_t(64) << 30;
 
 // OpenSSL's numbers.
 constexpr int kTls13 = 0x0304;
-constexpr int kSetMode = 33, kSetReadAhead = 41, kSetSessionCacheMode = 44;
+constexpr int kSetMode = 33, kSetSessionCacheMode = 44;
 constexpr int kSetLowestVersion = 123, kSetHighestVersion = 124;
 constexpr long kPartialWrites = 1, kMovingWriteBuffer = 2;
 constexpr int kVerifyPeer = 1;
@@ -51,43 +52,74 @@ std::string oldest_error() {
 
 }  // namespace
 
-// The socket, and what has been encrypted for it.
+// Bytes on their way, encrypted.
+struct TlsTransport::Batch {
+  explicit Batch(size_t bytes) : size(bytes), buffer(new char[bytes]) {}
+
+  size_t left() const { return end - first; }
+  size_t room() const { return size - end; }
+
+  size_t put(const void* from, size_t bytes) {
+    const size_t count = std::min(bytes, room());
+    std::memcpy(&buffer[end], from, count);
+    end += count;
+    return count;
+  }
+
+  size_t take(void* to, size_t bytes) {
+    const size_t count = std::min(bytes, left());
+    std::memcpy(to, &buffer[first], count);
+    first += count;
+    return count;
+  }
+
+  const size_t size;
+  const std::unique_ptr<char[]> buffer;
+  size_t first = 0, end = 0;
+};
+
+// The socket, which is read and written by batches.
 struct TlsTransport::Wire {
-  explicit Wire(int socket) : fd(socket), buffer(new char[kSendBufferBytes]) {}
+  explicit Wire(int socket) : fd(socket), in(kBatchBytes), out(kSendBufferBytes) {}
 
   // False: the kernel has no room for more, or `error` is set.
   bool send_all() {
-    while (first < end) {
-      const ssize_t sent = ::send(fd, &buffer[first], end - first, MSG_NOSIGNAL | MSG_DONTWAIT);
+    while (out.left()) {
+      const ssize_t sent =
+          ::send(fd, &out.buffer[out.first], out.left(), MSG_NOSIGNAL | MSG_DONTWAIT);
       if (sent >= 0) {
-        first += size_t(sent);
-      } else if (errno != EINTR) {
-        if (errno != EAGAIN && errno != EWOULDBLOCK) error = errno;
+        out.first += size_t(sent);
+      } else if (!is_interrupted()) {
         return false;
       }
     }
-    first = end = 0;
+    out.first = out.end = 0;
     return true;
   }
 
-  // False: would block, or `error` is set. No bytes at the stream's end.
-  bool receive(void* to, size_t bytes, size_t& came) {
+  // Of an empty batch. False: nothing has come, or `error` is set. An empty batch is the stream's end.
+  bool receive() {
+    in.first = in.end = 0;
     for (;;) {
-      const ssize_t count = ::recv(fd, to, bytes, MSG_DONTWAIT);
-      if (count >= 0) {
-        came = size_t(count);
+      const ssize_t came = ::recv(fd, &in.buffer[0], in.size, MSG_DONTWAIT);
+      if (came >= 0) {
+        in.end = size_t(came);
         return true;
       }
-      if (errno == EINTR) continue;
-      if (errno != EAGAIN && errno != EWOULDBLOCK) error = errno;
-      return false;
+      if (!is_interrupted()) return false;
     }
   }
 
+  // Of a call that failed; keeps errno where that broke the connection.
+  bool is_interrupted() {
+    if (errno == EINTR) return true;
+    if (errno != EAGAIN && errno != EWOULDBLOCK) error = errno;
+    return false;
+  }
+
   const int fd;
-  const std::unique_ptr<char[]> buffer;
-  size_t first = 0, end = 0;  // in the buffer, not sent yet
-  int error = 0;              // errno of the socket's last call, where that broke the connection
+  Batch in, out;
+  int error = 0;
 };
 
 // What OpenSSL calls.
@@ -105,18 +137,16 @@ struct TlsTransport::Callbacks {
 
   static int read(Bio* bio, char* to, int bytes) {
     functions().BIO_clear_flags(bio, kBioRead | kBioWrite | kBioRetry);
-    size_t came = 0;
-    return wire(bio).receive(to, size_t(bytes), came) ? int(came) : retry(bio, kBioRead);
+    Wire& from = wire(bio);
+    if (!from.in.left() && !from.receive()) return retry(bio, kBioRead);
+    return int(from.in.take(to, size_t(bytes)));
   }
 
   static int write(Bio* bio, const char* from, int bytes) {
     functions().BIO_clear_flags(bio, kBioRead | kBioWrite | kBioRetry);
     Wire& to = wire(bio);
-    if (size_t(bytes) > kSendBufferBytes - to.end && !to.send_all()) return retry(bio, kBioWrite);
-    const size_t taken = std::min(size_t(bytes), kSendBufferBytes);
-    std::memcpy(&to.buffer[to.end], from, taken);
-    to.end += taken;
-    return int(taken);
+    if (size_t(bytes) > to.out.room() && !to.send_all()) return retry(bio, kBioWrite);
+    return int(to.out.put(from, size_t(bytes)));
   }
 
   static long control(Bio* bio, int command, long, void*) {
@@ -205,8 +235,6 @@ struct TlsTransport::Callbacks {
     // A server that comes with a certificate in place of the key is nobody that we know.
     f.SSL_CTX_set_verify(made, kVerifyPeer, nullptr);
     f.SSL_CTX_set_psk_use_session_callback(made, &use);
-    f.SSL_CTX_ctrl(made, kSetReadAhead, 1, nullptr);
-    f.SSL_CTX_set_default_read_buffer_len(made, kBatchBytes);
     return made;
   }
 

@@ -27,6 +27,7 @@ class TlsTransport final : public Transport {
   ssize_t write(const iovec* parts, int count) override;
 
  private:
+  struct Batch;
   struct Wire;
   struct Callbacks;
   struct Free {
