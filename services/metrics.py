@@ -41,7 +41,14 @@ UNREAD_CALLS = MetricDefinition(
     "Calls ended because their client did not take the answer for server.unread_seconds.",
     ("kind",),
 )
-NODE_DEFINITIONS = (NODE_INFO, NODE_READY, UNREAD_CALLS)
+DATA_PLANE_CPU = MetricDefinition(
+    "fluxion_data_plane_cpu_seconds_total",
+    "counter",
+    "seconds",
+    "CPU time of the threads that move KV beside its calls, over sockets and shared memory.",
+    ("kind",),
+)
+NODE_DEFINITIONS = (NODE_INFO, NODE_READY, UNREAD_CALLS, DATA_PLANE_CPU)
 
 TakeTrace = Callable[[int, float], Trace]
 """Records that many steps, at most for so many seconds; blocks until then."""
@@ -82,6 +89,8 @@ class NodeMetrics(Collector):
         """One sentence; empty while the node is ready. Set by services/readiness.py."""
         self.take_trace: TakeTrace | None = None
         """Set by a node that records traces."""
+        self.data_plane_cpu_seconds: Callable[[], float] = float
+        """Set by a node that has threads for KV."""
 
     def describe(self) -> Iterable[Metric]:
         """Nothing: what is exported depends on what the node has loaded."""
@@ -96,6 +105,7 @@ class NodeMetrics(Collector):
         """Everything, as it is now. Called on the endpoint's threads."""
         yield NODE_READY.render({(self._kind,): float(not self.why_not_ready)})
         yield UNREAD_CALLS.render({(self._kind,): self._unread_calls()})
+        yield DATA_PLANE_CPU.render({(self._kind,): self.data_plane_cpu_seconds()})
         if self._info is not None:
             yield NODE_INFO.render({(self._kind, *self._info): 1.0})
         for collector in self._collectors:

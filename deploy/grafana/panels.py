@@ -405,6 +405,21 @@ TRAFFIC = Dashboard(
             NO_PROMPT,
         ),
         Panel(
+            "Hand-off by way",
+            "Bps",
+            (Line(rate("fluxion_handoff_bytes_total", by="way"), "{way}"),),
+            "KV that was committed, by what it came over: shared memory, sockets, the call itself.",
+            NO_PROMPT,
+            is_stacked=True,
+        ),
+        Panel(
+            "Hand-off: CPUs of the data plane",
+            "percentunit",
+            (Line(rate("fluxion_data_plane_cpu_seconds_total", by="kind"), "{kind}"),),
+            "Of one CPU: threads that move KV beside its calls; event loops are not among them.",
+            "No node was scraped in this range.",
+        ),
+        Panel(
             "Hand-off time",
             "s",
             quantiles("fluxion_handoff_seconds", 0.5, 0.95),

@@ -17,6 +17,7 @@ from functools import partial
 
 import grpc
 
+from fluxion_core.config.carriers import Carrier
 from fluxion_core.errors import (
     AuthenticationError,
     CapacityError,
@@ -194,7 +195,7 @@ class KvIngest:
                 self._failed(handoff.request_id, address, error)
             else:
                 self._counters.handed_off(
-                    address, num_bytes=result.payload_bytes, seconds=result.seconds
+                    address, Carrier.GRPC, num_bytes=result.payload_bytes, seconds=result.seconds
                 )
                 return result
         raise self._no_node(failures)

@@ -93,15 +93,16 @@ HANDOFFS = MetricDefinition(
     "fluxion_handoffs_total",
     "counter",
     "hand-offs",
-    "KV hand-offs that were committed, by prefill node.",
-    ("node",),
+    "KV hand-offs that were committed, by prefill node, and by the way that KV came: "
+    "shared_memory, sockets or grpc.",
+    ("node", "way"),
 )
 HANDOFF_BYTES = MetricDefinition(
     "fluxion_handoff_bytes_total",
     "counter",
     "bytes",
-    "KV payload of committed hand-offs, by prefill node.",
-    ("node",),
+    "KV payload of committed hand-offs, by prefill node, and by the way that it came.",
+    ("node", "way"),
 )
 HANDOFF_SECONDS = MetricDefinition(
     "fluxion_handoff_seconds",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+from fluxion_core.config.carriers import Carrier
 from fluxion_core.observe.metrics import PlainHistogram
 from services.metrics import SECONDS_BOUNDS, USUAL_ENDS, outcome_of
 
@@ -64,10 +65,10 @@ class RequestCounters:
         self.prompt_tokens[source,] += prompt_tokens - cached_tokens
         self.prompt_tokens["cached",] += cached_tokens
 
-    def handed_off(self, node: str, *, num_bytes: int, seconds: float) -> None:
-        """Count a hand-off that was committed, by prefill node."""
-        self.handoffs[node,] += 1
-        self.handoff_bytes[node,] += num_bytes
+    def handed_off(self, node: str, way: Carrier, *, num_bytes: int, seconds: float) -> None:
+        """Count a hand-off that was committed, by prefill node and by the way that KV came."""
+        self.handoffs[node, way.value] += 1
+        self.handoff_bytes[node, way.value] += num_bytes
         self.handoff_seconds.observe(seconds)
 
     def handoff_failed(self, error: BaseException) -> None:
