@@ -69,7 +69,8 @@ class TierUsage:
     )
     """Read in host memory because the tier did not hold them, likewise."""
     filled_bytes: int = 0
-    """Copied into it."""
+    """Copied into it: over PCIe, as `tier_fill`, but for what has left default windows, which the
+    device holds."""
     evicted_bytes: int = 0
     """Given up for others. What leaves because its slab was freed does not count."""
 

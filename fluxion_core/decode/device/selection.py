@@ -24,10 +24,12 @@ from fluxion_core.decode.device.selected_layers import SelectedLayers
 from fluxion_core.decode.device.tier import DeviceTier
 from fluxion_core.decode.device.tier_board import TierBoard
 from fluxion_core.decode.device.tier_size import tier_bytes as size_of_tier
+from fluxion_core.decode.device.window_copies import WindowCopies
+from fluxion_core.decode.device.windows import DeviceWindows
 from fluxion_core.decode.step import StepReads, StepRow
 from fluxion_core.decode.work import StepWork
 from fluxion_core.errors import CapacityError, ConfigError
-from fluxion_core.geometry import BLOCK_SIZES, BLOCK_TOKENS, WindowSpec
+from fluxion_core.geometry import BLOCK_SIZES, BLOCK_TOKENS
 from fluxion_core.kernels.sparse_attention.lane import MAX_CHOICE_BLOCKS
 from fluxion_core.kernels.tier.attention import ResidentAttention
 from fluxion_core.kernels.tier.constants import RESIDENT, SELECTED
@@ -62,7 +64,7 @@ class DeviceSelection:
 
     Args:
         store: whose memory the device can address.
-        window: which tokens every head always attends to.
+        windows: of the sequences, on the device.
         num_heads: query heads of the model.
         capacity: rows of a step.
         max_region_tokens: of a sequence.
@@ -81,7 +83,7 @@ class DeviceSelection:
     def __init__(
         self,
         store: HostKvStore,
-        window: WindowSpec,
+        windows: DeviceWindows,
         num_heads: int,
         *,
         capacity: int,
@@ -94,7 +96,7 @@ class DeviceSelection:
         scores_hook: ScoresHook | None = None,
     ) -> None:
         geometry, device = store.geometry, step.device
-        self.geometry, self._window = geometry, window
+        self.geometry, self._window = geometry, windows.window
         self.scores_hook = scores_hook
         """Of the graphs that are made."""
         self.step = step
@@ -107,9 +109,9 @@ class DeviceSelection:
         self.board = TierBoard(geometry, num_heads, capacity, self.kernels.stride, device)
         self.lists = self.kernels.make_lists(capacity, device)
         self.scratch = self.kernels.make_scratch(capacity, device)
-        self.tier = DeviceTier(store, tier_bytes, step, stream)
+        self.tier = DeviceTier(store, tier_bytes, step, stream, WindowCopies(windows, capacity))
         self._radii = np.ones((capacity, len(BLOCK_SIZES)), np.float32)
-        self._filled_bytes = 0
+        self._link_bytes = 0
         self.usage = TierUsage(capacity_bytes=self.tier.statistics().capacity_bytes)
 
     @staticmethod
@@ -120,7 +122,8 @@ class DeviceSelection:
         geometry = store.geometry
         units = store.num_slabs * geometry.kv_bytes // geometry.block_bytes
         of_row = 5 * num_heads + 16 * geometry.num_kv_heads
-        return 4 * units + capacity * of_row * max_region_tokens // BLOCK_TOKENS
+        lists = capacity * of_row * max_region_tokens // BLOCK_TOKENS
+        return 4 * units + lists + WindowCopies.memory_bytes(geometry, capacity)
 
     @property
     def tables(self) -> TierTables:
@@ -187,10 +190,8 @@ class DeviceSelection:
             tier.missed_bytes[row.policy.kind] += read.attended_bytes - read.resident_bytes
         tier.held_bytes = statistics.held_bytes
         tier.filled_bytes, tier.evicted_bytes = statistics.filled_bytes, statistics.evicted_bytes
-        usage.pcie_bytes["host_to_device", "tier_fill"] += (
-            statistics.filled_bytes - self._filled_bytes
-        )
-        self._filled_bytes = statistics.filled_bytes
+        usage.pcie_bytes["host_to_device", "tier_fill"] += statistics.link_bytes - self._link_bytes
+        self._link_bytes = statistics.link_bytes
 
     def new_layers(self, size: int) -> SelectedLayers:
         """Launches of a graph for `size` rows."""
@@ -203,7 +204,7 @@ class DeviceSelection:
 
 def selection_if_it_fits(
     store: HostKvStore,
-    window: WindowSpec,
+    windows: DeviceWindows,
     num_heads: int,
     digests: DeviceDigests | None,
     device_kv_bytes: int | None,
@@ -218,7 +219,7 @@ def selection_if_it_fits(
 
     Args:
         store: whose memory the device can address.
-        window: which tokens every head always attends to.
+        windows: of the sequences, on the device.
         num_heads: query heads of the model.
         digests: of all slabs; None where they do not fit, or the CPUs make plans.
         device_kv_bytes: of the tier; None takes what is free, 0 makes none.
@@ -235,7 +236,7 @@ def selection_if_it_fits(
     """
     if device_kv_bytes == 0:
         return None
-    region = max(BLOCK_TOKENS, len(window.retrieval_region(max_context_tokens + 1)))
+    region = max(BLOCK_TOKENS, len(windows.window.retrieval_region(max_context_tokens + 1)))
     if limit := _exceeded_limit(store, region):
         _refuse_limit(limit, device_kv_bytes)
         return None
@@ -249,7 +250,7 @@ def selection_if_it_fits(
         return None
     return DeviceSelection(
         store,
-        window,
+        windows,
         num_heads,
         capacity=capacity,
         max_region_tokens=region,

@@ -172,7 +172,7 @@ class DeviceStep(DecodeStep):
         makes_plans = planner is None or planner.mode != "network" or coarse is not None
         self._selection = selection_if_it_fits(
             store,
-            window,
+            self.windows,
             config.num_heads,
             self._digests if makes_plans else None,
             device_kv_bytes,

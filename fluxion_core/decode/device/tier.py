@@ -28,23 +28,24 @@ for or is on its way, which may have been read before the slab changed.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from itertools import islice
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fluxion_core.decode.device.graph import StepGraph
+from fluxion_core.decode.device.window_copies import BlockRange, WindowCopies
 from fluxion_core.errors import CapacityError, FluxionError
-from fluxion_core.geometry import BLOCK_TOKENS, ceil_div
+from fluxion_core.geometry import BLOCK_TOKENS
 from fluxion_core.kernels.tier.upkeep import (
     EVICTED_UNITS,
     FILLED_UNITS,
     HELD_UNITS,
+    LINK_UNITS,
     RANGES_CUT,
+    WINDOW_UNITS,
 )
 from fluxion_core.kernels.tier.upkeep_launch import (
     MAX_RANGES,
@@ -77,17 +78,13 @@ class TierStatistics:
     held_bytes: int
     """In slots that are not free, those of the batch included."""
     filled_bytes: int
-    """Came over PCIe, or were to come and were dropped as their slabs changed."""
+    """Came, or were to come and were dropped as their slabs changed."""
+    window_bytes: int
+    """Of these, those that came from windows, on the device."""
+    link_bytes: int
+    """Of these, those that came over PCIe. Both as of the last batch that is being filled."""
     evicted_bytes: int
     """Left so that others could come; those of slabs with new content do not count."""
-
-
-class _BlockRange(NamedTuple):
-    """Blocks of a slab, of all its layers and KV heads."""
-
-    slab: int
-    begin: int
-    end: int
 
 
 @dataclass
@@ -96,7 +93,9 @@ class _Row:
 
     end: int
     """Of the region, in tokens."""
-    ranges: deque[_BlockRange] = field(default_factory=deque)
+    ranges: deque[BlockRange] = field(default_factory=deque)
+    has_left: bool = False
+    """What is to come of it is waited for no more."""
 
 
 class DeviceTier:
@@ -110,6 +109,7 @@ class DeviceTier:
             table takes 4 bytes more for each unit of the store, and the slots 12 each.
         step: [1] int32 on the device: number of the last step, which goes up by one a step.
         stream: of the steps; None on a CPU.
+        copies: of blocks that have left windows; None where all come from the store.
 
     Raises:
         CapacityError: not even one unit fits.
@@ -122,6 +122,7 @@ class DeviceTier:
         capacity_bytes: int,
         step: Tensor,
         stream: torch.cuda.Stream | None,
+        copies: WindowCopies | None = None,
     ) -> None:
         geometry = store.geometry
         self._store, self._geometry = store, geometry
@@ -138,15 +139,25 @@ class DeviceTier:
             )
         batch_bytes = min(BATCH_BYTES, num_slots * self._unit_bytes // BATCH_SHARE)
         host = HostMemory(store.arena_address, store.slab_stride_bytes, store.num_slabs)
+        self._copies = copies
         self._upkeep = TierUpkeep(
-            geometry, host, num_slots, max(1, batch_bytes // self._unit_bytes), step
+            geometry,
+            host,
+            num_slots,
+            max(1, batch_bytes // self._unit_bytes),
+            step,
+            copies.kv if copies is not None else None,
         )
         self._layer_heads = geometry.num_layers * geometry.num_kv_heads
         self.state = TierState.IDLE
         """Stage of the round."""
         self._rows: dict[int, _Row] = {}
-        self._queued: list[tuple[_Row, int]] = []
-        """Rows of which ranges are in the batch, and how many."""
+        self._left: deque[tuple[_Row, BlockRange]] = deque()
+        """Blocks that have left windows."""
+        self._queued: list[tuple[_Row, BlockRange]] = []
+        """Ranges of the batch."""
+        self._again: deque[tuple[_Row, BlockRange]] = deque()
+        """Ranges of batches that had no room for all that there was."""
         self._has_requests = False
         """Whether a step may have asked for something since the last close."""
         self._generations = [0] * store.num_slabs
@@ -217,21 +228,43 @@ class DeviceTier:
     def follow(self, slot: int, sequence: SequenceKv, region_end: int) -> None:
         """Queue what has come into a sequence's region since: something once in 16 tokens.
 
+        To be called before the step that takes the sequence's next token: what has just left its
+        window is copied from there, and that token overwrites it.
+
         Args:
             slot: that the sequence has.
             sequence: which it was joined with.
             region_end: in tokens, a multiple of 16.
         """
-        row, tokens = self._rows[slot], self._geometry.slab_tokens
+        row = self._rows[slot]
         if region_end <= row.end:
             return
-        slabs = sequence.slabs
-        for ordinal in range(row.end // tokens, ceil_div(region_end, tokens)):
-            begin = max(row.end - ordinal * tokens, 0) // BLOCK_TOKENS
-            end = min(region_end - ordinal * tokens, tokens) // BLOCK_TOKENS
-            self._look_at(slabs[ordinal])
-            row.ranges.append(_BlockRange(slabs[ordinal], begin, end))
+        in_window = region_end
+        if self._copies is not None:
+            in_window = min(max(row.end, self._copies.held_from(sequence.num_tokens)), region_end)
+        row.ranges.extend(self._ranges(sequence, row.end, in_window))
+        for first in range(in_window, region_end, BLOCK_TOKENS):
+            [block] = self._ranges(sequence, first, first + BLOCK_TOKENS)
+            self._copy(slot, first, block)
+            self._left.append((row, block))
         row.end = region_end
+
+    def _ranges(self, sequence: SequenceKv, begin: int, end: int) -> Iterator[BlockRange]:
+        """Blocks of some tokens, slab after slab, each of which is looked at."""
+        slabs = sequence.slabs
+        for ordinal, inside, count in self._geometry.split_by_slab(begin, end - begin):
+            slab = slabs[ordinal]
+            self._look_at(slab)
+            first = inside // BLOCK_TOKENS
+            last = first + count // BLOCK_TOKENS
+            yield BlockRange(slab, first, last, self._generations[slab])
+
+    def _copy(self, slot: int, first_token: int, block: BlockRange) -> None:
+        """Copy a block out of a window, on the steps' stream."""
+        assert self._copies is not None
+        steps = self._streams.steps if self._streams is not None else None
+        with torch.cuda.stream(steps):
+            self._copies.copy(slot, first_token, block)
 
     def refresh(self, sequence: SequenceKv) -> None:
         """Drop copies of what a sequence's slabs held before; afterwards the table is right."""
@@ -242,7 +275,7 @@ class DeviceTier:
 
     def leave(self, slot: int) -> None:
         """Forget a slot's sequence. Its units stay for others, as long as nobody needs the room."""
-        del self._rows[slot]
+        self._rows.pop(slot).has_left = True
 
     def before_step(self) -> None:
         """Drop copies of what slabs held before, and enter a batch that has been filled.
@@ -260,7 +293,8 @@ class DeviceTier:
         if self.state is TierState.FILLING and self._has_filled():
             self._launch_commit()
             self.state = TierState.IDLE
-            self._count_queued()
+            if not self._upkeep.queues.counters[RANGES_CUT.value]:
+                self._queued.clear()
             self._close_batch()
         if self.state is TierState.CLOSED:
             self._fill()
@@ -299,6 +333,9 @@ class DeviceTier:
             torch.cuda.synchronize(self._streams.steps.device)
         self._generations = [0] * len(self._generations)
         self._stale.clear()
+        self._left.clear()
+        self._again.clear()
+        self._queued.clear()
         self._has_requests = False
 
     def statistics(self) -> TierStatistics:
@@ -309,6 +346,8 @@ class DeviceTier:
             capacity_bytes=self._upkeep.num_usable * unit,
             held_bytes=(counters[HELD_UNITS.value] - unusable) * unit,
             filled_bytes=counters[FILLED_UNITS.value] * unit,
+            window_bytes=counters[WINDOW_UNITS.value] * unit,
+            link_bytes=counters[LINK_UNITS.value] * unit,
             evicted_bytes=counters[EVICTED_UNITS.value] * unit,
         )
 
@@ -348,30 +387,37 @@ class DeviceTier:
         Returns:
             Whether there are any.
         """
-        self._queued.clear()
-        chosen: list[_BlockRange] = []
-        units = 0
-        for row in self._rows.values():
-            before = len(chosen)
-            for blocks in islice(row.ranges, MAX_RANGES - before):
-                if units >= 2 * self._upkeep.capacity:
-                    break
-                chosen.append(blocks)
-                units += self._layer_heads * (blocks.end - blocks.begin)
-            self._queued.append((row, len(chosen) - before))
         queues = self._upkeep.queues
-        queues.num_ranges[0] = len(chosen)
-        if chosen:
-            queues.ranges.numpy()[: len(chosen), :3] = chosen
-        return bool(chosen)
+        if self._copies is not None:
+            self._copies.hand_over(queues.window_places, self._is_current)
+        self._again.extendleft(reversed(self._queued))
+        self._queued = []
+        units = 0
+        for row, blocks in self._waiting():
+            if row.has_left or not self._is_current(blocks):
+                continue
+            self._queued.append((row, blocks))
+            units += self._layer_heads * (blocks.end - blocks.begin)
+            if len(self._queued) == MAX_RANGES or units >= 2 * self._upkeep.capacity:
+                break
+        queues.num_ranges[0] = len(self._queued)
+        if self._queued:
+            ranges = [blocks[:3] for _, blocks in self._queued]
+            queues.ranges.numpy()[: len(ranges), :3] = ranges
+        return bool(self._queued)
 
-    def _count_queued(self) -> None:
-        """Strike the batch's ranges off, unless they are to be handed over again."""
-        if not self._upkeep.queues.counters[RANGES_CUT.value]:
-            for row, count in self._queued:
-                for _ in range(count):
-                    row.ranges.popleft()
-        self._queued.clear()
+    def _waiting(self) -> Iterator[tuple[_Row, BlockRange]]:
+        """Ranges that are to come, each taken off its list: what has left windows first."""
+        for ranges in (self._left, self._again):
+            while ranges:
+                yield ranges.popleft()
+        for row in self._rows.values():
+            while row.ranges:
+                yield row, row.ranges.popleft()
+
+    def _is_current(self, blocks: BlockRange) -> bool:
+        """Whether a slab holds what it held when these blocks came into a region."""
+        return self._store.generation(blocks.slab) == blocks.generation
 
     def _fill(self) -> None:
         if self._streams is not None:

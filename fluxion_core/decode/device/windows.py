@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fluxion_core.errors import CapacityError
-from fluxion_core.geometry import KvGeometry, WindowSpec
+from fluxion_core.geometry import BLOCK_TOKENS, KvGeometry, WindowSpec
 from fluxion_core.kvstore.sequence import SequenceKv
 
 
@@ -29,7 +29,8 @@ class DeviceWindows:
     ) -> None:
         self.geometry = geometry
         """Of the model's KV."""
-        self._window = window
+        self.window = window
+        """Sizes of sink and ring."""
         self.tensors: Tensor = torch.zeros(
             geometry.num_layers,
             2,
@@ -61,6 +62,17 @@ class DeviceWindows:
         """Like `key`."""
         return self.tensors[layer, 1]
 
+    def block(self, slot: int, first_token: int) -> Tensor:
+        """[layers, 2 (K, V), kv_heads, 16, head_dim] in place: a block that a slot holds.
+
+        Args:
+            slot: that a sequence has.
+            first_token: of the block, a multiple of 16.
+        """
+        entry = self.window.slot_index(first_token)
+        block: Tensor = self.tensors[:, :, slot, :, entry : entry + BLOCK_TOKENS]
+        return block
+
     def join(self, sequence: SequenceKv) -> int:
         """Take a slot and copy a committed sequence's window into it, on the current stream.
 
@@ -80,7 +92,7 @@ class DeviceWindows:
         slot = self._free.pop()
         fill_window(
             self.geometry,
-            self._window,
+            self.window,
             sequence.slab_table,
             sequence.num_tokens,
             slot,

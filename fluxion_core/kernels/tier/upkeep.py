@@ -6,7 +6,8 @@
     count_ages      close: ages about the threshold; fine
     evict           close: the oldest leave, exactly as many as are needed
     assign_slots    close: what was asked for joins the batch, and has a slot, or is absent again
-    fill            copies the batch from host memory; the next steps run beside it
+    fill            copies the batch, from host memory or from copies of what has left windows; the
+                    next steps run beside it
     commit          the table says where the batch's units are
     invalidate      slabs with new content: nothing of them is on the device
     cancel          and nothing of them comes: neither what was asked for, nor what is on its way
@@ -83,7 +84,11 @@ HELD_UNITS = tl.constexpr(2)
 """Slots that are not free, the batch's included."""
 RANGES_CUT = tl.constexpr(3)
 """Not 0 if ranges did not fit into the batch although there are more slots for them."""
-COUNTERS = tl.constexpr(4)
+WINDOW_UNITS = tl.constexpr(4)
+"""Of the filled, those that came from copies of what has left windows."""
+LINK_UNITS = tl.constexpr(5)
+"""Of the filled, the others: they came over the link. Both as of the last fill that has begun."""
+COUNTERS = tl.constexpr(6)
 
 BINS = tl.constexpr(32)
 EXACT_AGE = tl.constexpr(512)
@@ -236,8 +241,11 @@ def plan_batch(
     words_ptr,
     counters_ptr,
     host_counters_ptr,
+    host_places_ptr,
+    places_ptr,
     num_slots,
     CAPACITY: tl.constexpr,
+    WINDOW_BLOCKS: tl.constexpr,
 ):
     """The one program: sizes of the batch, and a list of requests that begins anew.
 
@@ -247,6 +255,9 @@ def plan_batch(
         words_ptr: of the upkeep.
         counters_ptr: [COUNTERS] int64.
         host_counters_ptr: a copy of it, pinned.
+        host_places_ptr: [WINDOW_BLOCKS] int32, pinned: of each copy of a block that has left a
+            window, the block's number among those of all slabs; NOTHING where there is none.
+        places_ptr: takes a copy of it, on the device.
         num_slots: of the tier.
     """
     asked, needed, spare = _count_slots(request_count_ptr, words_ptr, CAPACITY)
@@ -262,6 +273,8 @@ def plan_batch(
     tl.store(words_ptr + FREE, left)
     tl.store(words_ptr + ASKED, asked)
     tl.store(request_count_ptr, 0)
+    copies = tl.arange(0, WINDOW_BLOCKS)
+    tl.store(places_ptr + copies, tl.load(host_places_ptr + copies))
 
     filled = tl.load(counters_ptr + FILLED_UNITS) + batch
     evicted = tl.load(counters_ptr + EVICTED_UNITS) + leaving
@@ -323,9 +336,22 @@ def evict(
 
 @triton.jit
 def assign_slots(
-    requests_ptr, table_ptr, free_ptr, batch_ptr, request_slots_ptr, words_ptr, TILE: tl.constexpr
+    requests_ptr,
+    table_ptr,
+    free_ptr,
+    batch_ptr,
+    request_slots_ptr,
+    sources_ptr,
+    places_ptr,
+    counters_ptr,
+    words_ptr,
+    SLAB_UNITS: tl.constexpr,
+    SLAB_BLOCKS: tl.constexpr,
+    WINDOW_BLOCKS: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """One program: a tile of the requests joins the batch; free slots for it, from the list's end.
+    """One program: a tile of the requests joins the batch; free slots for it, from the list's end,
+    and where each comes from.
 
     NOTHING takes a slot too, until the batch is committed.
 
@@ -335,6 +361,10 @@ def assign_slots(
         free_ptr: [num_slots] int32 slots.
         batch_ptr: [CAPACITY] int32; has the units of ranges.
         request_slots_ptr: takes [CAPACITY] int32.
+        sources_ptr: takes [CAPACITY] int32: the unit among the copies of what has left windows;
+            NOTHING where it comes from host memory.
+        places_ptr: [WINDOW_BLOCKS] int32, see plan_batch.
+        counters_ptr: [COUNTERS] int64.
         words_ptr: of the upkeep; begun anew for the next batch's close.
     """
     batch = tl.load(words_ptr + BATCH)
@@ -347,6 +377,14 @@ def assign_slots(
     block = tl.load(requests_ptr + request, mask=is_asked_for, other=NOTHING)
     # Where some are given up there are no ranges.
     tl.store(batch_ptr + request, block, mask=inside & is_asked_for)
+    of_range = tl.load(batch_ptr + request, mask=inside & (is_asked_for == 0), other=NOTHING)
+    unit = tl.where(is_asked_for & inside, block, of_range)
+    copy = _window_copy(unit, places_ptr, SLAB_UNITS, SLAB_BLOCKS, WINDOW_BLOCKS, TILE)
+    has_copy = copy >= 0
+    source = copy * (SLAB_UNITS // SLAB_BLOCKS) + unit % SLAB_UNITS // SLAB_BLOCKS
+    tl.store(sources_ptr + request, tl.where(has_copy, source, NOTHING), mask=inside)
+    num_copies = tl.sum(has_copy.to(tl.int64))
+    tl.atomic_add(counters_ptr + WINDOW_UNITS, num_copies, mask=num_copies > 0)
     tl.store(table_ptr + block, ABSENT, mask=(inside == 0) & (block >= 0))
     if tl.program_id(0) == 0:
         tl.store(words_ptr + WANTED, 0)
@@ -356,24 +394,53 @@ def assign_slots(
 
 
 @triton.jit
+def _window_copy(
+    unit,
+    places_ptr,
+    SLAB_UNITS: tl.constexpr,
+    SLAB_BLOCKS: tl.constexpr,
+    WINDOW_BLOCKS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Of each unit, which copy of what has left windows is of its block; NOTHING if none is."""
+    some: tl.constexpr = 16
+    place = unit // SLAB_UNITS * SLAB_BLOCKS + unit % SLAB_BLOCKS
+    place = tl.where(unit >= 0, place, NOTHING - 1)
+    copy = tl.full([TILE], NOTHING, tl.int32)
+    for first in range(0, WINDOW_BLOCKS, some):
+        number = first + tl.arange(0, some)
+        is_it = place[:, None] == tl.load(places_ptr + number)[None, :]
+        copy = tl.maximum(copy, tl.max(tl.where(is_it, number[None, :], NOTHING), axis=1))
+    return copy
+
+
+@triton.jit
 def fill(
     arena_address,
+    copies_address,
     kv_address,
     batch_ptr,
     request_slots_ptr,
+    sources_ptr,
+    counters_ptr,
+    host_counters_ptr,
     words_ptr,
     slab_stride_bytes,
     SLAB_UNITS: tl.constexpr,
     UNIT_BYTES: tl.constexpr,
     TILE_UNITS: tl.constexpr,
 ):
-    """One program: every num_programs-th tile of the batch, from host memory to the tier.
+    """One program: every num_programs-th tile of the batch, from where it is to the tier.
 
     Args:
         arena_address: of the store's memory, which the device reads in place.
+        copies_address: of units that have left windows, on the device.
         kv_address: of the tier's.
         batch_ptr: [CAPACITY] int32 arena blocks or NOTHING.
         request_slots_ptr: [CAPACITY] int32.
+        sources_ptr: [CAPACITY] int32, see assign_slots.
+        counters_ptr: [COUNTERS] int64.
+        host_counters_ptr: [COUNTERS] int64, pinned; takes what came from where.
         words_ptr: of the upkeep.
         slab_stride_bytes: from slab to slab, a multiple of 4096.
     """
@@ -385,14 +452,22 @@ def fill(
         block = tl.load(batch_ptr + request, mask=request < batch, other=NOTHING).to(tl.int64)
         inside = block >= 0
         slot = tl.load(request_slots_ptr + request, mask=inside, other=0).to(tl.int64)
+        source = tl.load(sources_ptr + request, mask=inside, other=NOTHING).to(tl.int64)
         start = (block // SLAB_UNITS) * slab_stride_bytes + (block % SLAB_UNITS) * UNIT_BYTES
-        unit_ptr = typed_pointer(arena_address + start, tl.int32)[:, None] + word
+        copy_address = copies_address + source * UNIT_BYTES
+        address = tl.where(source >= 0, copy_address, arena_address + start)
+        unit_ptr = typed_pointer(address, tl.int32)[:, None] + word
         slot_ptr = typed_pointer(kv_address + slot * UNIT_BYTES, tl.int32)[:, None] + word
         # Triton cannot tell from an address; without this it copies four bytes at a time.
         unit_ptr = tl.multiple_of(unit_ptr, (16, 16))
         slot_ptr = tl.multiple_of(slot_ptr, (16, 16))
         unit = tl.load(unit_ptr, mask=inside[:, None], other=0)
         tl.store(slot_ptr, unit, mask=inside[:, None])
+    if tl.program_id(0) == 0:
+        of_windows = tl.load(counters_ptr + WINDOW_UNITS)
+        tl.store(host_counters_ptr + WINDOW_UNITS, of_windows)
+        of_all = tl.load(counters_ptr + FILLED_UNITS)
+        tl.store(host_counters_ptr + LINK_UNITS, of_all - of_windows)
 
 
 @triton.jit

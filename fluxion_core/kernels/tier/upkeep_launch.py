@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 from fluxion_core.errors import ShapeError
-from fluxion_core.geometry import KvGeometry, ceil_div
+from fluxion_core.geometry import BLOCK_TOKENS, KvGeometry, ceil_div
 from fluxion_core.kernels.tier.constants import ABSENT
 from fluxion_core.kernels.tier.upkeep import (
     COUNTERS,
@@ -16,6 +17,7 @@ from fluxion_core.kernels.tier.upkeep import (
     HELD_UNITS,
     NO_OWNER,
     NO_STAMP,
+    NOTHING,
     WORDS,
     append_ranges,
     assign_slots,
@@ -77,6 +79,10 @@ class TierTensors(NamedTuple):
     """[capacity]: arena blocks that come now, or NOTHING; `words[BATCH]` says how many."""
     request_slots: Tensor
     """[capacity]: where the batch's units go."""
+    sources: Tensor
+    """[capacity]: which of the window copies' units they come from; NOTHING: host memory."""
+    window_places: Tensor
+    """[window blocks, rounded up]: see TierQueues, as of the batch."""
     words: Tensor
     """[WORDS]: see upkeep.py."""
     counters: Tensor
@@ -94,6 +100,9 @@ class TierQueues(NamedTuple):
     """[slabs] int32, each once."""
     num_stale_slabs: Tensor
     """[1] int32."""
+    window_places: Tensor
+    """[window blocks, rounded up] int32: of each copy of a block that has left a window, slab *
+    blocks of a slab + block in it, where a batch that is closed may take it; NOTHING elsewhere."""
     counters: Tensor
     """[COUNTERS] int64, written by the kernels: see upkeep.py."""
 
@@ -109,13 +118,21 @@ class TierUpkeep:
         num_slots: units that the tier holds.
         capacity: units of a batch; at most the tier.
         step: [1] int32 on the tier's device; goes up by one a step.
+        window_copies: [blocks, layers, kv_heads, 2 (K, V), 16, head_dim] bfloat16 on the tier's
+            device, contiguous: copies of blocks that have left windows; None if there are none.
 
     Raises:
         ShapeError: no kernel takes these shapes.
     """
 
     def __init__(
-        self, geometry: KvGeometry, host: HostMemory, num_slots: int, capacity: int, step: Tensor
+        self,
+        geometry: KvGeometry,
+        host: HostMemory,
+        num_slots: int,
+        capacity: int,
+        step: Tensor,
+        window_copies: Tensor | None = None,
     ) -> None:
         self._slab_units = geometry.num_layers * geometry.num_kv_heads * geometry.slab_blocks
         entries = host.num_slabs * self._slab_units
@@ -132,8 +149,15 @@ class TierUpkeep:
             )
         self.geometry, self.num_slots, self.capacity = geometry, num_slots, capacity
         self._host, self._step = host, step
-        self.tensors = _make_tensors(geometry, entries, num_slots, capacity, step.device)
-        self.queues = _make_queues(host.num_slabs, is_pinned=step.is_cuda)
+        self._window_copies = step.new_empty(0) if window_copies is None else window_copies
+        if window_copies is not None:
+            _check_copies(geometry, window_copies)
+        # A power of two for the kernels, and whole tiles of 16.
+        window_blocks = max(16, triton.next_power_of_2(len(self._window_copies)))
+        self.tensors = _make_tensors(
+            geometry, entries, num_slots, capacity, window_blocks, step.device
+        )
+        self.queues = _make_queues(host.num_slabs, window_blocks, is_pinned=step.is_cuda)
         self.num_usable = num_slots
         """Slots that may be taken."""
 
@@ -187,8 +211,11 @@ class TierUpkeep:
             state.words,
             state.counters,
             queues.counters,
+            queues.window_places,
+            state.window_places,
             self.num_slots,
             CAPACITY=self.capacity,
+            WINDOW_BLOCKS=len(state.window_places),
             num_warps=1,
         )
         self._count_ages(is_fine=True)
@@ -199,7 +226,13 @@ class TierUpkeep:
             state.free,
             state.batch,
             state.request_slots,
+            state.sources,
+            state.window_places,
+            state.counters,
             state.words,
+            SLAB_UNITS=self._slab_units,
+            SLAB_BLOCKS=self.geometry.slab_blocks,
+            WINDOW_BLOCKS=len(state.window_places),
             TILE=_REQUEST_TILE,
             num_warps=4,
         )
@@ -236,17 +269,22 @@ class TierUpkeep:
         )
 
     def fill(self) -> None:
-        """Copy the batch's units from host memory to their slots. One kernel.
+        """Copy the batch's units from host memory, or from a window's copy, to their slots. One
+        kernel.
 
-        Cost: reads the batch over the link.
+        Cost: reads the batch over the link, but for what has left windows.
         """
         state, unit_bytes = self.tensors, self.geometry.block_bytes
         tile_units = max(1, _FILL_TILE_BYTES // unit_bytes)
         fill[(min(_FILL_PROGRAMS, ceil_div(self.capacity, tile_units)),)](
             self._host.arena_address,
+            self._window_copies.data_ptr(),
             state.kv.data_ptr(),
             state.batch,
             state.request_slots,
+            state.sources,
+            state.counters,
+            self.queues.counters,
             state.words,
             self._host.slab_stride_bytes,
             SLAB_UNITS=self._slab_units,
@@ -302,8 +340,22 @@ class TierUpkeep:
         )
 
 
+def _check_copies(geometry: KvGeometry, copies: Tensor) -> None:
+    unit = geometry.num_layers, geometry.num_kv_heads, 2, BLOCK_TOKENS, geometry.head_dim
+    is_dense = copies.is_contiguous() and copies.dtype is torch.bfloat16
+    if copies.shape[1:] != unit or not is_dense:
+        raise ShapeError(
+            f"copies of {tuple(copies.shape)}, {copies.dtype}; whole blocks of {unit}, bfloat16"
+        )
+
+
 def _make_tensors(
-    geometry: KvGeometry, entries: int, num_slots: int, capacity: int, device: torch.device
+    geometry: KvGeometry,
+    entries: int,
+    num_slots: int,
+    capacity: int,
+    window_blocks: int,
+    device: torch.device,
 ) -> TierTensors:
     def ints(size: int, value: int = 0, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.full((size,), value, dtype=dtype, device=device)
@@ -320,6 +372,8 @@ def _make_tensors(
         request_count=ints(1),
         batch=ints(capacity),
         request_slots=ints(capacity),
+        sources=ints(capacity),
+        window_places=ints(window_blocks, NOTHING.value),
         words=words,
         counters=ints(COUNTERS.value, dtype=torch.int64),
     )
@@ -330,7 +384,7 @@ def _all_slots(num_slots: int, device: torch.device) -> Tensor:
     return torch.arange(num_slots - 1, -1, -1, dtype=torch.int32, device=device)
 
 
-def _make_queues(num_slabs: int, *, is_pinned: bool) -> TierQueues:
+def _make_queues(num_slabs: int, window_blocks: int, *, is_pinned: bool) -> TierQueues:
     def shared(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.zeros(shape, dtype=dtype, pin_memory=is_pinned)
 
@@ -339,5 +393,6 @@ def _make_queues(num_slabs: int, *, is_pinned: bool) -> TierQueues:
         num_ranges=shared(1),
         stale_slabs=shared(num_slabs),
         num_stale_slabs=shared(1),
+        window_places=shared(window_blocks).fill_(NOTHING.value),
         counters=shared(COUNTERS.value, dtype=torch.int64),
     )

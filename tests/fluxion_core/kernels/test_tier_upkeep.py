@@ -32,6 +32,7 @@ class Tier:
         *,
         num_slabs: int = 4,
         geometry: KvGeometry = GEOMETRY,
+        num_copies: int = 0,
     ) -> None:
         # Slabs are longer than their KV, in a store by their digests.
         stride = geometry.kv_bytes + 4096
@@ -40,7 +41,10 @@ class Tier:
         self.arena = arena.pin_memory() if DEVICE.type == "cuda" else arena
         self.step = torch.tensor([STEP], dtype=torch.int32, device=DEVICE)
         host = HostMemory(self.arena.data_ptr(), stride, num_slabs)
-        self.upkeep = TierUpkeep(geometry, host, num_slots, capacity, self.step)
+        shape = num_copies, geometry.num_layers, geometry.num_kv_heads, 2, 16, geometry.head_dim
+        copies = torch.randint(0, 1 << 14, shape, dtype=torch.int16, generator=generator)
+        self.copies = copies.view(torch.bfloat16).to(DEVICE)
+        self.upkeep = TierUpkeep(geometry, host, num_slots, capacity, self.step, self.copies)
         self.state, self.queues = self.upkeep.tensors, self.upkeep.queues
 
     def own(self, units: list[int], ages: list[int]) -> None:
@@ -291,6 +295,48 @@ def test_a_filled_slot_holds_its_unit(head_dim: int) -> None:
     assert (kv[tier.free] == 255).all()
 
 
+@pytest.mark.parametrize("num_copies", [5, 40])
+def test_what_has_left_a_window_comes_from_its_copy(num_copies: int) -> None:
+    # By hand: the last copy is of the second block of slab 1, another of the eighth of slab 3, and
+    # the first of one that nobody wants. A range wants the second to fourth of slab 1, a step one
+    # unit of slab 3's block and one beside it: four units and one come from copies.
+    tier = Tier(60, 37, num_copies=num_copies)
+    for copy, place in ((num_copies - 1, 8 + 1), (2, 3 * 8 + 7), (0, 2 * 8)):
+        tier.queues.window_places[copy] = place
+    asked = [3 * SLAB_UNITS + 2 * 8 + 7, 3 * SLAB_UNITS + 2 * 8 + 6]
+    tier.ask(asked)
+    tier.queue([(1, 1, 4)])
+    tier.upkeep.close()
+    # What is there for the next one does not matter to this batch.
+    tier.queues.window_places.fill_(NOTHING)
+    tier.upkeep.fill()
+    tier.upkeep.commit()
+    assert set(tier.resident) == blocks_of(1, 1, 4) | set(asked)
+    kv, copies = tier.state.kv.view(60, -1).cpu(), tier.copies.cpu().flatten(1, 2)
+    copy_of = {asked[0]: copies[2, 2]}
+    copy_of |= {SLAB_UNITS + head * 8 + 1: copies[-1, head] for head in range(4)}
+    for unit, slot in tier.resident.items():
+        expected = (
+            copy_of[unit].contiguous().view(torch.uint8).flatten()
+            if (unit in copy_of)
+            else unit_of(tier.arena, GEOMETRY, unit)
+        )
+        assert torch.equal(kv[slot], expected)
+    assert tier.counter(upkeep.WINDOW_UNITS) == 5
+    assert tier.counter(upkeep.LINK_UNITS) == tier.counter(upkeep.FILLED_UNITS) - 5 == 9
+
+
+def test_a_copy_of_block_0_is_not_taken_for_what_was_cancelled() -> None:
+    tier = Tier(8, 4, num_copies=1)
+    tier.queues.window_places[0] = 0
+    tier.ask([40, 41, 0])
+    tier.drop([1])
+    tier.upkeep.close()
+    tier.upkeep.fill()
+    assert tier.counter(upkeep.WINDOW_UNITS) == 1
+    assert tier.counter(upkeep.LINK_UNITS) == 2
+
+
 def unit_of(arena: Tensor, geometry: KvGeometry, unit: int) -> Tensor:
     slab = arena[unit // SLAB_UNITS, : geometry.kv_bytes]
     return slab.view(SLAB_UNITS, -1)[unit % SLAB_UNITS]
@@ -411,3 +457,5 @@ def test_what_no_kernel_takes_is_refused() -> None:
         TierUpkeep(GEOMETRY, host, 65, 5, step)
     with pytest.raises(ShapeError, match="multiples of 16"):
         TierUpkeep(GEOMETRY, HostMemory(4100, GEOMETRY.kv_bytes, 2), 4, 1, step)
+    with pytest.raises(ShapeError, match=r"copies of \(3, 2, 1, 2, 16, 16\)"):
+        TierUpkeep(GEOMETRY, host, 4, 1, step, torch.zeros(3, 2, 1, 2, 16, 16).bfloat16())

@@ -101,6 +101,8 @@ def test_two_thousand_steps_leave_no_byte_and_no_slot_behind(tier_bytes: int) ->
                 row.sequence.release()
             rows = [row for row, life in zip(rows, lives, strict=True) if life]
             lives = [life for life in lives if life]
+        if step.selection is not None:
+            assert step.selection.tier.statistics().window_bytes > 0
         for row in rows:
             step.leave(row.slot)
             row.sequence.release()

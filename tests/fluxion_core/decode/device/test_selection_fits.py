@@ -9,6 +9,7 @@ import torch
 
 from fluxion_core.decode.device import selection as selection_module
 from fluxion_core.decode.device.selection import selection_if_it_fits
+from fluxion_core.decode.device.windows import DeviceWindows
 from fluxion_core.errors import CapacityError, ConfigError
 from tests.fluxion_core.decode.small_step import CONFIG, WINDOW, store_for
 
@@ -18,9 +19,10 @@ LONGEST = 32768 * 16
 
 def made(device_kv_bytes: int | None, context_tokens: int = 8192):
     """With digests nowhere."""
+    store = store_for(16)
     return selection_if_it_fits(
-        store_for(16),
-        WINDOW,
+        store,
+        DeviceWindows(store.geometry, WINDOW, 4, torch.device("cpu")),
         CONFIG.num_heads,
         None,
         device_kv_bytes,

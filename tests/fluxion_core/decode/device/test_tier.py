@@ -18,9 +18,12 @@ from torch import Tensor
 
 from fluxion_core.decode.device.pinned import RegisteredStore
 from fluxion_core.decode.device.tier import DeviceTier, TierState
+from fluxion_core.decode.device.window_copies import WindowCopies
+from fluxion_core.decode.device.windows import DeviceWindows
 from fluxion_core.errors import CapacityError, FluxionError, ShapeError
 from fluxion_core.geometry import BLOCK_TOKENS, KvGeometry, WindowSpec, ceil_div
 from fluxion_core.kernels.tier import constants, upkeep
+from fluxion_core.kernels.window_fill.triton import fill_window
 from fluxion_core.kvstore.sequence import SequenceKv
 from fluxion_core.kvstore.step_append import StepAppend
 from fluxion_core.kvstore.store import HostKvStore
@@ -116,6 +119,7 @@ class World:
         num_slots: int,
         seed: int = 0,
         tier_type: type[DeviceTier] = LateTier,
+        num_rows: int = 3,
     ) -> None:
         self.random = random.Random(seed)
         self.generator = torch.Generator().manual_seed(seed)
@@ -124,7 +128,10 @@ class World:
         self.registered = RegisteredStore(self.store) if DEVICE.type == "cuda" else None
         self.step = torch.zeros(1, dtype=torch.int32, device=DEVICE)
         stream = torch.cuda.Stream(DEVICE) if DEVICE.type == "cuda" else None
-        self.tier = tier_type(self.store, num_slots * GEOMETRY.block_bytes, self.step, stream)
+        self.windows = DeviceWindows(GEOMETRY, WINDOW, 3, DEVICE)
+        copies = WindowCopies(self.windows, num_rows)
+        size = num_slots * GEOMETRY.block_bytes
+        self.tier = tier_type(self.store, size, self.step, stream, copies)
         self.running: dict[int, Running] = {}
 
     def close(self) -> None:
@@ -151,6 +158,9 @@ class World:
             sequence.write_blocks(layer, first, count, self.payload(count))
         sequence.commit()
         self.running[slot] = Running(sequence, list(tokens))
+        table, tensors = sequence.slab_table, self.windows.tensors
+        fill_window(GEOMETRY, WINDOW, table, sequence.num_tokens, slot, tensors)
+        settle()
         self.tier.join(slot, sequence, self.running[slot].region)
 
     def append(self, slot: int, count: int) -> None:
@@ -159,7 +169,12 @@ class World:
         for layer in range(GEOMETRY.num_layers):
             key, value = torch.randn(2, count, 1, 16, generator=self.generator)
             added.append(layer, key, value)
+            for token in range(count):
+                entry = WINDOW.slot_index(running.sequence.num_tokens + token)
+                self.windows.tensors[layer, 0, slot, :, entry] = key[token].to(DEVICE).bfloat16()
+                self.windows.tensors[layer, 1, slot, :, entry] = value[token].to(DEVICE).bfloat16()
         added.advance([True])
+        settle()
         running.tokens += [self.random.randrange(9) for _ in range(count)]
 
     def go(self, slot: int, *, keep: bool) -> list[int]:
@@ -415,6 +430,10 @@ def test_hits_stay_right_while_sequences_come_and_go_and_share(worlds) -> None:
         tier.after_step(has_requests=len(resident) < len(some))
         settle()
         follow_batches(*before)
+        statistics = tier.statistics()
+        come = statistics.window_bytes + statistics.link_bytes
+        assert tier.state is TierState.FILLING or come == statistics.filled_bytes
+    seen["windows"] = statistics.window_bytes
     # Otherwise nothing has been tested.
     seen |= {"given up": shadow.given_up, "pushed by ranges": shadow.pushed_by_ranges}
     assert all(seen.values()), seen
@@ -440,6 +459,87 @@ def test_a_region_comes_over_several_batches_while_there_is_room(worlds) -> None
     run_step(world, [])
     assert run_step(world, running.units()) == (running.units(), [])
     assert world.tier.statistics().filled_bytes == 24 * GEOMETRY.block_bytes
+
+
+def drained(world: World) -> World:
+    """A world in which a sequence's region is resident, and its eleventh token moves the window."""
+    world.come(0, list(range(340)))
+    for _ in range(5):
+        run_step(world, [])
+    assert run_step(world, world.running[0].units())[1] == []
+    return world
+
+
+def move_window(world: World, slot: int, count: int) -> list[int]:
+    """Append tokens, as steps do; returns the units of the last block that left the window."""
+    running = world.running[slot]
+    for _ in range(count):
+        world.tier.follow(slot, running.sequence, running.region.stop)
+        world.append(slot, 1)
+    world.tier.follow(slot, running.sequence, running.region.stop)
+    return running.units()[-LAYER_HEADS:]
+
+
+@pytest.mark.parametrize("is_asked_for", [False, True])
+@pytest.mark.parametrize("tier_type", [LateTier, SlowTier])
+def test_what_leaves_a_window_comes_from_there_and_not_from_the_ring_that_goes_on(
+    worlds, tier_type, is_asked_for: bool
+) -> None:
+    # The store's bytes are changed, so that one can tell. Before the fill, the ring goes round.
+    world = drained(worlds(num_slabs=4, num_slots=64, tier_type=tier_type))
+    before = world.tier.statistics()
+    tier = world.tier
+    tier.ends = lambda: False
+    units = move_window(world, 0, 11)
+    expected = [world.arena_unit(unit).clone() for unit in units]
+    for unit in units:
+        world.arena_unit(unit).fill_(7)
+    run_step(world, units if is_asked_for else [])
+    move_window(world, 0, 140)
+    for _ in range(2):
+        run_step(world, [])
+    tier.ends = lambda: True
+    tier.before_step()
+    settle()
+    for unit, copy in zip(units, expected, strict=True):
+        assert torch.equal(world.slot_unit(int(tier.table[unit])), copy)
+    while tier.state is not TierState.IDLE:
+        run_step(world, [])
+    after = tier.statistics()
+    # By hand: two units a block; three of eight that left while that batch was filled had room.
+    assert after.window_bytes - before.window_bytes == 4 * LAYER_HEADS * GEOMETRY.block_bytes
+    assert after.link_bytes - before.link_bytes == 5 * LAYER_HEADS * GEOMETRY.block_bytes
+
+
+def test_what_has_left_a_window_long_ago_comes_from_the_store(worlds) -> None:
+    world = drained(worlds(num_slabs=4, num_slots=64))
+    before = world.tier.statistics()
+    # By hand: at once a block more than the ring keeps of what leaves it; then one that it keeps.
+    world.append(0, 27)
+    move_window(world, 0, 0)
+    units = world.running[0].units()
+    for _ in range(3):
+        run_step(world, [])
+    assert run_step(world, units) == (units, [])
+    after = world.tier.statistics()
+    assert after.window_bytes - before.window_bytes == LAYER_HEADS * GEOMETRY.block_bytes
+    assert after.link_bytes - before.link_bytes == LAYER_HEADS * GEOMETRY.block_bytes
+
+
+def test_a_copy_of_what_left_a_window_is_not_taken_for_the_next_text_of_its_slab(worlds) -> None:
+    # A block leaves, its sequence too, and the slab has another text before a batch is closed.
+    world = drained(worlds(num_slabs=4, num_slots=64))
+    tier = world.tier
+    units = move_window(world, 0, 11)
+    world.go(0, keep=False)
+    world.come(0, [5] * 403)
+    assert set(units) <= set(world.running[0].units())
+    for _ in range(5):
+        run_step(world, [])
+    # Every hit is looked at.
+    units = world.running[0].units()
+    assert run_step(world, units) == (units, [])
+    assert tier.statistics().window_bytes == 0
 
 
 def test_a_full_tier_gives_up_regions_and_follows_what_is_selected(worlds) -> None:
