@@ -7,19 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import os
-import random
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
 import torch
 from rich.console import Console
 
-from fluxion_core.client import NO_RETRIES, AsyncClient, Delta, Finish, GenerationOptions, Usage
+from fluxion_core.client import NO_RETRIES, AsyncClient
 from fluxion_core.errors import ConfigError, FluxionError
 from fluxion_core.geometry import KvGeometry
 from fluxion_core.lab.benchmark.first_token import (
@@ -38,14 +35,12 @@ from fluxion_core.planning.policy import PredictedPolicy, parse_policy
 from services.cli.commands.bench_first_token import BenchFirstToken
 from services.cli.commands.up import Up
 from services.cli.logs import LogPrinter
+from services.cli.loopback_certificate import write_certificate
 from services.cli.node_plans import plan_nodes
 from services.cli.prefill_alone import PrefillTimes, measure_alone
-from services.cli.process_cpu import cpu_seconds_of
-from services.cli.processes import NodeGroup, NodeProcess, finished_before, stop_signals
+from services.cli.processes import NodeGroup, finished_before, stop_signals
+from services.cli.timed_requests import STREAM_NEW_TOKENS, Asker, TokenTimes
 from services.cli.up import bring_up
-
-STREAM_NEW_TOKENS = 16_384
-"""At most; the stream is cancelled when the crowd has been served."""
 
 _WARM_UP_TOKENS = 8192
 """Of a prompt that does not count, at most."""
@@ -132,8 +127,13 @@ async def _measure_way(
     devices: tuple[str, str],
 ) -> WayAnswers:
     files = [model.parent / f"{node}.toml" for node in ("prefill", "decode")]
-    files[0].write_text(_prefill_settings(way, devices[0]), encoding="utf-8")
-    files[1].write_text(_decode_settings(way, options, config, devices), encoding="utf-8")
+    settings = (
+        _prefill_settings(way, devices[0]),
+        _decode_settings(way, options, config, devices),
+    )
+    tls = _tls_settings(model.parent) if options.tls else ("", "")
+    for file, *parts in zip(files, settings, tls, strict=True):
+        file.write_text("".join(parts), encoding="utf-8")
     plans = plan_nodes(
         Up(
             model=str(model),
@@ -171,6 +171,15 @@ def _decode_settings(
         f"[engine]\nlocal_prefill_tokens = 0\n"
         f'[store]\nhost_kv_bytes = "{options.host_kv or _kv_bytes(options, config)}"\n'
         f'device_kv_bytes = "{device_kv}"\n'
+    )
+
+
+def _tls_settings(folder: Path) -> tuple[str, str]:
+    """More settings of the prefill node and of the decode node."""
+    certificate, key = write_certificate(folder)
+    return (
+        f'[server.tls]\ncertificate = "{certificate}"\nkey = "{key}"\n',
+        f'[prefill.client.tls]\nauthority = "{certificate}"\n',
     )
 
 
@@ -230,117 +239,3 @@ async def _ask_crowd(asker: Asker, options: BenchFirstToken) -> Crowd:
         return Crowd(tuple(in_order), tuple(await short), tuple(quiet), tuple(gaps))
     finally:
         await stream.cancel()
-
-
-class Asker:
-    """Sends prompts of random tokens, no two alike, and times their first tokens.
-
-    Args:
-        client: of the decode node.
-        processes: of the prefill node and of the decode node.
-        vocab_size: of the model.
-        policy: what requests read.
-    """
-
-    def __init__(
-        self,
-        client: AsyncClient,
-        processes: Sequence[NodeProcess],
-        vocab_size: int,
-        policy: str,
-    ) -> None:
-        self.client, self.policy = client, policy
-        self._processes = processes
-        self._vocab_size = vocab_size
-
-    def prompt(self, num_tokens: int) -> list[int]:
-        """Random token ids."""
-        return [random.randrange(self._vocab_size) for _ in range(num_tokens)]
-
-    async def ask(self, prompt: Sequence[int]) -> Answer:
-        """Send a prompt; the answer is one token.
-
-        Raises:
-            FluxionError: the request failed.
-        """
-        asked = GenerationOptions(max_new_tokens=1, ignore_eos=True, policy=self.policy)
-        before = self._cpu_seconds()
-        started = time.perf_counter()
-        arrived: float | None = None
-        usage: Usage | None = None
-        async for event in self.client.stream(prompt, asked):
-            if isinstance(event, Delta) and event.token_ids and arrived is None:
-                arrived = time.perf_counter()
-            elif isinstance(event, Finish):
-                usage = event.usage
-        if arrived is None or usage is None:
-            raise FluxionError(f"a prompt of {len(prompt)} tokens got no token")
-        cpu = [later - earlier for earlier, later in zip(before, self._cpu_seconds(), strict=True)]
-        return Answer(
-            prompt_tokens=len(prompt),
-            first_token_seconds=arrived - started,
-            queue_seconds=usage.queue_seconds,
-            prefill_seconds=usage.prefill_seconds,
-            handoff_seconds=usage.handoff_seconds,
-            handoff_bytes=usage.handoff_bytes,
-            prefill_cpu_seconds=cpu[0],
-            decode_cpu_seconds=cpu[1],
-        )
-
-    def _cpu_seconds(self) -> list[float]:
-        return [cpu_seconds_of(process.pid) for process in self._processes]
-
-
-class TokenTimes:
-    """A stream that makes tokens until it is cancelled, and when each of them came."""
-
-    def __init__(self, asker: Asker, num_tokens: int) -> None:
-        self.arrivals: list[float] = []
-        self._changed = asyncio.Event()
-        self._reading = asyncio.create_task(self._read(asker, asker.prompt(num_tokens)))
-
-    async def wait_for(self, count: int) -> None:
-        """Wait until so many tokens have come.
-
-        Raises:
-            FluxionError: the stream ended before.
-        """
-        while len(self.arrivals) < count:
-            self._changed.clear()
-            changed = asyncio.create_task(self._changed.wait())
-            await asyncio.wait((changed, self._reading), return_when=asyncio.FIRST_COMPLETED)
-            changed.cancel()
-            self._check()
-
-    def gaps_from(self, first: int) -> list[float]:
-        """Seconds between arrivals from this one on.
-
-        Raises:
-            FluxionError: the stream has ended, or no two tokens have come since.
-        """
-        self._check()
-        gaps = [later - earlier for earlier, later in pairwise(self.arrivals[first:])]
-        if not gaps:
-            raise FluxionError(
-                "the stream made no token meanwhile; give --quiet-steps or prompts more"
-            )
-        return gaps
-
-    async def cancel(self) -> None:
-        """End the stream; idempotent."""
-        self._reading.cancel()
-        await asyncio.gather(self._reading, return_exceptions=True)
-
-    def _check(self) -> None:
-        if self._reading.done():
-            self._reading.result()
-            raise FluxionError(f"the stream ended after {len(self.arrivals)} tokens")
-
-    async def _read(self, asker: Asker, prompt: list[int]) -> None:
-        asked = GenerationOptions(
-            max_new_tokens=STREAM_NEW_TOKENS, ignore_eos=True, policy=asker.policy
-        )
-        async for event in asker.client.stream(prompt, asked):
-            if isinstance(event, Delta):
-                self.arrivals += [time.perf_counter()] * len(event.token_ids)
-                self._changed.set()

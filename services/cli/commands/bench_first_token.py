@@ -26,6 +26,8 @@ class BenchFirstToken(JsonOption, Command):
     """Of the model; the shape's own if not given."""
     ways: Texts = ("shared_memory", "sockets", "grpc")
     """Of KV, one after the other."""
+    tls: Annotated[bool, flag()] = False
+    """Encrypt what goes between the nodes, with a certificate made for it."""
     prompt: Texts = ("1024=5", "8192=5", "32768=3", "130816=1")
     """Single prompts, TOKENS=REPEATS; medians are shown."""
     crowd: Annotated[int, within(0, 64)] = 4

@@ -12,7 +12,8 @@ from rich.console import Console
 from fluxion_core.client import Delta
 from fluxion_core.errors import ConfigError, FluxionError
 from services.cli.commands.bench_first_token import BenchFirstToken
-from services.cli.first_token_bench import TokenTimes, bench_first_token
+from services.cli.first_token_bench import bench_first_token
+from services.cli.timed_requests import TokenTimes
 
 TINY = BenchFirstToken(
     shape="tiny",
@@ -22,6 +23,7 @@ TINY = BenchFirstToken(
     crowd_tokens=600,
     short=1,
     short_tokens=50,
+    tls=True,
     stream_tokens=40,
     quiet_steps=3,
     prefill_device="cpu",
