@@ -103,6 +103,77 @@ class TaskPool:
     def set_tracing(self, on: bool, /) -> None: ...
     def take_trace(self) -> bytes: ...
 
+class IoThreads:
+    """Threads that move the bytes of hand-offs; none takes the interpreter's lock.
+
+    Close landings and departures first; connections that are left are closed with the threads.
+    """
+
+    def __init__(self, threads: int, cpus: Sequence[int] = ()) -> None: ...
+    def close(self) -> None: ...
+    def cpu_seconds(self) -> float: ...
+
+PlaneFault = tuple[str, str, int, int, int, int]
+"""(kind, text, layer, first_token, expected, found); see plane_fault.py."""
+
+class KvLanding:
+    """A prompt's KV on its way into slabs; see native/plane/kv_landing.h.
+
+    `add` takes the descriptor over, also where it raises. `event_fd` is written when all is whole,
+    when something is wrong, and every 50 ms while frames are taken in.
+    """
+
+    def __init__(
+        self,
+        threads: IoThreads,
+        layout: SlabLayout,
+        *,
+        slabs: Int64s,
+        num_tokens: int,
+        kv_from_token: int,
+        event_fd: int,
+    ) -> None: ...
+    def add(
+        self,
+        fd: int,
+        transport: str,
+        connection: int,
+        of: int,
+        psk: bytes = ...,
+        identity: bytes = ...,
+    ) -> None: ...
+    def state(self) -> tuple[int, int, int, int, bool, PlaneFault | None]:
+        """(payload_bytes, chunks, tokens_taken, received_bytes, is_whole, fault)."""
+    def close(self) -> None: ...
+
+class KvDeparture:
+    """A prompt's KV on its way out; see native/plane/kv_departure.h.
+
+    `add` takes the descriptor over, also where it raises. A payload, an address or an array, must
+    stay until `state` names its number or `close` has returned. `event_fd` is written when frames
+    are finished and when something is wrong.
+    """
+
+    def __init__(
+        self, threads: IoThreads, *, event_fd: int, slots: int = 0, slot_bytes: int = 0
+    ) -> None: ...
+    def add(
+        self,
+        fd: int,
+        transport: str,
+        connection: int,
+        of: int,
+        psk: bytes = ...,
+        identity: bytes = ...,
+    ) -> None: ...
+    def put(
+        self, layer: int, first_token: int, num_tokens: int, payload: int | Bytes, num_bytes: int
+    ) -> int: ...
+    def state(self) -> tuple[list[int], int, float, PlaneFault | None]:
+        """(numbers finished since the last call, their bytes so far, seconds since anything moved
+        while frames wait, fault)."""
+    def close(self) -> None: ...
+
 def feature_names() -> list[str]: ...
 
 class Planner:

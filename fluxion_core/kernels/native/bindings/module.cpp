@@ -48,6 +48,7 @@ NB_MODULE(_native, m) {
   fluxion::bind_store(m);
   fluxion::bind_operations(m);
   fluxion::bind_pool(m);
+  fluxion::bind_plane(m);
   fluxion::bind_planner(m);
   fluxion::bind_attention(m);
   fluxion::bind_dense(m);

@@ -14,6 +14,7 @@ enum class PlaneFault {
   kNonFinite,  // NonFiniteKvError: first_token is the token
   kTruncated,  // StreamTruncatedError
   kPeer,       // PeerUnavailableError: gone, unreachable, or not who it should be
+  kSystem,     // FluxionError: this node lacks something, such as memory for a buffer
 };
 
 // `text` is for faults whose Python class makes none of its own from the numbers.

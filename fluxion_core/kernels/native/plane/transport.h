@@ -24,6 +24,8 @@
 
 namespace fluxion {
 
+constexpr int64_t kMaxConnections = 64;  // of a hand-off
+
 class Transport {
  public:
   static constexpr ssize_t kWouldBlock = -1;
