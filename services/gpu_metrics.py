@@ -88,6 +88,22 @@ TIER_EVICTED = MetricDefinition(
     "K and V given up to make room; what left because its slab was freed does not count.",
     needs="tier",
 )
+TIER_DIGEST_CAPACITY = MetricDefinition(
+    "fluxion_tier_digest_capacity_bytes",
+    "gauge",
+    "bytes",
+    "Digests that there is room for in device memory.",
+    needs="tier",
+)
+TIER_DIGESTS = MetricDefinition(
+    "fluxion_tier_digest_bytes",
+    "gauge",
+    "bytes",
+    "Digests by which the GPU chooses blocks for running sequences, by the memory that it reads "
+    "them in: device, or host where there is no room for them.",
+    ("memory",),
+    needs="tier",
+)
 NVML_PCIE_BYTES = MetricDefinition(
     "fluxion_nvml_pcie_bytes_total",
     "counter",
@@ -125,6 +141,7 @@ ENGINE_GPU_DEFINITIONS = (GPU_BUSY, GPU_IDLE, PCIE_BYTES)
 TIER_DEFINITIONS = (
     *(TIER_CAPACITY, TIER_HELD, TIER_HITS, TIER_MISSES),
     *(TIER_FILLED, TIER_EVICTED),
+    *(TIER_DIGEST_CAPACITY, TIER_DIGESTS),
 )
 NVML_DEFINITIONS = (NVML_PCIE_BYTES, NVML_LINK, NVML_UTILIZATION, NVML_ACTIVITY)
 
@@ -145,6 +162,8 @@ def _tier_families(tier: TierUsage) -> Iterator[Metric]:
     yield TIER_MISSES.render({(kind,): count for kind, count in tier.missed_bytes.items()})
     yield TIER_FILLED.render_value(tier.filled_bytes)
     yield TIER_EVICTED.render_value(tier.evicted_bytes)
+    yield TIER_DIGEST_CAPACITY.render_value(tier.digest_capacity_bytes)
+    yield TIER_DIGESTS.render({(memory,): count for memory, count in tier.digest_bytes.items()})
 
 
 def nvml_collectors(device: torch.device) -> list[NvmlCollector]:

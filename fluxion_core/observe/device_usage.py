@@ -40,6 +40,9 @@ because the tier does not hold it."""
 
 TaskDevice = Literal["cpu", "gpu"]
 
+DigestPlace = Literal["device", "host"]
+"""Which memory digests are read in."""
+
 PolicyKind = Literal["exact", "fixed", "threshold", "marginal"]
 """Name of a policy without its numbers."""
 
@@ -47,6 +50,7 @@ IDLE_CAUSES: tuple[IdleCause, ...] = get_args(IdleCause)
 PCIE_DIRECTIONS: tuple[PcieDirection, ...] = get_args(PcieDirection)
 PCIE_PURPOSES: tuple[PciePurpose, ...] = get_args(PciePurpose)
 TASK_DEVICES: tuple[TaskDevice, ...] = get_args(TaskDevice)
+DIGEST_PLACES: tuple[DigestPlace, ...] = get_args(DigestPlace)
 POLICY_KINDS: tuple[PolicyKind, ...] = get_args(PolicyKind)
 
 
@@ -73,6 +77,13 @@ class TierUsage:
     device holds."""
     evicted_bytes: int = 0
     """Given up for others. What leaves because its slab was freed does not count."""
+    digest_capacity_bytes: int = 0
+    """Digests that there is room for in device memory."""
+    digest_bytes: dict[DigestPlace, int] = field(
+        default_factory=lambda: dict.fromkeys(DIGEST_PLACES, 0)
+    )
+    """Digests that running sequences select by now, by where the GPU reads them; every place has an
+    entry. What sequences share counts once."""
 
 
 @dataclass

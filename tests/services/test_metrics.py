@@ -169,6 +169,7 @@ def test_gpu_metrics_are_there_with_a_gpu_and_absent_without():
 
 def test_metrics_of_a_tier_are_there_with_one_and_absent_without():
     tier = TierUsage(capacity_bytes=80, held_bytes=32, filled_bytes=48, evicted_bytes=16)
+    tier.digest_capacity_bytes, tier.digest_bytes["host"] = 20, 5
     tier.hit_bytes["threshold"] = 7
     tier.missed_bytes["exact"] = 9
     without = {one.name for one in device_families(DeviceUsage())}
@@ -186,6 +187,8 @@ def test_metrics_of_a_tier_are_there_with_one_and_absent_without():
         "fluxion_tier_missed_bytes": {"exact": 9, "fixed": 0, "threshold": 0, "marginal": 0},
         "fluxion_tier_filled_bytes": {"": 48},
         "fluxion_tier_evicted_bytes": {"": 16},
+        "fluxion_tier_digest_capacity_bytes": {"": 20},
+        "fluxion_tier_digest_bytes": {"device": 0, "host": 5},
     }
 
 

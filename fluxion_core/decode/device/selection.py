@@ -19,7 +19,11 @@ import torch
 from torch import Tensor
 
 from fluxion_core.decode.device.board import HostListArrays
-from fluxion_core.decode.device.digests import SPARE_SHARE, DeviceDigests
+from fluxion_core.decode.device.digests import (
+    SPARE_SHARE,
+    DeviceDigests,
+    coarse_digest_bytes,
+)
 from fluxion_core.decode.device.selected_layers import SelectedLayers
 from fluxion_core.decode.device.tier import DeviceTier
 from fluxion_core.decode.device.tier_board import TierBoard
@@ -69,7 +73,7 @@ class DeviceSelection:
         capacity: rows of a step.
         max_region_tokens: of a sequence.
         max_slabs: likewise.
-        digests: of all slabs, on the device.
+        digests: by which blocks are chosen.
         tier_bytes: K and V that the tier has room for.
         step: [1] int32 on the device: number of the last step.
         stream: of the steps.
@@ -101,8 +105,9 @@ class DeviceSelection:
         """Of the graphs that are made."""
         self.step = step
         """[1] int32 on the device: number of the last step."""
+        self._digests = digests
         self.kernels = GroupSelection(
-            geometry, num_heads, max_region_tokens, max_slabs, digests.place
+            geometry, num_heads, max_region_tokens, max_slabs, digests.placed
         )
         self.attention = ResidentAttention(num_heads, geometry.num_kv_heads, geometry.head_dim)
         self.handover = TierHandover(num_heads, geometry.num_kv_heads, geometry.head_dim)
@@ -112,7 +117,10 @@ class DeviceSelection:
         self.tier = DeviceTier(store, tier_bytes, step, stream, WindowCopies(windows, capacity))
         self._radii = np.ones((capacity, len(BLOCK_SIZES)), np.float32)
         self._link_bytes = 0
-        self.usage = TierUsage(capacity_bytes=self.tier.statistics().capacity_bytes)
+        self.usage = TierUsage(
+            capacity_bytes=self.tier.statistics().capacity_bytes,
+            digest_capacity_bytes=digests.capacity_bytes,
+        )
 
     @staticmethod
     def memory_bytes(
@@ -183,7 +191,8 @@ class DeviceSelection:
     def count(
         self, usage: DeviceUsage, rows: Sequence[StepRow], reads: Sequence[StepReads]
     ) -> None:
-        """Add a step's hits and misses, and what filled the tier, to a device's usage."""
+        """Add a step's hits and misses, what filled the tier, and digests that were read in the
+        store, about, to a device's usage."""
         tier, statistics = self.usage, self.tier.statistics()
         for row, read in zip(rows, reads, strict=True):
             tier.hit_bytes[row.policy.kind] += read.resident_bytes
@@ -192,6 +201,15 @@ class DeviceSelection:
         tier.filled_bytes, tier.evicted_bytes = statistics.filled_bytes, statistics.evicted_bytes
         usage.pcie_bytes["host_to_device", "tier_fill"] += statistics.link_bytes - self._link_bytes
         self._link_bytes = statistics.link_bytes
+        on_device, in_store = self._digests.running_bytes
+        tier.digest_bytes["device"], tier.digest_bytes["host"] = on_device, in_store
+        usage.pcie_bytes["host_to_device", "digests"] += sum(
+            int(
+                (read.scanned_bytes - read.device_scanned_bytes)
+                * self._digests.share_in_store(row.slot)
+            )
+            for row, read in zip(rows, reads, strict=True)
+        )
 
     def new_layers(self, size: int) -> SelectedLayers:
         """Launches of a graph for `size` rows."""
@@ -221,7 +239,7 @@ def selection_if_it_fits(
         store: whose memory the device can address.
         windows: of the sequences, on the device.
         num_heads: query heads of the model.
-        digests: of all slabs; None where they do not fit, or the CPUs make plans.
+        digests: by which blocks are chosen; None where the CPUs make plans.
         device_kv_bytes: of the tier; None takes what is free, 0 makes none.
         capacity: rows of a step.
         max_context_tokens: of a sequence.
@@ -284,9 +302,9 @@ def _refuse_limit(limit: str, device_kv_bytes: int | None) -> None:
 
 def _no_digests(store: HostKvStore, device: torch.device) -> CapacityError:
     return CapacityError(
-        f"device memory for digests, by which a device tier selects, in {SPARE_SHARE:.0%} of what "
-        f"is free",
-        needed=store.num_slabs * store.geometry.digest_bytes,
+        f"device memory for digests of 128-token blocks, by which plans are made on a GPU with a "
+        f"tier, in {SPARE_SHARE:.0%} of what is free",
+        needed=coarse_digest_bytes(store),
         free=int(torch.cuda.mem_get_info(device)[0] * SPARE_SHARE),
         unit="B",
         remedy="lower store.host_kv_bytes, or set store.device_kv_bytes to 0",

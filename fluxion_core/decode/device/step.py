@@ -29,8 +29,9 @@ from torch import Tensor
 from fluxion_core.decode.device.board import STUCK_NS, Board
 from fluxion_core.decode.device.digests import (
     CoarseDigests,
+    DeviceDigests,
     coarse_digests_if_they_fit,
-    digests_if_they_fit,
+    digests_that_fit,
 )
 from fluxion_core.decode.device.failures import named_failures
 from fluxion_core.decode.device.graphs import StepGraphs
@@ -88,6 +89,8 @@ class DeviceStep(DecodeStep):
         device_digests: whether there are copies of digests on the device, as far as they fit: of
             all for the lane, of 128-token blocks for predicted plans, which the CPUs make else.
         device_kv_bytes: of the tier; None takes what is free (tier_size.py), 0 makes none.
+        max_digest_slabs: slabs of whose digests there are copies for the tier, at most; for
+            measurements.
         scores_hook: of the selection on the device, for measurements.
         goes_on: asked before each piece that is pinned.
 
@@ -115,6 +118,7 @@ class DeviceStep(DecodeStep):
         planner: Planner | None = None,
         device_digests: bool = True,
         device_kv_bytes: int | None = 0,
+        max_digest_slabs: int | None = None,
         scores_hook: ScoresHook | None = None,
         goes_on: Callable[[], bool] = lambda: True,
     ) -> None:
@@ -134,6 +138,7 @@ class DeviceStep(DecodeStep):
                 max_context_tokens=max_context_tokens,
                 device_digests=device_digests,
                 device_kv_bytes=device_kv_bytes,
+                max_digest_slabs=max_digest_slabs,
                 scores_hook=scores_hook,
             )
         except BaseException:
@@ -149,11 +154,13 @@ class DeviceStep(DecodeStep):
         max_context_tokens: int,
         device_digests: bool,
         device_kv_bytes: int | None,
+        max_digest_slabs: int | None,
         scores_hook: ScoresHook | None,
     ) -> None:
         """Take the device's memory, and capture the graphs."""
         config, geometry = decoder.config, self._store.geometry
         store, window, lanes = self._store, self._window, self.lanes
+        heads = config.num_heads, geometry.num_kv_heads, geometry.head_dim
         self.windows = DeviceWindows(geometry, window, max_rows, self._device)
         self.board = Board(geometry, config.num_heads, max_rows, config.vocab_size, self._device)
         self._stream = torch.cuda.Stream(self._device)
@@ -166,10 +173,10 @@ class DeviceStep(DecodeStep):
         coarse = None
         if device_digests and planner is not None and planner.mode == "network":
             coarse = coarse_digests_if_they_fit(store, self._device)
-        wanted = device_digests and (lanes != "cpu" or device_kv_bytes != 0)
-        self._digests = digests_if_they_fit(store, self._device) if wanted else None
-        step_number = torch.zeros(1, dtype=torch.int32, device=self._device)
         makes_plans = planner is None or planner.mode != "network" or coarse is not None
+        wants_tier = makes_plans and device_kv_bytes != 0
+        self._digests = self._make_digests(wants_tier, max_digest_slabs) if device_digests else None
+        step_number = torch.zeros(1, dtype=torch.int32, device=self._device)
         self._selection = selection_if_it_fits(
             store,
             self.windows,
@@ -182,10 +189,9 @@ class DeviceStep(DecodeStep):
             stream=self._stream,
             scores_hook=scores_hook,
         )
-        if lanes == "cpu" and self._selection is None:
+        if self._selection is None and (lanes == "cpu" or not self.digests_on_device):
             self._digests = None  # Nobody would scan them.
         self._driver = self._make_driver()
-        heads = config.num_heads, geometry.num_kv_heads, geometry.head_dim
         attention = WindowAttention(window, *heads)
         self._device_planner = self._make_planner(
             planner, coarse, attention.num_splits, max_context_tokens, max_rows
@@ -197,6 +203,14 @@ class DeviceStep(DecodeStep):
         self.board.skip.fill_(1)
         self._graphs = self._make_graphs(decoder, attention, step_number, max_rows)
         self._lane = self._make_lane(max_context_tokens) if lanes != "cpu" else None
+
+    def _make_digests(self, wants_tier: bool, max_slabs: int | None) -> DeviceDigests | None:
+        if self.lanes == "cpu" and not wants_tier:
+            return None
+        # A lane that scans needs all of them.
+        return digests_that_fit(
+            self._store, self._device, may_lack_some=wants_tier, max_slabs=max_slabs
+        )
 
     def _make_graphs(
         self, decoder: Decoder, attention: WindowAttention, step_number: Tensor, max_rows: int
@@ -250,7 +264,7 @@ class DeviceStep(DecodeStep):
             max(BLOCK_TOKENS, len(region)),
             self._device,
             num_threads=self.pool.num_threads,
-            digests=self._digests.place if self._digests is not None else None,
+            digests=self._digests.copies if self._digests else None,
         )
 
     def _residents(self, sequence: SequenceKv) -> ResidentUnits | None:
@@ -289,6 +303,8 @@ class DeviceStep(DecodeStep):
     def leave(self, slot: int) -> None:
         """Give a slot back."""
         self.windows.leave(slot)
+        if self._digests is not None:
+            self._digests.leave(slot)
         if self._selection is not None:
             self._selection.leave(slot)
         if self._device_planner is not None:
@@ -369,7 +385,7 @@ class DeviceStep(DecodeStep):
     @property
     def digests_on_device(self) -> bool:
         """Whether there are copies of all digests on the device."""
-        return self._digests is not None
+        return self._digests is not None and self._digests.is_whole
 
     @property
     def selection(self) -> DeviceSelection | None:
@@ -421,6 +437,7 @@ class DeviceStep(DecodeStep):
             if self._digests is not None:
                 for row, region in zip(rows, regions, strict=True):
                     self._digests.follow(row.slot, row.sequence, region.stop)
+                self._digests.place()
             sources = self._plans.sources(rows, regions)
         planner = self._device_planner
         has_plans = planner.write_input() if planner is not None else False

@@ -1,7 +1,8 @@
 """Selection of a layer on the device: what every group reads, and where that is.
 
-    list_row_slabs   once a step: the rows' slabs by their index in the arena
-    score_groups     scores of the level's blocks, from the device's copies of the digests
+    list_row_slabs   once a step: the rows' slabs by their index in the arena, and where each one's
+                     digests are read: a copy on the device, or the host's where there is none
+    score_groups     scores of the level's blocks, from these digests
     choose_groups    each head's exact top-k of them
     split_groups     what the heads of a group chose, as 16-token units: those in device memory by
                      their slots, the others for whoever reads host memory; and what is asked for
@@ -38,19 +39,28 @@ from fluxion_core.kernels.tile_products import float32_pair_dot
 def list_row_slabs(
     rows_ptr,
     slabs_ptr,
+    digests_ptr,
+    places_ptr,
     max_slabs,
     arena,
+    copies,
     SLAB_TOKENS: tl.constexpr,
     SLAB_STRIDE: tl.constexpr,
+    KV_BYTES: tl.constexpr,
+    COPY_BYTES: tl.constexpr,
     TILE_SLABS: tl.constexpr,
 ):
-    """One program: the indices in the arena of some slabs of one row.
+    """One program: indices in the arena, and addresses of digests, of some slabs of one row.
 
     Args:
         rows_ptr: [rows][ROW_WORDS] int64.
         slabs_ptr: [rows][max_slabs] int32; takes those up to the region's end.
+        digests_ptr: [rows][max_slabs] int64; likewise.
+        places_ptr: [slabs of the arena] int32: place of a slab's copy; ABSENT where it has none.
         max_slabs: of a row.
-        arena: address of the first slab, SLAB_STRIDE bytes from the next.
+        arena: address of the first slab, SLAB_STRIDE bytes from the next; in each, digests follow
+            KV_BYTES.
+        copies: address of place 0, COPY_BYTES from the next.
     """
     row = tl.program_id(0).to(tl.int64)
     words = rows_ptr + row * ROW_WORDS
@@ -63,6 +73,9 @@ def list_row_slabs(
         slab = tl.load(table_ptr + ordinal, mask=ordinal < count, other=arena)
         index = ((slab - arena) // SLAB_STRIDE).to(tl.int32)
         tl.store(slabs_ptr + row * max_slabs + ordinal, index, mask=ordinal < count)
+        place = tl.load(places_ptr + index, mask=ordinal < count, other=ABSENT).to(tl.int64)
+        digests = tl.where(place >= 0, copies + place * COPY_BYTES, slab + KV_BYTES)
+        tl.store(digests_ptr + row * max_slabs + ordinal, digests, mask=ordinal < count)
 
 
 @triton.jit
@@ -71,21 +84,21 @@ def _touched(words, level):
     begin = (tl.load(words + REGION_BEGIN) // 16).to(tl.int32)
     end = (tl.load(words + REGION_END) // 16).to(tl.int32)
     first = begin >> level
-    return first, ((end + (1 << level) - 1) >> level) - first
+    return first, tl.where(end > begin, ((end + (1 << level) - 1) >> level) - first, 0)
 
 
 @triton.jit
-def _score_pairs(slabs_ptr, records, first, end, low_weights, high_weights,
+def _score_pairs(digests_ptr, offset, first, end, low_weights, high_weights,
                  HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, SLAB_RECORDS: tl.constexpr,
-                 TILE_BLOCKS: tl.constexpr, COPY_BYTES: tl.constexpr):  # fmt: skip
+                 TILE_BLOCKS: tl.constexpr):  # fmt: skip
     """[rows, TILE_BLOCKS] scores from records of 16 bits: low and high of a block are neighbours.
 
     Beyond the last record it is read again.
     """
     RUN: tl.constexpr = 2 * WIDTH
     record = tl.minimum(first + tl.arange(0, TILE_BLOCKS // WIDTH), end - 1)
-    slab = tl.load(slabs_ptr + record // SLAB_RECORDS).to(tl.int64)
-    at = records + slab * COPY_BYTES + (record % SLAB_RECORDS) * (HEAD_DIM * RUN * 2)
+    within = offset + (record % SLAB_RECORDS) * (HEAD_DIM * RUN * 2)
+    at = tl.load(digests_ptr + record // SLAB_RECORDS) + within
     at = (at[:, None] + tl.arange(0, RUN)[None, :] * 2).reshape(2 * TILE_BLOCKS)
     pair_ptr = at.to(tl.pointer_type(tl.bfloat16))[None, :] + tl.arange(0, HEAD_DIM)[:, None] * RUN
     # Triton cannot tell from an address that runs of channels are aligned.
@@ -94,12 +107,11 @@ def _score_pairs(slabs_ptr, records, first, end, low_weights, high_weights,
 
 
 @triton.jit
-def _score_span(slabs_ptr, records, record, query, radius, HEAD_DIM: tl.constexpr,
-                WIDTH: tl.constexpr, SLAB_RECORDS: tl.constexpr,
-                COPY_BYTES: tl.constexpr):  # fmt: skip
+def _score_span(digests_ptr, offset, record, query, radius, HEAD_DIM: tl.constexpr,
+                WIDTH: tl.constexpr, SLAB_RECORDS: tl.constexpr):  # fmt: skip
     """[rows, WIDTH] scores from one record of 8 bits, whose bytes are exact as bfloat16."""
-    slab = tl.load(slabs_ptr + record // SLAB_RECORDS).to(tl.int64)
-    at = records + slab * COPY_BYTES + (record % SLAB_RECORDS) * (HEAD_DIM * (4 + 2 * WIDTH))
+    within = offset + (record % SLAB_RECORDS) * (HEAD_DIM * (4 + 2 * WIDTH))
+    at = tl.load(digests_ptr + record // SLAB_RECORDS) + within
     word_ptr = typed_pointer(at, tl.int32)
     header = tl.load(word_ptr + tl.arange(0, HEAD_DIM))
     pair_ptr = word_ptr + HEAD_DIM + tl.arange(0, HEAD_DIM // 2)[:, None] * WIDTH
@@ -120,11 +132,11 @@ def _score_span(slabs_ptr, records, record, query, radius, HEAD_DIM: tl.constexp
 @triton.jit
 def _score_level(
     words,
-    slabs_ptr,
+    digests_ptr,
     query_ptr,
     scores_ptr,
     stride,
-    records,
+    offset,
     LEVEL: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_ROWS: tl.constexpr,
@@ -133,7 +145,6 @@ def _score_level(
     WIDTH: tl.constexpr,
     SLAB_BLOCKS: tl.constexpr,
     TILE_BLOCKS: tl.constexpr,
-    COPY_BYTES: tl.constexpr,
 ):
     """This program's share of the level's records: every num_programs-th tile of them."""
     TILE: tl.constexpr = WIDTH if DIGEST_BITS == 8 else TILE_BLOCKS
@@ -151,11 +162,11 @@ def _score_level(
         # fmt: off
         for first in range(begin, end, tl.num_programs(1) * (TILE // WIDTH)):
             if DIGEST_BITS == 8:
-                scores = _score_span(slabs_ptr, records, first, query, radius, HEAD_DIM, WIDTH,
-                                     SLAB_RECORDS, COPY_BYTES)
+                scores = _score_span(digests_ptr, offset, first, query, radius, HEAD_DIM, WIDTH,
+                                     SLAB_RECORDS)
             else:
-                scores = _score_pairs(slabs_ptr, records, first, end, for_low, for_high, HEAD_DIM,
-                                      WIDTH, SLAB_RECORDS, TILE_BLOCKS, COPY_BYTES)
+                scores = _score_pairs(digests_ptr, offset, first, end, for_low, for_high, HEAD_DIM,
+                                      WIDTH, SLAB_RECORDS, TILE_BLOCKS)
             # fmt: on
             block = first * WIDTH - first_block + tl.arange(0, TILE)
             is_scored = (block >= 0) & (block < num_blocks)
@@ -169,14 +180,13 @@ def _score_level(
 @triton.jit(do_not_specialize=["layer"], do_not_specialize_on_alignment=["levels_ptr"])
 def score_groups(
     rows_ptr,
-    slabs_ptr,
+    digests_ptr,
     levels_ptr,
     query_ptr,
     scores_ptr,
     layer,
     max_slabs,
     stride,
-    copies,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_ROWS: tl.constexpr,
@@ -192,44 +202,42 @@ def score_groups(
     OFFSET_128: tl.constexpr,
     TILE_BLOCKS: tl.constexpr,
     HEAD_BYTES: tl.constexpr,
-    COPY_BYTES: tl.constexpr,
 ):
     """One program: one group of one row, every num_programs-th tile of its level's blocks.
 
     Args:
         rows_ptr: [rows][ROW_WORDS] int64.
-        slabs_ptr: [rows][max_slabs] int32.
+        digests_ptr: [rows][max_slabs] int64: address of a slab's digests, of which a KV head of a
+            layer has HEAD_BYTES, and a level begins OFFSET_x bytes in them.
         levels_ptr: [rows][KV_HEADS] int32.
         query_ptr: [rows][heads][HEAD_DIM] float32.
         scores_ptr: [rows][heads][stride] float32, from the first block that touches the region on.
-        copies: address of the first slab's copy, COPY_BYTES from the next; a KV head of a layer has
-            HEAD_BYTES in it, and a level begins OFFSET_x bytes in them.
     """
     group = tl.program_id(0).to(tl.int64)
     row = group // KV_HEADS
     level = tl.load(levels_ptr + group)
     words = rows_ptr + row * ROW_WORDS
-    slabs_ptr += row * max_slabs
+    digests_ptr += row * max_slabs
     query_ptr += group * (GROUP * HEAD_DIM)
     scores_ptr += group * (GROUP * stride)
-    records = copies + (layer * KV_HEADS + group % KV_HEADS) * HEAD_BYTES
+    offset = (layer * KV_HEADS + (group % KV_HEADS).to(tl.int32)) * HEAD_BYTES
     # fmt: off
     if level == 0:
-        _score_level(words, slabs_ptr, query_ptr, scores_ptr, stride, records,
+        _score_level(words, digests_ptr, query_ptr, scores_ptr, stride, offset,
                      0, GROUP, GROUP_ROWS, HEAD_DIM, DIGEST_BITS, WIDTH_16, SLAB_BLOCKS,
-                     TILE_BLOCKS, COPY_BYTES)
+                     TILE_BLOCKS)
     elif level == 1:
-        _score_level(words, slabs_ptr, query_ptr, scores_ptr, stride, records + OFFSET_32,
+        _score_level(words, digests_ptr, query_ptr, scores_ptr, stride, offset + OFFSET_32,
                      1, GROUP, GROUP_ROWS, HEAD_DIM, DIGEST_BITS, WIDTH_32, SLAB_BLOCKS,
-                     TILE_BLOCKS, COPY_BYTES)
+                     TILE_BLOCKS)
     elif level == 2:
-        _score_level(words, slabs_ptr, query_ptr, scores_ptr, stride, records + OFFSET_64,
+        _score_level(words, digests_ptr, query_ptr, scores_ptr, stride, offset + OFFSET_64,
                      2, GROUP, GROUP_ROWS, HEAD_DIM, DIGEST_BITS, WIDTH_64, SLAB_BLOCKS,
-                     TILE_BLOCKS, COPY_BYTES)
+                     TILE_BLOCKS)
     elif level == 3:
-        _score_level(words, slabs_ptr, query_ptr, scores_ptr, stride, records + OFFSET_128,
+        _score_level(words, digests_ptr, query_ptr, scores_ptr, stride, offset + OFFSET_128,
                      3, GROUP, GROUP_ROWS, HEAD_DIM, DIGEST_BITS, WIDTH_128, SLAB_BLOCKS,
-                     TILE_BLOCKS, COPY_BYTES)
+                     TILE_BLOCKS)
     # fmt: on
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from fluxion_core.errors import ShapeError
 from fluxion_core.geometry import BLOCK_SIZES, BLOCK_TOKENS, MAX_GROUP, KvGeometry, ceil_div
 from fluxion_core.kernels.head_shape import check_heads
-from fluxion_core.kernels.sparse_attention.lane import MAX_CHOICE_BLOCKS, DigestCopies
+from fluxion_core.kernels.sparse_attention.lane import MAX_CHOICE_BLOCKS
 from fluxion_core.kernels.tier.constants import ROW_WORDS
 from fluxion_core.kernels.tier.select import (
     choose_groups,
@@ -54,11 +54,29 @@ class TierTables(NamedTuple):
     """[1]: requests since it was zeroed; above their room where there were more."""
 
 
+class PlacedDigests(NamedTuple):
+    """Digests of a store's slabs: copies on the device, of those slabs that have a place there.
+
+    Digests of the others are read in the store itself, whose memory the device addresses.
+    """
+
+    arena_address: int
+    """Of the first slab."""
+    slab_stride_bytes: int
+    """From slab to slab."""
+    copies_address: int
+    """Of place 0 on the device; the others follow, `KvGeometry.digest_bytes` each."""
+    places: Tensor
+    """[slabs of the store] int32 on the device: a place, or ABSENT."""
+
+
 class SelectionScratch(NamedTuple):
     """Tensors that the kernels leave for each other, on the device."""
 
     slabs: Tensor
     """[rows, slabs] int32: indices in the arena."""
+    digests: Tensor
+    """[rows, slabs] int64: addresses of their digests."""
     scores: Tensor
     """[rows, heads, stride] float32."""
     marks: Tensor
@@ -99,7 +117,7 @@ class GroupSelection:
         num_heads: query heads of the model.
         max_region_tokens: of what is selected from.
         max_slabs: of a sequence.
-        digests: copies of those of all slabs, on the device.
+        digests: of the store's slabs.
         scoring_programs: programs that score a layer, at most, unless it has more groups: as many
             as run at a time, so that none is left for a second round. Eight find room on each of an
             H200's 132 multiprocessors.
@@ -112,7 +130,7 @@ class GroupSelection:
     num_heads: int
     max_region_tokens: int
     max_slabs: int
-    digests: DigestCopies
+    digests: PlacedDigests
     scoring_programs: int = 1056
 
     def __post_init__(self) -> None:
@@ -149,6 +167,7 @@ class GroupSelection:
         shape = (rows, self.num_heads, self.stride)
         return SelectionScratch(
             torch.zeros(rows, self.max_slabs, dtype=torch.int32, device=device),
+            torch.zeros(rows, self.max_slabs, dtype=torch.int64, device=device),
             torch.zeros(shape, dtype=torch.float32, device=device),
             torch.zeros(shape, dtype=torch.int8, device=device),
         )
@@ -161,20 +180,26 @@ class GroupSelection:
         return GroupLists(slots, slot_masks, units, unit_masks, heads)
 
     def begin(self, rows: Tensor, scratch: SelectionScratch) -> None:
-        """List where the rows' slabs are, once a step. Grid: rows x slabs / 128.
+        """List where the rows' slabs and their digests are, once a step. Grid: rows x slabs / 128.
 
         Args:
             rows: [rows, ROW_WORDS] int64 on the device; see constants.py for the words.
             scratch: of as many rows or more; takes them.
         """
         assert rows.shape[1] == ROW_WORDS.value
+        geometry, digests = self.geometry, self.digests
         list_row_slabs[(len(rows), ceil_div(self.max_slabs, _TILE_SLABS))](
             rows,
             scratch.slabs,
+            scratch.digests,
+            digests.places,
             self.max_slabs,
-            self.digests.arena_address,
-            SLAB_TOKENS=self.geometry.slab_tokens,
-            SLAB_STRIDE=self.digests.slab_stride_bytes,
+            digests.arena_address,
+            digests.copies_address,
+            SLAB_TOKENS=geometry.slab_tokens,
+            SLAB_STRIDE=digests.slab_stride_bytes,
+            KV_BYTES=geometry.kv_bytes,
+            COPY_BYTES=geometry.digest_bytes,
             TILE_SLABS=_TILE_SLABS,
             num_warps=4,
         )
@@ -221,9 +246,9 @@ class GroupSelection:
             step: [1] int32 on the device.
             scores_hook: launches more over the scores before blocks are chosen by them.
 
-        Cost: reads the level's digests over the region, 1/32 of its KV or less with 16 bits and
-        16-token blocks; 9 bytes a block and head, and 4 a unit and KV head; writes the lists. All
-        of it in device memory, but for 8 bytes a missing unit.
+        Cost: reads the level's digests over the region, 1/16 of its KV or less with 16 bits; 9
+        bytes a block and head, and 4 a unit and KV head; writes the lists. All of it in device
+        memory, but for 8 bytes a missing unit and digests without a place there.
         """
         self._score(layer, rows, query, levels, scratch)
         if scores_hook is not None:
@@ -241,14 +266,13 @@ class GroupSelection:
         tiles = ceil_div(self.stride, tile_blocks) + 1
         score_groups[(groups, max(1, min(tiles, self.scoring_programs // groups)))](
             rows,
-            scratch.slabs,
+            scratch.digests,
             levels,
             query,
             scratch.scores,
             layer,
             self.max_slabs,
             self.stride,
-            self.digests.address,
             KV_HEADS=geometry.num_kv_heads,
             GROUP=self.group,
             GROUP_ROWS=max(MIN_PAIR_ROWS, triton.next_power_of_2(self.group)),
@@ -264,8 +288,9 @@ class GroupSelection:
             OFFSET_128=geometry.level_offset(3),
             TILE_BLOCKS=tile_blocks,
             HEAD_BYTES=geometry.head_digest_bytes,
-            COPY_BYTES=geometry.digest_bytes,
             num_warps=4,
+            # So that eight programs share a multiprocessor.
+            maxnreg=64,
         )
 
     def _choose(

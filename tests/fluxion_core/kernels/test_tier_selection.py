@@ -18,12 +18,12 @@ from fluxion_core.kernels.block_digest import reference as digests
 from fluxion_core.kernels.block_score import reference as block_score
 from fluxion_core.kernels.head_plan.constants import READ_ALL, READ_NOTHING
 from fluxion_core.kernels.isa import native_layout
-from fluxion_core.kernels.sparse_attention.lane import DigestCopies
 from fluxion_core.kernels.tier import constants, reference
 from fluxion_core.kernels.tier.selection import (
     GroupLists,
     GroupSelection,
     HostLists,
+    PlacedDigests,
     ScoresHook,
     TierTables,
 )
@@ -84,8 +84,11 @@ class Node:
             self.heads,
             region_tokens,
             max_slabs=ceil_div(region_tokens, slab_tokens) + 1,
-            digests=DigestCopies(
-                self.arena.data_ptr(), self.geometry.slab_bytes, self.copies.data_ptr()
+            digests=PlacedDigests(
+                self.arena.data_ptr(),
+                self.geometry.slab_bytes,
+                self.copies.data_ptr(),
+                self.places,
             ),
             scoring_programs=8,
         )
@@ -116,6 +119,18 @@ class Node:
                     block_digest.payload_of(kv),
                 )
         self.copies = self.arena[:, geometry.kv_bytes :].to(DEVICE, copy=True)
+        self.places = torch.arange(num_slabs, dtype=torch.int32).to(DEVICE)
+
+    def place(self, places: list[int]) -> None:
+        """Have digests of each slab in a place, -1 for none. What is not to be read is spoilt."""
+        kv_bytes = self.geometry.kv_bytes
+        digests = self.arena[:, kv_bytes:].clone()
+        self.copies.fill_(0x7F)
+        self.places.copy_(torch.tensor(places))
+        for slab, place in enumerate(places):
+            if place >= 0:
+                self.copies[place].copy_(digests[slab])
+                self.arena[slab, kv_bytes:] = 0x7F
 
     def hold(self, share: float) -> None:
         """Give so much of the arena a slot, in no order; as far as there are slots."""
@@ -365,6 +380,23 @@ def test_as_many_blocks_as_each_size_of_the_choice_has_registers_for(units: int)
     assert selected.counts[0, :, 0].tolist() == [40, units]
 
 
+@pytest.mark.parametrize("digest_bits", [16, 8])
+@pytest.mark.parametrize("level", [0, 1, 2, 3])
+@pytest.mark.parametrize("places", [[1, -1, 0, -1, -1], [-1] * 5, [3, 4, 0, 1, 2]], ids=str)
+def test_digests_are_read_in_their_place_or_where_the_host_has_them(
+    places: list[int], level: int, digest_bits: int
+):
+    rows = [Row(levels=[level, 0]), Row([0, 4, 1], levels=[3, level])]
+    node = Node(*rows, digest_bits=digest_bits)
+    node.hold(0.3)
+    expected = node.run()
+    assert expected.counts[:2, :, 0].all()
+    node.place(places)
+    got = node.run()
+    assert all(map(torch.equal, got.lists, expected.lists))
+    assert torch.equal(got.counts, expected.counts)
+
+
 @pytest.mark.parametrize("level", [ALL, 0, 1, 2, 3])
 def test_the_device_reads_what_the_host_would(level: int):
     # With 16 bits: some CPUs score those of 8 with a query of 8 bits.
@@ -447,8 +479,9 @@ def test_a_group_that_misses_nothing_needs_nobody():
     ("heads", "region_tokens", "max_slabs"), [(3, 1024, 9), (34, 1024, 9), (4, 0, 9), (4, 1024, 1)]
 )
 def test_shapes_that_no_kernel_takes_are_refused(heads: int, region_tokens: int, max_slabs: int):
+    digests = PlacedDigests(0, 1, 0, int32s(1))
     with pytest.raises(ShapeError):
-        GroupSelection(KvGeometry(1, 2, 64), heads, region_tokens, max_slabs, DigestCopies(0, 1, 0))
+        GroupSelection(KvGeometry(1, 2, 64), heads, region_tokens, max_slabs, digests)
 
 
 def test_others_may_change_scores_before_blocks_are_chosen():

@@ -21,6 +21,7 @@ from tests.fluxion_core.decode.small_step import (
 )
 
 if TYPE_CHECKING:
+    from fluxion_core.decode.device.digests import DeviceDigests
     from fluxion_core.decode.device.tier import DeviceTier
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -59,8 +60,30 @@ def _check_tier(tier: DeviceTier, store: HostKvStore) -> int:
     return len(owned)
 
 
-@pytest.mark.parametrize("tier_bytes", [0, 4 << 20, 64 << 20])
-def test_two_thousand_steps_leave_no_byte_and_no_slot_behind(tier_bytes: int) -> None:
+def _check_digests(digests: DeviceDigests, store: HostKvStore, rows: list[StepRow]) -> int:
+    """Hold digests of whole slabs in the rows' regions, as the device's map has them, against the
+    store's; returns how many of these slabs it has."""
+    torch.cuda.synchronize()
+    places = digests.placed.places.tolist()
+    copies = digests._copies.cpu()
+    checked = 0
+    for row in rows:
+        region = WINDOW.retrieval_region(row.sequence.num_tokens)
+        for slab in row.sequence.slabs[: region.stop // store.geometry.slab_tokens]:
+            if places[slab] >= 0:
+                assert torch.equal(copies[places[slab]], store.slab_digests(slab))
+                checked += 1
+    taken = [place for place in places if place >= 0]
+    assert sorted(taken) == list(range(len(copies)))
+    return checked
+
+
+@pytest.mark.parametrize(
+    ("tier_bytes", "digest_slabs"), [(0, None), (4 << 20, 5), (4 << 20, None), (64 << 20, None)]
+)
+def test_two_thousand_steps_leave_no_byte_and_no_slot_behind(
+    tier_bytes: int, digest_slabs: int | None
+) -> None:
     from fluxion_core.decode.device.step import DeviceStep
 
     rng, generator = random.Random(5), torch.Generator().manual_seed(5)
@@ -73,13 +96,14 @@ def test_two_thousand_steps_leave_no_byte_and_no_slot_behind(tier_bytes: int) ->
         max_rows=ROWS,
         max_context_tokens=8192,
         device_kv_bytes=tier_bytes,
+        max_digest_slabs=digest_slabs,
     )
     try:
         at_start = _held(store, step.windows.num_free)
         joined = 0
         rows: list[StepRow] = []
         lives: list[int] = []
-        resident = 0
+        resident, checked = 0, 0
         for number in range(STEPS):
             while len(rows) < ROWS and (not rows or rng.random() < 0.3):
                 life, length = rng.randint(1, LONGEST_LIFE), rng.randint(40, 2000)
@@ -95,6 +119,8 @@ def test_two_thousand_steps_leave_no_byte_and_no_slot_behind(tier_bytes: int) ->
             resident += sum(read.resident_bytes for read in reads)
             if step.selection is not None and number % 100 == 99:
                 assert _check_tier(step.selection.tier, store) > 0
+                assert step._digests is not None
+                checked += _check_digests(step._digests, store, rows)
             lives = [life - 1 for life in lives]
             for row in [row for row, life in zip(rows, lives, strict=True) if not life]:
                 step.leave(row.slot)
@@ -106,7 +132,7 @@ def test_two_thousand_steps_leave_no_byte_and_no_slot_behind(tier_bytes: int) ->
         for row in rows:
             step.leave(row.slot)
             row.sequence.release()
-        assert (resident > 0) == bool(tier_bytes)
+        assert (resident > 0) == (checked > 0) == bool(tier_bytes)
         assert joined > STEPS // LONGEST_LIFE
         del rows, logits
         assert _held(store, step.windows.num_free) == at_start

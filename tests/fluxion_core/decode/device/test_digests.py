@@ -1,7 +1,8 @@
-"""Copies of digests follow the retrieval region as it grows, and copy nothing else."""
+"""Copies of digests follow the retrieval region as it grows, where there are places for them."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -22,25 +23,36 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class _Store:
-    """Each digest byte of a slab is the number of its blocks that lie before the region's end."""
+    """Each digest byte of a slab is its generation and how many of its blocks some region holds."""
 
     num_slabs, geometry = SLABS, GEOMETRY
     arena_address, slab_stride_bytes = 4096, GEOMETRY.slab_bytes
 
     def __init__(self) -> None:
         self.digests = torch.zeros(SLABS, GEOMETRY.digest_bytes, dtype=torch.uint8)
+        self.generations = [0] * SLABS
 
     def slab_digests(self, slab: int) -> torch.Tensor:
         return self.digests[slab]
 
+    def generation(self, slab: int) -> int:
+        return self.generations[slab]
+
+    def take(self, slab: int) -> None:
+        """For another text."""
+        self.generations[slab] += 1
+        self.digests[slab] = self.generations[slab] % 15 << 4
+
     def reach(self, slabs: list[int], region_end: int) -> None:
         for ordinal, slab in enumerate(slabs):
             blocks = (region_end - ordinal * GEOMETRY.slab_tokens) // 16
-            self.digests[slab] = min(max(blocks, 0), GEOMETRY.slab_blocks)
+            blocks = min(max(blocks, 0), GEOMETRY.slab_blocks)
+            base = self.generations[slab] % 15 << 4
+            self.digests[slab] = max(int(self.digests[slab, 0]), base + blocks)
 
 
-def _digests(store: _Store) -> tuple[DeviceDigests, torch.Tensor]:
-    digests = DeviceDigests(store, torch.device("cpu"))  # type: ignore[arg-type]
+def _digests(store: _Store, num_places: int = SLABS) -> tuple[DeviceDigests, torch.Tensor]:
+    digests = DeviceDigests(store, torch.device("cpu"), num_places)  # type: ignore[arg-type]
     digests._copies.fill_(255)
     return digests, digests._copies
 
@@ -81,9 +93,163 @@ def test_a_slot_s_next_sequence_is_copied_from_its_start() -> None:
     store = _Store()
     digests, copies = _digests(store)
     digests.join(0, _sequence([4, 1, 7]), 384)
+    digests.leave(0)
     store.reach([2, 3], 160)
     digests.join(0, _sequence([2, 3]), 160)
     assert torch.equal(copies[[2, 3]], store.digests[[2, 3]])
+
+
+def test_a_sequence_that_comes_back_costs_nothing_unless_its_slabs_hold_another_text() -> None:
+    store, slabs = _Store(), [4, 1, 7]
+    digests, copies = _digests(store)
+    digests.join(0, _sequence(slabs), 300)
+    digests.leave(0)
+    digests.take_copied_bytes()
+    digests.join(1, _sequence(slabs), 300)
+    assert digests.take_copied_bytes() == 0
+    # The same slab, as far as it was known and farther.
+    digests.join(2, _sequence(slabs), 320)
+    assert digests.take_copied_bytes() == GEOMETRY.digest_bytes
+    for slot in (1, 2):
+        digests.leave(slot)
+    store.take(1)
+    digests.join(0, _sequence([4, 1]), 256)
+    assert digests.take_copied_bytes() == GEOMETRY.digest_bytes
+    assert torch.equal(copies[1], store.digests[1])
+
+
+def test_what_has_no_room_is_read_in_the_store_until_there_is_some() -> None:
+    store = _Store()
+    digests, _ = _digests(store, num_places=3)
+    size = GEOMETRY.digest_bytes
+    assert digests.copies is None
+    assert digests.capacity_bytes == 3 * size
+    digests.join(0, _sequence([8, 7]), 256)
+    digests.place()
+    digests.join(1, _sequence([6, 5]), 256)
+    digests.place()
+    assert digests.running_bytes == (3 * size, size)
+    assert (digests.share_in_store(0), digests.share_in_store(1)) == (0.0, 0.5)
+    assert digests.placed.places.tolist() == [-1, -1, -1, -1, -1, -1, 2, 1, 0]
+    assert digests.take_copied_bytes() == 3 * size
+    digests.leave(0)
+    digests.place()
+    assert digests.running_bytes == (2 * size, 0)
+    # The end of what has left gave its place up; its beginning is there when it comes back.
+    assert digests.placed.places.tolist() == [-1, -1, -1, -1, -1, 1, 2, -1, 0]
+    assert digests.take_copied_bytes() == size
+    digests.join(0, _sequence([8, 7]), 256)
+    digests.place()
+    assert digests.take_copied_bytes() == 0
+    assert digests.share_in_store(0) == 0.5
+
+
+class _Life:
+    """Sequences that come, share what others have stored, grow, and go; and what must be true."""
+
+    def __init__(self, num_places: int, seed: int) -> None:
+        self.rng = random.Random(seed)
+        self.store = _Store()
+        self.digests, self.copies = _digests(self.store, num_places)
+        self.free = list(range(SLABS))
+        self.kept: list[list[int]] = []
+        """Texts that have ended and can be found, by their slabs."""
+        self.slots: dict[int, tuple[list[int], int]] = {}
+        """By window slot: slabs and the region's end."""
+        self.copied, self.moved, self.in_store = 0, 0, 0
+
+    def _take(self) -> int | None:
+        while not self.free and self.kept:
+            gone = self.kept.pop(0)
+            held = {slab for slabs, _ in self.slots.values() for slab in slabs}
+            held |= {slab for slabs in self.kept for slab in slabs}
+            self.free += sorted(set(gone) - held)
+        if not self.free:
+            return None
+        slab = self.free.pop(self.rng.randrange(len(self.free)))
+        self.store.take(slab)
+        return slab
+
+    def join(self) -> None:
+        prefix = self.rng.choice([*self.kept, *(of for of, _ in self.slots.values()), []])
+        slabs = prefix[: self.rng.randint(0, len(prefix))]
+        self.slots[slot := min({0, 1, 2} - self.slots.keys())] = slabs, 0
+        while len(slabs) < self.rng.randint(1, 3) and (slab := self._take()) is not None:
+            slabs.append(slab)
+        end = len(slabs) * GEOMETRY.slab_tokens - 16 * self.rng.randint(0, 12)
+        self.slots[slot] = slabs, max(0, end)
+        self.store.reach(*self.slots[slot])
+        self.digests.join(slot, _sequence(slabs), self.slots[slot][1])
+
+    def leave(self) -> None:
+        slot = self.rng.choice(list(self.slots))
+        self.digests.leave(slot)
+        self.kept.append(self.slots.pop(slot)[0])
+
+    def step(self) -> None:
+        for slot, (slabs, before) in self.slots.items():
+            end = before + 16 * self.rng.randint(0, 2)
+            if end > len(slabs) * GEOMETRY.slab_tokens:
+                slab = self._take()
+                if slab is None:
+                    continue
+                slabs.append(slab)
+            self.slots[slot] = slabs, end
+            self.store.reach(slabs, end)
+            self.digests.follow(slot, _sequence(slabs), end)
+        self.digests.place()
+
+    def check(self, before: list[int]) -> list[int]:
+        """Hold the map and the copies against what runs; returns the map."""
+        places = self.digests.placed.places.tolist()
+        taken = [place for place in places if place >= 0]
+        assert sorted(taken) == list(range(len(self.copies)))
+        running: set[int] = set()
+        for slot, (slabs, end) in self.slots.items():
+            reached = slabs[: -(-end // GEOMETRY.slab_tokens)]
+            running |= set(reached)
+            lacking = sum(places[slab] < 0 for slab in reached)
+            assert self.digests.share_in_store(slot) == pytest.approx(
+                lacking / max(1, len(reached))
+            )
+            self.in_store += lacking
+            for ordinal, slab in enumerate(reached):
+                if places[slab] >= 0:
+                    generation, blocks = divmod(int(self.copies[places[slab], 0]), 16)
+                    assert generation == self.store.generations[slab] % 15
+                    assert 16 * blocks >= min(end - ordinal * GEOMETRY.slab_tokens, 128)
+        placed = {slab for slab in running if places[slab] >= 0}
+        assert len(placed) == min(len(running), len(self.copies))
+        size = GEOMETRY.digest_bytes
+        expected = len(placed) * size, len(running - placed) * size
+        assert self.digests.running_bytes == expected
+        # Whoever has run all along has kept its place.
+        for slab in running & self.ran:
+            assert before[slab] in (-1, places[slab])
+        self.moved += before != places
+        self.ran = running
+        return places
+
+    def live(self, steps: int) -> None:
+        self.ran: set[int] = set()
+        before = self.digests.placed.places.tolist()
+        for _ in range(steps):
+            if len(self.slots) < 3 and self.rng.random() < 0.3:
+                self.join()
+            if self.slots and self.rng.random() < 0.1:
+                self.leave()
+            self.step()
+            before = self.check(before)
+            self.copied += self.digests.take_copied_bytes() // GEOMETRY.digest_bytes
+
+
+@pytest.mark.parametrize("num_places", [1, 3, 6, SLABS])
+def test_places_stay_right_over_sequences_that_come_and_go(num_places: int) -> None:
+    life = _Life(num_places, seed=num_places)
+    life.live(2000)
+    assert life.copied > 50
+    assert (life.moved > 10) == (num_places < SLABS)
+    assert (life.in_store > 10) == (num_places < SLABS)
 
 
 @pytest.fixture
