@@ -390,8 +390,11 @@ TRAFFIC = Dashboard(
             (
                 Line(gauge("fluxion_tier_held_bytes", by="instance"), "held {instance}"),
                 Line(gauge("fluxion_tier_capacity_bytes", by="instance"), "capacity {instance}"),
+                Line(gauge("fluxion_tier_digest_bytes", by="memory"), "digests in {memory}"),
+                Line(gauge("fluxion_tier_digest_capacity_bytes"), "room for digests"),
             ),
-            "A copy of what the host holds: it may be full, and nobody waits for it.",
+            "A copy of what the host holds: it may be full, and nobody waits for it. Digests in "
+            "host memory are read over PCIe by every step that chooses by them.",
             NO_TIER,
         ),
         Panel(

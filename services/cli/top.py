@@ -101,6 +101,9 @@ def rows_of(before: Samples, now: Samples, seconds: float) -> list[tuple[str, st
     if "fluxion_tier_capacity_bytes" in now:
         held, capacity = now["fluxion_tier_held_bytes"], now["fluxion_tier_capacity_bytes"]
         rows.append(("tier held", f"{held / 1e9:,.1f} of {capacity / 1e9:,.1f} GB"))
+    if in_host := now.get("fluxion_tier_digest_bytes{host}", 0):
+        digests = in_host + now["fluxion_tier_digest_bytes{device}"]
+        rows.append(("digests in host memory", f"{in_host / 1e9:,.1f} of {digests / 1e9:,.1f} GB"))
     if "fluxion_store_capacity_bytes" in now:
         held = now["fluxion_store_bytes{used}"] + now["fluxion_store_bytes{reserved}"]
         rows.append(("store held", f"{held / now['fluxion_store_capacity_bytes'] * 100:.0f} %"))

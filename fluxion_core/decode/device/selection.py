@@ -163,8 +163,9 @@ class DeviceSelection:
         self.tier.join(slot, sequence, self._window.retrieval_region(sequence.num_tokens))
 
     def leave(self, slot: int) -> None:
-        """Forget a slot's sequence."""
+        """Forget a slot's sequence; its digests have been left."""
         self.tier.leave(slot)
+        self._count_digests()
 
     def begin_step(self, rows: Sequence[StepRow], regions: Sequence[range], work: StepWork) -> None:
         """Hand a step's rows and plans to the graph, and enter what has come into the tier.
@@ -201,8 +202,7 @@ class DeviceSelection:
         tier.filled_bytes, tier.evicted_bytes = statistics.filled_bytes, statistics.evicted_bytes
         usage.pcie_bytes["host_to_device", "tier_fill"] += statistics.link_bytes - self._link_bytes
         self._link_bytes = statistics.link_bytes
-        on_device, in_store = self._digests.running_bytes
-        tier.digest_bytes["device"], tier.digest_bytes["host"] = on_device, in_store
+        self._count_digests()
         usage.pcie_bytes["host_to_device", "digests"] += sum(
             int(
                 (read.scanned_bytes - read.device_scanned_bytes)
@@ -210,6 +210,11 @@ class DeviceSelection:
             )
             for row, read in zip(rows, reads, strict=True)
         )
+
+    def _count_digests(self) -> None:
+        on_device, in_store = self._digests.running_bytes
+        of = self.usage.digest_bytes
+        of["device"], of["host"] = on_device, in_store
 
     def new_layers(self, size: int) -> SelectedLayers:
         """Launches of a graph for `size` rows."""

@@ -119,6 +119,8 @@ class TierStepOptions:
     """Timed."""
     digest_bits: int = 16
     """16 or 8."""
+    digest_slabs: Annotated[int | None, within(1)] = None
+    """Slabs whose digests have copies in device memory, at most; the others' are read over PCIe."""
     rivals: Texts = RIVALS
     """Ways of exact attention with all KV in device memory, as in exact_step.py; none: ''."""
     kernels: Annotated[int, within(0)] = 0
@@ -310,6 +312,7 @@ class TierStepBench:
             max_context_tokens=max(map(max, self.options.cases)) + NEW_TOKENS,
             planner=self.planner,
             device_kv_bytes=device_kv_bytes,
+            max_digest_slabs=self.options.digest_slabs if device_kv_bytes else None,
             scores_hook=self._marks if device_kv_bytes and self._recorded else None,
         )
         self._note(f"step with {device_kv_bytes / 2**30:.1f} GiB for KV: {_since(started)}")
@@ -346,7 +349,7 @@ class TierStepBench:
         return self._live[1]
 
     def _tier_figures(self, step: DeviceStep, lengths: tuple[int, ...]) -> list[TierStepFigure]:
-        assert step.selection is not None, "there is no room for digests"
+        assert step.selection is not None, "there is no room for a tier"
         figures, tier = [], step.selection.tier
         kv_bytes, sequences = self._kv_bytes(lengths), self._sequences_of(lengths)
         for share in self.options.shares:

@@ -47,6 +47,11 @@ fluxion_tier_hit_bytes_total{policy="exact"} %d
 fluxion_tier_missed_bytes_total{policy="fixed"} %d
 """
 
+TIER_DIGESTS = """# TYPE fluxion_tier_digest_bytes gauge
+fluxion_tier_digest_bytes{memory="device"} %d
+fluxion_tier_digest_bytes{memory="host"} %d
+"""
+
 
 def test_a_tier_says_what_it_holds_and_how_often_it_is_hit():
     ready = NODE.partition("# TYPE fluxion_generated")[0]
@@ -55,6 +60,12 @@ def test_a_tier_says_what_it_holds_and_how_often_it_is_hit():
     now = parse_samples(ready + TIER % (160, 40, 60))
     held = ("tier held", "12.5 of 80.0 GB")
     assert rows_of(before, now, 2.0) == [("ready", "yes"), ("tier hits", "90 %"), held]
+    digests = TIER_DIGESTS % (8e9, 1.5e9)
+    lacking = ("digests in host memory", "1.5 of 9.5 GB")
+    assert (
+        rows_of(before, parse_samples(ready + TIER % (160, 40, 60) + digests), 2.0)[-1] == lacking
+    )
+    assert rows_of(before, now | parse_samples(TIER_DIGESTS % (8e9, 0)), 2.0)[-1] == held
     # Without a step in between there is no rate.
     assert rows_of(now, now, 2.0) == [("ready", "yes"), held]
 

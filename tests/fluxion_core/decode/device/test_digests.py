@@ -13,6 +13,9 @@ import torch
 from fluxion_core.decode.device.digests import CoarseDigests, DeviceDigests
 from fluxion_core.decode.device.pinned import RegisteredStore
 from fluxion_core.geometry import KvGeometry, WindowSpec
+from fluxion_core.kernels.tier import constants
+from fluxion_core.kernels.tier.selection import GroupSelection
+from fluxion_core.kvstore.sequence import SequenceKv
 from fluxion_core.kvstore.store import HostKvStore
 from tests.fluxion_core.decode.small_step import random_sequence, store_for
 
@@ -260,6 +263,48 @@ def store_on_device() -> Iterator[HostKvStore]:
     yield store
     if registered is not None:
         registered.close()
+
+
+def _row_words(sequence: SequenceKv, region: range) -> torch.Tensor:
+    words = torch.zeros(1, constants.ROW_WORDS.value, dtype=torch.int64)
+    words[0, constants.SLAB_TABLE.value] = sequence.slab_table.data_ptr()
+    words[0, constants.REGION_BEGIN.value] = region.start
+    words[0, constants.REGION_END.value] = region.stop
+    return words.to(DEVICE)
+
+
+@pytest.mark.parametrize("num_places", [1, 4, None])
+def test_a_step_s_kernel_finds_each_slab_s_digests(
+    store_on_device: HostKvStore, num_places: int | None
+) -> None:
+    store, window = store_on_device, WindowSpec()
+    geometry, generator = store.geometry, torch.Generator().manual_seed(1)
+    room = num_places or store.num_slabs
+    digests = DeviceDigests(store, DEVICE, room)
+    assert digests.is_whole == (num_places is None)
+    sequences = [random_sequence(store, 1300, 8, generator, first=first) for first in (5, 6, 7)]
+    region = window.retrieval_region(1300)
+    for slot, sequence in enumerate(sequences[:2]):
+        digests.join(slot, sequence, region.stop)
+    digests.place()
+    digests.leave(0)
+    digests.join(0, sequences[2], region.stop)
+    digests.place()
+    selection = GroupSelection(geometry, 8, 8192, geometry.slabs_for(8192), digests.placed)
+    scratch = selection.make_scratch(1, DEVICE)
+    copies, on_device = digests._copies.cpu(), 0
+    for sequence in sequences[1:]:
+        selection.begin(_row_words(sequence, region), scratch)
+        for ordinal in range(3):
+            slab, address = sequence.slabs[ordinal], int(scratch.digests[0, ordinal])
+            place, rest = divmod(address - digests._copies.data_ptr(), geometry.digest_bytes)
+            if 0 <= place < room:
+                assert rest == 0
+                assert torch.equal(copies[place], store.slab_digests(slab))
+                on_device += 1
+            else:
+                assert address == store.slab_address(slab) + geometry.kv_bytes
+    assert on_device == min(room, 6)
 
 
 def test_coarse_copies_are_the_stores_128_token_digests(store_on_device: HostKvStore) -> None:
