@@ -1,144 +1,226 @@
-"""The three ways of `fluxion bench handoff`: raw socket, bare gRPC stream, hand-off.
+"""The receiving side of `fluxion bench handoff`, and its sender's process.
 
-What they are and how they are compared: fluxion_core/lab/benchmark/handoff.py.
+What the ways are and how they are compared: fluxion_core/lab/benchmark/handoff.py. The sender:
+handoff_sender.py.
 """
 
 from __future__ import annotations
 
 import asyncio
 import multiprocessing
+import os
+import select
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from multiprocessing.connection import Connection
 
 import grpc
 
-from fluxion_core.config.settings import ClientSettings
-from fluxion_core.kvstore.store import HostKvStore
+from fluxion_core.config.settings import ClientSettings, HandoffSettings
+from fluxion_core.errors import FluxionError, StreamTruncatedError
+from fluxion_core.kernels import _native
+from fluxion_core.kernels.isa import native_layout
+from fluxion_core.kernels.plane_fault import plane_error
+from fluxion_core.kvstore.sequence import LandingPlace, SequenceKv
+from fluxion_core.kvstore.store import SLAB_ALIGNMENT_BYTES, HostKvStore
 from fluxion_core.kvstream.assembler import HandoffAssembler
-from fluxion_core.kvstream.handoff import Frame, FrameKind, Header, Trailer, frame_tokens
-from fluxion_core.lab.benchmark.handoff import Clock, Shape, Transfer
+from fluxion_core.lab.benchmark.handoff import (
+    BESIDE_THE_CALL,
+    RAW,
+    Measure,
+    Sending,
+    Shape,
+    Transfer,
+)
 from fluxion_core.wire import codec
 from fluxion_core.wire.channel import open_channel
+from services.cli.handoff_sender import IDENTITY, KEY, STREAM, TRANSPORTS, Address, send_kv
 
-_STREAM = "/bench/stream"
 _BUFFER_BYTES = 1 << 20
+_ANSWER_SECONDS = 60.0
 
 
-def make_frames(shape: Shape) -> list[bytes]:
-    """A whole hand-off of random-looking KV, encoded."""
-    geometry, layout = shape.geometry, shape.layout
-    step = frame_tokens(geometry)
-    pattern = bytes(range(1, 126)) * (layout.payload_bytes(step) // 125 + 1)
-    frames = [codec.encode_frame(codec.header_frame(Header(layout, shape.num_tokens, 0)))]
-    payload_bytes = 0
-    for first in range(0, shape.num_tokens, step):
-        count = min(step, shape.num_tokens - first)
-        payload = pattern[: layout.payload_bytes(count)]
-        for layer in range(shape.num_layers):
-            frames.append(codec.encode_frame(Frame(FrameKind.CHUNK, payload, layer, first, count)))
-            payload_bytes += len(payload)
-    trailer = Trailer(0, 0.0, 0.0, len(frames) - 1, payload_bytes)
-    frames.append(codec.encode_frame(codec.trailer_frame(trailer)))
-    return frames
+def sending_with(threads: int | None) -> Sending:
+    """The sender for a shape, with so many native threads on both sides; as many as nodes have by
+    default if None.
+    """
+    count = threads or HandoffSettings().num_threads
+
+    def sending(shape: Shape) -> AbstractContextManager[Measure]:
+        return _sending(shape, count)
+
+    return sending
 
 
 @contextmanager
-def sending(shape: Shape) -> Iterator[Callable[[], list[Transfer]]]:
-    """A process that sends one shape's KV in all three ways, for as long as the block lasts."""
+def _sending(shape: Shape, threads: int) -> Iterator[Measure]:
+    """A process that sends one shape's KV by any way, for as long as the block lasts."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_send, args=(shape, theirs), daemon=True)
+    process = context.Process(target=send_kv, args=(shape, threads, theirs), daemon=True)
     process.start()
+    theirs.close()
+    io_threads = _native.IoThreads(threads)
     try:
-        ports: tuple[int, int] = ours.recv()
-        yield lambda: asyncio.run(_receive_all(shape, ports))
+        yield KvReceiver(shape, io_threads, ours).measure
     finally:
+        io_threads.close()
+        ours.close()
         process.terminate()
         process.join()
 
 
-def _send(shape: Shape, pipe: Connection) -> None:
-    """Body of the sending process."""
-    asyncio.run(_serve(shape, pipe))
+class KvReceiver:
+    """Takes a shape's KV in, and times it.
+
+    Args:
+        shape: whose KV comes.
+        io_threads: take in what comes beside a call.
+        pipe: to the sender.
+    """
+
+    def __init__(self, shape: Shape, io_threads: _native.IoThreads, pipe: Connection) -> None:
+        geometry = shape.geometry
+        slabs = geometry.slabs_for(shape.num_tokens)
+        # Touched before the clock starts, as a store of a node that has run for a while is.
+        self._store = HostKvStore(
+            geometry,
+            slabs * (geometry.slab_bytes + SLAB_ALIGNMENT_BYTES),
+            model_key=b"bench",
+            populate=True,
+        )
+        self._shape, self._io_threads, self._pipe = shape, io_threads, pipe
+        self._num_prompts = 0
+
+    def measure(self, way: str, connections: int) -> Transfer:
+        """One transfer.
+
+        Raises:
+            FluxionError: it failed, or the sender did.
+        """
+        address = self._ask((way, connections))
+        assert not isinstance(address, float)
+        cpu, started = time.process_time(), time.perf_counter()
+        if way == RAW:
+            self._take_raw(address, connections)
+        elif way in BESIDE_THE_CALL:
+            self._land(TRANSPORTS[way], address, connections)
+        else:
+            asyncio.run(self._take_stream(way, address))
+        seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+        sender_cpu = self._ask(None)
+        assert isinstance(sender_cpu, float)
+        payload_bytes = self._shape.payload_bytes
+        return Transfer(way, connections, payload_bytes, seconds, cpu, sender_cpu)
+
+    def _ask(self, message: tuple[str, int] | None) -> Address | float:
+        try:
+            self._pipe.send(message)
+            if not self._pipe.poll(_ANSWER_SECONDS):
+                raise FluxionError(f"the sender has not answered for {_ANSWER_SECONDS:g} s")
+            answer: Address | float | str = self._pipe.recv()
+        except (EOFError, ConnectionError):
+            raise FluxionError("the sender has ended") from None
+        if isinstance(answer, str):
+            raise FluxionError(answer)
+        return answer
+
+    def _take_raw(self, address: Address, connections: int) -> None:
+        links = [connect(address) for _ in range(connections)]
+        with ThreadPoolExecutor(connections) as threads:
+            received = sum(threads.map(read_to_end, links))
+        if received < self._shape.payload_bytes:
+            raise StreamTruncatedError(
+                f"{received} B have come; {self._shape.payload_bytes} B of KV were sent"
+            )
+
+    def _land(self, transport: str, address: Address, connections: int) -> None:
+        event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        sequence = self._new_sequence()
+        try:
+            landing = sequence.open_landing(lambda place: self._new_landing(place, event_fd))
+            for number in range(connections):
+                link = connect(address)
+                link.setblocking(False)
+                landing.add(link.detach(), transport, number, connections, KEY, IDENTITY)
+            wait_until_whole(landing, event_fd)
+            sequence.landed()
+            sequence.commit()
+        finally:
+            sequence.release()
+            os.close(event_fd)
+
+    def _new_landing(self, place: LandingPlace, event_fd: int) -> _native.KvLanding:
+        return _native.KvLanding(
+            self._io_threads,
+            native_layout(self._shape.geometry),
+            slabs=place.slab_addresses,
+            num_tokens=place.num_tokens,
+            kv_from_token=place.kv_from_token,
+            event_fd=event_fd,
+        )
+
+    async def _take_stream(self, way: str, address: Address) -> None:
+        assert isinstance(address, int)
+        async with open_channel(f"127.0.0.1:{address}", ClientSettings()) as channel:
+            if way == "stream":
+                async for _ in channel.unary_stream(STREAM)(b""):
+                    pass
+            else:
+                await self._take_handoff(channel)
+
+    async def _take_handoff(self, channel: grpc.aio.Channel) -> None:
+        sequence = self._new_sequence()
+        try:
+            assembler = HandoffAssembler(
+                sequence, self._shape.layout, num_tokens=self._shape.num_tokens, kv_from_token=0
+            )
+            async for message in channel.unary_stream(STREAM)(b""):
+                codec.take_message(assembler, message)
+            assembler.finish()
+            sequence.commit()
+        finally:
+            sequence.release()
+
+    def _new_sequence(self) -> SequenceKv:
+        """A place for the prompt, of which nothing is stored: no two begin with the same token."""
+        self._num_prompts += 1
+        return self._store.reserve([self._num_prompts, *range(1, self._shape.num_tokens)], 0)
 
 
-async def _serve(shape: Shape, pipe: Connection) -> None:
-    frames = make_frames(shape)
-
-    async def stream(request: bytes, context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
-        del request, context
-        for frame in frames:
-            yield frame
-
-    server = grpc.aio.server(options=[("grpc.max_send_message_length", 8 << 20)])
-    handlers = {"stream": grpc.unary_stream_rpc_method_handler(stream)}
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("bench", handlers),))
-    grpc_port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-
-    async def socket_client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        del reader
-        plain = writer.get_extra_info("socket").dup()
-        plain.setblocking(True)
-        await asyncio.to_thread(_send_plain, plain, frames)
-        writer.close()
-
-    plain_server = await asyncio.start_server(socket_client, "127.0.0.1", 0)
-    socket_port = plain_server.sockets[0].getsockname()[1]
-    pipe.send((grpc_port, socket_port))
-    await server.wait_for_termination()
+def connect(address: Address) -> socket.socket:
+    """A connection to the sender."""
+    if isinstance(address, int):
+        return socket.create_connection(("127.0.0.1", address))
+    link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    link.connect(address)
+    return link
 
 
-def _send_plain(plain: socket.socket, frames: list[bytes]) -> None:
-    with plain:
-        for frame in frames:
-            plain.sendall(frame)
-
-
-async def _receive_all(shape: Shape, ports: tuple[int, int]) -> list[Transfer]:
-    grpc_port, socket_port = ports
-    plain = await asyncio.to_thread(_receive_socket, socket_port)
-    async with open_channel(f"127.0.0.1:{grpc_port}", ClientSettings()) as channel:
-        await channel.channel_ready()
-        stream = await _receive_stream(channel)
-        handoff = await _receive_handoff(channel, shape)
-    return [plain, stream, handoff]
-
-
-def _receive_socket(port: int) -> Transfer:
-    buffer = memoryview(bytearray(_BUFFER_BYTES))
-    with socket.create_connection(("127.0.0.1", port)) as connection:
-        clock = Clock()
-        received = 0
-        while count := connection.recv_into(buffer):
+def read_to_end(link: socket.socket) -> int:
+    """Bytes that come until the other side ends, read into a buffer that stays hot."""
+    buffer, received = memoryview(bytearray(_BUFFER_BYTES)), 0
+    with link:
+        while count := link.recv_into(buffer):
             received += count
-    return clock.transfer("socket", received)
+    return received
 
 
-async def _receive_stream(channel: grpc.aio.Channel) -> Transfer:
-    clock = Clock()
-    received = 0
-    async for message in channel.unary_stream(_STREAM)(b""):
-        received += len(message)
-    return clock.transfer("stream", received)
+def wait_until_whole(landing: _native.KvLanding, event_fd: int) -> None:
+    """Wait until a landing has everything.
 
-
-async def _receive_handoff(channel: grpc.aio.Channel, shape: Shape) -> Transfer:
-    geometry = shape.geometry
-    slabs = geometry.slabs_for(shape.num_tokens)
-    # Touched before the clock starts, as a store of a node that has run for a while is.
-    store = HostKvStore(
-        geometry, slabs * (geometry.slab_bytes + 4096), model_key=b"bench", populate=True
-    )
-    sequence = store.reserve(range(shape.num_tokens), 0)
-    assembler = HandoffAssembler(
-        sequence, shape.layout, num_tokens=shape.num_tokens, kv_from_token=0
-    )
-    clock = Clock()
-    async for message in channel.unary_stream(_STREAM)(b""):
-        codec.take_message(assembler, message)
-    assembler.finish()
-    sequence.commit()
-    return clock.transfer("hand-off", assembler.payload_bytes)
+    Raises:
+        FluxionError: something of it was wrong, or nothing came for too long.
+    """
+    while True:
+        *_, is_whole, fault = landing.state()
+        if fault is not None:
+            raise plane_error(fault)
+        if is_whole:
+            return
+        if not select.select([event_fd], [], [], _ANSWER_SECONDS)[0]:
+            raise StreamTruncatedError(f"no KV has come for {_ANSWER_SECONDS:g} s")
+        os.eventfd_read(event_fd)

@@ -1,32 +1,43 @@
-"""Speed of KV from one process to another, and what it costs the receiver.
+"""Speed of KV from one process to another on loopback, and what it costs both of them.
 
-Three ways, interleaved in one run, each with its sender in a process of its own, on loopback:
+Ways, in turns in one run, each with its sender in a process of its own:
 
-    socket    a raw TCP socket into a preallocated buffer: what the machine can do
-    stream    a bare gRPC stream of the same messages, thrown away: what Python gRPC can do
-    hand-off  our frames with CRC32C, checked, copied into a host KV store, digests built
+    raw            TCP sockets read into hot buffers, thrown away: what the machine can do
+    stream         a bare gRPC stream of the same messages, thrown away: what Python gRPC can do
+    grpc           the hand-off over the call's own stream
+    sockets        the hand-off over TCP connections beside the call
+    tls            the same, encrypted
+    shared_memory  the hand-off over a ring of memory that both processes have mapped
 
-The hand-off is to reach at least 0.8 of the stream. All three send the same frames, made before the
-clock starts: this measures the way and the receiver, not the prefill.
+All send the same frames, made before the clock starts, and the four hand-offs end alike: frames
+are checked by CRC32C and by their rules, KV lies in a host KV store, digests are built. So this
+measures the way and both ends of it, not the prefill. It is compared with raw sockets of as many
+connections, in the same round.
 
-Here: shapes, clocks, medians and the table. The ways themselves need gRPC, which only services may
+Here: shapes, ways, medians and the table. The ways themselves need gRPC, which only services may
 import: services/cli/handoff_bench.py.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from statistics import median
 
 from rich.console import Console
 from rich.table import Table
 
-from fluxion_core.geometry import KvGeometry
+from fluxion_core.errors import ConfigError
+from fluxion_core.geometry import KvGeometry, ceil_div
 from fluxion_core.kvstream.handoff import KvLayout
 from fluxion_core.lab.benchmark.report import describe_machine
+
+RAW = "raw"
+ON_ONE_CONNECTION = ("stream", "grpc")
+BESIDE_THE_CALL = ("sockets", "tls", "shared_memory")
+WAYS = (*ON_ONE_CONNECTION, *BESIDE_THE_CALL)
+"""Raw sockets are measured with any of them."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +68,11 @@ class Shape:
             tokenizer_fingerprint="bench",
         )
 
+    @property
+    def payload_bytes(self) -> int:
+        """KV of the whole prompt; its last block is whole."""
+        return self.num_layers * self.layout.payload_bytes(self.num_tokens)
+
 
 SHAPES = (
     Shape("SmolLM2-135M", num_layers=30, num_kv_heads=3, head_dim=64, num_tokens=7000),
@@ -66,108 +82,147 @@ SHAPES = (
 
 @dataclass(frozen=True)
 class Transfer:
-    """One way, one run, as the receiver saw it."""
+    """One way, one run. Seconds are from before connecting until all was taken in."""
 
     way: str
+    connections: int
     payload_bytes: int
     seconds: float
-    cpu_seconds: float
+    receiver_cpu_seconds: float
+    """Of the whole process, as are the sender's."""
+    sender_cpu_seconds: float
 
     @property
     def gigabytes_per_second(self) -> float:
         """Payload over wall-clock time."""
         return self.payload_bytes / self.seconds / 1e9
 
-    @property
-    def cpu_seconds_per_gigabyte(self) -> float:
-        """The receiver's processor time over payload."""
-        return self.cpu_seconds / self.payload_bytes * 1e9
+
+Measure = Callable[[str, int], Transfer]
+"""Measures a way with so many connections."""
+
+Sending = Callable[[Shape], AbstractContextManager[Measure]]
+"""Starts a sender for a shape, for as long as the block lasts."""
 
 
-Sending = Callable[[Shape], AbstractContextManager[Callable[[], list[Transfer]]]]
-"""Starts a sender for a shape; each call inside the block measures socket, stream and hand-off."""
+@dataclass(frozen=True)
+class HandoffPlan:
+    """Measurements to make.
 
-
-def run_handoff_bench(
-    console: Console, sending: Sending, *, repeats: int = 5, shapes: tuple[Shape, ...] = SHAPES
-) -> dict[str, object]:
-    """Measure all ways for every shape; print a table, return everything as plain data.
-
-    Args:
-        console: where the table goes.
-        sending: the ways.
-        repeats: interleaved runs of each way, after one that does not count; medians are shown.
-        shapes: models and prompt lengths.
+    Raises:
+        ConfigError: a way is none.
     """
-    results = []
-    for shape in shapes:
+
+    ways: Sequence[str] = WAYS
+    connections: Sequence[int] = (1, 2, 4, 8)
+    repeats: int = 5
+    """Rounds of all ways, after one that does not count."""
+    shapes: Sequence[Shape] = SHAPES
+
+    def __post_init__(self) -> None:
+        for way in self.ways:
+            if way not in WAYS:
+                raise ConfigError(f"way {way!r}; one of: {', '.join(WAYS)}")
+
+    def runs(self) -> Iterator[tuple[str, int]]:
+        """Ways and connections of one round: raw sockets just before what is compared with them."""
+        on_one = [way for way in self.ways if way in ON_ONE_CONNECTION]
+        beside = [way for way in self.ways if way in BESIDE_THE_CALL]
+        for count in sorted({*self.connections, *([1] if on_one else [])}):
+            yield RAW, count
+            yield from ((way, count) for way in on_one if count == 1)
+            yield from ((way, count) for way in beside if count in self.connections)
+
+
+def shapes_named(names: Sequence[str], num_tokens: int | None = None) -> list[Shape]:
+    """Shapes by their names, all of them for none; with prompts of another length if asked for.
+
+    Raises:
+        ConfigError: there is none of a name.
+    """
+    by_name = {shape.name.lower(): shape for shape in SHAPES}
+    for name in names:
+        if name.lower() not in by_name:
+            raise ConfigError(f"shape {name!r}; one of: {', '.join(by_name)}")
+    found = [by_name[name.lower()] for name in names] or list(SHAPES)
+    return [replace(one, num_tokens=num_tokens or one.num_tokens) for one in found]
+
+
+def run_handoff_bench(console: Console, sending: Sending, plan: HandoffPlan) -> dict[str, object]:
+    """Measure all ways for every shape; print a table, return everything as plain data."""
+    results: list[dict[str, object]] = []
+    machine = describe_machine()
+    console.print(f"[bold]hand-off[/bold], loopback; {machine}", highlight=False)
+    for shape in plan.shapes:
+        runs = list(plan.runs())
         with sending(shape) as measure:
-            measure()
-            results.append(_summary(shape, [measure() for _ in range(repeats)]))
-    report: dict[str, object] = {"machine": describe_machine(), "results": results}
-    _print(console, report, results)
-    return report
+            for way, count in runs:
+                measure(way, count)
+            rounds = [[measure(way, count) for way, count in runs] for _ in range(plan.repeats)]
+        figures = _figures(rounds)
+        _print(console, shape, figures)
+        results.append(
+            {
+                "shape": asdict(shape),
+                "payload_bytes": shape.payload_bytes,
+                "repeats": plan.repeats,
+                "ways": figures,
+            }
+        )
+    return {"machine": machine, "results": results}
 
 
-class Clock:
-    """Wall-clock and processor time of this process, from now on."""
-
-    def __init__(self) -> None:
-        self._wall, self._cpu = time.perf_counter(), time.process_time()
-
-    def transfer(self, way: str, payload_bytes: int) -> Transfer:
-        """The transfer since this clock began."""
-        seconds = time.perf_counter() - self._wall
-        return Transfer(way, payload_bytes, seconds, time.process_time() - self._cpu)
-
-
-def _summary(shape: Shape, runs: list[list[Transfer]]) -> dict[str, object]:
-    """Medians of each way, and the hand-off beside the stream, run by run."""
-    by_way = list(zip(*runs, strict=True))
-
-    def median(way: tuple[Transfer, ...], of: Callable[[Transfer], float]) -> float:
-        return statistics.median(of(transfer) for transfer in way)
-
-    ratios = [run[2].gigabytes_per_second / run[1].gigabytes_per_second for run in runs]
-    return {
-        "shape": asdict(shape),
-        "payload_bytes": by_way[2][0].payload_bytes,
-        "repeats": len(runs),
-        "ways": {
-            way[0].way: {
-                "gigabytes_per_second": median(way, lambda t: t.gigabytes_per_second),
+def _figures(rounds: Sequence[Sequence[Transfer]]) -> list[dict[str, object]]:
+    """Medians of each way and number of connections, beside raw sockets of the same round."""
+    raw = [
+        {one.connections: one.gigabytes_per_second for one in each if one.way == RAW}
+        for each in rounds
+    ]
+    figures: list[dict[str, object]] = []
+    for transfers in zip(*rounds, strict=True):
+        first = transfers[0]
+        gigabytes = first.payload_bytes / 1e9
+        shares = [
+            one.gigabytes_per_second / of_round[one.connections]
+            for one, of_round in zip(transfers, raw, strict=True)
+        ]
+        figures.append(
+            {
+                "way": first.way,
+                "connections": first.connections,
+                "gigabytes_per_second": median(one.gigabytes_per_second for one in transfers),
+                "of_raw": median(shares),
+                "of_raw_lowest": min(shares),
                 "receiver_cpu_seconds_per_gigabyte": median(
-                    way, lambda t: t.cpu_seconds_per_gigabyte
+                    one.receiver_cpu_seconds / gigabytes for one in transfers
+                ),
+                "sender_cpu_seconds_per_gigabyte": median(
+                    one.sender_cpu_seconds / gigabytes for one in transfers
                 ),
             }
-            for way in by_way
-        },
-        "handoff_over_stream": statistics.median(ratios),
-        "handoff_over_stream_lowest": min(ratios),
-    }
+        )
+    return figures
 
 
-def _print(console: Console, report: dict[str, object], results: list[dict[str, object]]) -> None:
-    console.print(f"[bold]hand-off[/bold], loopback; {report['machine']}", highlight=False)
-    table = Table(box=None, pad_edge=False)
-    for column in ("shape", "way", "GB/s", "receiver CPU s/GB", "of the stream"):
-        table.add_column(column, justify="left" if column in ("shape", "way") else "right")
-    for result in results:
-        ways = result["ways"]
-        assert isinstance(ways, dict)
-        for way, figures in ways.items():
-            rate = figures["gigabytes_per_second"]
-            ratio = rate / ways["stream"]["gigabytes_per_second"]
-            if way == "hand-off":
-                assert isinstance(result["handoff_over_stream"], float)
-                ratio = result["handoff_over_stream"]
-            shape = result["shape"]
-            assert isinstance(shape, dict)
-            table.add_row(
-                f"{shape['name']}, {shape['num_tokens']:,} tokens",
-                way,
-                f"{rate:.2f}",
-                f"{figures['receiver_cpu_seconds_per_gigabyte']:.2f}",
-                f"{ratio:.2f}",
-            )
+def _print(console: Console, shape: Shape, figures: Sequence[dict[str, object]]) -> None:
+    megabytes = ceil_div(shape.payload_bytes, 10**6)
+    title = f"{shape.name}, {shape.num_tokens:,} tokens, {megabytes:,} MB"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for column in (
+        *("way", "connections", "GB/s", "of raw"),
+        *("CPU s/GB: receiver", "sender"),
+    ):
+        table.add_column(column, justify="left" if column == "way" else "right")
+    for row in sorted(figures, key=lambda row: row["way"] != RAW):
+        table.add_row(
+            str(row["way"]),
+            str(row["connections"]),
+            *(
+                f"{row[name]:.2f}"
+                for name in (
+                    *("gigabytes_per_second", "of_raw"),
+                    *("receiver_cpu_seconds_per_gigabyte", "sender_cpu_seconds_per_gigabyte"),
+                )
+            ),
+        )
     console.print(table)
