@@ -7,6 +7,7 @@
     ├── UnsupportedCallError        a method that this node does not offer
     ├── CapacityError               the node is full; retry later or elsewhere
     ├── LayoutMismatchError         two nodes disagree on the model or the KV layout
+    ├── NoCommonWayError            two nodes have no way for KV in common
     ├── HandoffError                the KV stream is damaged; nothing of it was committed
     │   ├── FrameFormatError        bad magic, version, kind or length
     │   ├── FrameChecksumError      CRC32C differs
@@ -33,6 +34,8 @@
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 class FluxionError(Exception):
@@ -108,6 +111,20 @@ class LayoutMismatchError(FluxionError):
         super().__init__(
             f"KV layout differs in {field}: this node has {expected!r}, the peer has {found!r}; "
             f"serve the same model revision with the same settings on both nodes"
+        )
+
+
+class NoCommonWayError(FluxionError):
+    """A prefill node offers KV in no way that the decode node can take."""
+
+    def __init__(
+        self, offered: Sequence[str], asked: Sequence[str], *, is_one_machine: bool
+    ) -> None:
+        self.offered, self.asked = tuple(offered), tuple(asked)
+        where = "" if is_one_machine else "; shared_memory is for nodes on one machine"
+        super().__init__(
+            f"no way for KV in common: the prefill node has {', '.join(offered)}, the decode node "
+            f"{', '.join(asked) or 'none of them'}{where}; set handoff.ways of either node"
         )
 
 

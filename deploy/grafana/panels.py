@@ -403,6 +403,7 @@ TRAFFIC = Dashboard(
             (
                 Line(rate("fluxion_handoff_bytes_total", by="node"), "from {node}"),
                 Line(rate("fluxion_prefill_kv_bytes_total"), "made by prefill"),
+                Line(rate("fluxion_prefill_taken_bytes_total"), "taken from prefill"),
             ),
             "KV that was committed, by the prefill node it came from.",
             NO_PROMPT,
@@ -421,6 +422,13 @@ TRAFFIC = Dashboard(
             (Line(rate("fluxion_data_plane_cpu_seconds_total", by="kind"), "{kind}"),),
             "Of one CPU: threads that move KV beside its calls; event loops are not among them.",
             "No node was scraped in this range.",
+        ),
+        Panel(
+            "Hand-off: connections refused",
+            "suffix: connections/s",
+            (Line(rate("fluxion_prefill_refused_connections_total", by="reason"), "{reason}"),),
+            "At prefill nodes' ports for KV: no hand-off of theirs, or not any more.",
+            NO_PREFILL_NODE,
         ),
         Panel(
             "Hand-off time",

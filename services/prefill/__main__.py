@@ -22,6 +22,7 @@ from services.prefill.config import (
     GPU_OUTGOING_BYTES,
     PrefillNodeSettings,
 )
+from services.prefill.data_plane import DataPlane
 from services.prefill.engine import PrefillEngine
 from services.prefill.metrics import PrefillCollector, PromptCounters
 from services.prefill.service import (
@@ -41,10 +42,20 @@ async def serve(settings: PrefillNodeSettings, ending: asyncio.Event) -> None:
     metrics = NodeMetrics("prefill", lambda: server.unread_calls)
     endpoint = MetricsEndpoint(settings.server.metrics_listen, metrics)
     address = await server.start()
-    _log.info(event("listening", address=address))
+    plane = DataPlane(settings)
+    metrics.data_plane_cpu_seconds = plane.cpu_seconds
     failure = DeviceFailure(ending)
     engine: PrefillEngine | None = None
     try:
+        plane.start()
+        _log.info(
+            event(
+                "listening",
+                address=address,
+                ways=",".join(plane.ways),
+                data_address=plane.data_address,
+            )
+        )
         model = await load(partial(load_node_model, settings.model), ending)
         engine = make_engine(settings, model, failure)
         await load(engine.warm_up, ending)
@@ -54,10 +65,11 @@ async def serve(settings: PrefillNodeSettings, ending: asyncio.Event) -> None:
         metrics.loaded(
             model.loaded.name,
             str(device),
-            PrefillCollector(counters, engine),
+            PrefillCollector(counters, engine, plane),
             *nvml_collectors(device),
         )
-        node = add_services(server, model, engine, counters)
+        plane.loaded(model.geometry())
+        node = add_services(server, model, engine, plane, counters)
         readiness = Readiness(
             server,
             metrics,
@@ -77,6 +89,7 @@ async def serve(settings: PrefillNodeSettings, ending: asyncio.Event) -> None:
         await server.stop(0)
         if engine is not None:
             engine.stop()
+        await plane.stop()
         endpoint.close()
         _log.info(event("stopped"))
 
@@ -98,11 +111,16 @@ def make_engine(
 
 
 def add_services(
-    server: NodeServer, model: NodeModel, engine: PrefillEngine, counters: PromptCounters
+    server: NodeServer,
+    model: NodeModel,
+    engine: PrefillEngine,
+    plane: DataPlane,
+    counters: PromptCounters,
 ) -> PrefillNodeService:
     """Register both services; returns the one that says whether the node drains."""
     handoff = HandoffService(
         engine,
+        plane,
         model.layout,
         vocab_size=model.loaded.config.vocab_size,
         context_tokens=model.loaded.config.context_tokens,

@@ -1,27 +1,31 @@
 """The prefill node's gRPC side: requests in, frames out as they are computed.
 
 `/fluxion.v1.Handoff/Prefill` is a raw method: its request is a HandoffRequest, its responses are
-the frames of protos/README.md. A request's stream is its life: when it ends, so does the prompt.
+the frames of protos/README.md, with the CHUNKs among them or beside the call (data_plane.py). A
+request's stream is its life: when it ends, so do the prompt and whatever its KV leaves on.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
 
 import grpc
 from google.protobuf.message import DecodeError
 
+from fluxion_core.config.carriers import Carrier
 from fluxion_core.errors import ContextLengthError, FluxionError, InvalidRequestError
 from fluxion_core.geometry import BLOCK_TOKENS
-from fluxion_core.kvstream.handoff import Frame, Header, KvLayout, Trailer
+from fluxion_core.kvstream.handoff import Header, KvLayout
 from fluxion_core.observe.log import event
 from fluxion_core.wire import codec
 from fluxion_core.wire.callers import Callers
 from fluxion_proto.v1 import handoff_pb2, handoff_pb2_grpc
 from services.metrics import outcome_of
+from services.prefill.data_plane import DataPlane
+from services.prefill.departures import CallDeparture, Departure, PlaneDeparture
 from services.prefill.engine import PrefillEngine
 from services.prefill.metrics import PromptCounters
 from services.prefill.prompt import Prompt
@@ -33,51 +37,12 @@ PREFILL_NODE_SERVICE = "fluxion.v1.PrefillNode"
 MAX_REQUEST_ID_CHARACTERS = 128
 
 
-class FrameQueue:
-    """Frames on their way from the engine's thread to the event loop.
-
-    The engine bounds them: it computes a chunk of a prompt only while `outgoing_bytes` allow it.
-    """
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._arrived = asyncio.Event()
-        self._items: deque[Frame | Trailer | BaseException] = deque()
-        # One writer each: the engine's thread, and the event loop.
-        self._put_bytes = 0
-        self._taken_bytes = 0
-
-    def outgoing_bytes(self) -> int:
-        """KV that was put in and has not been taken. From any thread."""
-        return self._put_bytes - self._taken_bytes
-
-    def put(self, item: Frame | Trailer | BaseException) -> None:
-        """Add an item, from the engine's thread; never blocks."""
-        if isinstance(item, Frame):
-            self._put_bytes += len(item.payload)
-        self._loop.call_soon_threadsafe(self._take_in, item)
-
-    def _take_in(self, item: Frame | Trailer | BaseException) -> None:
-        self._items.append(item)
-        self._arrived.set()
-
-    async def get(self) -> Frame | Trailer | BaseException:
-        """The next item, on the event loop."""
-        while not self._items:
-            self._arrived.clear()
-            await self._arrived.wait()
-        return self._items.popleft()
-
-    def taken(self, frame: Frame) -> None:
-        """Note that the receiver has taken a frame."""
-        self._taken_bytes += len(frame.payload)
-
-
 class HandoffService:
     """Streams KV to decode nodes.
 
     Args:
         engine: computes prompts.
+        plane: what KV leaves on beside its call.
         layout: what this node serves.
         vocab_size: ids are below it.
         context_tokens: the model's context.
@@ -88,6 +53,7 @@ class HandoffService:
     def __init__(
         self,
         engine: PrefillEngine,
+        plane: DataPlane,
         layout: KvLayout,
         *,
         vocab_size: int,
@@ -98,6 +64,7 @@ class HandoffService:
         self._counters = counters
         self._callers = callers
         self._engine = engine
+        self._plane = plane
         self._layout = layout
         self._vocab_size = vocab_size
         self._context_tokens = context_tokens
@@ -110,27 +77,21 @@ class HandoffService:
         Raises:
             InvalidRequestError: the request is malformed or cannot be computed.
             LayoutMismatchError: the decode node expects another model or layout.
+            NoCommonWayError: the decode node can take KV in no way that this node has.
             CapacityError: too many prompts wait.
+            PeerUnavailableError: a connection for KV broke.
+            UnreadAnswerError: the decode node takes no KV.
         """
         client = self._callers.client_of(context)
-        frames = FrameQueue(asyncio.get_running_loop())
-        prompt = self._submit(message, frames, client)
+        prompt, departure = self._submit(message, client)
+        endpoint = departure.endpoint if isinstance(departure, PlaneDeparture) else None
+        header = Header(self._layout, len(prompt.token_ids), prompt.kv_from_token, endpoint)
         outcome = ""
         try:
-            header = Header(self._layout, len(prompt.token_ids), prompt.kv_from_token)
             yield codec.encode_frame(codec.header_frame(header))
-            while True:
-                item = await frames.get()
-                if isinstance(item, Frame):
-                    yield codec.encode_frame(item)
-                    # The write above returned: flow control let the frame go.
-                    frames.taken(item)
-                    self._engine.wake()
-                elif isinstance(item, Trailer):
-                    yield codec.encode_frame(codec.trailer_frame(item))
-                    break
-                else:
-                    raise item
+            async with aclosing(departure.call_frames()) as frames:
+                async for frame in frames:
+                    yield codec.encode_frame(frame)
             outcome = "finished"
             self._counters.prompt_ended(None, prompt)
         except BaseException as error:
@@ -139,12 +100,15 @@ class HandoffService:
             raise
         finally:
             self._engine.cancel(prompt)
+            self._end(departure)
+            self._counters.kv_left(header.way, departure.taken_bytes)
             _log.info(
                 event(
                     "prompt",
                     request_id=prompt.request_id,
                     client=client,
                     outcome=outcome,
+                    way=header.way,
                     tokens=len(prompt.token_ids),
                     kv_from_token=prompt.kv_from_token,
                     queue_seconds=prompt.queue_seconds,
@@ -160,23 +124,27 @@ class HandoffService:
             HANDOFF_SERVICE, {"Prefill": grpc.unary_stream_rpc_method_handler(self.prefill)}
         )
 
-    def _submit(self, message: bytes, frames: FrameQueue, client: str) -> Prompt:
+    def _submit(self, message: bytes, client: str) -> tuple[Prompt, Departure]:
         """Check a request and queue its prompt; a refusal is logged."""
         request = handoff_pb2.HandoffRequest()
+        departure: Departure | None = None
         try:
             self._parse_into(request, message)
+            departure = self._departure_for(request)
             prompt = Prompt(
                 request_id=request.request_id,
                 token_ids=list(request.token_ids),
                 kv_from_token=request.kv_from_token,
                 sampling=codec.sampling_from_proto(request.sampling),
-                on_frame=frames.put,
-                on_end=frames.put,
-                outgoing_bytes=frames.outgoing_bytes,
+                on_frame=departure.put,
+                on_end=departure.end,
+                outgoing_bytes=departure.outgoing_bytes,
                 profile_window=codec.profile_window_from_proto(request),
             )
             self._engine.submit(prompt)
         except FluxionError as error:
+            if departure is not None:
+                self._end(departure)
             shown = request.request_id[:MAX_REQUEST_ID_CHARACTERS]
             request_id = shown if shown.isprintable() else ""
             self._counters.prompt_ended(error, None)
@@ -186,7 +154,29 @@ class HandoffService:
             )
             _log.info(refused)
             raise
-        return prompt
+        return prompt, departure
+
+    def _departure_for(self, request: handoff_pb2.HandoffRequest) -> Departure:
+        """The way out for a request's KV, of those that it names."""
+        way = self._plane.choose(codec.ways_from_proto(request), request.machine)
+        if way is Carrier.GRPC:
+            return CallDeparture(asyncio.get_running_loop(), self._engine.wake)
+        if not request.max_connections:
+            raise InvalidRequestError(
+                f"max_connections is 0; need 1 to {codec.MAX_CONNECTIONS} for KV by {way}"
+            )
+        return self._plane.depart(
+            way,
+            # A layer has one connection: more than layers would carry nothing.
+            max_connections=min(request.max_connections, self._layout.num_layers),
+            on_taken=self._engine.wake,
+        )
+
+    def _end(self, departure: Departure) -> None:
+        if isinstance(departure, PlaneDeparture):
+            self._plane.end(departure)
+        else:
+            departure.close()
 
     def _parse_into(self, request: handoff_pb2.HandoffRequest, message: bytes) -> None:
         try:

@@ -24,7 +24,7 @@ from services.decode.config import DecodeSettings, PrefillSettings, StoreSetting
 from services.decode.config import EngineSettings as DecodeEngineSettings
 from services.prefill import __main__ as prefill_node
 from services.prefill.config import EngineSettings as PrefillEngineSettings
-from services.prefill.config import PrefillNodeSettings
+from services.prefill.config import PrefillHandoffSettings, PrefillNodeSettings
 
 TOY_CONTEXT_TOKENS = 2048
 
@@ -182,12 +182,17 @@ def server_settings(metrics_listen: str, unread_seconds: float = 20.0) -> Server
 
 
 def prefill_settings(
-    model: Path, metrics_listen: str = "", unread_seconds: float = 20.0, **engine
+    model: Path,
+    metrics_listen: str = "",
+    unread_seconds: float = 20.0,
+    handoff: PrefillHandoffSettings | None = None,
+    **engine,
 ) -> PrefillNodeSettings:
     return PrefillNodeSettings(
         server=server_settings(metrics_listen, unread_seconds),
         model=ModelSettings(model=str(model), device="cpu", dtype="float32", threads=1),
         engine=PrefillEngineSettings(**{"chunk_tokens": 64, **engine}),
+        handoff=handoff or PrefillHandoffSettings(),
     )
 
 
