@@ -45,6 +45,9 @@ from services.cli.up import bring_up
 _WARM_UP_TOKENS = 8192
 """Of a prompt that does not count, at most."""
 
+_SETTLING_TOKENS = 16
+"""Of the stream, which do not count: steps of its kind may be the node's first."""
+
 _SPARE_SLABS = 8
 _SLAB_ALIGNMENT_BYTES = 4096
 
@@ -86,7 +89,9 @@ async def bench_first_token(options: BenchFirstToken, console: Console) -> dict[
 
 
 def _check_lengths(options: BenchFirstToken, config: ModelConfig) -> None:
-    longest = max(one.tokens for one in _computed(options))
+    longest = max((one.tokens for one in _computed(options)), default=0)
+    if not longest:
+        raise ConfigError("neither --prompt nor --crowd: there is nothing to measure")
     if longest + 1 > config.context_tokens:
         raise ConfigError(f"a prompt of {longest} tokens; the context has {config.context_tokens}")
 
@@ -185,8 +190,7 @@ def _tls_settings(folder: Path) -> tuple[str, str]:
 
 def _kv_bytes(options: BenchFirstToken, config: ModelConfig) -> int:
     geometry = KvGeometry(config.num_layers, config.num_kv_heads, config.head_dim)
-    lengths = [one.tokens for one in options.prompts]
-    slabs = max(map(geometry.slabs_for, lengths))
+    slabs = max((geometry.slabs_for(one.tokens + 1) for one in options.prompts), default=0)
     if options.crowd:
         together = [options.crowd_tokens] * options.crowd + [options.short_tokens]
         together.append(options.stream_tokens + STREAM_NEW_TOKENS)
@@ -228,8 +232,8 @@ async def _ask_crowd(asker: Asker, options: BenchFirstToken) -> Crowd:
         return [await asker.ask(prompt) for prompt in short_prompts]
 
     try:
-        await stream.wait_for(options.quiet_steps + 1)
-        quiet, first = stream.gaps_from(0), len(stream.arrivals) - 1
+        await stream.wait_for(_SETTLING_TOKENS + options.quiet_steps)
+        quiet, first = stream.gaps_from(_SETTLING_TOKENS), len(stream.arrivals) - 1
         # The short ones' first request is sent after those of the long ones.
         long = asyncio.gather(*map(asker.ask, long_prompts))
         short = asyncio.ensure_future(one_after_the_other())

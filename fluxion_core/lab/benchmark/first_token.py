@@ -158,7 +158,8 @@ def first_token_report(
                 "short": [asdict(one) for one in answers.crowd.short],
             }
         ways.append(way)
-    _print_single(console, ways)
+    if any(way["single"] for way in ways):
+        _print_single(console, ways)
     _print_crowds(console, ways)
     return {
         "computing_seconds": {str(n): list(all_) for n, all_ in computing.items()},

@@ -29,7 +29,7 @@ class BenchFirstToken(JsonOption, Command):
     tls: Annotated[bool, flag()] = False
     """Encrypt what goes between the nodes, with a certificate made for it."""
     prompt: Texts = ("1024=5", "8192=5", "32768=3", "130816=1")
-    """Single prompts, TOKENS=REPEATS; medians are shown."""
+    """Single prompts, TOKENS=REPEATS; medians are shown. An empty text is none."""
     crowd: Annotated[int, within(0, 64)] = 4
     """Long prompts at once; 0 for none."""
     crowd_tokens: Annotated[int, within(1)] = 130_816

@@ -56,6 +56,12 @@ async def test_what_does_not_fit_the_context_is_refused_before_anything_runs(lon
         await bench_first_token(options, Console(file=io.StringIO()))
 
 
+async def test_nothing_to_measure_is_refused():
+    options = BenchFirstToken(shape="tiny", prompt=(), crowd=0)
+    with pytest.raises(ConfigError, match="nothing to measure"):
+        await bench_first_token(options, Console(file=io.StringIO()))
+
+
 class FakeAsker:
     """Stands for the asker and for its client: a stream of so many tokens."""
 
