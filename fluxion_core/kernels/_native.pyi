@@ -103,6 +103,9 @@ class TaskPool:
     def set_tracing(self, on: bool, /) -> None: ...
     def take_trace(self) -> bytes: ...
 
+def tls_missing() -> str:
+    """Why there is no TLS for hand-offs' connections here; empty if there is."""
+
 class IoThreads:
     """Threads that move the bytes of hand-offs; none takes the interpreter's lock.
 

@@ -11,6 +11,7 @@
 #include "plane/io_threads.h"
 #include "plane/kv_departure.h"
 #include "plane/kv_landing.h"
+#include "plane/libssl.h"
 
 namespace fluxion {
 namespace {
@@ -113,6 +114,7 @@ nb::tuple departure_state(Departure& self) {
 }  // namespace
 
 void bind_plane(nb::module_& m) {
+  m.def("tls_missing", [] { return openssl::missing(); });
   nb::class_<IoThreads>(m, "IoThreads")
       .def(nb::init<int, std::vector<int>>(), nb::arg("threads"),
            nb::arg("cpus") = std::vector<int>())

@@ -49,7 +49,7 @@ class Descriptor {
 }
 
 [[noreturn]] void throw_system(const char* doing) {
-  throw PlaneError(PlaneFault::kPeer,
+  throw PlaneError(PlaneFault::kSystem,
                    std::string("shared memory: ") + doing + ": " + std::strerror(errno));
 }
 

@@ -1,8 +1,12 @@
 #include "plane/ring_transport.h"
 
+#include <sys/socket.h>
+
 #include <algorithm>
+#include <cerrno>
 #include <cstring>
 #include <stdexcept>
+#include <string>
 
 #include "operations/kernel_table.h"
 
@@ -30,12 +34,7 @@ uint32_t copy_and_check(uint8_t* to, const uint8_t* from, size_t bytes) {
 
 }  // namespace
 
-bool RingReceiver::start() {
-  if (memory_.is_mapped()) return true;
-  if (!memory_.receive(fd())) return false;
-  is_held_.assign(memory_.slots(), false);
-  return true;
-}
+bool RingReceiver::start() { return memory_.is_mapped() || memory_.receive(fd()); }
 
 const uint8_t* RingReceiver::payload(const FramePrefix& prefix) {
   const uint32_t slot = prefix.reserved;
@@ -43,35 +42,43 @@ const uint8_t* RingReceiver::payload(const FramePrefix& prefix) {
     throw PlaneError(PlaneFault::kFormat, "frame names slot " + std::to_string(slot) + " of " +
                                               std::to_string(memory_.slots()));
   }
-  if (is_held_[slot]) {
-    throw PlaneError(PlaneFault::kFormat,
-                     "frame names slot " + std::to_string(slot) + ", which is still held");
-  }
   if (prefix.payload_bytes > memory_.slot_bytes()) {
     throw PlaneError(PlaneFault::kFormat, "frame of " + std::to_string(prefix.payload_bytes) +
                                               " B in a slot of " +
                                               std::to_string(memory_.slot_bytes()));
   }
-  is_held_[slot] = true;
   return memory_.slot(slot);
 }
 
+// A sender that leaves answers unread when it goes resets the connection, after what it has sent.
+ssize_t RingReceiver::read(void* to, size_t bytes) {
+  for (;;) {
+    const ssize_t count = ::recv(fd(), to, bytes, MSG_DONTWAIT);
+    if (count >= 0) return count;
+    if (errno == EAGAIN || errno == EWOULDBLOCK) return kWouldBlock;
+    if (errno == ECONNRESET) return 0;
+    if (errno != EINTR) throw_peer_gone("reading", errno);
+  }
+}
+
 void RingReceiver::release(const FramePrefix& prefix) {
-  answers_.push_back(prefix.reserved);
+  answer_ = prefix.reserved;
+  answer_left_ = sizeof answer_;
   flush();
 }
 
 bool RingReceiver::flush() {
-  while (!answers_.empty()) {
-    const iovec left{reinterpret_cast<uint8_t*>(answers_.data()) + written_bytes_,
-                     answers_.size() * sizeof(uint32_t) - written_bytes_};
-    const ssize_t count = write(&left, 1);
-    if (count == kWouldBlock) return false;
-    written_bytes_ += size_t(count);
-    const size_t whole = written_bytes_ / sizeof(uint32_t);
-    for (size_t i = 0; i < whole; ++i) is_held_[answers_[i]] = false;
-    answers_.erase(answers_.begin(), answers_.begin() + ptrdiff_t(whole));
-    written_bytes_ -= whole * sizeof(uint32_t);
+  while (answer_left_) {
+    const char* from = reinterpret_cast<const char*>(&answer_) + sizeof answer_ - answer_left_;
+    const ssize_t sent = ::send(fd(), from, answer_left_, MSG_NOSIGNAL | MSG_DONTWAIT);
+    if (sent >= 0) {
+      answer_left_ -= size_t(sent);
+    } else if (errno == EAGAIN || errno == EWOULDBLOCK) {
+      return false;
+    } else if (errno != EINTR) {
+      // A sender that is gone wants no slots; whether it had sent everything shows in what is left.
+      answer_left_ = 0;
+    }
   }
   return true;
 }

@@ -15,6 +15,7 @@ class RingReceiver final : public PlainTransport {
   using PlainTransport::PlainTransport;
 
   bool start() override;
+  ssize_t read(void* to, size_t bytes) override;
   bool has_payloads_beside() const override { return true; }
   const uint8_t* payload(const FramePrefix& prefix) override;
   void release(const FramePrefix& prefix) override;
@@ -22,9 +23,8 @@ class RingReceiver final : public PlainTransport {
 
  private:
   RingMemory memory_;
-  std::vector<bool> is_held_;      // named in a prefix, not answered yet
-  std::vector<uint32_t> answers_;  // not written yet, the first one in part
-  size_t written_bytes_ = 0;       // of them
+  uint32_t answer_ = 0;     // the last one: the next prefix is not read before it is written
+  size_t answer_left_ = 0;  // bytes of it that are not
 };
 
 class RingSender final : public PlainTransport {
