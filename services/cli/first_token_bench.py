@@ -78,10 +78,12 @@ async def bench_first_token(options: BenchFirstToken, console: Console) -> dict[
             await _measure_way(way, options, config, model, devices) for way in options.ways
         ]
     tables = first_token_report(console, computing.seconds, measured)
-    about = Provenance.here(computing.model, computing.revision, gpu=computing.gpu)
+    about = Provenance.here(
+        computing.model, computing.revision, commit=options.commit, gpu=computing.gpu
+    )
     return {
         "about": about.as_json(),
-        "machine": describe_machine() | {"gpu": computing.gpu or "none"},
+        "machine": describe_machine(options.commit) | {"gpu": computing.gpu or "none"},
         "devices": {"prefill": devices[0], "decode": devices[1]},
         "options": _kept(options),
         **tables,
@@ -117,7 +119,7 @@ def _medians(computing: PrefillTimes) -> str:
 
 def _kept(options: BenchFirstToken) -> dict[str, object]:
     """Options of the report, and the nodes' settings that came from variables."""
-    about_printing = ("json", "logs", "log_level")
+    about_printing = ("json", "logs", "log_level", "commit")
     kept = {name: value for name, value in asdict(options).items() if name not in about_printing}
     return kept | {
         "variables": {name: os.environ[name] for name in os.environ if name.startswith("FLUXION_")}

@@ -32,6 +32,7 @@ from fluxion_core.errors import ConfigError
 from fluxion_core.geometry import KvGeometry, ceil_div
 from fluxion_core.kvstream.handoff import KvLayout
 from fluxion_core.lab.benchmark.report import describe_machine
+from fluxion_core.lab.provenance import Provenance
 
 RAW = "raw"
 ON_ONE_CONNECTION = ("stream", "grpc")
@@ -118,6 +119,8 @@ class HandoffPlan:
     repeats: int = 5
     """Rounds of all ways, after one that does not count."""
     shapes: Sequence[Shape] = SHAPES
+    commit: str = ""
+    """Of the code, where it does not lie in a repository."""
 
     def __post_init__(self) -> None:
         for way in self.ways:
@@ -151,7 +154,7 @@ def shapes_named(names: Sequence[str], num_tokens: int | None = None) -> list[Sh
 def run_handoff_bench(console: Console, sending: Sending, plan: HandoffPlan) -> dict[str, object]:
     """Measure all ways for every shape; print a table, return everything as plain data."""
     results: list[dict[str, object]] = []
-    machine = describe_machine()
+    machine = describe_machine(plan.commit)
     console.print(f"[bold]hand-off[/bold], loopback; {machine}", highlight=False)
     for shape in plan.shapes:
         runs = list(plan.runs())
@@ -169,7 +172,8 @@ def run_handoff_bench(console: Console, sending: Sending, plan: HandoffPlan) -> 
                 "ways": figures,
             }
         )
-    return {"machine": machine, "results": results}
+    about = Provenance.here(commit=plan.commit).as_json()
+    return {"about": about, "machine": machine, "results": results}
 
 
 def _figures(rounds: Sequence[Sequence[Transfer]]) -> list[dict[str, object]]:

@@ -56,6 +56,8 @@ class BenchFirstToken(JsonOption, Command):
     """Time for both nodes to get ready, s."""
     logs: Annotated[bool, flag()] = False
     """Print all that the nodes log; if not, warnings and errors."""
+    commit: str = ""
+    """Of the code, where it does not lie in a repository."""
     json: JsonPath = None
     """Keep {about, machine, options, computing_seconds, ways: [...]} in this file; - is standard
     output."""

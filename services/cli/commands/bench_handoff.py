@@ -26,8 +26,10 @@ class BenchHandoff(JsonOption, Command):
     """Native threads on both sides; as many as nodes have by default if not given."""
     repeats: Annotated[int, within(1, 100)] = 5
     """Runs of each way; medians are shown."""
+    commit: str = ""
+    """Of the code, where it does not lie in a repository."""
     json: JsonPath = None
-    """Keep {machine, results: [...]} in this file, a result for each shape; - is standard
+    """Keep {about, machine, results: [...]} in this file, a result for each shape; - is standard
     output."""
 
     def __call__(self) -> None:
@@ -47,5 +49,6 @@ class BenchHandoff(JsonOption, Command):
             connections=self.connections,
             repeats=self.repeats,
             shapes=shapes_named(self.shapes, self.tokens),
+            commit=self.commit,
         )
         self.write(run_handoff_bench(self.console(), sending_with(self.threads), plan))
