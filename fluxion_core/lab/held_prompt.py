@@ -7,7 +7,7 @@ into a store as a decode node writes those that arrive.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -100,7 +100,8 @@ class PromptMaker:
             self._decoder,
             self._geometry,
             token_ids,
-            emit=frames.append,
+            # Held long: not in pinned memory.
+            emit=lambda frame: frames.append(replace(frame, payload=bytes(frame.payload))),
             outbox=self._outbox,
             profile_window=profile_window,
         )

@@ -35,8 +35,8 @@ from fluxion_core.planning.prompt_profile import PromptProfile
 class Outbox(Protocol):
     """The way out of a device for KV; prompt/outbox.py has it."""
 
-    def put(self, payload: Tensor, take: Callable[[bytes], None]) -> None:
-        """Copy a piece out; `take` gets its bytes, in this or a later call."""
+    def put(self, payload: Tensor, take: Callable[[memoryview], None]) -> None:
+        """Copy a piece out; `take` gets its bytes, in this or a later call, and may keep them."""
 
     def drain(self) -> None:
         """Hand on all pieces."""
@@ -156,14 +156,17 @@ class KvCapture:
             if self._outbox is not None:
                 self._outbox.put(payload, emit)
             else:
-                emit(payload.numpy().tobytes())
+                emit(memoryview(payload.numpy()))
             first += count
 
-    def _emit_chunk(self, layer: int, first: int, count: int, payload: bytes) -> None:
+    def _emit_chunk(self, layer: int, first: int, count: int, payload: memoryview) -> None:
         self._emit(Frame(FrameKind.CHUNK, payload, layer, first, count))
 
     def _payload(self, layer: int, first: int, count: int) -> Tensor:
-        """[bytes] uint8: `[kv_head][block][K 16 x D | V 16 x D]`, the last block zero padded."""
+        """[bytes] uint8: `[kv_head][block][K 16 x D | V 16 x D]`, the last block zero padded.
+
+        It may be a view of the prompt's KV, whose tokens do not change once they are there.
+        """
         geometry = self._geometry
         blocks = ceil_div(count, BLOCK_TOKENS)
         kv = self._kv[layer, :, :, first : first + count]

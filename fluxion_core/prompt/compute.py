@@ -78,13 +78,14 @@ class PromptComputation:
         hidden = self._decoder(token_ids, positions, self._capture)
         self.num_computed += len(piece)
         is_last = self.num_computed == len(self._token_ids)
-        logits = self._decoder.logits(hidden[-1:])[0].cpu() if is_last else None
+        logits = self._decoder.logits(hidden[-1:])[0] if is_last else None
         on_device.stop()
+        # Before anything waits for the device: KV leaves as it arrives, not when all is computed.
         self._capture.finish_chunk()
         self.device_seconds = on_device.seconds
         if logits is None:
             return None
-        return ComputedPrompt(logits, self._capture.profiles, self._capture.kv)
+        return ComputedPrompt(logits.cpu(), self._capture.profiles, self._capture.kv)
 
 
 def compute_prompt(

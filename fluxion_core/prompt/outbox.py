@@ -1,8 +1,8 @@
 """KV on its way out of a GPU: copied on a stream of its own while the next layers are computed.
 
-Pieces leave in the order they came, each once its copy has arrived in pinned memory. The thread
-that computes prompts puts them in and hands them on: it launches far ahead of the GPU, and has
-time.
+Pieces leave in the order they came, each once its copy has arrived in pinned memory; whoever takes
+one has that memory, and no other copy is made. The thread that computes prompts puts them in and
+hands them on: it launches far ahead of the GPU, and has time.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fluxion_core.prompt.pinned_buffers import PinnedBuffers
+
 
 @dataclass(frozen=True)
 class _Piece:
@@ -22,35 +24,41 @@ class _Piece:
     arrived: torch.cuda.Event
     buffer: Tensor
     num_bytes: int
-    take: Callable[[bytes], None]
+    take: Callable[[memoryview], None]
 
 
 class DeviceOutbox:
-    """Pinned buffers, and the copies into them. One thread only.
+    """Copies into pinned buffers. One thread only.
+
+    Memory for `max_under_way` pieces is there from the start; it grows with what was handed on and
+    is still held.
 
     Args:
         device: that pieces come from.
         buffer_bytes: of the largest piece.
-        num_buffers: copies under way; the next one waits for the oldest to arrive.
+        max_under_way: copies; the next one waits for the oldest to arrive, and to be handed on.
     """
 
-    def __init__(self, device: torch.device, buffer_bytes: int, *, num_buffers: int = 64) -> None:
+    def __init__(self, device: torch.device, buffer_bytes: int, *, max_under_way: int = 64) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)
-        memory = torch.empty(num_buffers, buffer_bytes, dtype=torch.uint8, pin_memory=True)
-        self._free = list(memory)
+        self._max_under_way = max_under_way
+        self._buffers = PinnedBuffers(buffer_bytes, max_under_way)
         self._under_way: deque[_Piece] = deque()
 
-    def put(self, payload: Tensor, take: Callable[[bytes], None]) -> None:
+    def put(self, payload: Tensor, take: Callable[[memoryview], None]) -> None:
         """Copy a piece once what was launched so far is done; hands on those that have arrived.
 
         Args:
             payload: [bytes] uint8 on the device, contiguous, at most `buffer_bytes`.
-            take: gets its bytes, in a later call on this thread.
+            take: gets its bytes, in a later call on this thread; they are its own as long as it
+                holds them.
         """
-        while self._under_way and (not self._free or self._under_way[0].arrived.query()):
+        while self._under_way and (
+            len(self._under_way) == self._max_under_way or self._under_way[0].arrived.query()
+        ):
             self._hand_on()
-        buffer, num_bytes = self._free.pop(), len(payload)
+        buffer, num_bytes = self._buffers.take(), len(payload)
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             buffer[:num_bytes].copy_(payload, non_blocking=True)
@@ -70,11 +78,9 @@ class DeviceOutbox:
         while self._under_way:
             piece = self._under_way.popleft()
             piece.arrived.synchronize()
-            self._free.append(piece.buffer)
+            self._buffers.give_back(piece.buffer)
 
     def _hand_on(self) -> None:
         piece = self._under_way.popleft()
         piece.arrived.synchronize()
-        payload = piece.buffer[: piece.num_bytes].numpy().tobytes()
-        self._free.append(piece.buffer)
-        piece.take(payload)
+        piece.take(self._buffers.lend(piece.buffer, piece.num_bytes))

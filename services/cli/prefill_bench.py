@@ -132,7 +132,7 @@ class _Blocking:
     def __init__(self, outbox: DeviceOutbox) -> None:
         self._outbox = outbox
 
-    def put(self, payload: torch.Tensor, take: Callable[[bytes], None]) -> None:
+    def put(self, payload: torch.Tensor, take: Callable[[memoryview], None]) -> None:
         """Copy, and wait."""
         self._outbox.put(payload, take)
         self._outbox.drain()

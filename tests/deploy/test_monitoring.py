@@ -161,6 +161,7 @@ def test_every_documented_metric_group_is_on_a_dashboard(expressions):
         "fluxion_request_seconds",
         "fluxion_store_sequences",
         "fluxion_handoffs_total",
+        "fluxion_prefill_handoffs_total",
         "fluxion_prefill_prompts_total",
         "fluxion_prefill_busy_seconds_total",
         "fluxion_prefill_seconds",

@@ -33,14 +33,14 @@ def random_qkv(dtype: torch.dtype) -> list[list[Tensor]]:
 
 
 def run(
-    device: str, dtype: torch.dtype, num_buffers: int = 0
+    device: str, dtype: torch.dtype, max_under_way: int = 0
 ) -> tuple[list[Frame], Tensor, list[PromptProfile]]:
     """All layers of a prompt in chunks: frames, what attention gave, profiles."""
     frames: list[Frame] = []
     outbox = None
-    if num_buffers:
+    if max_under_way:
         size = max_frame_payload_bytes(GEOMETRY)
-        outbox = DeviceOutbox(torch.device(device), size, num_buffers=num_buffers)
+        outbox = DeviceOutbox(torch.device(device), size, max_under_way=max_under_way)
     capture = KvCapture(
         GEOMETRY,
         num_tokens=TOKENS,
@@ -72,11 +72,11 @@ def run(
 @pytest.mark.parametrize(
     ("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-3)], ids=["float32", "bfloat16"]
 )
-@pytest.mark.parametrize("num_buffers", [1, 3, 64])
+@pytest.mark.parametrize("max_under_way", [1, 3, 64])
 def test_attention_frames_and_profiles_are_those_of_the_cpu(
-    num_buffers: int, dtype: torch.dtype, error: float
+    max_under_way: int, dtype: torch.dtype, error: float
 ) -> None:
-    frames, attended, profiles = run("cuda", dtype, num_buffers)
+    frames, attended, profiles = run("cuda", dtype, max_under_way)
     expected_frames, expected, expected_profiles = run("cpu", dtype)
     assert frames == expected_frames
     difference = (attended.double() - expected.double()).norm() / expected.double().norm()
@@ -91,8 +91,8 @@ def test_attention_frames_and_profiles_are_those_of_the_cpu(
 
 def test_what_is_dropped_is_not_handed_on_and_frees_its_buffers() -> None:
     device = torch.device("cuda")
-    outbox = DeviceOutbox(device, 1 << 20, num_buffers=2)
-    taken: list[bytes] = []
+    outbox = DeviceOutbox(device, 1 << 20, max_under_way=2)
+    taken: list[memoryview] = []
     payload = torch.full((1 << 20,), 7, dtype=torch.uint8, device=device)
     outbox.put(payload, taken.append)
     outbox.drop()
@@ -101,6 +101,20 @@ def test_what_is_dropped_is_not_handed_on_and_frees_its_buffers() -> None:
         outbox.put(torch.full((100,), number, dtype=torch.uint8, device=device), taken.append)
     outbox.drain()
     assert taken == [bytes([number]) * 100 for number in range(5)]
+
+
+def test_what_is_held_stays_as_it_is_while_others_leave() -> None:
+    device = torch.device("cuda")
+    outbox = DeviceOutbox(device, 1 << 20, max_under_way=2)
+    held: list[memoryview] = []
+    passing: list[int] = []
+    for number in range(20):
+        payload = torch.full((1 << 20,), number, dtype=torch.uint8, device=device)
+        outbox.put(payload, held.append)
+        outbox.put(payload + 100, lambda piece: passing.append(piece[-1]))
+    outbox.drain()
+    assert passing == [number + 100 for number in range(20)]
+    assert held == [bytes([number]) * (1 << 20) for number in range(20)]
 
 
 def test_a_cancelled_prompt_stops_before_its_next_layer() -> None:

@@ -1,0 +1,63 @@
+"""Buffers come back when nobody holds them, and not before; memory that need not be pinned here."""
+
+from __future__ import annotations
+
+import gc
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fluxion_core.prompt import pinned_buffers
+from fluxion_core.prompt.pinned_buffers import PinnedBuffers
+
+
+def plain(num_buffers: int, buffer_bytes: int) -> Tensor:
+    return torch.zeros(num_buffers, buffer_bytes, dtype=torch.uint8)
+
+
+def lent(buffers: PinnedBuffers, value: int, num_bytes: int = 8) -> memoryview:
+    buffer = buffers.take()
+    buffer[:] = value
+    return buffers.lend(buffer, num_bytes)
+
+
+def test_what_is_lent_is_not_written_over_while_it_or_a_part_is_held():
+    buffers = PinnedBuffers(8, 2, plain)
+    whole, part = lent(buffers, 1), lent(buffers, 2)[2:4]
+    array = np.frombuffer(lent(buffers, 3, num_bytes=5), dtype=np.uint8)
+    for value in range(4, 20):
+        lent(buffers, value)
+    assert bytes(whole) == bytes([1] * 8)
+    assert bytes(part) == bytes([2] * 2)
+    assert array.tolist() == [3] * 5
+    # Three are held, and one is enough for all that passed.
+    assert buffers.num_buffers == 4
+
+
+def test_what_nobody_holds_comes_back_at_once():
+    gc.disable()
+    try:
+        buffers = PinnedBuffers(8, 2, plain)
+        for value in range(50):
+            pair = lent(buffers, value), lent(buffers, value)
+            del pair
+        buffers.give_back(buffers.take())
+        assert buffers.num_buffers == 2
+    finally:
+        gc.enable()
+
+
+def test_what_was_lent_cannot_be_written():
+    assert lent(PinnedBuffers(8, 1, plain), 1).readonly
+
+
+def test_memory_doubles_up_to_a_bound(monkeypatch):
+    monkeypatch.setattr(pinned_buffers, "GROWTH_BYTES", 32)
+    buffers = PinnedBuffers(8, 1, plain)
+    held, sizes = [], []
+    for value in range(14):
+        held.append(lent(buffers, value))
+        sizes.append(buffers.num_buffers)
+    assert sorted(set(sizes)) == [1, 2, 4, 8, 12, 16]
+    assert [bytes(one) for one in held] == [bytes([value] * 8) for value in range(14)]
