@@ -59,6 +59,11 @@ class HandoffAssembler:
         """Tokens whose KV the sink holds, from the prompt's first; a layer counts for its share."""
         return sum(self._next_token) // len(self._next_token)
 
+    @property
+    def has_trailer(self) -> bool:
+        """Whether the stream has ended as it should."""
+        return self._trailer is not None
+
     def take_header(self, header: Header) -> None:
         """Check the announcement against what was asked for.
 

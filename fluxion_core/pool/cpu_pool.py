@@ -92,7 +92,7 @@ class CpuPool:
         spin_microseconds: float | None = None,
         watches: bool = True,
     ) -> None:
-        usable = usable_cpus()
+        usable = self._usable = usable_cpus()
         self.num_threads = default_threads() if num_threads is None else num_threads
         """That work on a round, the waiting one included."""
         if self.num_threads < 1:
@@ -114,6 +114,11 @@ class CpuPool:
         """Have so many work on rounds from now on, no more than there are CPUs."""
         self.num_threads = num_threads
         self.native.set_max_helpers(num_threads - 1)
+
+    @property
+    def spare_cpus(self) -> list[int]:
+        """CPUs that no worker of a round spins on, as a rule; none where all are used."""
+        return self._usable[self.num_threads :]
 
     @property
     def stalls(self) -> int:

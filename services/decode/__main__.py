@@ -43,8 +43,8 @@ async def serve(settings: DecodeSettings, ending: asyncio.Event) -> None:
     _log.info(event("listening", address=address))
     failure = DeviceFailure(ending)
     async with AsyncExitStack() as closing:
-        # Closed from the last to the first: no calls, then no steps, then no channels, then the
-        # pinned memory; the rest goes with the process.
+        # Closed from the last to the first: no calls, then no steps, then no threads that take KV,
+        # no channels, then the pinned memory; the rest goes with the process.
         closing.callback(_log.info, event("stopped"))
         closing.callback(endpoint.close)
         closing.push_async_callback(server.stop, 0)
@@ -55,13 +55,14 @@ async def serve(settings: DecodeSettings, ending: asyncio.Event) -> None:
         nodes = PrefillNodes(settings.prefill.addresses, settings.prefill.client)
         closing.push_async_callback(nodes.close)
         serving = make_serving(settings, loaded, nodes, server, on_failure=failure.tell)
+        closing.callback(serving.plane.close)
         export(metrics, loaded, serving)
         serving.engine.start()
         closing.callback(StepWatchdog(serving.engine, settings.engine.stuck_step_seconds).close)
         closing.push_async_callback(asyncio.to_thread, serving.engine.stop)
         closing.push_async_callback(server.stop, 0)
         service = add_services(server, settings, vllm_api, loaded, serving)
-        readiness = make_readiness(settings, server, metrics, address, loaded)
+        readiness = make_readiness(settings, server, metrics, address, loaded, serving)
         watch = PrefillWatch(
             nodes,
             computes_prompts=settings.engine.local_prefill_tokens != 0,
@@ -127,6 +128,7 @@ def export(metrics: NodeMetrics, loaded: LoadedParts, serving: ServingParts) -> 
     """Have the endpoint show the parts' figures and traces."""
     device = loaded.model.loaded.decoder.embedding.device
     metrics.take_trace = serving.trace.take
+    metrics.data_plane_cpu_seconds = serving.plane.cpu_seconds
     metrics.loaded(
         loaded.model.loaded.name, str(device), serving.collector, *nvml_collectors(device)
     )
@@ -138,6 +140,7 @@ def make_readiness(
     metrics: NodeMetrics,
     address: str,
     loaded: LoadedParts,
+    serving: ServingParts,
 ) -> Readiness:
     """The node's readiness, and what its log line says of the node."""
     return Readiness(
@@ -149,6 +152,7 @@ def make_readiness(
         host_kv_bytes=loaded.store.statistics().capacity_bytes,
         policy=str(loaded.planning.default_policy),
         prefill=",".join(settings.prefill.addresses) or "none",
+        ways=",".join(serving.plane.ways),
     )
 
 

@@ -24,6 +24,7 @@ from fluxion_core.wire.client_limits import ClientLimits
 from fluxion_core.wire.server import NodeServer
 from services.decode.admission import Admission
 from services.decode.config import DecodeSettings
+from services.decode.data_plane import DataPlane
 from services.decode.engine import DecodeEngine
 from services.decode.generation import Generation
 from services.decode.kv_ingest import KvIngest
@@ -63,6 +64,8 @@ class ServingParts:
     counters: RequestCounters
     trace: TraceRecorder
     collector: DecodeCollector
+    plane: DataPlane
+    """To be closed once nothing is handed off any more."""
 
 
 async def load_parts(settings: DecodeSettings, ending: asyncio.Event) -> LoadedParts:
@@ -120,10 +123,11 @@ def make_serving(
         least_load=nodes.least_load,
         counters=counters,
     )
+    plane = make_plane(settings, loaded)
     generation = Generation(
         loaded.model,
         admission,
-        make_ingest(settings, loaded.model, nodes, counters, trace),
+        make_ingest(settings, loaded.model, nodes, plane, counters, trace),
         engine,
         make_reader(settings, loaded.model, loaded.planning, server.limits),
         placement=placement,
@@ -134,13 +138,28 @@ def make_serving(
         share_prefixes=settings.store.share_prefixes,
     )
     collector = DecodeCollector(counters, admission, loaded.store, engine, loaded.step.pool)
-    return ServingParts(engine, admission, generation, counters, trace, collector)
+    return ServingParts(engine, admission, generation, counters, trace, collector, plane)
+
+
+def make_plane(settings: DecodeSettings, loaded: LoadedParts) -> DataPlane:
+    """The threads that take KV beside its calls, on CPUs that the pool leaves free, if any.
+
+    Raises:
+        RuntimeError: no further thread is to be had; see threads.thread_limit.
+    """
+    return DataPlane(
+        settings.handoff,
+        settings.prefill.client,
+        loaded.store.geometry,
+        cpus=loaded.step.pool.spare_cpus,
+    )
 
 
 def make_ingest(
     settings: DecodeSettings,
     model: NodeModel,
     nodes: PrefillNodes,
+    plane: DataPlane,
     counters: RequestCounters,
     trace: TraceRecorder,
 ) -> KvIngest:
@@ -151,6 +170,7 @@ def make_ingest(
         vocab_size=model.loaded.config.vocab_size,
         num_heads=model.loaded.config.num_heads,
         stall_seconds=settings.prefill.stall_seconds,
+        plane=plane,
         counters=counters,
         trace=trace,
     )

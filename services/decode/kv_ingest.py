@@ -1,9 +1,9 @@
 """Pull a prompt's KV from a prefill node into the host KV store.
 
-One hand-off stream per attempt. The stream's life is the lease: when it breaks, nothing is
-committed. Frames are read one at a time, so that HTTP/2 flow control holds the prefill node back
-while this node is busy. A node that fails is followed by the next one; what was written is written
-again, and nothing is decoded before every layer is whole.
+One hand-off stream per attempt (handoff_stream.py). The stream's life is the lease: when it breaks,
+nothing is committed. Frames are read one at a time, so that flow control holds the prefill node
+back while this node is busy. A node that fails is followed by the next one; what was written is
+written again, and nothing is decoded before every layer is whole.
 """
 
 from __future__ import annotations
@@ -31,8 +31,7 @@ from fluxion_core.errors import (
 from fluxion_core.generation.sampling import SamplingParams
 from fluxion_core.geometry import WindowSpec
 from fluxion_core.kvstore.sequence import SequenceKv
-from fluxion_core.kvstream.assembler import HandoffAssembler
-from fluxion_core.kvstream.handoff import FrameKind, KvLayout, Trailer
+from fluxion_core.kvstream.handoff import KvLayout, Trailer
 from fluxion_core.observe.log import event
 from fluxion_core.observe.trace import TraceRecorder
 from fluxion_core.planning import prompt_profile
@@ -40,6 +39,8 @@ from fluxion_core.planning.prompt_profile import PromptProfile
 from fluxion_core.wire import codec
 from fluxion_core.wire.status import RemoteCapacityError, RemoteError, error_from_rpc
 from fluxion_proto.v1 import handoff_pb2
+from services.decode.data_plane import DataPlane
+from services.decode.handoff_stream import HandoffStream
 from services.decode.prefill_nodes import PrefillNodes
 from services.decode.progress import PromptProgress
 from services.decode.request_counters import RequestCounters
@@ -74,6 +75,10 @@ class HandoffResult:
     """Of all KV frames."""
     profiles: list[PromptProfile]
     """Of each layer, if they were asked for."""
+    way: Carrier
+    """What the KV came over."""
+    num_connections: int
+    """Beside the call."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,7 @@ class KvIngest:
         vocab_size: first tokens are below it.
         num_heads: query heads of the model, each of which a prompt profile describes.
         stall_seconds: a node that is silent for longer is given up.
+        plane: the ways that KV is taken, and what takes it beside the call.
         counters: count what was handed off, and what failed.
         trace: takes a span for each frame, on a track for each stream.
     """
@@ -117,11 +123,13 @@ class KvIngest:
         vocab_size: int,
         num_heads: int,
         stall_seconds: float,
+        plane: DataPlane,
         counters: RequestCounters,
         trace: TraceRecorder | None = None,
     ) -> None:
         self._nodes = nodes
         self._trace = trace or TraceRecorder()
+        self._plane = plane
         self._counters = counters
         self._layout = layout
         self._vocab_size = vocab_size
@@ -194,9 +202,7 @@ class KvIngest:
                 failures[address] = error
                 self._failed(handoff.request_id, address, error)
             else:
-                self._counters.handed_off(
-                    address, Carrier.GRPC, num_bytes=result.payload_bytes, seconds=result.seconds
-                )
+                self._handed_off(handoff.request_id, address, result)
                 return result
         raise self._no_node(failures)
 
@@ -218,8 +224,26 @@ class KvIngest:
             sink_tokens=profile_window.sink_tokens if profile_window else 0,
             recent_tokens=profile_window.recent_tokens if profile_window else 0,
         )
+        self._plane.add_ways(message)
         serialized: bytes = message.SerializeToString()
         return serialized
+
+    def _handed_off(self, request_id: str, address: str, result: HandoffResult) -> None:
+        """Count and log a hand-off that was committed."""
+        self._counters.handed_off(
+            address, result.way, num_bytes=result.payload_bytes, seconds=result.seconds
+        )
+        _log.info(
+            event(
+                "hand-off",
+                request_id=request_id,
+                node=address,
+                way=result.way.value,
+                connections=result.num_connections,
+                payload_bytes=result.payload_bytes,
+                seconds=result.seconds,
+            )
+        )
 
     def _failed(self, request_id: str, address: str, error: FluxionError) -> None:
         """Count and log an attempt that came to nothing."""
@@ -253,54 +277,60 @@ class KvIngest:
 
         said: called when the node has said something; see `PrefillNodes.sending`.
         """
-        sequence, progress = handoff.sequence, handoff.progress
-        sequence.restart()
-        assembler = HandoffAssembler(
-            sequence,
-            self._layout,
-            num_tokens=sequence.num_prompt_tokens,
-            kv_from_token=sequence.kv_from_token,
-        )
-        if progress is not None:
-            progress.follow(lambda: assembler.tokens_taken)
+        handoff.sequence.restart()
         call = channel.unary_stream(_METHOD)(handoff.message, timeout=handoff.seconds_left)
-        track = f"handoff {address} {handoff.request_id[:8]}"
-        answers = partial(self._nodes.answers, address)
-        first_chunk: float | None = None
-        has_heard = False
+        stream = HandoffStream(
+            call,
+            handoff.sequence,
+            self._layout,
+            plane=self._plane,
+            node=address,
+            trace=self._trace,
+            track=f"handoff {address} {handoff.request_id[:8]}",
+        )
+        if handoff.progress is not None:
+            handoff.progress.follow(lambda: stream.tokens_taken)
         try:
-            async with ended_when_silent(call, answers, self._stall_seconds) as heard:
-                async for message in call:
-                    heard()
-                    has_heard = True
-                    said()
-                    with self._trace.span(track, "frame", bytes=len(message)):
-                        kind = codec.take_message(assembler, message)
-                    if kind is FrameKind.CHUNK and first_chunk is None:
-                        first_chunk = time.perf_counter()
-        except grpc.aio.AioRpcError as error:
-            failure = error_from_rpc(error)
-            # What a node says, it says over a connection that is well.
-            is_broken = type(failure) is PeerUnavailableError
-            failure = _of_node(failure, address)
-            if is_broken and not has_heard:
-                raise _UnheardError(str(failure)) from None
-            raise failure from None
-        except PeerUnavailableError as error:
-            raise _of_node(error, address) from None
+            trailer = await self._read(stream, call, address, said)
         finally:
-            # Ends the stream on the other side too, however this attempt ended.
-            call.cancel()
-        trailer = assembler.finish()
+            # However this attempt ended, nothing comes any more.
+            stream.close()
         if trailer.first_token_id >= self._vocab_size:
             raise FrameFormatError(
                 f"TRAILER has first token {trailer.first_token_id}; the vocabulary has "
                 f"{self._vocab_size}"
             )
         profiles = self._unpack_profiles(trailer, wants_profile=handoff.wants_profile)
-        sequence.commit()
-        seconds = 0.0 if first_chunk is None else time.perf_counter() - first_chunk
-        return HandoffResult(trailer, seconds, assembler.payload_bytes, profiles)
+        handoff.sequence.commit()
+        began_at = stream.kv_began_at
+        seconds = 0.0 if began_at is None else time.perf_counter() - began_at
+        return HandoffResult(
+            trailer, seconds, stream.payload_bytes, profiles, stream.way, stream.num_connections
+        )
+
+    async def _read(
+        self,
+        stream: HandoffStream,
+        call: grpc.aio.UnaryStreamCall,
+        address: str,
+        said: Callable[[], None],
+    ) -> Trailer:
+        """Read a node's stream to its end; its errors name the node."""
+        answers = partial(self._nodes.answers, address)
+        try:
+            async with ended_when_silent(call, answers, self._stall_seconds) as heard:
+                await stream.read(heard, said)
+            return await stream.finish(self._stall_seconds)
+        except grpc.aio.AioRpcError as error:
+            failure = error_from_rpc(error)
+            # What a node says, it says over a connection that is well.
+            is_broken = type(failure) is PeerUnavailableError
+            failure = _of_node(failure, address)
+            if is_broken and not stream.has_heard:
+                raise _UnheardError(str(failure)) from None
+            raise failure from None
+        except PeerUnavailableError as error:
+            raise _of_node(error, address) from None
 
     def _unpack_profiles(self, trailer: Trailer, *, wants_profile: bool) -> list[PromptProfile]:
         if wants_profile:

@@ -17,7 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from fluxion_core.config.settings import ModelSettings, ServerSettings
+from fluxion_core.config.settings import HandoffSettings, ModelSettings, ServerSettings
 from fluxion_proto.v1 import generate_pb2, generate_pb2_grpc
 from services.decode import __main__ as decode_node
 from services.decode.config import DecodeSettings, PrefillSettings, StoreSettings
@@ -197,13 +197,20 @@ def prefill_settings(
 
 
 def decode_settings(
-    model: Path, *prefill: str, store_bytes: int = 8 << 20, metrics_listen: str = "", **engine
+    model: Path,
+    *prefill: str,
+    store_bytes: int = 8 << 20,
+    metrics_listen: str = "",
+    stall_seconds: float = 10.0,
+    handoff: HandoffSettings | None = None,
+    **engine,
 ):
     return DecodeSettings(
         server=server_settings(metrics_listen),
         model=ModelSettings(model=str(model), device="cpu", dtype="float32", threads=1),
         store=StoreSettings(host_kv_bytes=store_bytes, slab_tokens=128),
-        prefill=PrefillSettings(addresses=prefill),
+        prefill=PrefillSettings(addresses=prefill, stall_seconds=stall_seconds),
+        handoff=handoff or HandoffSettings(),
         # What these tests look at is the hand-off, also of short prompts.
         engine=DecodeEngineSettings(**{"local_prefill_tokens": 0, **engine}),
     )

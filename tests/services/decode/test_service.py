@@ -420,9 +420,13 @@ class Tampered:
         self.requests: list[handoff_pb2.HandoffRequest] = []
 
     async def prefill(self, message: bytes, context) -> AsyncIterator[bytes]:
+        request = handoff_pb2.HandoffRequest.FromString(message)
         self.requests.append(handoff_pb2.HandoffRequest.FromString(message))
+        # Here all comes with the call: what comes beside it is in test_data_plane.py.
+        request.ways[:] = [handoff_pb2.GRPC]
         async with open_channel(self.target, ClientSettings()) as channel:
-            call = channel.unary_stream("/fluxion.v1.Handoff/Prefill")(message)
+            method = channel.unary_stream("/fluxion.v1.Handoff/Prefill")
+            call = method(request.SerializeToString())
             frames = [frame async for frame in call]
         for frame in frames if self.is_honest else self.change(frames):
             yield frame
