@@ -26,6 +26,8 @@ from fluxion_core.kernels.tile_products import MIN_PAIR_ROWS
 _TILE_SLABS = 128
 _TILE_BLOCKS = 32
 """Blocks that a program scores at a time, with digests of 16 bits; with 8 it is a record's."""
+_ROWS_IN_FEW_REGISTERS = 8
+"""Heads of a group with whose scores a thread needs 64 registers or a few more."""
 _LEAST_CHOICE = 512
 """Blocks that the top-k has registers for at least."""
 _MANY_IN_FEW_REGISTERS = 8192
@@ -264,6 +266,7 @@ class GroupSelection:
         tile_blocks = _TILE_BLOCKS if geometry.digest_bits == 16 else widths[0]
         groups = len(rows) * geometry.num_kv_heads
         tiles = ceil_div(self.stride, tile_blocks) + 1
+        group_rows = max(MIN_PAIR_ROWS, triton.next_power_of_2(self.group))
         score_groups[(groups, max(1, min(tiles, self.scoring_programs // groups)))](
             rows,
             scratch.digests,
@@ -275,7 +278,7 @@ class GroupSelection:
             self.stride,
             KV_HEADS=geometry.num_kv_heads,
             GROUP=self.group,
-            GROUP_ROWS=max(MIN_PAIR_ROWS, triton.next_power_of_2(self.group)),
+            GROUP_ROWS=group_rows,
             HEAD_DIM=geometry.head_dim,
             DIGEST_BITS=geometry.digest_bits,
             SLAB_BLOCKS=geometry.slab_blocks,
@@ -289,8 +292,8 @@ class GroupSelection:
             TILE_BLOCKS=tile_blocks,
             HEAD_BYTES=geometry.head_digest_bytes,
             num_warps=4,
-            # So that eight programs share a multiprocessor.
-            maxnreg=64,
+            # So that eight programs share a multiprocessor, where the heads leave room for that.
+            maxnreg=64 if group_rows <= _ROWS_IN_FEW_REGISTERS else None,
         )
 
     def _choose(
