@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from fluxion_core.decode.device.digests import CoarseDigests, DeviceDigests
+from fluxion_core.decode.device.digests import CoarseDigests, DeviceDigests, digests_that_fit
 from fluxion_core.decode.device.pinned import RegisteredStore
 from fluxion_core.geometry import KvGeometry, WindowSpec
 from fluxion_core.kernels.tier import constants
@@ -145,6 +146,41 @@ def test_what_has_no_room_is_read_in_the_store_until_there_is_some() -> None:
     digests.place()
     assert digests.take_copied_bytes() == 0
     assert digests.share_in_store(0) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("free_slabs", "may_lack_some", "max_slabs", "where", "places"),
+    [
+        (2 * SLABS, False, None, "device", SLABS),
+        (2 * SLABS, True, None, "device", SLABS),
+        (2 * SLABS, True, 4, "both", 4),
+        (2 * SLABS - 1, True, None, "both", SLABS - 1),
+        (2 * SLABS - 1, False, None, "host", 0),
+        # One at least: where not even that has room there is none for a tier either.
+        (0, True, None, "both", 1),
+    ],
+)
+def test_digests_take_half_of_what_is_free_at_most(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    free_slabs: int,
+    may_lack_some: bool,
+    max_slabs: int | None,
+    where: str,
+    places: int,
+) -> None:
+    free = free_slabs * GEOMETRY.digest_bytes
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 1 << 40))
+    with caplog.at_level(logging.INFO):
+        digests = digests_that_fit(
+            _Store(),  # type: ignore[arg-type]
+            torch.device("cpu"),
+            may_lack_some=may_lack_some,
+            max_slabs=max_slabs,
+        )
+    assert f"where={where}" in caplog.text
+    capacity = 0 if digests is None else digests.capacity_bytes
+    assert capacity == places * GEOMETRY.digest_bytes
 
 
 class _Life:
