@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from fluxion_core.config.addresses import Address
 from fluxion_core.config.carriers import Carrier
-from fluxion_core.errors import NoCommonWayError
+from fluxion_core.errors import ConfigError, NoCommonWayError
 from fluxion_core.geometry import KvGeometry
 from fluxion_core.kernels import _native
 from fluxion_core.kvstream.handoff import (
@@ -72,9 +72,14 @@ class DataPlane:
         """Listen, as far as the ways of the settings need it. On the event loop.
 
         Raises:
-            ConfigError: the address cannot be bound.
+            ConfigError: the address cannot be bound, or sockets want TLS and there is none.
         """
         if Carrier.SOCKETS in self.ways:
+            if self._has_tls and (missing := _native.tls_missing()):
+                raise ConfigError(
+                    f"handoff.ways has sockets, which are under TLS here: {missing}; install "
+                    f"OpenSSL 3, or leave sockets out"
+                )
             setting = "handoff.listen" if self._settings.listen else "server.listen (handoff)"
             self._listener.listen_tcp(str(self._wanted_address()), setting)
         if Carrier.SHARED_MEMORY in self.ways:

@@ -11,17 +11,22 @@ import urllib.request
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from itertools import chain
+from pathlib import Path
 
 import grpc
 import pytest
 
 from fluxion_core.config.carriers import Carrier
-from fluxion_core.config.settings import ClientSettings
+from fluxion_core.config.settings import ClientSettings, ServerSettings, ServerTlsSettings
+from fluxion_core.errors import ConfigError
+from fluxion_core.kernels import _native
 from fluxion_core.kvstream.handoff import Endpoint, Frame, FrameKind, Header
 from fluxion_core.wire import codec, plane
 from fluxion_core.wire.channel import open_channel
 from fluxion_proto.v1 import handoff_pb2, handoff_pb2_grpc
-from services.prefill.config import PrefillHandoffSettings
+from services.prefill.config import PrefillHandoffSettings, PrefillNodeSettings
+from services.prefill.data_plane import DataPlane
+from tests.certificates import Authority
 from tests.services.prefill.receiver import admitted, dial, fetch, is_closed, say_hello
 
 METHOD = "/fluxion.v1.Handoff/Prefill"
@@ -301,3 +306,19 @@ async def test_the_data_port_is_the_one_that_was_set(start_prefill, find_free_ad
         assert not header.endpoint.unix_name
         call.cancel()
         await caller.idle()
+
+
+async def test_without_openssl_a_node_under_tls_offers_no_sockets(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setattr(_native, "tls_missing", lambda: "libssl.so.3: no such file")
+    certificate, key = Authority(tmp_path).issue("prefill")
+    server = ServerSettings(tls=ServerTlsSettings(certificate=certificate, key=key))
+    for ways in (BESIDE, [Carrier.SOCKETS, Carrier.GRPC]):
+        handoff = PrefillHandoffSettings(ways=tuple(ways))
+        with pytest.raises(ConfigError, match="no such file; install OpenSSL 3"):
+            DataPlane(PrefillNodeSettings(server=server, handoff=handoff)).start()
+    handoff = PrefillHandoffSettings(ways=(Carrier.SHARED_MEMORY, Carrier.GRPC))
+    without_sockets = DataPlane(PrefillNodeSettings(server=server, handoff=handoff))
+    without_sockets.start()
+    await without_sockets.stop()
