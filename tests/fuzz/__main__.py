@@ -47,6 +47,10 @@ def make_target(name: str) -> Target:
         from tests.fuzz.handoff_streams import HandoffStreams
 
         return HandoffStreams()
+    if name == "plane":
+        from tests.fuzz.plane_frames import PlaneFrames
+
+        return PlaneFrames()
     if name == "gguf":
         from tests.fuzz.gguf_files import GgufFiles
 
@@ -62,7 +66,13 @@ def make_target(name: str) -> Target:
     raise SystemExit(f"no target {name!r}; there are {', '.join(DEFAULT_UNITS)}")
 
 
-DEFAULT_UNITS = {"handoff": 1_000_000, "gguf": 50_000, "safetensors": 50_000, "requests": 20_000}
+DEFAULT_UNITS = {
+    "handoff": 1_000_000,
+    "plane": 1_000_000,
+    "gguf": 50_000,
+    "safetensors": 50_000,
+    "requests": 20_000,
+}
 """Units of each target that a full run takes."""
 
 

@@ -215,18 +215,18 @@ def damage(random: Random, messages: list[bytes]) -> list[bytes]:
         case 4:
             messages[at] = mutate_bytes(random, message)
         case 5:
-            messages[at] = _rebuilt(message, mutate_bytes(random, message[_PREFIX.size :]))
+            messages[at] = rebuilt(message, mutate_bytes(random, message[_PREFIX.size :]))
         case 6 | 7 | 8:
-            messages[at] = _with_odd_field(random, message)
+            messages[at] = with_odd_field(random, message)
         case 9:
-            messages[at] = _with_not_finite(random, message)
+            messages[at] = with_not_finite(random, message)
         case _:
             at = random.choice((0, len(messages) - 1))
             messages[at] = _with_odd_message(random, messages[at])
     return messages
 
 
-def _rebuilt(message: bytes, payload: bytes) -> bytes:
+def rebuilt(message: bytes, payload: bytes) -> bytes:
     """The prefix, as far as there is one, with the length and checksum of another payload."""
     fields = list(_PREFIX.unpack_from(message[: _PREFIX.size].ljust(_PREFIX.size, b"\0")))
     fields[_PAYLOAD_BYTES_FIELD] = len(payload)
@@ -234,16 +234,17 @@ def _rebuilt(message: bytes, payload: bytes) -> bytes:
     return _PREFIX.pack(*fields) + payload
 
 
-def _with_not_finite(random: Random, message: bytes) -> bytes:
+def with_not_finite(random: Random, message: bytes) -> bytes:
     """One value is NaN or an infinity; it may be one that only fills up a block."""
     payload = bytearray(message[_PREFIX.size :])
     if len(payload) > 1:
         at = 2 * random.randrange(len(payload) // 2)
         payload[at : at + 2] = random.choice((b"\x80\x7f", b"\x80\xff", b"\x81\x7f", b"\xff\xff"))
-    return _rebuilt(message, bytes(payload))
+    return rebuilt(message, bytes(payload))
 
 
-def _with_odd_field(random: Random, message: bytes) -> bytes:
+def with_odd_field(random: Random, message: bytes) -> bytes:
+    """One number of the prefix is an odd one."""
     fields = list(_PREFIX.unpack_from(message[: _PREFIX.size].ljust(_PREFIX.size, b"\0")))
     index = random.randrange(len(fields))
     fields[index] = odd_integer(random, _FIELD_BITS[index], fields[index])
@@ -258,7 +259,7 @@ def _with_odd_message(random: Random, message: bytes) -> bytes:
     except Exception:
         content = kind()
     set_odd_field(random, content)
-    return _rebuilt(message, content.SerializeToString())
+    return rebuilt(message, content.SerializeToString())
 
 
 def set_odd_field(random: Random, message) -> None:
