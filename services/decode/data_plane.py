@@ -11,6 +11,7 @@ On the event loop only, but for `DataPlane.cpu_seconds`.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
@@ -18,17 +19,20 @@ from dataclasses import dataclass
 
 from fluxion_core.config.carriers import Carrier
 from fluxion_core.config.settings import ClientSettings, HandoffSettings
-from fluxion_core.errors import FluxionError, PeerUnavailableError
+from fluxion_core.errors import ConfigError, FluxionError, PeerUnavailableError
 from fluxion_core.geometry import KvGeometry
 from fluxion_core.kernels import _native
 from fluxion_core.kernels.isa import native_layout
 from fluxion_core.kernels.plane_fault import plane_error
 from fluxion_core.kvstore.sequence import LandingPlace, SequenceKv
 from fluxion_core.kvstream.handoff import Endpoint
+from fluxion_core.observe.log import event
 from fluxion_core.wire.codec import WAY_NUMBERS
 from fluxion_core.wire.plane import machine_id
 from fluxion_proto.v1 import handoff_pb2
 from services.decode.kv_connections import dial
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -146,6 +150,10 @@ class DataPlane:
         client: how prefill nodes are called; with TLS, KV comes encrypted too.
         geometry: of the store.
         cpus: that the threads may run on; none for all.
+
+    Raises:
+        ConfigError: none of the ways is possible here.
+        RuntimeError: no further thread is to be had; see threads.thread_limit.
     """
 
     def __init__(
@@ -157,11 +165,17 @@ class DataPlane:
     ) -> None:
         self._settings, self._client, self._geometry = settings, client, geometry
         self._machine = machine_id() if Carrier.SHARED_MEMORY in settings.ways else ""
-        self.ways = tuple(
-            way for way in settings.ways if way is not Carrier.SHARED_MEMORY or self._machine
-        )
+        self.ways = tuple(way for way in settings.ways if not self._why_not(way))
         """That prefill nodes are told of, in order of preference."""
+        if not self.ways:
+            raise ConfigError(
+                f"no way is left for KV: handoff.ways has {', '.join(settings.ways)} alone, and "
+                f"{self._why_not(settings.ways[0])}"
+            )
         self._threads: _native.IoThreads | None = None
+        for way in settings.ways:
+            if why_not := self._why_not(way):
+                _log.warning(event("KV cannot come this way", way=way.value, reason=why_not))
         if any(way is not Carrier.GRPC for way in self.ways):
             self._threads = _native.IoThreads(settings.num_threads, list(cpus))
 
@@ -199,6 +213,14 @@ class DataPlane:
                 "it would send KV unencrypted, and is called over TLS: does its certificate "
                 'belong to something between the nodes? Then set handoff.ways = ["grpc"]'
             )
+
+    def _why_not(self, way: Carrier) -> str:
+        """A reason for which a way is not possible here; empty if it is."""
+        if way is Carrier.SHARED_MEMORY and not self._machine:
+            return "this machine cannot be told from others (/proc/sys/kernel/random/boot_id)"
+        if way is Carrier.SOCKETS and self._is_encrypted and (missing := _native.tls_missing()):
+            return f"sockets beside a call over TLS need OpenSSL 3: {missing}"
+        return ""
 
     @property
     def _is_encrypted(self) -> bool:

@@ -20,7 +20,7 @@ import pytest
 
 from fluxion_core.config.carriers import Carrier
 from fluxion_core.config.settings import ClientSettings, ClientTlsSettings, HandoffSettings
-from fluxion_core.errors import PeerUnavailableError
+from fluxion_core.errors import ConfigError, PeerUnavailableError
 from fluxion_core.geometry import KvGeometry
 from fluxion_core.kvstream.handoff import Endpoint, Frame
 from fluxion_core.wire import codec
@@ -420,6 +420,17 @@ def test_a_request_names_ways_machine_and_connections(make_plane, monkeypatch):
     request = handoff_pb2.HandoffRequest()
     make_plane(Carrier.SHARED_MEMORY, Carrier.GRPC).add_ways(request)
     assert list(request.ways) == [handoff_pb2.GRPC]
+
+
+def test_a_way_that_is_not_possible_is_not_named(make_plane, monkeypatch, tmp_path, caplog):
+    monkeypatch.setattr("services.decode.data_plane._native.tls_missing", lambda: "libssl.so.3 x")
+    client = ClientSettings(tls=ClientTlsSettings(authority=tmp_path / "authority.pem"))
+    assert make_plane(Carrier.SOCKETS, Carrier.GRPC, client=client).ways == (Carrier.GRPC,)
+    assert "KV cannot come this way way=sockets" in caplog.text
+    with pytest.raises(ConfigError, match=r"no way is left for KV.*need OpenSSL 3: libssl"):
+        make_plane(Carrier.SOCKETS, client=client)
+    # Without TLS on the call none is needed.
+    assert make_plane(Carrier.SOCKETS).ways == (Carrier.SOCKETS,)
 
 
 def test_an_answer_is_one_to_what_was_asked(make_plane, tmp_path):
