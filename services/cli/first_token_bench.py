@@ -230,14 +230,18 @@ async def _ask_crowd(asker: Asker, options: BenchFirstToken) -> Crowd:
     short_prompts = [asker.prompt(options.short_tokens) for _ in range(options.short)]
     stream = TokenTimes(asker, options.stream_tokens)
 
+    known = [asyncio.Event() for _ in long_prompts]
+
     async def one_after_the_other() -> list[Answer]:
+        # Behind: a long prompt takes longer to read, and would else come after a short one.
+        for one in known:
+            await one.wait()
         return [await asker.ask(prompt) for prompt in short_prompts]
 
     try:
         await stream.wait_for(_SETTLING_TOKENS + options.quiet_steps)
         quiet, first = stream.gaps_from(_SETTLING_TOKENS), len(stream.arrivals) - 1
-        # The short ones' first request is sent after those of the long ones.
-        long = asyncio.gather(*map(asker.ask, long_prompts))
+        long = asyncio.gather(*map(asker.ask, long_prompts, known))
         short = asyncio.ensure_future(one_after_the_other())
         answers = await long
         gaps = stream.gaps_from(first)

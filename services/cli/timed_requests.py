@@ -8,7 +8,14 @@ import time
 from collections.abc import Sequence
 from itertools import pairwise
 
-from fluxion_core.client import AsyncClient, Delta, Finish, GenerationOptions, Usage
+from fluxion_core.client import (
+    AsyncClient,
+    Delta,
+    Finish,
+    GenerationOptions,
+    Progress,
+    Usage,
+)
 from fluxion_core.errors import FluxionError
 from fluxion_core.lab.benchmark.first_token import Answer
 from services.cli.process_cpu import cpu_seconds_of
@@ -43,13 +50,29 @@ class Asker:
         """Random token ids."""
         return [random.randrange(self._vocab_size) for _ in range(num_tokens)]
 
-    async def ask(self, prompt: Sequence[int]) -> Answer:
+    async def ask(self, prompt: Sequence[int], known: asyncio.Event | None = None) -> Answer:
         """Send a prompt; the answer is one token.
+
+        Args:
+            prompt: token ids.
+            known: set when the node has read the prompt, or it has ended.
 
         Raises:
             FluxionError: the request failed.
         """
-        asked = GenerationOptions(max_new_tokens=1, ignore_eos=True, policy=self.policy)
+        try:
+            return await self._ask(prompt, known)
+        finally:
+            if known is not None:
+                known.set()
+
+    async def _ask(self, prompt: Sequence[int], known: asyncio.Event | None) -> Answer:
+        asked = GenerationOptions(
+            max_new_tokens=1,
+            ignore_eos=True,
+            policy=self.policy,
+            report_progress=known is not None,
+        )
         before = self._cpu_seconds()
         started = time.perf_counter()
         arrived: float | None = None
@@ -57,6 +80,8 @@ class Asker:
         async for event in self.client.stream(prompt, asked):
             if isinstance(event, Delta) and event.token_ids and arrived is None:
                 arrived = time.perf_counter()
+            elif isinstance(event, Progress) and event.prompt_tokens and known is not None:
+                known.set()
             elif isinstance(event, Finish):
                 usage = event.usage
         if arrived is None or usage is None:

@@ -73,7 +73,7 @@ class Crowd:
     long: tuple[Answer, ...]
     """In order of their first tokens; processor times are of all that went on."""
     short: tuple[Answer, ...]
-    """Sent one after the other, the first when the long ones had been sent."""
+    """Sent one after the other, the first when the node had read all long ones."""
     quiet_gaps: tuple[float, ...]
     """Seconds between the stream's tokens before the long prompts came."""
     gaps: tuple[float, ...]

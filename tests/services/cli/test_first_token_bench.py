@@ -17,7 +17,7 @@ from services.cli.timed_requests import TokenTimes
 
 TINY = BenchFirstToken(
     shape="tiny",
-    ways=("grpc",),
+    ways=("sockets",),
     prompt=("100=2",),
     crowd=2,
     crowd_tokens=600,
@@ -40,13 +40,14 @@ async def test_all_parts_are_measured_on_the_bytes_that_prompts_have():
         "600": 1,
     }
     (way,) = report["ways"]
+    assert way["way"] == "sockets"
     assert [one["prompt_tokens"] for one in way["answers"]] == [100, 100]
     # 112 tokens after padding, 4 layers, 2 heads, K and V of 32 channels in 2 bytes.
     assert way["single"][0]["handoff_bytes"] == 112 * 4 * 2 * 2 * 32 * 2
     assert [one["prompt_tokens"] for one in way["crowd"]["long"]] == [600, 600]
     assert [one["prompt_tokens"] for one in way["crowd"]["short"]] == [50]
     assert json.loads(json.dumps(report))["devices"] == {"prefill": "cpu", "decode": "cpu"}
-    assert "grpc" in text.getvalue()
+    assert "sockets" in text.getvalue()
 
 
 @pytest.mark.parametrize("longest", [{"prompt": ("131072",)}, {"crowd_tokens": 131_072}])
