@@ -156,7 +156,7 @@ class KvCapture:
             if self._outbox is not None:
                 self._outbox.put(payload, emit)
             else:
-                emit(memoryview(payload.numpy()))
+                emit(payload.numpy().data)
             first += count
 
     def _emit_chunk(self, layer: int, first: int, count: int, payload: memoryview) -> None:

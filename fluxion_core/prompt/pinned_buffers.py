@@ -62,7 +62,7 @@ class PinnedBuffers:
         """The first bytes of a buffer that was taken, which comes back when they are let go."""
         array = buffer[:num_bytes].numpy()
         weakref.finalize(array, self._free.append, buffer).atexit = False
-        return memoryview(array).toreadonly()
+        return array.data.toreadonly()
 
     def _grow(self, num_buffers: int) -> None:
         self._free.extend(self._allocate(num_buffers, self._buffer_bytes))

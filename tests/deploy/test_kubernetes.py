@@ -261,13 +261,15 @@ def test_ports_are_those_of_the_settings(manifests, component, settings):
     container = manifests.node(component)
     ports = {one["name"]: one["containerPort"] for one in container["ports"]}
     server = settings.server
-    assert ports == {
-        "grpc": port_of(server.listen),
-        "health": port_of(server.health_listen),
-        "metrics": port_of(server.metrics_listen),
+    listens = {
+        "grpc": server.listen,
+        "health": server.health_listen,
+        "metrics": server.metrics_listen,
     }
-    for address in (server.listen, server.health_listen, server.metrics_listen):
-        assert address.startswith("0.0.0.0:")
+    if component == "prefill":
+        listens["kv"] = settings.handoff.listen
+    assert ports == {name: port_of(address) for name, address in listens.items()}
+    assert all(address.startswith("0.0.0.0:") for address in listens.values())
     exposed = re.search(r"EXPOSE (.*)", dockerfile(component))[1].split()
     assert {str(ports["grpc"]), str(ports["metrics"])} == set(exposed)
 
@@ -347,8 +349,8 @@ def test_policies_name_ports_that_pods_have(manifests):
     (peer,) = to_prefill["to"]
     prefill = manifests.pods()["prefill"]["metadata"]["labels"]
     assert selects(peer["podSelector"]["matchLabels"], prefill)
-    grpc = {one["name"]: one["containerPort"] for one in manifests.node("prefill")["ports"]}["grpc"]
-    assert to_prefill["ports"] == [{"port": grpc}]
+    ports = {one["name"]: one["containerPort"] for one in manifests.node("prefill")["ports"]}
+    assert to_prefill["ports"] == [{"port": ports["grpc"]}, {"port": ports["kv"]}]
 
 
 def test_each_pod_is_scraped_once(manifests):
