@@ -33,7 +33,8 @@ class EngineSettings(Section):
     """Prompts that may wait for a place; the next one is refused."""
     outgoing_bytes: ByteCount | None = None
     """KV of one prompt that may wait for a slow receiver; then the prompt pauses, others go on. If
-    not given, 64 MiB on a CPU and 1 GiB on a GPU."""
+    not given, 64 MiB on a CPU and 1 GiB on a GPU. KV that leaves a GPU waits in pinned host memory,
+    which grows to what all prompts had waiting at the most, and is kept."""
 
 
 class PrefillHandoffSettings(HandoffSettings):
