@@ -19,7 +19,9 @@ GROWTH_BYTES = 256 << 20
 
 
 def _pinned(num_buffers: int, buffer_bytes: int) -> Tensor:
-    return torch.empty(num_buffers, buffer_bytes, dtype=torch.uint8, pin_memory=True)
+    # Asked for in the middle of a computation, and for others as well.
+    with torch.inference_mode(False):
+        return torch.empty(num_buffers, buffer_bytes, dtype=torch.uint8, pin_memory=True)
 
 
 class PinnedBuffers:

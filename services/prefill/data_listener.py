@@ -227,7 +227,7 @@ def _check_user(connection: socket.socket) -> None:
     credentials = struct.Struct("iII")
     packed = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, credentials.size)
     _, user, _ = credentials.unpack(packed)
-    if user != os.getuid():
+    if user != os.geteuid():
         raise _RefusalError("user", f"it is of user {user}")
 
 

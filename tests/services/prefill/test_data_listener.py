@@ -163,8 +163,8 @@ async def test_too_many_that_say_nothing_give_way_to_newer_ones(monkeypatch: pyt
 async def test_another_user_of_the_machine_is_not_let_in(monkeypatch: pytest.MonkeyPatch):
     async with listening() as listener:
         endpoint, came = ticket_of(listener, Carrier.SHARED_MEMORY)
-        user = os.getuid()
-        monkeypatch.setattr(data_listener.os, "getuid", lambda: user + 1)
+        user = os.geteuid()
+        monkeypatch.setattr(data_listener.os, "geteuid", lambda: user + 1)
         with dial(endpoint) as other:
             assert await asyncio.to_thread(is_closed, other)
         assert (came, listener.refusals["user"]) == ([], 1)
