@@ -108,6 +108,25 @@ class DecodeStep(ABC):
     """Whether a chunk of a prompt reads what is stored once for all its tokens, and may stop
     between two layers; else each of them reads it, and a chunk is one piece."""
 
+    fills_ahead: bool = False
+    """Whether `fill_ahead` does anything."""
+
+    def fill_ahead(self, prompts: Sequence[SequenceKv], *, has_streams: bool) -> None:
+        """Copy what is whole of prompts on their way to where their steps will read it, as far as
+        there is room. Never waits for it.
+
+        Args:
+            prompts: all that have not joined and are being written, here or by other threads,
+                which may commit and release them meanwhile. What is not among them any more is
+                copied no further.
+            has_streams: whether a step follows, which goes on with it.
+
+        Raises:
+            FluxionError: it cannot be done now; no sequence is affected.
+            DeviceError: as for `run`.
+        """
+        del prompts, has_streams
+
     @property
     @abstractmethod
     def usage(self) -> DeviceUsage | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -48,6 +48,16 @@ class LandingPlace:
 
 
 LandingT = TypeVar("LandingT", bound=Landing)
+
+
+class WholeKv(NamedTuple):
+    """KV of a sequence that is whole in every layer, from its first token on."""
+
+    num_tokens: int
+    slabs: tuple[int, ...]
+    """That hold it, in token order; perhaps more."""
+    generations: tuple[int, ...]
+    """Of the slabs: as long as a slab has the same, it holds these tokens as they are now."""
 
 
 class SequenceKv:
@@ -109,11 +119,44 @@ class SequenceKv:
         """Host memory in slabs that hold this sequence's KV, digests and slack included."""
         return len(self._slabs) * self._store.slab_stride_bytes
 
+    @property
+    def whole_tokens(self) -> int:
+        """Tokens whose KV is whole in every layer by now, also before a commit; 0 once it has been
+        released. From any thread."""
+        if self._is_released:
+            return 0
+        return self.num_tokens if self._may_append else min(self._next_token)
+
+    def whole(self) -> WholeKv:
+        """KV that is whole by now, and where it is.
+
+        From any thread, whatever another one does with the sequence meanwhile, its release
+        included. Where that gives slabs up meanwhile, it is nothing.
+
+        Cost: a look at every layer and slab.
+        """
+        slabs = tuple(self._slabs)
+        # In this order: a slab's generation goes up after its tokens have ceased to count.
+        generations = tuple(self._store.generation(slab) for slab in slabs)
+        num_tokens = self.whole_tokens
+        if tuple(self._slabs[: len(slabs)]) != slabs:
+            # A generation may be that of another's text.
+            return WholeKv(0, (), ())
+        room = len(slabs) * self._store.geometry.slab_tokens
+        return WholeKv(min(num_tokens, room), slabs, generations)
+
     def restart(self) -> None:
-        """Forget what was written before a commit, so that another hand-off can begin."""
+        """Forget what was written before a commit, so that another hand-off can begin.
+
+        That writes other bits, perhaps, in the same places: their slabs' generations go up.
+        """
         assert not self._may_append
+        first = self.kv_from_token
+        is_written = self._landing is not None or max(self._next_token) > first
         self._close_landing()
-        self._next_token = [self.kv_from_token] * self._store.geometry.num_layers
+        self._next_token = [first] * self._store.geometry.num_layers
+        if is_written:
+            self._store.renew(self._slabs[first // self._store.geometry.slab_tokens :])
         if self._tail is None:
             self._digest_begun_blocks()
 
@@ -304,12 +347,16 @@ class SequenceKv:
             piece = tokens[end - size : end]
             key = self._store.prefixes.key_after(self._last_key, piece, self._tag(end))
             previous = self._slabs[ordinal - 1] if ordinal else None
-            slab = self._store.publish(self._slabs[ordinal], key, previous, self._last_key)
+            ours = self._slabs[ordinal]
+            slab = self._store.publish(ours, key, previous, self._last_key)
             if slab is None:
                 return
             self._keys.append(key)
-            self._slabs[ordinal] = slab
-            self.slab_table[ordinal] = self._store.slab_address(slab)
+            if slab != ours:
+                self._slabs[ordinal] = slab
+                self.slab_table[ordinal] = self._store.slab_address(slab)
+                # Now, not before: `whole` must not find it here when it is another's.
+                self._store.let_go(ours)
 
     @property
     def _last_key(self) -> bytes:
@@ -325,8 +372,10 @@ class SequenceKv:
             return
         self._is_released = True
         self._close_landing()
-        self._store.give_back(self._slabs, self._num_reserved, self._tail)
-        self._slabs, self._num_reserved = [], 0
+        # `whole` must not find slabs here that are another's.
+        slabs, self._slabs = self._slabs, []
+        self._store.give_back(slabs, self._num_reserved, self._tail)
+        self._num_reserved = 0
 
     def grow_for_prompt(self) -> None:
         """Take the whole prompt's slabs now, so that layers may be written from many threads."""

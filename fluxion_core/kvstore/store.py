@@ -254,7 +254,8 @@ class HostKvStore:
         return slab
 
     def generation(self, slab: int) -> int:
-        """Count of the times that a slab was taken for new content. It only goes up.
+        """Count of the times that a slab was taken for new content, or that what a hand-off wrote
+        to it was to be written anew. It only goes up. From any thread.
 
         While it is the same, a block that a retrieval region had in it holds what it held then, so
         that copies of it stay right whoever holds the slab: a prefix that is shared or found again
@@ -264,11 +265,17 @@ class HostKvStore:
         """
         return self._generations[slab]
 
+    def renew(self, slabs: Sequence[int]) -> None:
+        """Count slabs as taken for new content: it is written anew. For SequenceKv."""
+        with self._lock:
+            for slab in slabs:
+                self._generations[slab] += 1
+
     def publish(self, slab: int, key: bytes, previous: int | None, parent: bytes) -> int | None:
         """Make a full slab findable; returns the slab to hold from now on. For SequenceKv.
 
-        That is another one if the same content was published meanwhile; ours is then free. None if
-        the slab before it was withdrawn: this one cannot be found either.
+        That is another one if the same content was published meanwhile; ours is to be let go then.
+        None if the slab before it was withdrawn: this one cannot be found either.
 
         Args:
             slab: that is full.
@@ -282,8 +289,12 @@ class HostKvStore:
             published = self.prefixes.publish(slab, key, parent)
             if published != slab:
                 self._hold(published)
-                self._let_go(slab)
             return published
+
+    def let_go(self, slab: int) -> None:
+        """End a sequence's hold on one slab. For SequenceKv."""
+        with self._lock:
+            self._let_go(slab)
 
     def withdraw(self, slabs: Sequence[int]) -> None:
         """Let nobody find these slabs any more, nor what follows them. For SequenceKv."""

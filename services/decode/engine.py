@@ -70,6 +70,10 @@ GATHERED_CHUNK_TOKENS = 512
 """Where all tokens of a chunk read what is stored at once: few of them would cost as much. Streams
 wait for a part of it that takes about as long as a step."""
 
+FILL_SECONDS = 0.01
+"""Between two looks at prompts on their way, while there is nothing else to do: a device fetches
+half a GiB in that time."""
+
 _NEW_SHARE = 0.3
 """What the last step's time weighs in the mean."""
 
@@ -217,6 +221,7 @@ class DecodeEngine:
         self._load = EngineLoad()
         self._changed = threading.Condition()
         self._joining: list[DecodeSequence] = []
+        self._arriving: dict[SequenceKv, None] = {}
         self._stopping = False
         self._failure: DeviceError | None = None
         self._idle_since: float | None = None
@@ -253,6 +258,23 @@ class DecodeEngine:
             self._joining.append(sequence)
             self._changed.notify()
 
+    @contextmanager
+    def arriving(self, kv: SequenceKv) -> Iterator[None]:
+        """A prompt's KV comes from elsewhere as long as one is in here: a device may fetch what is
+        whole of it before the sequence is submitted. From any thread, which may commit it in here.
+        """
+        if not self._step.fills_ahead:
+            yield
+            return
+        with self._changed:
+            self._arriving[kv] = None
+            self._changed.notify()
+        try:
+            yield
+        finally:
+            with self._changed:
+                del self._arriving[kv]
+
     @staticmethod
     def cancel(sequence: DecodeSequence) -> None:
         """Ask for a sequence's end; `on_end` follows within a step."""
@@ -287,6 +309,7 @@ class DecodeEngine:
             for sequence in running:
                 if sequence.is_cancelled:
                     self._end(sequence, None)
+            self._fill_ahead(_not_ended(running))
             self._advance_prompts(_not_ended(running))
             self._advance_streams(_not_ended(running))
             running = _not_ended(running)
@@ -299,11 +322,14 @@ class DecodeEngine:
         self._load = _with_prompts(EngineLoad(step_seconds=self._load.step_seconds), running)
 
     def _wait_for_work(self, running: list[DecodeSequence]) -> bool:
-        """Add new sequences to `running`; sleep while there are none. False: stop."""
+        """Add new sequences to `running`; sleep while there are none, or for a while if some are on
+        their way. False: stop."""
         with self._changed:
             started = self._idle_since = time.perf_counter()
             while not (running or self._joining or self._stopping or self._failure):
-                self._changed.wait()
+                self._changed.wait(FILL_SECONDS if self._arriving else None)
+                if self._arriving:
+                    break
             if self._stopping or self._failure:
                 return False
             running += self._joining
@@ -312,6 +338,21 @@ class DecodeEngine:
             self._idle_since = None
         self._clock.account("no_work")
         return True
+
+    def _fill_ahead(self, running: list[DecodeSequence]) -> None:
+        """Let the device fetch what is whole of prompts that do not decode yet."""
+        if not self._step.fills_ahead:
+            return
+        with self._changed:
+            prompts = list(self._arriving)
+        prompts += [one.kv for one in running if not one.is_decoding]
+        has_streams = any(one.is_decoding for one in running)
+        try:
+            self._step.fill_ahead(prompts, has_streams=has_streams)
+        except Exception as error:
+            _log.exception(event("prompts not copied ahead", prompts=len(prompts)))
+            if isinstance(error, DeviceError):
+                self._fail(error)
 
     def _fail(self, error: DeviceError) -> None:
         if self._failure is not None:

@@ -229,15 +229,16 @@ class Generation:
             kv.begin_prompt()
             progress.follow(lambda: kv.num_tokens)
             return None
-        handoff = await self._ingest.fetch(
-            request.request_id,
-            request.prompt_token_ids,
-            request.sampling,
-            kv,
-            deadline_seconds=context.time_remaining(),
-            profile_window=profile_window,
-            progress=progress,
-        )
+        with self._engine.arriving(kv):
+            handoff = await self._ingest.fetch(
+                request.request_id,
+                request.prompt_token_ids,
+                request.sampling,
+                kv,
+                deadline_seconds=context.time_remaining(),
+                profile_window=profile_window,
+                progress=progress,
+            )
         self._placement.learn(prompt_tokens, handoff)
         return handoff
 

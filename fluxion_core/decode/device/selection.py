@@ -158,6 +158,12 @@ class DeviceSelection:
         self.tier.refresh(sequence)
         return ResidentUnits(self.tier.table, self.tier.kv_address)
 
+    def arrive(self, sequences: Sequence[SequenceKv]) -> None:
+        """Take note of prompts that are on their way, all of them; see DeviceTier."""
+        self.tier.arrive(
+            {one: self._window.retrieval_region(one.num_prompt_tokens) for one in sequences}
+        )
+
     def join(self, slot: int, sequence: SequenceKv) -> None:
         """Take note of a committed sequence in a window slot."""
         self.tier.join(slot, sequence, self._window.retrieval_region(sequence.num_tokens))

@@ -191,6 +191,7 @@ class DeviceStep(DecodeStep):
         )
         if self._selection is None and (lanes == "cpu" or not self.digests_on_device):
             self._digests = None  # Nobody would scan them.
+        self.fills_ahead = self._selection is not None
         self._driver = self._make_driver()
         attention = WindowAttention(window, *heads)
         self._device_planner = self._make_planner(
@@ -356,6 +357,15 @@ class DeviceStep(DecodeStep):
         self._usage.idle_seconds["host_attention"] += self._times.waited_idle
         self._prompts.step_took(time.perf_counter() - started)
         return self.board.logits[: len(rows)], reads
+
+    def fill_ahead(self, prompts: Sequence[SequenceKv], *, has_streams: bool) -> None:
+        """Fill the tier with what is whole of prompts on their way; see DecodeStep."""
+        if self._selection is None:
+            return
+        with named_failures("tier of the KV store", self._device):
+            self._selection.arrive(prompts)
+            if not has_streams:
+                self._selection.tier.advance()
 
     def compute_chunk(
         self,

@@ -28,7 +28,7 @@ for or is on its way, which may have been read before the slab changed.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
@@ -89,7 +89,8 @@ class TierStatistics:
 
 @dataclass
 class _Row:
-    """A sequence in a window slot: how far its region is known, and what of it is to come."""
+    """A sequence, in a window slot or on its way: how far its region is known, and what of it is to
+    come."""
 
     end: int
     """Of the region, in tokens."""
@@ -152,6 +153,7 @@ class DeviceTier:
         self.state = TierState.IDLE
         """Stage of the round."""
         self._rows: dict[int, _Row] = {}
+        self._arriving: dict[SequenceKv, _Row] = {}
         self._left: deque[tuple[_Row, BlockRange]] = deque()
         """Blocks that have left windows."""
         self._queued: list[tuple[_Row, BlockRange]] = []
@@ -242,22 +244,24 @@ class DeviceTier:
         in_window = region_end
         if self._copies is not None:
             in_window = min(max(row.end, self._copies.held_from(sequence.num_tokens)), region_end)
-        row.ranges.extend(self._ranges(sequence, row.end, in_window))
+        slabs = sequence.slabs
+        generations = [self._store.generation(slab) for slab in slabs]
+        row.ranges.extend(self._ranges(slabs, generations, row.end, in_window))
         for first in range(in_window, region_end, BLOCK_TOKENS):
-            [block] = self._ranges(sequence, first, first + BLOCK_TOKENS)
+            [block] = self._ranges(slabs, generations, first, first + BLOCK_TOKENS)
             self._copy(slot, first, block)
             self._left.append((row, block))
         row.end = region_end
 
-    def _ranges(self, sequence: SequenceKv, begin: int, end: int) -> Iterator[BlockRange]:
+    def _ranges(
+        self, slabs: Sequence[int], generations: Sequence[int], begin: int, end: int
+    ) -> Iterator[BlockRange]:
         """Blocks of some tokens, slab after slab, each of which is looked at."""
-        slabs = sequence.slabs
         for ordinal, inside, count in self._geometry.split_by_slab(begin, end - begin):
-            slab = slabs[ordinal]
-            self._look_at(slab)
+            slab, generation = slabs[ordinal], generations[ordinal]
+            self._look_at(slab, generation)
             first = inside // BLOCK_TOKENS
-            last = first + count // BLOCK_TOKENS
-            yield BlockRange(slab, first, last, self._generations[slab])
+            yield BlockRange(slab, first, first + count // BLOCK_TOKENS, generation)
 
     def _copy(self, slot: int, first_token: int, block: BlockRange) -> None:
         """Copy a block out of a window, on the steps' stream."""
@@ -266,10 +270,41 @@ class DeviceTier:
         with torch.cuda.stream(steps):
             self._copies.copy(slot, first_token, block)
 
+    def arrive(self, regions: Mapping[SequenceKv, range]) -> None:
+        """Queue what is whole of prompts that are on their way, slab by slab.
+
+        What waits of those that were named before and are not now is forgotten: they join, which
+        queues all of it, or have failed. Another thread may do with them what it likes.
+
+        Args:
+            regions: by sequence, what its region will be when it joins: in tokens, multiples of 16.
+        """
+        for sequence in self._arriving.keys() - regions.keys():
+            self._arriving.pop(sequence).has_left = True
+        for sequence, region in regions.items():
+            row = self._arriving.setdefault(sequence, _Row(region.start))
+            end = self._end_of_slabs(sequence.whole_tokens, region)
+            if end < row.end:
+                # It has failed, or is written anew.
+                row.has_left = True
+                row = self._arriving[sequence] = _Row(region.start)
+            if end > row.end:
+                whole = sequence.whole()
+                end = max(row.end, self._end_of_slabs(whole.num_tokens, region))
+                row.ranges.extend(self._ranges(whole.slabs, whole.generations, row.end, end))
+                row.end = end
+
+    def _end_of_slabs(self, num_tokens: int, region: range) -> int:
+        """End of the part of a region that is in whole slabs of so many tokens, or of all of it."""
+        slab_tokens = self._geometry.slab_tokens
+        if num_tokens >= region.stop:
+            return region.stop
+        return max(region.start, num_tokens // slab_tokens * slab_tokens)
+
     def refresh(self, sequence: SequenceKv) -> None:
         """Drop copies of what a sequence's slabs held before; afterwards the table is right."""
         for slab in sequence.slabs:
-            self._look_at(slab)
+            self._look_at(slab, self._store.generation(slab))
         if self._stale:
             self._invalidate()
 
@@ -314,6 +349,16 @@ class DeviceTier:
         if self.state is TierState.CLOSED:
             self._fill()
 
+    def advance(self) -> None:
+        """Enter a batch that has been filled, and begin the next one, where no step does.
+
+        Raises:
+            FluxionError: CUDA refuses a launch; the next call goes on from there.
+            RuntimeError: a kernel has failed, the device with it.
+        """
+        self.before_step()
+        self.after_step(has_requests=False)
+
     def restart(self, capacity_bytes: int) -> None:
         """Forget everything, and hold no more than so much from now on; for measurements.
 
@@ -324,7 +369,7 @@ class DeviceTier:
             FluxionError: a batch is under way, or there are sequences.
             ShapeError: the capacity is out of its range.
         """
-        if self.state is not TierState.IDLE or self._rows:
+        if self.state is not TierState.IDLE or self._rows or self._arriving:
             raise FluxionError("a tier begins anew without sequences, and not during a batch")
         if self._streams is not None:
             self._streams.steps.synchronize()
@@ -358,6 +403,7 @@ class DeviceTier:
             RuntimeError: the device has failed.
         """
         self._rows.clear()
+        self._arriving.clear()
         if self._streams is not None:
             self._streams.fill.synchronize()
 
@@ -368,8 +414,8 @@ class DeviceTier:
             return body
         return StepGraph(body, streams.fill if is_fill else streams.steps).launch
 
-    def _look_at(self, slab: int) -> None:
-        generation = self._store.generation(slab)
+    def _look_at(self, slab: int, generation: int) -> None:
+        """Take note of a slab's generation, as of just now."""
         if self._generations[slab] not in (0, generation):
             self._stale.add(slab)
         self._generations[slab] = generation
@@ -411,7 +457,7 @@ class DeviceTier:
         for ranges in (self._left, self._again):
             while ranges:
                 yield ranges.popleft()
-        for row in self._rows.values():
+        for row in (*self._rows.values(), *self._arriving.values()):
             while row.ranges:
                 yield row, row.ranges.popleft()
 

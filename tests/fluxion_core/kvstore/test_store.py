@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -786,3 +787,105 @@ def test_a_generation_goes_up_when_a_slab_is_taken_and_not_when_its_content_is_f
     assert tail in other.slabs
     assert store.generation(tail) == 2
     assert store.generation(full) == 1
+
+
+def test_what_is_whole_of_a_prompt_is_told_while_it_is_written():
+    # By hand: 128 tokens are found, and 300 come, layer after layer.
+    store, tokens = make_store(6), list(range(428))
+    stored(store, tokens[:130]).release()
+    sequence, kv = store.reserve(tokens, 0), kv_of(tokens)
+    told = [sequence.whole()]
+    for layer, first, count in ((0, 128, 300), (1, 128, 64), (1, 192, 236)):
+        sequence.write_blocks(layer, first, count, payload(kv, layer, first, count))
+        told.append(sequence.whole())
+    assert [whole.num_tokens for whole in told] == [128, 128, 192, 428]
+    assert [len(whole.slabs) for whole in told] == [1, 4, 4, 4]
+    assert told[-1].slabs == sequence.slabs
+    assert told[-1].generations == tuple(store.generation(slab) for slab in sequence.slabs)
+    sequence.commit()
+    assert sequence.whole() == told[-1]
+    sequence.release()
+    assert sequence.whole() == (0, (), ())
+
+
+def test_what_is_whole_of_a_prompt_that_is_computed_here_is_what_is_stored():
+    store, tokens = make_store(4), list(range(200))
+    sequence = store.reserve(tokens, 10)
+    assert sequence.whole().num_tokens == 0
+    sequence.begin_prompt()
+    append(sequence, tokens, 70)
+    assert sequence.whole().num_tokens == 70
+    assert sequence.whole().slabs == sequence.slabs
+
+
+def test_a_generation_goes_up_where_a_hand_off_writes_again_and_where_it_had_written_alone():
+    # By hand: the first slab is found, the second is a tail of which three blocks are found.
+    store, tokens = make_store(6), list(range(500))
+    first = stored(store, tokens[:188])
+    first.keep([])
+    first.release()
+    sequence, kv = store.reserve(tokens, 0), kv_of(tokens)
+    sequence.restart()
+    assert sequence.whole().generations == (1, 1)
+    assert sequence.kv_from_token == 176
+    ingest(sequence, kv)
+    assert sequence.whole().generations == (1, 1, 1, 1)
+    sequence.restart()
+    assert sequence.whole() == (176, sequence.slabs, (1, 2, 2, 2))
+    # A landing may have written anything.
+    ingest(sequence, kv)
+    sequence.commit()
+    other = store.reserve([7] * 200, 0)
+    other.open_landing(lambda _: SimpleNamespace(close=lambda: None))
+    before = other.whole()
+    other.restart()
+    assert other.whole().generations == tuple(one + 1 for one in before.generations)
+
+
+@pytest.mark.parametrize("end", ["commit", "release"])
+def test_a_slab_that_is_given_up_meanwhile_is_not_told_with_anothers_generation(end: str):
+    # Two write the same text. The second gives its slab up, by one end or the other, and a third
+    # takes it, between two words of what is told.
+    store, tokens = make_store(3), list(range(128))
+    twins = [store.reserve(tokens, 0) for _ in range(2)]
+    for twin in twins:
+        ingest(twin, kv_of(tokens))
+    twins[0].commit()
+    second = twins[1]
+    [ours] = second.slabs
+
+    def read_between(slab: int) -> int:
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(store, "generation", generation)
+            getattr(second, end)()
+            third = store.reserve([7] * 128, 0)
+            third.grow_for_prompt()
+            assert third.slabs == (ours,)
+        return generation(slab)
+
+    generation = store.generation
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(store, "generation", read_between)
+        assert second.whole() == (0, (), ())
+    expected = {"commit": (128, twins[0].slabs, (1,)), "release": (0, (), ())}
+    assert second.whole() == expected[end]
+
+
+@pytest.mark.parametrize("end", ["commit", "release"])
+def test_a_slab_is_anothers_only_when_it_is_told_no_more(end: str):
+    store, tokens = make_store(3), list(range(128))
+    twins = [store.reserve(tokens, 0) for _ in range(2)]
+    for twin in twins:
+        ingest(twin, kv_of(tokens))
+    twins[0].commit()
+    [ours], told = twins[1].slabs, []
+    let_go = store._let_go
+
+    def look(slab: int) -> None:
+        told.append((slab, twins[1].whole().slabs))
+        let_go(slab)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(store, "_let_go", look)
+        getattr(twins[1], end)()
+    assert told == [(ours, twins[0].slabs if end == "commit" else ())]

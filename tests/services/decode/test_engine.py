@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import queue
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from fluxion_core.decode.chunk import PromptEnd
 from fluxion_core.decode.step import DecodeStep, StepReads, StepRow
 from fluxion_core.errors import CapacityError, DeviceError, FluxionError, NonFiniteLogitsError
 from fluxion_core.generation.sampling import SamplingParams, sample
@@ -274,6 +276,87 @@ def test_sequences_of_a_step_are_sampled_as_each_would_be_alone(threads) -> None
             expected.append(sample(logits, one.sampling, [0], expected, position=len(expected)))
         assert one.generated_token_ids == expected
     assert len({tuple(one.generated_token_ids) for one in sequences}) > 1
+
+
+class FillingStep(FakeStep):
+    """Says which prompts it is to copy ahead, and whether a step follows."""
+
+    fills_ahead = True
+
+    def __init__(self, failures: Sequence[Exception] = ()) -> None:
+        super().__init__()
+        self.asked: queue.Queue = queue.Queue()
+        self.failures = list(failures)
+
+    def fill_ahead(self, prompts, *, has_streams):
+        self.asked.put((list(prompts), has_streams))
+        if self.failures:
+            raise self.failures.pop()
+
+    def await_asked(self, *expected) -> None:
+        while self.asked.get(timeout=60) != expected:
+            pass
+
+
+def test_prompts_on_their_way_are_copied_ahead_though_nothing_decodes() -> None:
+    # Again and again, as long as they come; one more that comes is not waited for.
+    step = FillingStep()
+    engine = DecodeEngine(step)
+    first, second = object(), object()
+    engine.start()
+    try:
+        with engine.arriving(first):
+            for _ in range(3):
+                step.await_asked([first], False)
+            with engine.arriving(second):
+                step.await_asked([first, second], False)
+            step.await_asked([first], False)
+    finally:
+        engine.stop()
+    # Not while the engine is at rest.
+    assert engine.statistics().steps == 0
+    while not step.asked.empty():
+        assert step.asked.get() in (([first], False), ([], False))
+
+
+def test_prompts_that_are_computed_here_are_copied_ahead_and_streams_go_on_with_it() -> None:
+    step, ends = FillingStep(), queue.Queue()
+    engine = DecodeEngine(step)
+    arriving = object()
+    here = sequence_of(ExactPolicy(), None, 3, ends)
+    here.generated_token_ids = []
+    stream = sequence_of(ExactPolicy(), None, 2, ends)
+    step.compute_chunk = lambda *_, **__: PromptEnd(torch.tensor([0.0, 1.0]), None)
+    engine.submit(stream)
+    engine.submit(here)
+    with engine.arriving(arriving):
+        engine.start()
+        try:
+            assert [ends.get(timeout=60) for _ in range(2)] == [None, None]
+        finally:
+            engine.stop()
+    assert step.asked.get() == ([arriving, here.kv], True)
+    assert step.asked.get() == ([arriving], True)
+
+
+def test_what_cannot_be_copied_ahead_ends_nobody_and_a_failed_device_everything() -> None:
+    step, ends, told = FillingStep([DeviceError("gone"), FluxionError("no")]), queue.Queue(), []
+    engine = DecodeEngine(step, on_failure=told.append)
+    engine.submit(sequence_of(ExactPolicy(), None, 9, ends))
+    engine.start()
+    try:
+        assert isinstance(ends.get(timeout=60), DeviceError)
+    finally:
+        engine.stop()
+    assert [str(error) for error in told] == ["gone"]
+    # The first failure ended nothing.
+    assert len(step.ran) == 1
+
+
+def test_where_nothing_is_copied_ahead_the_engine_rests_while_prompts_come() -> None:
+    engine = DecodeEngine(FakeStep())
+    with engine.arriving(object()):
+        assert engine._arriving == {}
 
 
 def test_an_end_that_cannot_be_delivered_is_nobody_elses() -> None:

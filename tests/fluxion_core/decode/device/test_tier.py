@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,13 +101,53 @@ class Running:
 
     def units(self) -> list[int]:
         """Arena blocks of the region, all layers and heads."""
-        return [
-            (self.sequence.slabs[block // GEOMETRY.slab_blocks] * LAYER_HEADS + head)
-            * GEOMETRY.slab_blocks
-            + block % GEOMETRY.slab_blocks
-            for block in range(self.region.start // BLOCK_TOKENS, self.region.stop // BLOCK_TOKENS)
-            for head in range(LAYER_HEADS)
-        ]
+        return units_of(self.sequence, self.region)
+
+
+@dataclass
+class Arriving:
+    """A prompt that is being written."""
+
+    sequence: SequenceKv
+    tokens: list[int]
+    queued: int = WINDOW.sink_tokens
+    """Tokens up to which the tier has queued it."""
+
+    def __post_init__(self) -> None:
+        self.written = [self.sequence.kv_from_token] * GEOMETRY.num_layers
+
+    @property
+    def region(self) -> range:
+        return WINDOW.retrieval_region(len(self.tokens))
+
+    @property
+    def is_whole(self) -> bool:
+        return min(self.written) == len(self.tokens)
+
+    def whole_units(self) -> list[int]:
+        """Arena blocks of the region that are written."""
+        end = min(self.written) // BLOCK_TOKENS * BLOCK_TOKENS
+        return units_of(self.sequence, range(self.region.start, min(self.region.stop, end)))
+
+    def newly_queued(self) -> list[int]:
+        """Arena blocks of the slabs that are whole and were not, and of the whole region's rest."""
+        if min(self.written) < self.queued:
+            self.queued = self.region.start
+        end = min(self.region.stop, *self.written)
+        if end < self.region.stop:
+            end = end // GEOMETRY.slab_tokens * GEOMETRY.slab_tokens
+        begin, self.queued = self.queued, max(self.queued, end)
+        return units_of(self.sequence, range(begin, self.queued))
+
+
+def units_of(sequence: SequenceKv, tokens: range) -> list[int]:
+    """Arena blocks of these tokens, all layers and heads."""
+    return [
+        (sequence.slabs[block // GEOMETRY.slab_blocks] * LAYER_HEADS + head) * GEOMETRY.slab_blocks
+        + block % GEOMETRY.slab_blocks
+        for block in range(tokens.start // BLOCK_TOKENS, tokens.stop // BLOCK_TOKENS)
+        for head in range(LAYER_HEADS)
+    ]
 
 
 class World:
@@ -151,11 +192,27 @@ class World:
 
     def come(self, slot: int, tokens: list[int]) -> None:
         """Store what is not stored yet of a prompt, and join."""
-        sequence = self.store.reserve(tokens, MAX_TOKENS - len(tokens))
-        first = sequence.kv_from_token
+        arriving = self.begin(tokens)
         for layer in range(GEOMETRY.num_layers):
-            count = len(tokens) - first
-            sequence.write_blocks(layer, first, count, self.payload(count))
+            self.write(arriving, layer, len(tokens))
+        self.join(slot, arriving)
+
+    def begin(self, tokens: list[int]) -> Arriving:
+        return Arriving(self.store.reserve(tokens, MAX_TOKENS - len(tokens)), list(tokens))
+
+    def write(self, arriving: Arriving, layer: int, count: int) -> None:
+        """Write a layer's next tokens, at most so many."""
+        first = arriving.written[layer]
+        count = min(count, len(arriving.tokens) - first)
+        if count:
+            arriving.sequence.write_blocks(layer, first, count, self.payload(count))
+            arriving.written[layer] += count
+
+    def arrive(self, *arriving: Arriving) -> None:
+        self.tier.arrive({one.sequence: one.region for one in arriving})
+
+    def join(self, slot: int, arriving: Arriving) -> None:
+        sequence, tokens = arriving.sequence, arriving.tokens
         sequence.commit()
         self.running[slot] = Running(sequence, list(tokens))
         table, tensors = sequence.slab_table, self.windows.tensors
@@ -358,19 +415,24 @@ def run_step(world: World, units: list[int]) -> tuple[list[int], list[int]]:
 
 
 def test_hits_stay_right_while_sequences_come_and_go_and_share(worlds) -> None:
-    world = worlds(num_slabs=14, num_slots=40, seed=4)
+    world = worlds(num_slabs=18, num_slots=40, seed=3)
     tier, shadow, chance = world.tier, Shadow(world), world.random.random
     tier.ends = lambda: chance() < 0.4
     texts: list[list[int]] = []
+    coming: list[Arriving] = []
     kinds = ["shared", "tails", "stale", "stale in a batch", "stale and waiting", "evictions"]
     seen = dict.fromkeys([*kinds, "cut", "waiting", "one after the other"], 0)
+    seen |= dict.fromkeys(["failed", "restarted", "arrived", "come ahead"], 0)
 
     def follow_batches(begun: int, ended: int) -> None:
         if tier.ended > ended:
             shadow.enter_batch()
         if tier.begun > begun:
             evicted = shadow.evicted
-            assert world.queued <= {u for run in world.running.values() for u in run.units()}
+            whole = {unit for arriving in coming for unit in arriving.whole_units()}
+            in_steps = {unit for running in world.running.values() for unit in running.units()}
+            assert world.queued <= in_steps | whole
+            seen["come ahead"] += bool(world.queued - in_steps)
             shadow.close()
             seen["evictions"] += shadow.evicted > evicted
             seen["cut"] += int(tier._upkeep.queues.counters[upkeep.RANGES_CUT.value])
@@ -378,17 +440,48 @@ def test_hits_stay_right_while_sequences_come_and_go_and_share(worlds) -> None:
         assert tier.state is TierState.FILLING or not set(shadow.waiting) - {NOTHING}
         shadow.compare()
 
+    def text() -> list[int]:
+        tokens = [world.random.randrange(9) for _ in range(world.random.randrange(40, 400))]
+        if texts and chance() < 0.6:
+            before = world.random.choice(texts)
+            end = len(before) if chance() < 0.5 else world.random.randrange(len(before))
+            tokens = (before[:end] + tokens)[: max(end + 1, 350)]
+        return tokens
+
+    def go_on(arriving: Arriving) -> None:
+        """Write some more of a prompt, or begin anew, or give it up."""
+        if chance() < 0.08:
+            arriving.sequence.restart()
+            seen["restarted"] += min(arriving.written) > arriving.sequence.kv_from_token
+            arriving.__post_init__()
+        for layer in range(GEOMETRY.num_layers):
+            world.write(arriving, layer, BLOCK_TOKENS * world.random.randrange(5))
+        if chance() < 0.08:
+            arriving.sequence.release()
+            coming.remove(arriving)
+            seen["failed"] += arriving.queued > WINDOW.sink_tokens
+
     for number in range(STEPS):
         stale: set[int] = set()
-        if len(world.running) < 3 and chance() < 0.5:
+        if len(coming) < 2 and chance() < 0.3:
+            with suppress(CapacityError):
+                coming.append(world.begin(text()))
+        for arriving in list(coming):
+            go_on(arriving)
+        world.arrive(*coming)
+        for arriving in coming:
+            stale |= shadow.look_at(arriving.newly_queued())
+        whole = next((arriving for arriving in coming if arriving.is_whole), None)
+        if len(world.running) < 3 and whole is not None:
+            coming.remove(whole)
             slot = next(slot for slot in range(3) if slot not in world.running)
-            tokens = [world.random.randrange(9) for _ in range(world.random.randrange(40, 400))]
-            if texts and chance() < 0.6:
-                before = world.random.choice(texts)
-                end = len(before) if chance() < 0.5 else world.random.randrange(len(before))
-                tokens = (before[:end] + tokens)[: max(end + 1, 350)]
+            world.join(slot, whole)
+            stale |= shadow.look_at(world.running[slot].units())
+            seen["arrived"] += 1
+        if len(world.running) < 3 and chance() < 0.3:
+            slot = next(slot for slot in range(3) if slot not in world.running)
             try:
-                world.come(slot, tokens)
+                world.come(slot, text())
             except CapacityError:
                 assert slot not in world.running
             else:
@@ -540,6 +633,86 @@ def test_a_copy_of_what_left_a_window_is_not_taken_for_the_next_text_of_its_slab
     units = world.running[0].units()
     assert run_step(world, units) == (units, [])
     assert tier.statistics().window_bytes == 0
+
+
+def test_a_prompt_is_copied_while_it_is_written_whole_slabs_of_all_layers(worlds) -> None:
+    # By hand: slabs have 8 blocks, the first is the sink's; 22 are the region's, up to token 368.
+    world = worlds(num_slabs=8, num_slots=64)
+    tier, arriving = world.tier, world.begin(list(range(500)))
+    held = []
+    for ends in ((256, 64), (256, 128), (320, 352), (384, 383), (500, 500)):
+        for layer, end in enumerate(ends):
+            world.write(
+                arriving, layer, end // 16 * 16 - arriving.written[layer] if end < 500 else end
+            )
+        for _ in range(8):
+            world.arrive(arriving)
+            tier.advance()
+            settle()
+        held.append(tier.statistics().held_bytes // GEOMETRY.block_bytes)
+    assert held == [0, 14, 30, 44, 44]
+    world.join(0, arriving)
+    world.arrive()
+    units = world.running[0].units()
+    assert len(units) == 44
+    run_step(world, units)
+    assert run_step(world, units) == (units, [])
+    assert tier.statistics().filled_bytes == 44 * GEOMETRY.block_bytes
+
+
+def test_a_prompt_that_fails_leaves_nothing_queued(worlds) -> None:
+    world = worlds(num_slabs=8, num_slots=64)
+    tier, arriving = world.tier, world.begin(list(range(500)))
+    for layer in range(GEOMETRY.num_layers):
+        world.write(arriving, layer, 256)
+    world.arrive(arriving)
+    arriving.sequence.release()
+    # Before the tier hears of it, and afterwards.
+    for others in ((arriving,), ()):
+        world.arrive(*others)
+        for _ in range(3):
+            tier.advance()
+            settle()
+    assert tier.statistics().filled_bytes == 0
+    assert tier.state is TierState.IDLE
+
+
+@pytest.mark.parametrize("tier_type", [LateTier, SlowTier])
+@pytest.mark.parametrize("ends", ["restarted", "released"])
+def test_what_another_hand_off_writes_is_not_taken_for_what_was_copied_of_the_first(
+    worlds, tier_type, ends: str
+) -> None:
+    world = worlds(num_slabs=4, num_slots=64, tier_type=tier_type)
+    tier, arriving = world.tier, world.begin(list(range(500)))
+    for layer in range(GEOMETRY.num_layers):
+        world.write(arriving, layer, 256)
+    for _ in range(2):
+        # A batch has come, another is on its way, and a range waits.
+        world.arrive(arriving)
+        tier.advance()
+        settle()
+        tier.ends = lambda: False
+    if ends == "restarted":
+        arriving.sequence.restart()
+        arriving.__post_init__()
+    else:
+        arriving.sequence.release()
+        arriving = world.begin(list(range(1000, 1500)))
+    for layer in range(GEOMETRY.num_layers):
+        world.write(arriving, layer, 256)
+    world.arrive(arriving)
+    tier.advance()
+    settle()
+    tier.ends = lambda: True
+    for layer in range(GEOMETRY.num_layers):
+        world.write(arriving, layer, 500)
+    world.join(0, arriving)
+    world.arrive()
+    units = world.running[0].units()
+    # Every hit is looked at.
+    for _ in range(9):
+        run_step(world, units)
+    assert run_step(world, units) == (units, [])
 
 
 def test_a_full_tier_gives_up_regions_and_follows_what_is_selected(worlds) -> None:
