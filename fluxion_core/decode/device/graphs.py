@@ -1,9 +1,9 @@
 """The device's side of a decode step: one CUDA graph for each size of batch, captured at start.
 
-In each layer a graph publishes queries, keys and values on the board, attends to the windows, makes
-plans if there are any to make, waits for the host's flag, and merges what the host attended to.
-Where the device selects, it does so behind the plans, attends to what is resident, and waits only
-if something is missing (selection.py).
+In each layer a graph publishes queries, keys and values on the board and attends to the windows,
+makes plans if there are any to make, waits for the host's flag, and merges what the host attended
+to. Where the device selects, it does so behind the plans, attends to what is resident, and waits
+only if something is missing (selection.py).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from fluxion_core.decode.device.planner import DevicePlanner, LayerPlans
 from fluxion_core.decode.device.selected_layers import SelectedLayers
 from fluxion_core.decode.device.selection import DeviceSelection
 from fluxion_core.decode.device.windows import DeviceWindows
-from fluxion_core.geometry import KvGeometry, WindowSpec
+from fluxion_core.geometry import KvGeometry
 from fluxion_core.kernels.dense_attention.triton import WindowAttention
-from fluxion_core.kernels.handover.launch import Handover
+from fluxion_core.kernels.handover.launch import Handover, Publication
 from fluxion_core.models.decoder import Decoder
 
 
@@ -32,7 +32,6 @@ class StepGraphs:
         decoder: the model, on a CUDA device.
         board: through which layers are handed over.
         windows: of the sequences in all slots.
-        window: which tokens every head always attends to.
         attention: over the windows.
         planner: makes plans; None where the host makes them all.
         selection: selects what is read; None where the host does.
@@ -46,7 +45,6 @@ class StepGraphs:
         decoder: Decoder,
         board: Board,
         windows: DeviceWindows,
-        window: WindowSpec,
         attention: WindowAttention,
         planner: DevicePlanner | None,
         selection: DeviceSelection | None,
@@ -59,7 +57,7 @@ class StepGraphs:
         self._selection = selection
         self._geometry = windows.geometry
         self.board, self.windows = board, windows
-        self.window, self.attention = window, attention
+        self.attention = attention
         self.step_number = step_number
         """On the device: goes up by one a launch."""
         sizes = sorted({min(1 << power, max_rows) for power in range(max_rows.bit_length() + 1)})
@@ -148,7 +146,6 @@ class _GraphAttention:
         device = self._slots.device
         self._attention = graphs.attention
         self._handover = Handover(
-            graphs.window,
             self._attention.num_heads,
             geometry.num_kv_heads,
             geometry.head_dim,
@@ -162,29 +159,21 @@ class _GraphAttention:
         """Attend in one layer; see AttentionPort: only launches."""
         graphs, board = self._graphs, self._graphs.board
         window_key, window_value = graphs.windows.key(layer), graphs.windows.value(layer)
-        self._handover.publish(
-            query,
+        publication = Publication(
             key,
             value,
-            self._lengths,
-            self._slots,
-            window_key,
-            window_value,
             board.device_queries,
             board.rows[layer],
             board.published[layer],
             graphs.step_number,
             self.stamps[layer, 0:1],
         )
-        if self._planner is None:
-            # The host has its lists while the windows are attended to.
-            self._select(layer)
         self._attention.launch(
-            query, window_key, window_value, self._slots, self._lengths, self._states
+            query, window_key, window_value, self._slots, self._lengths, self._states, publication
         )
         if self._planner is not None:
             self._plan(layer, self._planner, window_key)
-            self._select(layer)
+        self._select(layer)
         self._attend_resident(layer)
         output = torch.empty(self._size, *query.shape[1:], dtype=query.dtype, device=query.device)
         self._await_and_merge(layer, output)

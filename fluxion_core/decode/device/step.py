@@ -220,7 +220,6 @@ class DeviceStep(DecodeStep):
             decoder,
             self.board,
             self.windows,
-            self._window,
             attention,
             self._device_planner,
             self._selection,

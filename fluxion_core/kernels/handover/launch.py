@@ -1,23 +1,50 @@
-"""A layer's hand-over as three launches: shapes checked once, then nothing but the kernels."""
+"""The end of a layer's hand-over as two launches: shapes checked once, then only the kernels.
+
+Its begin, the publication, is launched with the attention to the windows (dense_attention).
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import triton
 from torch import Tensor
 
 from fluxion_core.errors import ShapeError
-from fluxion_core.geometry import WindowSpec
-from fluxion_core.kernels.handover.triton import await_answer, merge_answer, publish
+from fluxion_core.kernels.handover.triton import await_answer, merge_answer
 from fluxion_core.kernels.head_shape import check_heads
+
+
+class Publication(NamedTuple):
+    """New tokens of a layer, and where they are handed over to the host."""
+
+    key: Tensor
+    """[rows, num_kv_heads, head_dim], rotary applied, of the model's dtype; rows may lie apart,
+    heads not."""
+    value: Tensor
+    """Like key."""
+    device_query: Tensor
+    """[rows, num_heads, head_dim] float32, contiguous, on the device; takes the queries."""
+    host_rows: Tensor
+    """[rows, floats] float32, pinned, rows may lie apart; takes query, key, value of each row."""
+    published: Tensor
+    """[rows] int64 or int32, pinned: this layer's flags; take the step when all else is there."""
+    step: Tensor
+    """[1] int32 on the device; goes up by one a step."""
+    stamp: Tensor
+    """[1] int64 on the device; takes the clock after the first row was published."""
+
+    @property
+    def strides(self) -> tuple[int, int, int]:
+        """Numbers from row to row: of key, of value, of what goes to the host."""
+        return self.key.stride(0), self.value.stride(0), self.host_rows.stride(0)
 
 
 @dataclass(frozen=True)
 class Handover:
     """The shape of a layer's hand-over; everything is checked when it is made."""
 
-    window: WindowSpec
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -28,82 +55,6 @@ class Handover:
         check_heads(self.num_heads, self.num_kv_heads, self.head_dim)
         if self.num_splits <= 0:
             raise ShapeError(f"num_splits is {self.num_splits}; at least 1")
-
-    @property
-    def host_row_floats(self) -> int:
-        """Floats of a row in pinned memory: query, key, value."""
-        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
-
-    @property
-    def _publish_constants(self) -> dict[str, int]:
-        kv_channels = self.num_kv_heads * self.head_dim
-        return {
-            "QUERY_CHANNELS": self.num_heads * self.head_dim,
-            "KV_CHANNELS": kv_channels,
-            "HEAD_DIM": self.head_dim,
-            "SINK": self.window.sink_tokens,
-            "RING": self.window.ring_tokens,
-            "TILE": min(1024, triton.next_power_of_2(kv_channels)),
-        }
-
-    def publish(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        lengths: Tensor,
-        slots: Tensor,
-        window_key: Tensor,
-        window_value: Tensor,
-        device_query: Tensor,
-        host_rows: Tensor,
-        published: Tensor,
-        step: Tensor,
-        stamp: Tensor,
-    ) -> None:
-        """Hand a layer's queries, keys and values over to the host, and keep the window whole.
-
-        Grid: rows. A row is one program, so that one barrier lies between its data and its flag; 24
-        KiB a row of a Llama-3.1-8B shape, written in the order of its addresses.
-
-        Args:
-            query: [rows, num_heads, head_dim], rotary applied, of the model's dtype; rows may lie
-                apart, heads not.
-            key: [rows, num_kv_heads, head_dim], rotary applied; likewise.
-            value: like key.
-            lengths: [rows] int32, tokens of each row, this one included. Nothing is done for a row
-                of length 0.
-            slots: [rows] int32.
-            window_key: [slots, num_kv_heads, slot_tokens, head_dim] bfloat16; takes the key.
-            window_value: the same for the value, with the same strides.
-            device_query: [rows, num_heads, head_dim] float32, contiguous, on the device.
-            host_rows: [rows, host_row_floats] float32, pinned; rows may lie apart.
-            published: [rows] int64 or int32, pinned: this layer's flags.
-            step: [1] int32 on the device; goes up by one a step.
-            stamp: [1] int64 on the device; takes the clock after the first row was published.
-        """
-        publish[(query.shape[0],)](
-            query,
-            key,
-            value,
-            lengths,
-            slots,
-            window_key,
-            window_value,
-            device_query,
-            host_rows,
-            published,
-            step,
-            stamp,
-            query.stride(0),
-            key.stride(0),
-            value.stride(0),
-            host_rows.stride(0),
-            window_key.stride(0),
-            window_key.stride(1),
-            **self._publish_constants,
-            num_warps=8,
-        )
 
     def await_and_merge(
         self,

@@ -1,7 +1,9 @@
 """Both ends of a layer's hand-over, as kernels of a step's CUDA graph.
 
-    publish       query, key and value of every row go to pinned memory, key and value to the
-                  device's window too; then each row's flag says that they are there
+    publish_row   query, key and value of every row go to pinned memory, key and value to the
+                  device's window too; then each row's flag says that they are there. It is part of
+                  the kernel that attends to the windows: one waits for the link, the other for
+                  device memory
     (the host)    attends, writes output and lse, then sets the layer's one flag
     await_answer  waits for that flag: one program, since every one that waits reads over the link
                   all the time, and 32 of them halved what the GPU lane could read of host memory
@@ -25,7 +27,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def publish(
+def publish_row(
     query_ptr,
     key_ptr,
     value_ptr,
@@ -49,9 +51,9 @@ def publish(
     HEAD_DIM: tl.constexpr,
     SINK: tl.constexpr,
     RING: tl.constexpr,
-    TILE: tl.constexpr,
 ):
-    """One program: one row's query, key and value to where they are needed, then its flag."""
+    """One program's row: query, key and value to where they are needed, then its flag."""
+    TILE: tl.constexpr = min(1024, triton.next_power_of_2(KV_CHANNELS))
     row = tl.program_id(0).to(tl.int64)
     length = tl.load(lengths_ptr + row)
     if length > 0:

@@ -16,7 +16,7 @@ from fluxion_core.decode.device.graph import StepGraph
 from fluxion_core.decode.device.windows import DeviceWindows
 from fluxion_core.geometry import KvGeometry, WindowSpec
 from fluxion_core.kernels.dense_attention.triton import WindowAttention
-from fluxion_core.kernels.handover.launch import Handover
+from fluxion_core.kernels.handover.launch import Handover, Publication
 from fluxion_core.models.decoder import Decoder
 
 _WARM_UPS = 3
@@ -83,10 +83,10 @@ class _WindowPort:
         self._windows, self._lengths = windows, lengths
         self._slots = torch.arange(rows, dtype=torch.int32, device=device)
         self._attention = WindowAttention(window, heads, kv_heads, dim)
-        self._handover = Handover(window, heads, kv_heads, dim, self._attention.num_splits)
+        self._handover = Handover(heads, kv_heads, dim, self._attention.num_splits)
         self._states = self._attention.make_states(rows, device)
         self._queries = torch.zeros(rows, heads, dim, device=device)
-        self._rows = torch.zeros(rows, self._handover.host_row_floats, device=device)
+        self._rows = torch.zeros(rows, (heads + 2 * kv_heads) * dim, device=device)
         self._flags = torch.zeros(rows, dtype=torch.int32, device=device)
         self._step = torch.zeros(1, dtype=torch.int32, device=device)
         self._has_answer = torch.zeros(1, dtype=torch.int32, device=device)
@@ -95,20 +95,12 @@ class _WindowPort:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See AttentionPort; only launches."""
         windows = (self._windows.key(layer), self._windows.value(layer))
-        self._handover.publish(
-            query,
-            key,
-            value,
-            self._lengths,
-            self._slots,
-            *windows,
-            self._queries,
-            self._rows,
-            self._flags,
-            self._step,
-            self._stamp,
+        publication = Publication(
+            key, value, self._queries, self._rows, self._flags, self._step, self._stamp
         )
-        self._attention.launch(query, *windows, self._slots, self._lengths, self._states)
+        self._attention.launch(
+            query, *windows, self._slots, self._lengths, self._states, publication
+        )
         output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         self._handover.merge(
             self._states.output,

@@ -1,4 +1,6 @@
-"""The hand-over of a layer: what is published, what is waited for, what is merged."""
+"""The hand-over of a layer: what is published beside the attention to the windows, what is waited
+for, what is merged.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,9 @@ from torch import Tensor
 
 from fluxion_core.errors import ShapeError
 from fluxion_core.geometry import WindowSpec
+from fluxion_core.kernels.dense_attention.triton import WindowAttention, WindowStates
 from fluxion_core.kernels.handover import reference
-from fluxion_core.kernels.handover.launch import Handover
+from fluxion_core.kernels.handover.launch import Handover, Publication
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WINDOW = WindowSpec(sink_tokens=16, recent_tokens=128)
@@ -38,14 +41,16 @@ def settle() -> None:
 class Published:
     """One layer's queries, keys and values, and everywhere that they go."""
 
-    handover: Handover
+    attention: WindowAttention
     lengths: list[int]
     slots: list[int]
     flag_dtype: torch.dtype = torch.int64
+    before: float = 1000.0
+    """In the windows."""
     rows: list[Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
-        shape, num_rows = self.handover, len(self.lengths)
+        shape, num_rows = self.attention, len(self.lengths)
         generator = torch.Generator().manual_seed(shape.num_heads)
         self.query, self.key, self.value = (
             torch.randn(num_rows, heads, shape.head_dim, generator=generator).bfloat16()
@@ -53,14 +58,13 @@ class Published:
         )
         slots = (max(self.slots) + 1, shape.num_kv_heads, WINDOW.slot_tokens, shape.head_dim)
         self.window_key, self.window_value = torch.full(
-            (2, *slots), math.nan, dtype=torch.bfloat16, device=DEVICE
+            (2, *slots), self.before, dtype=torch.bfloat16, device=DEVICE
         )
         self.device_query = torch.full(
             (num_rows, shape.num_heads, shape.head_dim), math.nan, device=DEVICE
         )
-        self.host_rows = pinned(
-            num_rows, shape.host_row_floats, dtype=torch.float32, value=math.nan
-        )
+        floats = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
+        self.host_rows = pinned(num_rows, floats, dtype=torch.float32, value=math.nan)
         self.flags = pinned(num_rows, dtype=self.flag_dtype)
         self.stamp = on_device([-1], torch.int64)
         # As a fused projection leaves them: parts of wider rows.
@@ -68,19 +72,25 @@ class Published:
         views = fused.to(DEVICE).split(
             [part.flatten(1).shape[1] for part in (self.query, self.key, self.value)], dim=1
         )
-        shape.publish(
-            *(view.unflatten(1, (-1, shape.head_dim)) for view in views),
-            on_device(self.lengths),
-            on_device(self.slots),
-            self.window_key,
-            self.window_value,
+        query, key, value = (view.unflatten(1, (-1, shape.head_dim)) for view in views)
+        publication = Publication(
+            key,
+            value,
             self.device_query,
             self.host_rows,
             self.flags,
             on_device([STEP]),
             self.stamp,
         )
+        self.states = self.attend(query, publication)
         settle()
+
+    def attend(self, query: Tensor, publication: Publication | None) -> WindowStates:
+        states = self.attention.make_states(len(self.lengths), DEVICE)
+        windows = self.window_key, self.window_value
+        rows = on_device(self.slots), on_device(self.lengths)
+        self.attention.launch(query, *windows, *rows, states, publication)
+        return states
 
 
 @pytest.mark.parametrize("flag_dtype", [torch.int32, torch.int64])
@@ -90,8 +100,8 @@ class Published:
 def test_every_row_reaches_the_host_the_window_and_the_other_kernels(
     heads: int, kv_heads: int, head_dim: int, flag_dtype: torch.dtype
 ):
-    handover = Handover(WINDOW, heads, kv_heads, head_dim, num_splits=1)
-    made = Published(handover, lengths=[1, 17, 333], slots=[2, 0, 3], flag_dtype=flag_dtype)
+    attention = WindowAttention(WINDOW, heads, kv_heads, head_dim)
+    made = Published(attention, lengths=[1, 17, 333], slots=[2, 0, 3], flag_dtype=flag_dtype)
     assert torch.equal(made.device_query.cpu(), made.query.float())
     parts = [part.flatten(1).float() for part in (made.query, made.key, made.value)]
     assert torch.equal(made.host_rows, torch.cat(parts, dim=1))
@@ -103,17 +113,27 @@ def test_every_row_reaches_the_host_the_window_and_the_other_kernels(
         assert torch.equal(made.window_value[slot, :, entry].cpu(), made.value[row])
     # Nothing else of the window was touched.
     written = len(made.lengths) * kv_heads * head_dim
-    assert made.window_key.isfinite().sum().item() == written
-    assert made.window_value.isfinite().sum().item() == written
+    assert (made.window_key != 1000).sum().item() == written
+    assert (made.window_value != 1000).sum().item() == written
 
 
 def test_a_padding_row_publishes_nothing():
-    handover = Handover(WINDOW, 4, 2, 64, num_splits=1)
-    made = Published(handover, lengths=[0, 40, 0], slots=[0, 1, 0])
+    made = Published(WindowAttention(WINDOW, 4, 2, 64), lengths=[0, 40, 0], slots=[0, 1, 0])
     assert made.flags.tolist() == [0, STEP, 0]
     assert made.host_rows[::2].isnan().all()
     assert made.device_query[::2].isnan().all()
-    assert made.window_key[0].isnan().all()
+    assert (made.window_key[0] == 1000).all()
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (7, 1)])
+def test_windows_are_attended_to_as_if_what_is_new_were_there(heads: int, kv_heads: int):
+    # In the sink, at its end, in the ring, over its turn; what was there before counts in others.
+    attention = WindowAttention(WINDOW, heads, kv_heads, 64)
+    made = Published(attention, [1, 16, 17, 200, 0, 500], [5, 0, 3, 1, 2, 4], before=0.5)
+    there = made.attend(made.query.float().to(DEVICE), None)
+    settle()
+    assert all(map(torch.equal, made.states, there))
+    assert made.states.lse[0].isfinite().any()
 
 
 @dataclass
@@ -180,7 +200,7 @@ class Answered:
 def test_window_and_host_merge_to_one_attention(
     heads: int, kv_heads: int, head_dim: int, num_splits: int
 ):
-    made = Answered(Handover(WINDOW, heads, kv_heads, head_dim, num_splits))
+    made = Answered(Handover(heads, kv_heads, head_dim, num_splits))
     torch.testing.assert_close(made.output.double(), made.expected(), atol=1e-6, rtol=1e-6)
     assert made.error.item() == 0
     begin, end = made.stamps.tolist()
@@ -190,7 +210,7 @@ def test_window_and_host_merge_to_one_attention(
 def test_two_equal_parts_are_their_mean():
     # By hand: the same weight on the window's 0 and on the host's 2.
     output = torch.empty(1, 1, 16, device=DEVICE)
-    Handover(WINDOW, 1, 1, 16, num_splits=1).await_and_merge(
+    Handover(1, 1, 16, num_splits=1).await_and_merge(
         torch.zeros(1, 1, 1, 16, device=DEVICE),
         torch.zeros(1, 1, 1, device=DEVICE),
         pinned(1, 1, 16, dtype=torch.float32, value=2.0),
@@ -209,24 +229,24 @@ def test_two_equal_parts_are_their_mean():
 
 
 def test_an_answer_of_a_later_step_is_an_answer():
-    made = Answered(Handover(WINDOW, 4, 2, 64, 2), answered_step=STEP + 1)
+    made = Answered(Handover(4, 2, 64, 2), answered_step=STEP + 1)
     torch.testing.assert_close(made.output.double(), made.expected(), atol=1e-6, rtol=1e-6)
 
 
 def test_a_layer_that_is_skipped_neither_waits_nor_reads_the_host():
-    made = Answered(Handover(WINDOW, 4, 2, 64, 2), answered_step=0, skip=1)
+    made = Answered(Handover(4, 2, 64, 2), answered_step=0, skip=1)
     nothing = torch.full_like(made.host_lse, -math.inf)
     torch.testing.assert_close(made.output.double(), made.expected(nothing), atol=1e-6, rtol=1e-6)
     assert made.error.item() == 0
 
 
 def test_a_host_that_has_nothing_leaves_the_window():
-    made = Answered(Handover(WINDOW, 4, 2, 64, 2), is_host_empty=True)
+    made = Answered(Handover(4, 2, 64, 2), is_host_empty=True)
     torch.testing.assert_close(made.output.double(), made.expected(), atol=1e-6, rtol=1e-6)
 
 
 def test_a_host_that_does_not_answer_is_given_up_and_named():
-    made = Answered(Handover(WINDOW, 4, 2, 64, 2), answered_step=STEP - 1, timeout_ns=1000)
+    made = Answered(Handover(4, 2, 64, 2), answered_step=STEP - 1, timeout_ns=1000)
     assert made.error.item() == 21
     nothing = torch.full_like(made.host_lse, -math.inf)
     torch.testing.assert_close(made.output.double(), made.expected(nothing), atol=1e-6, rtol=1e-6)
@@ -235,11 +255,11 @@ def test_a_host_that_does_not_answer_is_given_up_and_named():
 
 
 def test_the_output_is_of_the_models_dtype():
-    made = Answered(Handover(WINDOW, 4, 2, 64, 2), dtype=torch.bfloat16)
+    made = Answered(Handover(4, 2, 64, 2), dtype=torch.bfloat16)
     torch.testing.assert_close(made.output.double(), made.expected(), atol=2e-2, rtol=1e-2)
 
 
 def test_shapes_that_no_kernel_takes_are_refused():
     for heads, kv_heads, head_dim, num_splits in [(3, 2, 64, 1), (2, 2, 80, 1), (2, 2, 64, 0)]:
         with pytest.raises(ShapeError):
-            Handover(WINDOW, heads, kv_heads, head_dim, num_splits)
+            Handover(heads, kv_heads, head_dim, num_splits)
