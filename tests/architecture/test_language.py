@@ -28,6 +28,7 @@ LONG_KERNELS = {
     "fluxion_core/kernels/head_plan/triton.py: choose",
     "fluxion_core/kernels/head_plan/triton.py: see_heads",
     "fluxion_core/kernels/sparse_attention/triton.py: attend_listed",
+    "fluxion_core/kernels/tier/attention.py: attend_resident",
     "fluxion_core/kernels/tier/select.py: split_groups",
 }
 """Longer ones. A Triton program takes each pointer, stride and shape as an argument of its own, a

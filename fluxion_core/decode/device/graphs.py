@@ -174,9 +174,8 @@ class _GraphAttention:
         if self._planner is not None:
             self._plan(layer, self._planner, window_key)
         self._select(layer)
-        self._attend_resident(layer)
         output = torch.empty(self._size, *query.shape[1:], dtype=query.dtype, device=query.device)
-        self._await_and_merge(layer, output)
+        self._end(layer, output)
         return output
 
     def _plan(self, layer: int, planner: LayerPlans, window_key: Tensor) -> None:
@@ -203,10 +202,8 @@ class _GraphAttention:
     def _select(self, layer: int) -> None:
         """The host selects."""
 
-    def _attend_resident(self, layer: int) -> None:
-        """Nothing of a region is on the device."""
-
-    def _await_and_merge(self, layer: int, output: Tensor) -> None:
+    def _end(self, layer: int, output: Tensor) -> None:
+        """Wait for the host, and merge what it attended to."""
         board = self._graphs.board
         self._handover.await_and_merge(
             self._states.output,
@@ -255,18 +252,17 @@ class _SelectedAttention(_GraphAttention):
     def _select(self, layer: int) -> None:
         self._selected.select(layer, self._graphs.board.device_queries[: self._size])
 
-    def _attend_resident(self, layer: int) -> None:
-        self._selected.attend_resident(layer, self._graphs.board.device_queries[: self._size])
-
-    def _await_and_merge(self, layer: int, output: Tensor) -> None:
-        planner = self._planner
-        self._selected.await_and_merge(
+    def _end(self, layer: int, output: Tensor) -> None:
+        """Attend to what is resident, wait if something is missing, and merge all parts."""
+        planner, board = self._planner, self._graphs.board
+        self._selected.attend_and_await(
             layer,
-            self._graphs.board,
-            self._states,
+            board.device_queries[: self._size],
+            board,
             self.stamps[layer, 1:3],
-            self._has_answer,
-            output,
-            (planner.rows, self._slots, planner.told[layer]) if planner is not None else None,
             timeout_ns=STUCK_NS,
         )
+        memory = None
+        if planner is not None:
+            memory = planner.rows, self._slots, planner.told[layer]
+        self._selected.merge(layer, board, self._states, output, memory)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fluxion_core.decode.device.board import Board
 from fluxion_core.kernels.dense_attention.triton import WindowStates
+from fluxion_core.kernels.tier.host_wait import HostWait
 from fluxion_core.kernels.tier.merge import HostStates, ReadMemory
 from fluxion_core.kernels.tier.selection import HostLists
 
@@ -29,6 +30,7 @@ class SelectedLayers:
         device = selection.step.device
         self._rows = torch.zeros_like(selection.board.input_rows[:size], device=device)
         self._states = selection.attention.make_states(size, device)
+        self._arrivals, self._has_answer = torch.zeros(2, 1, dtype=torch.int32, device=device)
 
     def begin(self) -> None:
         """Begin a step, before its layers."""
@@ -77,15 +79,33 @@ class SelectedLayers:
             scores_hook=selection.scores_hook,
         )
 
-    def attend_resident(self, layer: int, query: Tensor) -> None:
-        """Attend to what is resident of what was selected.
+    def attend_and_await(
+        self, layer: int, query: Tensor, board: Board, stamps: Tensor, *, timeout_ns: int
+    ) -> None:
+        """Attend to what is resident of what was selected, and wait for the host if it has to
+        answer.
 
         Args:
             layer: of the model.
             query: as for `select`.
+            board: with the host's part.
+            stamps: [2] int64 on the device: the clock before and after the wait.
+            timeout_ns: how long to wait at most.
         """
         selection, size = self._selection, self._size
         lists = selection.lists
+        wait = HostWait(
+            self._arrivals,
+            board.answered[layer : layer + 1],
+            board.skip[layer : layer + 1],
+            selection.board.needs[layer : layer + 1],
+            selection.step,
+            board.error,
+            stamps,
+            self._has_answer,
+            timeout_ns,
+            error_code=layer + 1,
+        )
         selection.attention.launch(
             query,
             selection.tier.kv,
@@ -93,32 +113,26 @@ class SelectedLayers:
             lists.resident_masks[:size],
             selection.board.counts[layer, :size],
             self._states,
+            wait,
         )
 
-    def await_and_merge(
+    def merge(
         self,
         layer: int,
         board: Board,
         window: WindowStates,
-        stamps: Tensor,
-        has_answer: Tensor,
         output: Tensor,
         memory: tuple[Tensor, Tensor, Tensor] | None,
-        *,
-        timeout_ns: int,
     ) -> None:
-        """Wait for the host if it has to answer, and merge all parts of a layer.
+        """Merge all parts of a layer.
 
         Args:
             layer: of the model.
             board: with the host's part.
             window: states of the windows.
-            stamps: [2] int64 on the device: the clock before and after the wait.
-            has_answer: [1] int32 on the device.
             output: [rows, num_heads, head_dim].
             memory: of the planner: its rows, the rows' slots, what it is told of the layer; None
                 where plans are not made on the device.
-            timeout_ns: how long to wait at most.
         """
         selection, size = self._selection, self._size
         told = None
@@ -127,22 +141,14 @@ class SelectedLayers:
             told = ReadMemory(
                 plan_rows, self._rows, slots, selection.lists.head_units[:size], of_layer
             )
-        selection.handover.await_and_merge(
+        selection.merge.merge(
             window,
             self._states,
             HostStates(board.output, board.lse),
             selection.board.counts[layer, :size],
-            board.answered[layer : layer + 1],
-            board.skip[layer : layer + 1],
-            selection.board.needs[layer : layer + 1],
-            selection.step,
-            board.error,
-            stamps,
-            has_answer,
+            self._has_answer,
             output,
             told,
-            timeout_ns=timeout_ns,
-            error_code=layer + 1,
         )
 
     def end(self) -> None:

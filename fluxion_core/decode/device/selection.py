@@ -38,7 +38,7 @@ from fluxion_core.kernels.sparse_attention.lane import MAX_CHOICE_BLOCKS
 from fluxion_core.kernels.tier.attention import ResidentAttention
 from fluxion_core.kernels.tier.constants import RESIDENT, SELECTED
 from fluxion_core.kernels.tier.gather import ResidentUnits
-from fluxion_core.kernels.tier.merge import TierHandover
+from fluxion_core.kernels.tier.merge import TierMerge
 from fluxion_core.kernels.tier.selection import GroupSelection, ScoresHook, TierTables
 from fluxion_core.kernels.tier.upkeep_launch import MAX_TABLE_ENTRIES
 from fluxion_core.kvstore.sequence import SequenceKv
@@ -110,7 +110,7 @@ class DeviceSelection:
             geometry, num_heads, max_region_tokens, max_slabs, digests.placed
         )
         self.attention = ResidentAttention(num_heads, geometry.num_kv_heads, geometry.head_dim)
-        self.handover = TierHandover(num_heads, geometry.num_kv_heads, geometry.head_dim)
+        self.merge = TierMerge(num_heads, geometry.num_kv_heads, geometry.head_dim)
         self.board = TierBoard(geometry, num_heads, capacity, self.kernels.stride, device)
         self.lists = self.kernels.make_lists(capacity, device)
         self.scratch = self.kernels.make_scratch(capacity, device)

@@ -14,6 +14,7 @@ from fluxion_core.errors import ShapeError
 from fluxion_core.geometry import BLOCK_TOKENS, MAX_GROUP
 from fluxion_core.kernels.head_shape import check_heads
 from fluxion_core.kernels.tier.constants import COUNT_WORDS, RESIDENT
+from fluxion_core.kernels.tier.host_wait import HostWait, await_as_last
 from fluxion_core.kernels.tile_products import MIN_ROWS, float32_dot
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -83,7 +84,8 @@ def _deal(
     SPLITS: tl.constexpr,
     TILE_UNITS: tl.constexpr,
 ):
-    """Group of this program, units of its list, its place of how many that share the list.
+    """Group of this program, units of its list, its place of how many that share the list; and how
+    many programs have a list.
 
     Programs are dealt out by the tiles of the lists, at least one to each group; those that are
     left get a group that does not exist.
@@ -102,10 +104,20 @@ def _deal(
     split = tl.program_id(0) - tl.max(tl.where(is_before, end, 0), axis=0)
     is_own = index == group
     own_units = tl.sum(tl.where(is_own, units, 0), axis=0)
-    return group, own_units, split, tl.sum(tl.where(is_own, sharing, 0), axis=0)
+    own_sharing = tl.sum(tl.where(is_own, sharing, 0), axis=0)
+    return group, own_units, split, own_sharing, tl.sum(sharing, axis=0)
 
 
-@triton.jit(do_not_specialize_on_alignment=["counts_ptr"])
+@triton.jit(
+    do_not_specialize=["timeout_ns", "error_code"],
+    do_not_specialize_on_alignment=[
+        "counts_ptr",
+        "answered_ptr",
+        "skip_ptr",
+        "needs_ptr",
+        "stamps_ptr",
+    ],
+)
 def attend_resident(
     query_ptr,
     tier_ptr,
@@ -114,6 +126,16 @@ def attend_resident(
     counts_ptr,
     output_ptr,
     lse_ptr,
+    arrivals_ptr,
+    answered_ptr,
+    skip_ptr,
+    needs_ptr,
+    step_ptr,
+    error_ptr,
+    stamps_ptr,
+    has_answer_ptr,
+    timeout_ns,
+    error_code,
     groups,
     stride,
     SCALE: tl.constexpr,
@@ -124,9 +146,12 @@ def attend_resident(
     SPLITS: tl.constexpr,
     TILE_UNITS: tl.constexpr,
     STAGES: tl.constexpr,
+    WAITS: tl.constexpr,
 ):
-    """One program: the state of one GQA group of one row over an even share of its list."""
-    own, units, split, sharing = _deal(counts_ptr, groups, GROUPS, SPLITS, TILE_UNITS)
+    """One program: the state of one GQA group of one row over an even share of its list. The last
+    one waits for the host.
+    """
+    own, units, split, sharing, working = _deal(counts_ptr, groups, GROUPS, SPLITS, TILE_UNITS)
     group = own.to(tl.int64)
     member = tl.arange(0, GROUP_ROWS)
     inside = member < tl.where(own < groups, GROUP, 0)
@@ -141,11 +166,8 @@ def attend_resident(
         )
     if units > 0:
         channel = tl.arange(0, HEAD_DIM)
-        query = tl.load(
-            query_ptr + head[:, None] * HEAD_DIM + channel[None, :],
-            mask=inside[:, None],
-            other=0.0,
-        )
+        query_at = query_ptr + head[:, None] * HEAD_DIM + channel[None, :]
+        query = tl.load(query_at, mask=inside[:, None], other=0.0)
         tiles = (units + TILE_UNITS - 1) // TILE_UNITS
         # fmt: off
         highest, weight_sum, sums = _attend_share(
@@ -161,6 +183,11 @@ def attend_resident(
             sums / weight_sum[:, None],
             mask=inside[:, None],
         )
+    if WAITS:
+        # fmt: off
+        await_as_last(own < groups, working, arrivals_ptr, answered_ptr, skip_ptr, needs_ptr,
+                      step_ptr, error_ptr, stamps_ptr, has_answer_ptr, timeout_ns, error_code)
+        # fmt: on
 
 
 class ResidentStates(NamedTuple):
@@ -233,8 +260,10 @@ class ResidentAttention:
         masks: Tensor,
         counts: Tensor,
         states: ResidentStates,
+        wait: HostWait | None = None,
     ) -> None:
-        """Attend to each group's resident units, each head to those that it reads.
+        """Attend to each group's resident units, each head to those that it reads; then wait for
+        the host.
 
         Only launches, on the current stream; may be captured in a CUDA graph. Grid: `num_programs`.
 
@@ -246,6 +275,7 @@ class ResidentAttention:
             counts: [rows, num_kv_heads, 2] int32, contiguous: words of constants.py, of which
                 RESIDENT says how many are listed; 0 in rows that are padding.
             states: of as many rows; written.
+            wait: for the host, by the last of the programs; None: nobody waits.
 
         Cost: reads listed units once, 64 * head_dim B each, and writes the states of splits that
         have work; the others take nearly nothing.
@@ -259,6 +289,7 @@ class ResidentAttention:
             masks,
             counts,
             *states,
+            *(wait or (None,) * len(HostWait._fields)),
             groups,
             slots.shape[2],
             SCALE=self.head_dim**-0.5,
@@ -269,5 +300,6 @@ class ResidentAttention:
             SPLITS=states.lse.shape[2],
             TILE_UNITS=max(1, self.tile_bytes // (4 * BLOCK_TOKENS * self.head_dim)),
             STAGES=self.stages,
+            WAITS=wait is not None,
             num_warps=group_rows // MIN_ROWS,
         )

@@ -1,4 +1,4 @@
-"""The end of a layer with a tier: wait for the host if something misses, and merge all parts."""
+"""The end of a layer with a tier: all parts of its attention become one."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fluxion_core.kernels.dense_attention.triton import WindowStates
-from fluxion_core.kernels.handover.triton import await_flag
 from fluxion_core.kernels.head_plan.triton import MODE
 from fluxion_core.kernels.head_plan.triton import ROW_WORDS as PLAN_WORDS
 from fluxion_core.kernels.head_shape import check_heads
-from fluxion_core.kernels.system_memory import global_timer
 from fluxion_core.kernels.tier.attention import ResidentStates
 from fluxion_core.kernels.tier.constants import (
     COUNT_WORDS,
@@ -32,71 +30,33 @@ _TILE_FLOATS = 8192
 """Of splits' outputs that a program merges at a time; 64 registers of each of its threads."""
 
 
-@triton.jit(
-    do_not_specialize=["timeout_ns", "error_code"],
-    do_not_specialize_on_alignment=["answered_ptr", "skip_ptr", "needs_ptr"],
-)
-def await_missing(
-    answered_ptr,
-    skip_ptr,
-    needs_ptr,
-    step_ptr,
-    error_ptr,
-    stamps_ptr,
-    has_answer_ptr,
-    timeout_ns,
-    error_code,
-):
-    """The one program: wait for the host if some group misses, tell whether it answered, stamp."""
-    begin = global_timer()
-    tl.store(stamps_ptr, begin)
-    tl.store(stamps_ptr + 1, begin)
-    tl.store(has_answer_ptr, 0)
-    # What lies on the other side of the link is not read without need.
-    if tl.load(skip_ptr, mask=tl.load(needs_ptr) != 0, other=1, volatile=True) == 0:
-        # fmt: off
-        await_flag(answered_ptr, tl.load(step_ptr), error_ptr, has_answer_ptr, begin, timeout_ns,
-                   error_code)
-        # fmt: on
-        tl.store(stamps_ptr + 1, global_timer())
-
-
 @triton.jit
 def _merge_splits(
-    output_ptr,
-    lse_ptr,
-    state,
-    inside,
-    HEAD_DIM: tl.constexpr,
-    SPLITS: tl.constexpr,
-    TILE: tl.constexpr,
+    output_ptr, lse_ptr, head, HEAD_DIM: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr
 ):
-    """Highest lse [heads], sum of weights [heads], weighted sum [heads, channels] of splits."""
+    """Highest lse, sum of weights, weighted sum [channels] of a head's splits."""
     SPLIT_ROWS: tl.constexpr = triton.next_power_of_2(SPLITS)
     channel = tl.arange(0, HEAD_DIM)
     split = tl.arange(0, SPLIT_ROWS)
-    is_split = inside[:, None] & (split < SPLITS)[None, :]
-    lse_at = lse_ptr + state[:, None] * SPLITS
-    lse = tl.load(lse_at + split[None, :], mask=is_split, other=float("-inf"))
-    highest = tl.max(lse, axis=1)
+    lse_ptr += head * SPLITS
+    lse = tl.load(lse_ptr + split, mask=split < SPLITS, other=float("-inf"))
+    highest = tl.max(lse, axis=0)
     reference = tl.where(highest == float("-inf"), 0.0, highest)
-    weight_sum = tl.sum(tl.exp2((lse - reference[:, None]) * LOG2E), axis=1)
+    weight_sum = tl.sum(tl.exp2((lse - reference) * LOG2E), axis=0)
     # Splits share from the first on: behind the last that has work there is nothing.
-    used = tl.max(tl.max(tl.where(lse > float("-inf"), split[None, :] + 1, 0), axis=1), axis=0)
-    merged = tl.zeros((state.shape[0], HEAD_DIM), tl.float32)
+    used = tl.max(tl.where(lse > float("-inf"), split + 1, 0), axis=0)
+    merged = tl.zeros((HEAD_DIM,), tl.float32)
     STEP: tl.constexpr = TILE if TILE < SPLIT_ROWS else SPLIT_ROWS
     for first in range(0, used, STEP):
         part = first + tl.arange(0, STEP)
-        is_part = inside[:, None] & (part < SPLITS)[None, :]
-        part_lse = tl.load(lse_at + part[None, :], mask=is_part, other=float("-inf"))
-        at = (state[:, None] * SPLITS + part[None, :])[:, :, None] * HEAD_DIM
+        part_lse = tl.load(lse_ptr + part, mask=part < SPLITS, other=float("-inf"))
         output = tl.load(
-            output_ptr + at + channel[None, None, :],
-            mask=(part_lse > float("-inf"))[:, :, None],
+            output_ptr + (head * SPLITS + part)[:, None] * HEAD_DIM + channel[None, :],
+            mask=(part_lse > float("-inf"))[:, None],
             other=0.0,
         )
-        weight = tl.exp2((part_lse - reference[:, None]) * LOG2E)
-        merged += tl.sum(output * weight[:, :, None], axis=1)
+        weight = tl.exp2((part_lse - reference) * LOG2E)
+        merged += tl.sum(output * weight[:, None], axis=0)
     return highest, weight_sum, merged
 
 
@@ -107,35 +67,22 @@ def _merge_two(highest, weight_sum, merged, other_highest, other_sum, other_merg
     reference = tl.where(both == float("-inf"), 0.0, both)
     share = tl.exp2((highest - reference) * LOG2E)
     other = tl.exp2((other_highest - reference) * LOG2E)
-    return (
-        both,
-        weight_sum * share + other_sum * other,
-        merged * share[:, None] + other_merged * other[:, None],
-    )
+    return both, weight_sum * share + other_sum * other, merged * share + other_merged * other
 
 
 @triton.jit
-def _host_state(
-    output_ptr,
-    lse_ptr,
-    has_answer_ptr,
-    counts_ptr,
-    state,
-    HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-):
-    """State of `HEADS` heads of a group from the host, as `_merge_splits` returns one."""
+def _host_state(output_ptr, lse_ptr, has_answer_ptr, counts_ptr, head, HEAD_DIM: tl.constexpr):
+    """State of a head from the host, as `_merge_splits` returns one."""
     # For a group that misses nothing the host writes nothing.
     missing = tl.load(counts_ptr + SELECTED) - tl.load(counts_ptr + RESIDENT)
-    answered = tl.where(tl.load(has_answer_ptr) != 0, HEADS, 0)
-    member = tl.arange(0, state.shape[0])
-    is_there = (member < answered) & (member < tl.where(missing > 0, HEADS, 0))
+    is_there = (missing > 0) & (tl.load(has_answer_ptr) != 0)
     # Not from a cache that was filled before the host answered; as in `merge_answer`.
-    lse = tl.load(lse_ptr + state, mask=is_there, other=float("-inf"), cache_modifier=".cg")
+    lse = tl.load(lse_ptr + head, mask=is_there, other=float("-inf"), cache_modifier=".cg")
     weight_sum = tl.where(lse == float("-inf"), 0.0, 1.0)
+    channel = tl.arange(0, HEAD_DIM)
     output = tl.load(
-        output_ptr + state[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :],
-        mask=(weight_sum > 0.0)[:, None],
+        output_ptr + head * HEAD_DIM + channel,
+        mask=channel < tl.where(weight_sum > 0.0, HEAD_DIM, 0),
         other=0.0,
         cache_modifier=".cg",
     )
@@ -143,28 +90,17 @@ def _host_state(
 
 
 @triton.jit
-def _tell(
-    rows_ptr,
-    plan_rows_ptr,
-    slots_ptr,
-    head_units_ptr,
-    told_ptr,
-    row,
-    head,
-    inside,
-    heads,
-    highest,
-    weight_sum,
-):
-    """Log-sum-exp of what some heads have read, and its share of the region, to their memory."""
+def _tell(rows_ptr, plan_rows_ptr, slots_ptr, head_units_ptr, told_ptr, row, highest, weight_sum):
+    """Log-sum-exp of what a head has read, and its share of the region, to its memory."""
     rows_ptr += row * ROW_WORDS
     region_units = (tl.load(rows_ptr + REGION_END) - tl.load(rows_ptr + REGION_BEGIN)) // 16
     if (tl.load(plan_rows_ptr + row * PLAN_WORDS + MODE) != 0) & (region_units > 0):
-        units = tl.load(head_units_ptr + row * heads + head, mask=inside, other=0)
+        heads, head = tl.num_programs(1), tl.program_id(1)
+        units = tl.load(head_units_ptr + row * heads + head)
         lse = highest + tl.log2(tl.where(weight_sum > 0.0, weight_sum, 1.0)) * LN2
         told = told_ptr + (tl.load(slots_ptr + row).to(tl.int64) * heads + head) * 2
-        tl.store(told, lse, mask=inside)
-        tl.store(told + 1, units.to(tl.float32) / region_units.to(tl.float32), mask=inside)
+        tl.store(told, lse)
+        tl.store(told + 1, units.to(tl.float32) / region_units.to(tl.float32))
 
 
 @triton.jit(do_not_specialize_on_alignment=["counts_ptr", "told_ptr"])
@@ -191,37 +127,28 @@ def merge_parts(
     TILE: tl.constexpr,
     TELLS: tl.constexpr,
 ):
-    """One program: one GQA group of one row from all its parts; what was read, to its planner."""
+    """One program: one head of one row from all its parts; what was read, to its planner."""
     row = tl.program_id(0).to(tl.int64)
-    group = row * tl.num_programs(1) + tl.program_id(1)
-    heads = tl.num_programs(1) * GROUP
-    member = tl.arange(0, triton.next_power_of_2(GROUP))
-    inside = member < GROUP
-    state = group * GROUP + member
-    head = tl.program_id(1) * GROUP + member
+    head = row * tl.num_programs(1) + tl.program_id(1)
     # fmt: off
     host_highest, host_sum, host_merged = _host_state(
-        host_output_ptr, host_lse_ptr, has_answer_ptr, counts_ptr + group * COUNT_WORDS, state,
-        GROUP, HEAD_DIM)
-    highest, weight_sum, merged = _merge_splits(
-        resident_output_ptr, resident_lse_ptr, state, inside, HEAD_DIM, RESIDENT_SPLITS, TILE)
+        host_output_ptr, host_lse_ptr, has_answer_ptr, counts_ptr + head // GROUP * COUNT_WORDS,
+        head, HEAD_DIM)
     window_highest, window_sum, window_merged = _merge_splits(
-        window_output_ptr, window_lse_ptr, state, inside, HEAD_DIM, WINDOW_SPLITS, TILE)
+        window_output_ptr, window_lse_ptr, head, HEAD_DIM, WINDOW_SPLITS, TILE)
+    highest, weight_sum, merged = _merge_splits(
+        resident_output_ptr, resident_lse_ptr, head, HEAD_DIM, RESIDENT_SPLITS, TILE)
     highest, weight_sum, merged = _merge_two(
         highest, weight_sum, merged, host_highest, host_sum, host_merged)
     if TELLS:
-        _tell(rows_ptr, plan_rows_ptr, slots_ptr, head_units_ptr, told_ptr, row, head, inside,
-              heads, highest, weight_sum)
+        _tell(rows_ptr, plan_rows_ptr, slots_ptr, head_units_ptr, told_ptr, row, highest,
+              weight_sum)
     highest, weight_sum, merged = _merge_two(
         highest, weight_sum, merged, window_highest, window_sum, window_merged)
     # fmt: on
-    merged = merged / tl.where(weight_sum > 0.0, weight_sum, 1.0)[:, None]
-    channel = tl.arange(0, HEAD_DIM)
-    tl.store(
-        output_ptr + row * output_row_stride + head[:, None] * HEAD_DIM + channel[None, :],
-        merged.to(output_ptr.dtype.element_ty),
-        mask=inside[:, None],
-    )
+    merged = merged / tl.where(weight_sum > 0.0, weight_sum, 1.0)
+    at = row * output_row_stride + tl.program_id(1) * HEAD_DIM + tl.arange(0, HEAD_DIM)
+    tl.store(output_ptr + at, merged.to(output_ptr.dtype.element_ty))
 
 
 class HostStates(NamedTuple):
@@ -251,7 +178,7 @@ class ReadMemory(NamedTuple):
 
 
 @dataclass(frozen=True)
-class TierHandover:
+class TierMerge:
     """The shape of a layer's end; everything is checked when it is made.
 
     Raises:
@@ -265,30 +192,17 @@ class TierHandover:
     def __post_init__(self) -> None:
         check_heads(self.num_heads, self.num_kv_heads, self.head_dim)
 
-    def await_and_merge(
+    def merge(
         self,
         window: WindowStates,
         resident: ResidentStates,
         host: HostStates,
         counts: Tensor,
-        answered: Tensor,
-        skip: Tensor,
-        needs: Tensor,
-        step: Tensor,
-        error: Tensor,
-        stamps: Tensor,
         has_answer: Tensor,
         output: Tensor,
         memory: ReadMemory | None,
-        *,
-        timeout_ns: int,
-        error_code: int,
     ) -> None:
-        """Wait for the host if a group misses something, and merge all that there is.
-
-        Two launches: one program of one warp that may wait, then rows x KV heads that merge. When
-        `timeout_ns` has passed, `error` takes `error_code` and what the device has is the result,
-        so that the graph ends.
+        """Merge all that there is of a layer. Only launches. Grid: rows x heads.
 
         Args:
             window: states of the rows' windows.
@@ -296,49 +210,14 @@ class TierHandover:
             host: states of their missing units.
             counts: [rows, num_kv_heads, 2] int32, contiguous: words of constants.py; both 0 in rows
                 that are padding.
-            answered: [1] int64 or int32, pinned: this layer's flag.
-            skip: [1] int32, pinned: see Handover.await_and_merge.
-            needs: [1] int32 on the device: groups of this layer that miss something; if 0, nothing
-                is waited for, and nothing read over the link.
-            step: [1] int32 on the device.
-            error: [1] int32, pinned or on the device.
-            stamps: [2] int64 on the device; the clock before and after the wait, equal if there was
-                none.
-            has_answer: [1] int32 on the device; takes whether the host's part is there.
+            has_answer: [1] int32 on the device: whether the host's part is there.
             output: [rows, num_heads, head_dim] of the model's dtype; rows may lie apart.
             memory: takes what was read; None if no row's planner wants to know.
-            timeout_ns: how long to wait at most.
-            error_code: not 0; says which layer it was.
         """
-        await_missing[(1,)](
-            answered,
-            skip,
-            needs,
-            step,
-            error,
-            stamps,
-            has_answer,
-            timeout_ns,
-            error_code,
-            num_warps=1,
-        )
-        self._merge(window, resident, host, counts, has_answer, output, memory)
-
-    def _merge(
-        self,
-        window: WindowStates,
-        resident: ResidentStates,
-        host: HostStates,
-        counts: Tensor,
-        has_answer: Tensor,
-        output: Tensor,
-        memory: ReadMemory | None,
-    ) -> None:
-        group = self.num_heads // self.num_kv_heads
         rows, plan_rows, slots, head_units, told = (None,) * 5
         if memory is not None:
             plan_rows, rows, slots, head_units, told = memory
-        merge_parts[(output.shape[0], self.num_kv_heads)](
+        merge_parts[(output.shape[0], self.num_heads)](
             window.output,
             window.lse,
             *resident,
@@ -353,10 +232,10 @@ class TierHandover:
             output,
             output.stride(0),
             HEAD_DIM=self.head_dim,
-            GROUP=group,
+            GROUP=self.num_heads // self.num_kv_heads,
             WINDOW_SPLITS=window.lse.shape[2],
             RESIDENT_SPLITS=resident.lse.shape[2],
-            TILE=max(1, _TILE_FLOATS // (triton.next_power_of_2(group) * self.head_dim)),
+            TILE=max(1, _TILE_FLOATS // self.head_dim),
             TELLS=memory is not None,
             num_warps=4,
         )

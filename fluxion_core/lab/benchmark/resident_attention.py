@@ -34,7 +34,7 @@ from fluxion_core.geometry import BLOCK_TOKENS, WindowSpec, ceil_div
 from fluxion_core.kernels.dense_attention.triton import WindowAttention
 from fluxion_core.kernels.tier.attention import ResidentAttention, ResidentStates
 from fluxion_core.kernels.tier.constants import RESIDENT, SELECTED
-from fluxion_core.kernels.tier.merge import HostStates, TierHandover
+from fluxion_core.kernels.tier.merge import HostStates, TierMerge
 from fluxion_core.lab.benchmark.model_shapes import shape_named
 from fluxion_core.lab.benchmark.report import describe_machine
 
@@ -164,32 +164,13 @@ class ResidentAttentionBench:
         window = WindowAttention(WindowSpec(), *heads).make_states(rows, device)
         for part in window:
             part.normal_()
-        handover = TierHandover(*heads)
-        answered, skip, needs, step, error, has_answer = torch.zeros(
-            6, 1, dtype=torch.int32, device=device
-        )
-        stamps = torch.zeros(2, dtype=torch.int64, device=device)
+        end = TierMerge(*heads)
+        has_answer = torch.zeros(1, dtype=torch.int32, device=device)
         output = torch.empty(rows, heads[0], heads[2], dtype=torch.bfloat16, device=device)
         host = HostStates(output.float(), window.lse[:, :, 0].contiguous())
 
         def body() -> None:
-            handover.await_and_merge(
-                window,
-                states,
-                host,
-                counts,
-                answered,
-                skip,
-                needs,
-                step,
-                error,
-                stamps,
-                has_answer,
-                output,
-                None,
-                timeout_ns=10**9,
-                error_code=1,
-            )
+            end.merge(window, states, host, counts, has_answer, output, None)
 
         return body
 

@@ -24,7 +24,8 @@ from fluxion_core.kernels.tier.constants import (
     ROW_WORDS,
     SELECTED,
 )
-from fluxion_core.kernels.tier.merge import HostStates, ReadMemory, TierHandover
+from fluxion_core.kernels.tier.host_wait import HostWait
+from fluxion_core.kernels.tier.merge import HostStates, ReadMemory, TierMerge
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SLOTS = 40
@@ -76,7 +77,7 @@ class Tier:
             for row in self.lengths
         ]
 
-    def states(self) -> ResidentStates:
+    def states(self, wait: HostWait | None = None) -> ResidentStates:
         """Launch. What the kernel need not write is NaN."""
         shape, rows = self.attention, len(self.lengths)
         # Beyond a list lies what an earlier one left.
@@ -92,7 +93,7 @@ class Tier:
             part.fill_(math.nan)
         slots, masks = lists.to(DEVICE)
         query, counts = self.query.to(DEVICE), counts.to(DEVICE)
-        shape.launch(query, self.tier.to(DEVICE), slots, masks, counts, states)
+        shape.launch(query, self.tier.to(DEVICE), slots, masks, counts, states, wait)
         return states
 
     def merged(self) -> tuple[Tensor, Tensor]:
@@ -222,7 +223,7 @@ def test_shapes_that_no_kernel_takes_are_refused():
         with pytest.raises(ShapeError):
             replace(ResidentAttention(4, 2, 64), **wrong)
     with pytest.raises(ShapeError):
-        TierHandover(3, 2, 64)
+        TierMerge(3, 2, 64)
 
 
 @dataclass
@@ -300,11 +301,26 @@ class Layer:
             told,
         )
         on = [part.to(DEVICE) for part in (*self.window, *self.resident)]
-        TierHandover(self.heads, self.kv_heads, self.head_dim).await_and_merge(
+        self.wait(has_answer)
+        TierMerge(self.heads, self.kv_heads, self.head_dim).merge(
             WindowStates(on[0], on[1], on[1]),
             ResidentStates(on[2], on[3]),
             HostStates(*(pinned(part) for part in of_host)),
             counts.to(DEVICE),
+            has_answer,
+            room[:, : self.heads],
+            memory if self.tells else None,
+        )
+        self.has_answer = has_answer.item()
+        self.output, self.told = room[:, : self.heads].cpu(), told.cpu()
+        self.rest = room[:, self.heads :].cpu()
+
+    def wait(self, has_answer: Tensor) -> None:
+        """Wait behind lists of units, of which some are empty."""
+        attention = ResidentAttention(self.heads, self.kv_heads, self.head_dim, programs=5)
+        arrivals = on_device([0])
+        wait = HostWait(
+            arrivals,
             pinned(torch.tensor([self.answered_step])),
             pinned(torch.tensor([self.skip], dtype=torch.int32)),
             on_device([self.needs]),
@@ -312,14 +328,13 @@ class Layer:
             self.error,
             self.stamps,
             has_answer,
-            room[:, : self.heads],
-            memory if self.tells else None,
-            timeout_ns=self.timeout_ns,
+            self.timeout_ns,
             error_code=21,
         )
-        self.has_answer = has_answer.item()
-        self.output, self.told = room[:, : self.heads].cpu(), told.cpu()
-        self.rest = room[:, self.heads :].cpu()
+        lengths = [[20] * self.kv_heads, [0] * self.kv_heads]
+        states = Tier(attention, lengths).states(wait)
+        assert states.lse[0].isfinite().any()
+        assert arrivals.item() == 0
 
     def host_lse(self, *, is_there: bool) -> Tensor:
         """Of the groups that the host answers for."""

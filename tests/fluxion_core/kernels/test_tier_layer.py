@@ -11,7 +11,8 @@ from fluxion_core.kernels import _native
 from fluxion_core.kernels.dense_attention.triton import WindowStates
 from fluxion_core.kernels.isa import native_layout
 from fluxion_core.kernels.tier.attention import ResidentAttention
-from fluxion_core.kernels.tier.merge import HostStates, TierHandover
+from fluxion_core.kernels.tier.host_wait import HostWait
+from fluxion_core.kernels.tier.merge import HostStates, TierMerge
 from fluxion_core.pool.cpu_pool import CpuPool
 from tests.fluxion_core.kernels.test_tier_selection import (
     ALL,
@@ -84,6 +85,27 @@ def merged(node: Node, selected: Selected, host: HostStates) -> Tensor:
     attention = ResidentAttention(node.heads, KV_HEADS, HEAD_DIM, programs=16)
     states = attention.make_states(rows, DEVICE)
     counts = selected.counts.to(DEVICE)
+    window = WindowStates(
+        torch.zeros(rows, node.heads, 1, HEAD_DIM, device=DEVICE),
+        *(torch.full((rows, node.heads, 1), -torch.inf, device=DEVICE) for _ in range(2)),
+    )
+    output = torch.full((rows, node.heads, HEAD_DIM), torch.nan, device=DEVICE)
+    answered, skip, error = (both_see(torch.zeros(1, dtype=torch.int32)) for _ in range(3))
+    # The host has answered where anything misses.
+    answered[0] = STEP if selected.host.counts.any() else 0
+    has_answer = int32s(1)
+    wait = HostWait(
+        int32s(1),
+        answered,
+        skip,
+        selected.needs[LAYER : LAYER + 1].to(DEVICE),
+        int32s(1, value=STEP),
+        error,
+        torch.zeros(2, dtype=torch.int64, device=DEVICE),
+        has_answer,
+        timeout_ns=1_000_000_000,
+        error_code=1,
+    )
     attention.launch(
         node.query,
         tier_of(node),
@@ -91,33 +113,10 @@ def merged(node: Node, selected: Selected, host: HostStates) -> Tensor:
         selected.lists.resident_masks.to(DEVICE),
         counts,
         states,
+        wait,
     )
-    window = WindowStates(
-        torch.zeros(rows, node.heads, 1, HEAD_DIM, device=DEVICE),
-        *(torch.full((rows, node.heads, 1), -torch.inf, device=DEVICE) for _ in range(2)),
-    )
-    output = torch.full((rows, node.heads, HEAD_DIM), torch.nan, device=DEVICE)
-    step = int32s(1, value=STEP)
-    answered, skip, error = (both_see(torch.zeros(1, dtype=torch.int32)) for _ in range(3))
-    # The host has answered where anything misses.
-    answered[0] = STEP if selected.host.counts.any() else 0
-    TierHandover(node.heads, KV_HEADS, HEAD_DIM).await_and_merge(
-        window,
-        states,
-        host,
-        counts,
-        answered,
-        skip,
-        selected.needs[LAYER : LAYER + 1].to(DEVICE),
-        step,
-        error,
-        torch.zeros(2, dtype=torch.int64, device=DEVICE),
-        int32s(1),
-        output,
-        None,
-        timeout_ns=1_000_000_000,
-        error_code=1,
-    )
+    merge = TierMerge(node.heads, KV_HEADS, HEAD_DIM)
+    merge.merge(window, states, host, counts, has_answer, output, None)
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
     assert error.item() == 0

@@ -15,7 +15,7 @@ import fluxion_core.kernels
 ROOT = Path(fluxion_core.kernels.__file__).parent
 
 OF_ONE_WARP = {"await_answer", "await_missing"}
-"""Kernels that are launched with one warp, whose threads load together."""
+"""What one warp runs, whose threads load together; or several, with no barrier behind it."""
 
 
 def _is_volatile(node: ast.AST) -> bool:
