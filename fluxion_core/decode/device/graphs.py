@@ -9,6 +9,7 @@ only if something is missing (selection.py).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -27,6 +28,9 @@ from fluxion_core.models.decoder import Decoder
 
 class StepGraphs:
     """Graphs for powers of two of rows up to a capacity, and for the capacity.
+
+    Where the device selects, each of them in two: where all regions are short, a layer is a launch
+    less, of which a step of a short sequence mostly consists.
 
     Args:
         decoder: the model, on a CUDA device.
@@ -62,36 +66,46 @@ class StepGraphs:
         """On the device: goes up by one a launch."""
         sizes = sorted({min(1 << power, max_rows) for power in range(max_rows.bit_length() + 1)})
         ways = (False, True) if planner is not None else (False,)
+        lengths = selection.lengths if selection is not None else (False,)
         self._graphs = {
-            (size, plans): self._capture(size, plans=plans) for size in sizes for plans in ways
+            key: self._capture(key[0], plans=key[1], short=key[2])
+            for key in product(sizes, ways, lengths)
         }
         self.launches = int(self.step_number.item())
         """So far, captures' included: the number of the newest step."""
 
-    def launch(self, num_rows: int, *, has_plans: bool, events: Sequence[torch.cuda.Event]) -> int:
+    def launch(
+        self,
+        num_rows: int,
+        *,
+        has_plans: bool,
+        is_short: bool,
+        events: Sequence[torch.cuda.Event],
+    ) -> int:
         """Launch the smallest graph that takes so many rows; returns its rows, padding included.
 
         Args:
             num_rows: of the step, up to the capacity.
             has_plans: whether plans are made for some of them.
+            is_short: whether the device selects, from short regions alone.
             events: recorded before the graph and after it.
 
         Raises:
             DeviceError: CUDA refuses.
         """
-        size = min(size for size, _ in self._graphs if size >= num_rows)
-        graph = self._graphs[size, has_plans]
+        size = min(size for size, *_ in self._graphs if size >= num_rows)
+        graph = self._graphs[size, has_plans, is_short]
         self.launches += 1
         events[0].record(self._stream)
         graph.launch()
         events[1].record(self._stream)
         return size
 
-    def _capture(self, size: int, *, plans: bool) -> StepGraph:
+    def _capture(self, size: int, *, plans: bool, short: bool) -> StepGraph:
         board, device = self.board, self.step_number.device
         words = torch.zeros(2, size, dtype=torch.int64, device=device)
         ints = torch.zeros(2, size, dtype=torch.int32, device=device)
-        selected = self._selection.new_layers(size) if self._selection else None
+        selected = self._selection.new_layers(size, is_short=short) if self._selection else None
         planner = None
         if self._planner and plans:
             planner = self._planner.new_layers(size, device_tells=selected is not None)

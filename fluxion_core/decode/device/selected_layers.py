@@ -23,10 +23,11 @@ class SelectedLayers:
     Args:
         selection: of the body.
         size: rows.
+        is_short: all regions are short, see GroupSelection.is_short.
     """
 
-    def __init__(self, selection: DeviceSelection, size: int) -> None:
-        self._selection, self._size = selection, size
+    def __init__(self, selection: DeviceSelection, size: int, *, is_short: bool) -> None:
+        self._selection, self._size, self._is_short = selection, size, is_short
         device = selection.step.device
         self._rows = torch.zeros_like(selection.board.input_rows[:size], device=device)
         self._states = selection.attention.make_states(size, device)
@@ -76,6 +77,7 @@ class SelectedLayers:
             board.needs,
             host,
             selection.step,
+            is_short=self._is_short,
             scores_hook=selection.scores_hook,
         )
 

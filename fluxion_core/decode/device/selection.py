@@ -222,9 +222,18 @@ class DeviceSelection:
         of = self.usage.digest_bytes
         of["device"], of["host"] = on_device, in_store
 
-    def new_layers(self, size: int) -> SelectedLayers:
+    @property
+    def lengths(self) -> tuple[bool, ...]:
+        """Values of `is_short` that steps may have."""
+        return (True,) if self.kernels.is_short(self.kernels.max_region_tokens) else (True, False)
+
+    def is_short(self, regions: Sequence[range]) -> bool:
+        """Whether the regions of a step's rows are all short, see GroupSelection.is_short."""
+        return self.kernels.is_short(max(map(len, regions), default=0))
+
+    def new_layers(self, size: int, *, is_short: bool) -> SelectedLayers:
         """Launches of a graph for `size` rows."""
-        return SelectedLayers(self, size)
+        return SelectedLayers(self, size, is_short=is_short)
 
     def close(self) -> None:
         """Wait until nothing reads the store any more."""

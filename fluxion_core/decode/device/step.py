@@ -319,8 +319,10 @@ class DeviceStep(DecodeStep):
         started = time.perf_counter()
         # What ran between steps may have failed: that shows when the next one begins.
         with named_failures(f"decode step {self._graphs.launches + 1}", self._device):
-            work, has_plans = self._begin(rows)
-            num_rows = self._graphs.launch(len(rows), has_plans=has_plans, events=self._events)
+            work, has_plans, is_short = self._begin(rows)
+            num_rows = self._graphs.launch(
+                len(rows), has_plans=has_plans, is_short=is_short, events=self._events
+            )
             self._driver.run(
                 self.pool.native,
                 work.tasks,
@@ -431,8 +433,9 @@ class DeviceStep(DecodeStep):
             return
         self._registered.close()
 
-    def _begin(self, rows: Sequence[StepRow]) -> tuple[StepWork, bool]:
-        """What the host is to do of a step, and whether the device makes plans for it."""
+    def _begin(self, rows: Sequence[StepRow]) -> tuple[StepWork, bool, bool]:
+        """What the host is to do of a step, whether the device makes plans for it, and whether it
+        selects from short regions alone."""
         if len(rows) > self.board.rows.shape[1]:
             raise CapacityError(
                 "decode step",
@@ -451,12 +454,14 @@ class DeviceStep(DecodeStep):
         planner = self._device_planner
         has_plans = planner.write_input() if planner is not None else False
         work = StepWork(rows, regions, sources, self._num_heads, attends_window=False)
+        is_short = False
         if self._selection is not None:
             self._selection.begin_step(rows, regions, work)
+            is_short = self._selection.is_short(regions)
         self._num_rows = len(rows)
         self._write_inputs(rows)
         self.board.skip.numpy()[:] = work.needs_nothing()
-        return work, has_plans
+        return work, has_plans, is_short
 
     def _lane_spans(self) -> npt.NDArray[np.int64]:
         return self._lane.spans() if self._lane is not None else NO_SPANS

@@ -25,6 +25,20 @@ COUNT_MASK = tl.constexpr((1 << 21) - 1)
 
 
 @triton.jit
+def _in_order(scores):
+    """Integers, signed, that are ordered as the scores are."""
+    bits = tl.where(scores == 0.0, 0.0, scores).to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+@triton.jit
+def _first_shift(difference):
+    """The even power of two of a difference, or one more: the float's exponent has it."""
+    bits = difference.to(tl.float32).to(tl.int32, bitcast=True)
+    return tl.minimum(((bits >> 23) - 127) // 2 * 2, 30)
+
+
+@triton.jit
 def mark_top(scores_ptr, marks_ptr, num_blocks, budget, BLOCKS: tl.constexpr):
     """Mark the `budget` highest of [num_blocks] scores with 1, the others with 0; give the marks.
 
@@ -44,9 +58,7 @@ def mark_top(scores_ptr, marks_ptr, num_blocks, budget, BLOCKS: tl.constexpr):
     # Whole vectors: a row has room for them.
     is_read = block < (num_blocks + 15) // 16 * 16
     scores = tl.load(scores_ptr + block, mask=is_read, other=0.0)
-    bits = tl.where(scores == 0.0, 0.0, scores).to(tl.int32, bitcast=True)
-    # In the order of the scores, as signed integers.
-    ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    ordered = _in_order(scores)
     lowest = tl.min(tl.where(is_block, ordered, 0x7FFFFFFF))
     highest = tl.max(tl.where(is_block, ordered, -2147483648))
     # From the lowest on, as unsigned ones. What is no block is never counted: no threshold is 0.
@@ -54,10 +66,8 @@ def mark_top(scores_ptr, marks_ptr, num_blocks, budget, BLOCKS: tl.constexpr):
     budget = tl.minimum(budget, num_blocks)
     threshold = tl.zeros([], tl.uint32)
     at_least = num_blocks
-    # The power of two of the widest difference, or one more; the float's exponent has it.
-    difference = tl.maximum(highest.to(tl.int64) - lowest.to(tl.int64), 0).to(tl.float32)
-    shift = ((difference.to(tl.int32, bitcast=True) >> 23) - 127) // 2 * 2
-    shift = tl.where((budget > 0) & (difference > 0), tl.minimum(shift, 30), -1)
+    difference = tl.maximum(highest.to(tl.int64) - lowest.to(tl.int64), 0)
+    shift = tl.where((budget > 0) & (difference > 0), _first_shift(difference), -1)
     while (shift >= 0) & (at_least != budget):
         part = tl.cast(1, tl.uint32) << shift.to(tl.uint32)
         one, two, three = threshold + part, threshold + 2 * part, threshold + 3 * part
@@ -84,6 +94,61 @@ def mark_top(scores_ptr, marks_ptr, num_blocks, budget, BLOCKS: tl.constexpr):
         is_last = before >= budget - (at_least - tl.sum(is_equal))
         chosen = tl.where((is_equal != 0) & is_last, 0, chosen)
     tl.store(marks_ptr + block, chosen.to(tl.int8), mask=is_read)
+    return chosen
+
+
+@triton.jit
+def choose_top_of_rows(scores, budgets, num_blocks):
+    """The choice of `mark_top` for some rows side by side, of few blocks.
+
+    Args:
+        scores: [rows, BLOCKS] float32, of which the first `num_blocks` are blocks.
+        budgets: [rows] int32.
+
+    Returns:
+        [rows, BLOCKS] int32: 1 or 0; 0 beyond num_blocks.
+    """
+    is_block = (tl.arange(0, scores.shape[1]) < num_blocks)[None, :]
+    ordered = _in_order(scores)
+    lowest = tl.min(tl.where(is_block, ordered, 0x7FFFFFFF), axis=1)
+    highest = tl.max(tl.where(is_block, ordered, -2147483648), axis=1)
+    ordered = tl.where(is_block, ordered - lowest[:, None], 0).to(tl.uint32, bitcast=True)
+    budgets = tl.minimum(budgets, num_blocks)
+    difference = tl.maximum(highest.to(tl.int64) - lowest.to(tl.int64), 0)
+    is_open = (budgets > 0) & (budgets < num_blocks) & (difference > 0)
+    threshold = tl.zeros(budgets.shape, tl.uint32)
+    at_least = tl.zeros(budgets.shape, tl.int32) + num_blocks
+    # Rows begin together: bits in which no two of a row differ change nothing there, nor do more
+    # passes where as many as are wanted are left.
+    shift = tl.max(tl.where(is_open, _first_shift(difference), -1), axis=0)
+    num_open = tl.sum(is_open.to(tl.int32), axis=0)
+    while (shift >= 0) & (num_open > 0):
+        part = tl.cast(1, tl.uint32) << shift.to(tl.uint32)
+        one, two, three = threshold + part, threshold + 2 * part, threshold + 3 * part
+        counts = (ordered >= one[:, None]).to(tl.int64)
+        counts += (ordered >= two[:, None]).to(tl.int64) << COUNT_BITS
+        counts += (ordered >= three[:, None]).to(tl.int64) << COUNT_BITS << COUNT_BITS
+        total = tl.sum(counts, axis=1)
+        from_one = (total & COUNT_MASK).to(tl.int32)
+        from_two = ((total >> COUNT_BITS) & COUNT_MASK).to(tl.int32)
+        from_three = (total >> COUNT_BITS >> COUNT_BITS).to(tl.int32)
+        at_least = tl.where(from_one >= budgets, from_one, at_least)
+        threshold = tl.where(from_one >= budgets, one, threshold)
+        at_least = tl.where(from_two >= budgets, from_two, at_least)
+        threshold = tl.where(from_two >= budgets, two, threshold)
+        at_least = tl.where(from_three >= budgets, from_three, at_least)
+        threshold = tl.where(from_three >= budgets, three, threshold)
+        num_open = tl.sum((is_open & (at_least != budgets)).to(tl.int32), axis=0)
+        shift -= 2
+    is_wanted = is_block & (budgets > 0)[:, None]
+    chosen = ((ordered >= threshold[:, None]) & is_wanted).to(tl.int32)
+    has_equals = (at_least > budgets) & (budgets > 0)
+    if tl.max(has_equals.to(tl.int32), axis=0) > 0:
+        is_equal = ((ordered == threshold[:, None]) & is_wanted).to(tl.int32)
+        before = tl.cumsum(is_equal, axis=1) - is_equal
+        wanted = budgets - (at_least - tl.sum(is_equal, axis=1))
+        is_last = has_equals[:, None] & (before >= wanted[:, None])
+        chosen = tl.where((is_equal != 0) & is_last, 0, chosen)
     return chosen
 
 

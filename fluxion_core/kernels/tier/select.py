@@ -7,6 +7,7 @@
     split_groups     what the heads of a group chose, as 16-token units: those in device memory by
                      their slots, the others for whoever reads host memory; and what is asked for
 
+Where all regions are short, the last two are one (select_short.py).
 The scores are block_score's, the choice is block_topk's. Level and budgets of a group are its plan:
 READ_ALL and READ_NOTHING have nothing to score. Padding, and a row without a region, list nothing.
 """
@@ -329,6 +330,75 @@ def _ask_for(table_ptr, requests_ptr, request_count_ptr, max_requests, block, is
         tl.store(table_ptr + block, ABSENT, mask=is_mine & (place >= max_requests))
 
 
+@triton.jit
+def list_tile(
+    unit,
+    block,
+    slot,
+    heads,
+    resident_at,
+    missing_at,
+    step,
+    table_ptr,
+    stamps_ptr,
+    requests_ptr,
+    request_count_ptr,
+    max_requests,
+    resident_slots_ptr,
+    resident_masks_ptr,
+    missing_units_ptr,
+    missing_masks_ptr,
+    host_units_ptr,
+    host_masks_ptr,
+):
+    """Append a pass's units, which `heads` read, to a group's lists; how many went to each.
+
+    `slot` is what the table says of each; lists go on at the numbers `resident_at`, `missing_at`.
+    """
+    is_resident = (heads != 0) & (slot >= 0)
+    is_missing = (heads != 0) & (slot < 0)
+    # Two lists by one prefix sum.
+    both = is_resident.to(tl.int32) + (is_missing.to(tl.int32) << 16)
+    upto = tl.cumsum(both)
+    at = resident_at + (upto & 0xFFFF) - 1
+    tl.store(resident_slots_ptr + at, slot, mask=is_resident)
+    tl.store(resident_masks_ptr + at, heads, mask=is_resident)
+    tl.store(stamps_ptr + slot, step, mask=is_resident)
+    at = missing_at + (upto >> 16) - 1
+    tl.store(missing_units_ptr + at, unit, mask=is_missing)
+    tl.store(missing_masks_ptr + at, heads, mask=is_missing)
+    tl.store(host_units_ptr + at, unit, mask=is_missing)
+    tl.store(host_masks_ptr + at, heads, mask=is_missing)
+    total = tl.sum(both)
+    if (total >> 16) > 0:
+        is_wanted = is_missing & (slot == ABSENT)
+        _ask_for(table_ptr, requests_ptr, request_count_ptr, max_requests, block, is_wanted)
+    return total & 0xFFFF, total >> 16
+
+
+@triton.jit
+def end_lists(
+    group,
+    layer,
+    step,
+    num_resident,
+    num_missing,
+    counts_ptr,
+    needs_ptr,
+    host_counts_ptr,
+    listed_ptr,
+):
+    """Say how long a group's lists are, and that they are there."""
+    tl.store(counts_ptr + group * COUNT_WORDS + SELECTED, num_resident + num_missing)
+    tl.store(counts_ptr + group * COUNT_WORDS + RESIDENT, num_resident)
+    tl.store(host_counts_ptr + group, num_missing)
+    if num_missing > 0:
+        tl.atomic_add(needs_ptr + layer, 1, sem="relaxed")
+    # What this program's threads wrote comes before its flag.
+    tl.debug_barrier()
+    store_flag(listed_ptr + group, step)
+
+
 @triton.jit(
     do_not_specialize=["layer"],
     do_not_specialize_on_alignment=["levels_ptr", "counts_ptr", "host_counts_ptr", "listed_ptr"],
@@ -410,31 +480,16 @@ def split_groups(
         for head in tl.static_range(GROUP):
             mark_ptr = marks_ptr + head * stride + (unit >> shift)
             heads |= tl.load(mark_ptr, mask=unit < end_scored, other=0).to(tl.int32) << head
-        is_resident = (heads != 0) & (slot >= 0)
-        is_missing = (heads != 0) & (slot < 0)
-        # Two lists by one prefix sum.
-        both = is_resident.to(tl.int32) + (is_missing.to(tl.int32) << 16)
-        upto = tl.cumsum(both)
-        at = of_group + num_resident + (upto & 0xFFFF) - 1
-        tl.store(resident_slots_ptr + at, slot, mask=is_resident)
-        tl.store(resident_masks_ptr + at, heads, mask=is_resident)
-        tl.store(stamps_ptr + slot, step, mask=is_resident)
-        at = of_group + num_missing + (upto >> 16) - 1
-        tl.store(missing_units_ptr + at, unit, mask=is_missing)
-        tl.store(missing_masks_ptr + at, heads, mask=is_missing)
-        tl.store(host_units_ptr + at, unit, mask=is_missing)
-        tl.store(host_masks_ptr + at, heads, mask=is_missing)
-        total = tl.sum(both)
-        num_resident += total & 0xFFFF
-        num_missing += total >> 16
-        if (total >> 16) > 0:
-            is_wanted = is_missing & (slot == ABSENT)
-            _ask_for(table_ptr, requests_ptr, request_count_ptr, max_requests, block, is_wanted)
-    tl.store(counts_ptr + group * COUNT_WORDS + SELECTED, num_resident + num_missing)
-    tl.store(counts_ptr + group * COUNT_WORDS + RESIDENT, num_resident)
-    tl.store(host_counts_ptr + group, num_missing)
-    if num_missing > 0:
-        tl.atomic_add(needs_ptr + layer, 1, sem="relaxed")
-    # What this program's threads wrote comes before its flag.
-    tl.debug_barrier()
-    store_flag(listed_ptr + group, step)
+        # fmt: off
+        more_resident, more_missing = list_tile(
+            unit, block, slot, heads, of_group + num_resident, of_group + num_missing, step,
+            table_ptr, stamps_ptr, requests_ptr, request_count_ptr, max_requests,
+            resident_slots_ptr, resident_masks_ptr, missing_units_ptr, missing_masks_ptr,
+            host_units_ptr, host_masks_ptr)
+        # fmt: on
+        num_resident += more_resident
+        num_missing += more_missing
+    # fmt: off
+    end_lists(group, layer, step, num_resident, num_missing, counts_ptr, needs_ptr,
+              host_counts_ptr, listed_ptr)
+    # fmt: on

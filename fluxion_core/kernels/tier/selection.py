@@ -1,4 +1,4 @@
-"""Selection of a layer as three launches: shapes checked once, then nothing but the kernels."""
+"""Selection of a layer as two or three launches: shapes checked once, then only the kernels."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from fluxion_core.kernels.tier.select import (
     score_groups,
     split_groups,
 )
+from fluxion_core.kernels.tier.select_short import choose_and_split
 from fluxion_core.kernels.tile_products import MIN_PAIR_ROWS
 
 _TILE_SLABS = 128
@@ -37,6 +38,8 @@ _TILE_UNITS = 4096
 _LEAST_TILE_UNITS = 128
 """One for each of its threads: two that looked one up might see it before and after it was asked
 for."""
+SHORT_UNITS = 1024
+"""Of a region, up to which one program chooses and splits for a group; twice its threads."""
 
 
 ScoresHook = Callable[[int, Tensor, Tensor], None]
@@ -164,6 +167,10 @@ class GroupSelection:
         """Units that a list has room for."""
         return ceil_div(self.max_region_tokens, BLOCK_TOKENS * 64) * 64
 
+    def is_short(self, region_tokens: int) -> bool:
+        """Whether `launch` may be told that regions are short, if none is longer than this."""
+        return region_tokens <= SHORT_UNITS * BLOCK_TOKENS
+
     def make_scratch(self, rows: int, device: torch.device) -> SelectionScratch:
         """Room for a step of `rows` rows."""
         shape = (rows, self.num_heads, self.stride)
@@ -221,13 +228,14 @@ class GroupSelection:
         host: HostLists,
         step: Tensor,
         *,
+        is_short: bool = False,
         scores_hook: ScoresHook | None = None,
     ) -> None:
         """Select what a layer's groups read, list it, and ask for what is missing.
 
-        Only launches, three kernels, on the current stream; may be captured in a CUDA graph. The
-        lists depend on the plans, the queries and what the table has as slots alone. Of requests
-        the set does, as long as there is room; their order is that in which programs came.
+        Only launches, two or three kernels, on the current stream; may be captured in a CUDA graph.
+        The lists depend on the plans, the queries and what the table has as slots alone. Of
+        requests the set does, as long as there is room; their order is that in which programs came.
 
         Args:
             layer: of the model.
@@ -246,6 +254,7 @@ class GroupSelection:
                 misses something.
             host: takes copies of what is missing, and flags.
             step: [1] int32 on the device.
+            is_short: all regions are short, see `is_short`: a launch less. The lists are the same.
             scores_hook: launches more over the scores before blocks are chosen by them.
 
         Cost: reads the level's digests over the region, 1/16 of its KV or less with 16 bits; 9
@@ -255,8 +264,13 @@ class GroupSelection:
         self._score(layer, rows, query, levels, scratch)
         if scores_hook is not None:
             scores_hook(layer, scratch.scores, step)
-        self._choose(rows, levels, budgets, scratch, lists)
-        self._split(layer, rows, levels, tables, scratch, lists, counts, needs, host, step)
+        listing = (*lists[:4], host.units, host.masks, counts, needs, host.counts, host.listed)
+        into = (*tables, *listing, step, layer, self.max_slabs, self.stride, len(tables.requests))
+        if is_short:
+            self._choose_and_split(rows, levels, budgets, scratch, lists.head_units, into)
+        else:
+            self._choose(rows, levels, budgets, scratch, lists)
+            self._split(rows, levels, scratch, into)
 
     def _score(
         self, layer: int, rows: Tensor, query: Tensor, levels: Tensor, scratch: SelectionScratch
@@ -324,41 +338,52 @@ class GroupSelection:
 
     def _split(
         self,
-        layer: int,
         rows: Tensor,
         levels: Tensor,
-        tables: TierTables,
         scratch: SelectionScratch,
-        lists: GroupLists,
-        counts: Tensor,
-        needs: Tensor,
-        host: HostLists,
-        step: Tensor,
+        into: tuple[Tensor | int, ...],
     ) -> None:
-        geometry = self.geometry
         tile = min(_TILE_UNITS, max(_LEAST_TILE_UNITS, triton.next_power_of_2(self.stride)))
-        split_groups[(len(rows) * geometry.num_kv_heads,)](
+        split_groups[(len(rows) * self.geometry.num_kv_heads,)](
             rows,
             scratch.slabs,
             levels,
             scratch.marks,
-            *tables,
-            *lists[:4],
-            host.units,
-            host.masks,
-            counts,
-            needs,
-            host.counts,
-            host.listed,
-            step,
-            layer,
-            self.max_slabs,
-            self.stride,
-            len(tables.requests),
-            KV_HEADS=geometry.num_kv_heads,
-            GROUP=self.group,
-            SLAB_BLOCKS=geometry.slab_blocks,
-            SLAB_KV_BLOCKS=geometry.kv_bytes // geometry.block_bytes,
+            *into,
+            **self._list_constants,
             TILE=tile,
             num_warps=min(32, max(4, tile // 128)),
         )
+
+    def _choose_and_split(
+        self,
+        rows: Tensor,
+        levels: Tensor,
+        budgets: Tensor,
+        scratch: SelectionScratch,
+        head_units: Tensor,
+        into: tuple[Tensor | int, ...],
+    ) -> None:
+        choose_and_split[(len(rows) * self.geometry.num_kv_heads,)](
+            rows,
+            scratch.slabs,
+            levels,
+            budgets,
+            scratch.scores,
+            head_units,
+            *into,
+            **self._list_constants,
+            GROUP_ROWS=triton.next_power_of_2(self.group),
+            UNITS=SHORT_UNITS,
+            num_warps=SHORT_UNITS // 64,
+        )
+
+    @property
+    def _list_constants(self) -> dict[str, int]:
+        geometry = self.geometry
+        return {
+            "KV_HEADS": geometry.num_kv_heads,
+            "GROUP": self.group,
+            "SLAB_BLOCKS": geometry.slab_blocks,
+            "SLAB_KV_BLOCKS": geometry.kv_bytes // geometry.block_bytes,
+        }
