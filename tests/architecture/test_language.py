@@ -29,8 +29,8 @@ LONG_KERNELS = {
     "fluxion_core/kernels/head_plan/triton.py: see_heads",
     "fluxion_core/kernels/sparse_attention/triton.py: attend_listed",
     "fluxion_core/kernels/tier/attention.py: attend_resident",
+    "fluxion_core/kernels/tier/select.py: score_groups",
     "fluxion_core/kernels/tier/select.py: split_groups",
-    "fluxion_core/kernels/tier/select_short.py: choose_and_split",
 }
 """Longer ones. A Triton program takes each pointer, stride and shape as an argument of its own, a
 line each, and holds in registers what a part of it would have to be given and to give back."""

@@ -77,6 +77,7 @@ class DeviceSelection:
         tier_bytes: K and V that the tier has room for.
         step: [1] int32 on the device: number of the last step.
         stream: of the steps.
+        is_float32: whether the model is.
         scores_hook: for measurements.
 
     Raises:
@@ -97,6 +98,7 @@ class DeviceSelection:
         tier_bytes: int,
         step: Tensor,
         stream: torch.cuda.Stream,
+        is_float32: bool = False,
         scores_hook: ScoresHook | None = None,
     ) -> None:
         geometry, device = store.geometry, step.device
@@ -107,7 +109,7 @@ class DeviceSelection:
         """[1] int32 on the device: number of the last step."""
         self._digests = digests
         self.kernels = GroupSelection(
-            geometry, num_heads, max_region_tokens, max_slabs, digests.placed
+            geometry, num_heads, max_region_tokens, max_slabs, digests.placed, is_float32
         )
         self.attention = ResidentAttention(num_heads, geometry.num_kv_heads, geometry.head_dim)
         self.merge = TierMerge(num_heads, geometry.num_kv_heads, geometry.head_dim)
@@ -251,6 +253,7 @@ def selection_if_it_fits(
     max_context_tokens: int,
     step: Tensor,
     stream: torch.cuda.Stream,
+    is_float32: bool = False,
     scores_hook: ScoresHook | None = None,
 ) -> DeviceSelection | None:
     """Selection on the device, if digests and plans are there, and room for a tier.
@@ -263,9 +266,7 @@ def selection_if_it_fits(
         device_kv_bytes: of the tier; None takes what is free, 0 makes none.
         capacity: rows of a step.
         max_context_tokens: of a sequence.
-        step: [1] int32 on the device: number of the last step.
-        stream: of the steps.
-        scores_hook: for measurements.
+        step, stream, is_float32, scores_hook: as of DeviceSelection.
 
     Raises:
         ConfigError: a size that was asked for holds not even one block, or the context or the store
@@ -297,6 +298,7 @@ def selection_if_it_fits(
         tier_bytes=size,
         step=step,
         stream=stream,
+        is_float32=is_float32,
         scores_hook=scores_hook,
     )
 

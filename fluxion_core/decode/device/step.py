@@ -187,6 +187,7 @@ class DeviceStep(DecodeStep):
             max_context_tokens=max_context_tokens,
             step=step_number,
             stream=self._stream,
+            is_float32=decoder.embedding.dtype == torch.float32,
             scores_hook=scores_hook,
         )
         if self._selection is None and (lanes == "cpu" or not self.digests_on_device):

@@ -80,10 +80,16 @@ def list_row_slabs(
 
 
 @triton.jit
-def _touched(words, level):
-    """The first block of the level that touches the row's region, and how many do."""
-    begin = (tl.load(words + REGION_BEGIN) // 16).to(tl.int32)
-    end = (tl.load(words + REGION_END) // 16).to(tl.int32)
+def region_units(words):
+    """Units of a row's region: the first one, and the one behind the last."""
+    begin = tl.load(words + REGION_BEGIN) // 16
+    end = tl.load(words + REGION_END) // 16
+    return begin.to(tl.int32), end.to(tl.int32)
+
+
+@triton.jit
+def touched_blocks(begin, end, level):
+    """The first block of the level that touches some units, and how many do."""
     first = begin >> level
     return first, tl.where(end > begin, ((end + (1 << level) - 1) >> level) - first, 0)
 
@@ -91,7 +97,7 @@ def _touched(words, level):
 @triton.jit
 def _score_pairs(digests_ptr, offset, first, end, low_weights, high_weights,
                  HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, SLAB_RECORDS: tl.constexpr,
-                 TILE_BLOCKS: tl.constexpr):  # fmt: skip
+                 TILE_BLOCKS: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
     """[rows, TILE_BLOCKS] scores from records of 16 bits: low and high of a block are neighbours.
 
     Beyond the last record it is read again.
@@ -104,12 +110,13 @@ def _score_pairs(digests_ptr, offset, first, end, low_weights, high_weights,
     pair_ptr = at.to(tl.pointer_type(tl.bfloat16))[None, :] + tl.arange(0, HEAD_DIM)[:, None] * RUN
     # Triton cannot tell from an address that runs of channels are aligned.
     pair_ptr = tl.max_contiguous(tl.multiple_of(pair_ptr, (1, min(16, 2 * RUN))), (1, RUN))
-    return float32_pair_dot(low_weights, high_weights, tl.load(pair_ptr))
+    return float32_pair_dot(low_weights, high_weights, tl.load(pair_ptr), EXACT)
 
 
 @triton.jit
 def _score_span(digests_ptr, offset, record, query, radius, HEAD_DIM: tl.constexpr,
-                WIDTH: tl.constexpr, SLAB_RECORDS: tl.constexpr):  # fmt: skip
+                WIDTH: tl.constexpr, SLAB_RECORDS: tl.constexpr,
+                EXACT: tl.constexpr):  # fmt: skip
     """[rows, WIDTH] scores from one record of 8 bits, whose bytes are exact as bfloat16."""
     within = offset + (record % SLAB_RECORDS) * (HEAD_DIM * (4 + 2 * WIDTH))
     at = tl.load(digests_ptr + record // SLAB_RECORDS) + within
@@ -127,14 +134,16 @@ def _score_span(digests_ptr, offset, record, query, radius, HEAD_DIM: tl.constex
     start = (header << 16).to(tl.float32, bitcast=True)
     for_low, for_high = bound_weights(query * step[None, :], radius)
     base = tl.sum(query * start[None, :], axis=1)
-    return float32_pair_dot(for_low, for_high, keys) + base[:, None]
+    return float32_pair_dot(for_low, for_high, keys, EXACT) + base[:, None]
 
 
 @triton.jit
 def _score_level(
     words,
+    begin_unit,
+    end_unit,
     digests_ptr,
-    query_ptr,
+    query,
     scores_ptr,
     stride,
     offset,
@@ -146,28 +155,27 @@ def _score_level(
     WIDTH: tl.constexpr,
     SLAB_BLOCKS: tl.constexpr,
     TILE_BLOCKS: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
     """This program's share of the level's records: every num_programs-th tile of them."""
     TILE: tl.constexpr = WIDTH if DIGEST_BITS == 8 else TILE_BLOCKS
     SLAB_RECORDS: tl.constexpr = (SLAB_BLOCKS >> LEVEL) // WIDTH
-    first_block, num_blocks = _touched(words, LEVEL)
+    first_block, num_blocks = touched_blocks(begin_unit, end_unit, LEVEL)
     end = (first_block + num_blocks + WIDTH - 1) // WIDTH
     begin = first_block // WIDTH + tl.program_id(1) * (TILE // WIDTH)
     if (begin < end) & (num_blocks > 0):
         member = tl.arange(0, GROUP_ROWS)
         is_member = (member < GROUP)[:, None]
-        row_ptr = query_ptr + member[:, None] * HEAD_DIM
-        query = tl.load(row_ptr + tl.arange(0, HEAD_DIM)[None, :], mask=is_member, other=0.0)
         radius = tl.load(words + RADIUS + LEVEL).to(tl.int32).to(tl.float32, bitcast=True)
         for_low, for_high = bound_weights(query, radius)
         # fmt: off
         for first in range(begin, end, tl.num_programs(1) * (TILE // WIDTH)):
             if DIGEST_BITS == 8:
                 scores = _score_span(digests_ptr, offset, first, query, radius, HEAD_DIM, WIDTH,
-                                     SLAB_RECORDS)
+                                     SLAB_RECORDS, EXACT)
             else:
                 scores = _score_pairs(digests_ptr, offset, first, end, for_low, for_high, HEAD_DIM,
-                                      WIDTH, SLAB_RECORDS, TILE_BLOCKS)
+                                      WIDTH, SLAB_RECORDS, TILE_BLOCKS, EXACT)
             # fmt: on
             block = first * WIDTH - first_block + tl.arange(0, TILE)
             is_scored = (block >= 0) & (block < num_blocks)
@@ -203,6 +211,7 @@ def score_groups(
     OFFSET_128: tl.constexpr,
     TILE_BLOCKS: tl.constexpr,
     HEAD_BYTES: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
     """One program: one group of one row, every num_programs-th tile of its level's blocks.
 
@@ -213,49 +222,60 @@ def score_groups(
         levels_ptr: [rows][KV_HEADS] int32.
         query_ptr: [rows][heads][HEAD_DIM] float32.
         scores_ptr: [rows][heads][stride] float32, from the first block that touches the region on.
+        EXACT: queries are of a float32 model, and their last bits count.
     """
     group = tl.program_id(0).to(tl.int64)
     row = group // KV_HEADS
-    level = tl.load(levels_ptr + group)
     words = rows_ptr + row * ROW_WORDS
+    # One wait for what needs no other: a short region's program is little more than its waits.
+    level = tl.load(levels_ptr + group)
+    begin, end = region_units(words)
+    member = tl.arange(0, GROUP_ROWS)[:, None]
+    at_query = query_ptr + (group * GROUP + member) * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
+    query = tl.load(at_query, mask=member < GROUP, other=0.0)
     digests_ptr += row * max_slabs
-    query_ptr += group * (GROUP * HEAD_DIM)
     scores_ptr += group * (GROUP * stride)
     offset = (layer * KV_HEADS + (group % KV_HEADS).to(tl.int32)) * HEAD_BYTES
     # fmt: off
     if level == 0:
-        _score_level(words, digests_ptr, query_ptr, scores_ptr, stride, offset,
+        _score_level(words, begin, end, digests_ptr, query, scores_ptr, stride, offset,
                      0, GROUP, GROUP_ROWS, HEAD_DIM, DIGEST_BITS, WIDTH_16, SLAB_BLOCKS,
-                     TILE_BLOCKS)
+                     TILE_BLOCKS, EXACT)
     elif level == 1:
-        _score_level(words, digests_ptr, query_ptr, scores_ptr, stride, offset + OFFSET_32,
+        _score_level(words, begin, end, digests_ptr, query, scores_ptr, stride, offset + OFFSET_32,
                      1, GROUP, GROUP_ROWS, HEAD_DIM, DIGEST_BITS, WIDTH_32, SLAB_BLOCKS,
-                     TILE_BLOCKS)
+                     TILE_BLOCKS, EXACT)
     elif level == 2:
-        _score_level(words, digests_ptr, query_ptr, scores_ptr, stride, offset + OFFSET_64,
+        _score_level(words, begin, end, digests_ptr, query, scores_ptr, stride, offset + OFFSET_64,
                      2, GROUP, GROUP_ROWS, HEAD_DIM, DIGEST_BITS, WIDTH_64, SLAB_BLOCKS,
-                     TILE_BLOCKS)
+                     TILE_BLOCKS, EXACT)
     elif level == 3:
-        _score_level(words, digests_ptr, query_ptr, scores_ptr, stride, offset + OFFSET_128,
+        _score_level(words, begin, end, digests_ptr, query, scores_ptr, stride, offset + OFFSET_128,
                      3, GROUP, GROUP_ROWS, HEAD_DIM, DIGEST_BITS, WIDTH_128, SLAB_BLOCKS,
-                     TILE_BLOCKS)
+                     TILE_BLOCKS, EXACT)
     # fmt: on
 
 
 @triton.jit
 def _choose_head(
-    words, scores_ptr, marks_ptr, head_units_ptr, level, budget, num_blocks, BLOCKS: tl.constexpr
+    begin,
+    end,
+    scores_ptr,
+    marks_ptr,
+    head_units_ptr,
+    level,
+    budget,
+    num_blocks,
+    BLOCKS: tl.constexpr,
 ):
     """Mark what one head reads, and count its units: blocks at the region's edges are cut to it."""
     chosen = mark_top(scores_ptr, marks_ptr, num_blocks, budget, BLOCKS)
     units = tl.maximum(tl.minimum(budget, num_blocks), 0) << level
     if level > 0:
-        region_begin = (tl.load(words + REGION_BEGIN) // 16).to(tl.int32)
-        region_end = (tl.load(words + REGION_END) // 16).to(tl.int32)
-        first_block = region_begin >> level
+        first_block = begin >> level
         block = tl.arange(0, BLOCKS)
-        cut = tl.where(block == 0, region_begin - (first_block << level), 0)
-        cut_end = ((first_block + num_blocks) << level) - region_end
+        cut = tl.where(block == 0, begin - (first_block << level), 0)
+        cut_end = ((first_block + num_blocks) << level) - end
         cut += tl.where(block == num_blocks - 1, cut_end, 0)
         units -= tl.sum(tl.where(chosen != 0, cut, 0))
     tl.store(head_units_ptr, units)
@@ -289,28 +309,26 @@ def choose_groups(
     row = tl.program_id(0).to(tl.int64)
     head = row * tl.num_programs(1) + tl.program_id(1)
     level = tl.load(levels_ptr + head // GROUP)
-    words = rows_ptr + row * ROW_WORDS
+    begin, end = region_units(rows_ptr + row * ROW_WORDS)
+    budget = tl.load(budgets_ptr + head)
     if level >= 0:
-        _, num_blocks = _touched(words, level)
-        budget = tl.load(budgets_ptr + head)
+        _, num_blocks = touched_blocks(begin, end, level)
         scores_ptr += head * stride
         marks_ptr += head * stride
         head_units_ptr += head
         # fmt: off
         if num_blocks <= FEW:
-            _choose_head(words, scores_ptr, marks_ptr, head_units_ptr, level, budget, num_blocks,
-                         FEW)
+            _choose_head(begin, end, scores_ptr, marks_ptr, head_units_ptr, level, budget,
+                         num_blocks, FEW)
         elif num_blocks <= SOME:
-            _choose_head(words, scores_ptr, marks_ptr, head_units_ptr, level, budget, num_blocks,
-                         SOME)
+            _choose_head(begin, end, scores_ptr, marks_ptr, head_units_ptr, level, budget,
+                         num_blocks, SOME)
         else:
-            _choose_head(words, scores_ptr, marks_ptr, head_units_ptr, level, budget, num_blocks,
-                         MANY)
+            _choose_head(begin, end, scores_ptr, marks_ptr, head_units_ptr, level, budget,
+                         num_blocks, MANY)
         # fmt: on
     else:
-        units = (tl.load(words + REGION_END) - tl.load(words + REGION_BEGIN)) // 16
-        units = tl.where(level == READ_ALL, units, 0)
-        tl.store(head_units_ptr + head, units.to(tl.int32))
+        tl.store(head_units_ptr + head, tl.where(level == READ_ALL, end - begin, 0))
 
 
 @triton.jit
@@ -457,8 +475,7 @@ def split_groups(
     words = rows_ptr + row * ROW_WORDS
     level = tl.load(levels_ptr + group)
     step = tl.load(step_ptr)
-    begin = (tl.load(words + REGION_BEGIN) // 16).to(tl.int32)
-    end = (tl.load(words + REGION_END) // 16).to(tl.int32)
+    begin, end = region_units(words)
     end = tl.where(level == READ_NOTHING, begin, end)
     everything = tl.where(level < 0, (1 << GROUP) - 1, 0)
     end_scored = tl.where(level < 0, begin, end)

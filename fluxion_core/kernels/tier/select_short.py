@@ -12,8 +12,8 @@ import triton.language as tl
 
 from fluxion_core.kernels.block_topk.triton import choose_top_of_rows
 from fluxion_core.kernels.head_plan.constants import READ_ALL, READ_NOTHING
-from fluxion_core.kernels.tier.constants import ABSENT, REGION_BEGIN, REGION_END, ROW_WORDS
-from fluxion_core.kernels.tier.select import end_lists, list_tile
+from fluxion_core.kernels.tier.constants import ABSENT, ROW_WORDS
+from fluxion_core.kernels.tier.select import end_lists, list_tile, region_units, touched_blocks
 
 
 @triton.jit
@@ -33,8 +33,7 @@ def _choose_heads(
     member = tl.arange(0, GROUP_ROWS)
     is_member = member < GROUP
     shift = tl.maximum(level, 0)
-    first_block = begin >> shift
-    num_blocks = ((end + (1 << shift) - 1) >> shift) - first_block
+    first_block, num_blocks = touched_blocks(begin, end, shift)
     num_blocks = tl.where(level < 0, 0, num_blocks)
     budgets = tl.load(budgets_ptr + member, mask=is_member, other=0)
     block = tl.arange(0, UNITS)
@@ -103,11 +102,9 @@ def choose_and_split(
     """
     group = tl.program_id(0).to(tl.int64)
     row = group // KV_HEADS
-    words = rows_ptr + row * ROW_WORDS
     level = tl.load(levels_ptr + group)
     step = tl.load(step_ptr)
-    begin = (tl.load(words + REGION_BEGIN) // 16).to(tl.int32)
-    end = (tl.load(words + REGION_END) // 16).to(tl.int32)
+    begin, end = region_units(rows_ptr + row * ROW_WORDS)
     # Where units are is looked up while their scores are on their way.
     unit = begin + tl.arange(0, UNITS)
     inside = unit < tl.where(level == READ_NOTHING, begin, end)

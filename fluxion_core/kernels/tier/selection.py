@@ -123,6 +123,8 @@ class GroupSelection:
         max_region_tokens: of what is selected from.
         max_slabs: of a sequence.
         digests: of the store's slabs.
+        is_float32: queries are of a float32 model: all of their bits count in scores. Else those of
+            two bfloat16, together 16, are enough.
         scoring_programs: programs that score a layer, at most, unless it has more groups: as many
             as run at a time, so that none is left for a second round. Eight find room on each of an
             H200's 132 multiprocessors.
@@ -136,6 +138,7 @@ class GroupSelection:
     max_region_tokens: int
     max_slabs: int
     digests: PlacedDigests
+    is_float32: bool = False
     scoring_programs: int = 1056
 
     def __post_init__(self) -> None:
@@ -261,7 +264,7 @@ class GroupSelection:
         bytes a block and head, and 4 a unit and KV head; writes the lists. All of it in device
         memory, but for 8 bytes a missing unit and digests without a place there.
         """
-        self._score(layer, rows, query, levels, scratch)
+        self._score(layer, rows, query, levels, scratch, is_short=is_short)
         if scores_hook is not None:
             scores_hook(layer, scratch.scores, step)
         listing = (*lists[:4], host.units, host.masks, counts, needs, host.counts, host.listed)
@@ -273,13 +276,21 @@ class GroupSelection:
             self._split(rows, levels, scratch, into)
 
     def _score(
-        self, layer: int, rows: Tensor, query: Tensor, levels: Tensor, scratch: SelectionScratch
+        self,
+        layer: int,
+        rows: Tensor,
+        query: Tensor,
+        levels: Tensor,
+        scratch: SelectionScratch,
+        *,
+        is_short: bool,
     ) -> None:
         geometry = self.geometry
         widths = [geometry.record_blocks(level) for level in range(len(BLOCK_SIZES))]
         tile_blocks = _TILE_BLOCKS if geometry.digest_bits == 16 else widths[0]
         groups = len(rows) * geometry.num_kv_heads
-        tiles = ceil_div(self.stride, tile_blocks) + 1
+        units = min(self.stride, SHORT_UNITS) if is_short else self.stride
+        tiles = ceil_div(units, tile_blocks) + 1
         group_rows = max(MIN_PAIR_ROWS, triton.next_power_of_2(self.group))
         score_groups[(groups, max(1, min(tiles, self.scoring_programs // groups)))](
             rows,
@@ -305,9 +316,10 @@ class GroupSelection:
             OFFSET_128=geometry.level_offset(3),
             TILE_BLOCKS=tile_blocks,
             HEAD_BYTES=geometry.head_digest_bytes,
+            EXACT=self.is_float32,
             num_warps=4,
             # So that eight programs share a multiprocessor, where the heads leave room for that.
-            maxnreg=64 if group_rows <= _ROWS_IN_FEW_REGISTERS else None,
+            maxnreg=None if self.is_float32 or group_rows > _ROWS_IN_FEW_REGISTERS else 64,
         )
 
     def _choose(

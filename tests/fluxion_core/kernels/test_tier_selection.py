@@ -72,6 +72,7 @@ class Node:
         num_slabs: int = 5,
         max_requests: int = 300,
         region_tokens: int = REGION_TOKENS,
+        is_float32: bool = False,
     ) -> None:
         # A graph for more rows than there are: the last one is padding.
         self.rows = [*rows, Row(slabs=[], region=range(0))]
@@ -90,6 +91,7 @@ class Node:
                 self.copies.data_ptr(),
                 self.places,
             ),
+            is_float32=is_float32,
             scoring_programs=8,
         )
         self.slab_units = self.geometry.kv_bytes // self.geometry.block_bytes
@@ -446,6 +448,31 @@ def test_the_device_reads_what_the_host_would(level: int):
         ]
         assert listed == expected
         assert len(listed) > 0
+
+
+@pytest.mark.parametrize("digest_bits", [16, 8])
+@pytest.mark.parametrize("is_float32", [False, True])
+def test_scores_of_a_float32_model_lose_no_bit_of_its_queries(digest_bits: int, is_float32: bool):
+    node = Node(
+        Row(levels=[0, 2], radii=(0.7, 1.0, 0.3, 1.0)),
+        head_dim=128,
+        digest_bits=digest_bits,
+        is_float32=is_float32,
+    )
+    # Numbers of all signs and many sizes, so that sums of rounded products do not hide.
+    node.query *= torch.logspace(-2, 1, 128).to(DEVICE)
+    seen = []
+    node.run(scores_hook=lambda layer, scores, step: seen.append(scores.cpu().double()))
+    worst = 0.0
+    for kv_head, level in enumerate(node.rows[0].levels):
+        exact = node.scores(0, kv_head, level)
+        heads = slice(kv_head * node.group, (kv_head + 1) * node.group)
+        found = seen[0][0, heads, : exact.shape[1]]
+        worst = max(worst, ((found - exact).abs().max() / exact.abs().max()).item())
+    # Two halves: 2^-17 of each product, of which a part cancels.
+    assert worst < (4e-7 if is_float32 or DEVICE.type == "cpu" else 1e-5)
+    if DEVICE.type == "cuda" and not is_float32:
+        assert worst > 4e-7
 
 
 def test_what_two_rows_miss_together_is_asked_for_once():
