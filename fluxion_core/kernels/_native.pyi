@@ -147,6 +147,9 @@ class KvLanding:
     ) -> None: ...
     def state(self) -> tuple[int, int, int, int, bool, PlaneFault | None]:
         """(payload_bytes, chunks, tokens_taken, received_bytes, is_whole, fault)."""
+    @property
+    def whole_tokens(self) -> int:
+        """Tokens, from the prompt's first, that are written in every layer."""
     def close(self) -> None: ...
 
 class KvDeparture:

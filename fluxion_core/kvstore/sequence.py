@@ -31,6 +31,11 @@ if TYPE_CHECKING:
 class Landing(Protocol):
     """Writer of a prompt's KV from other threads, straight into the sequence's slabs."""
 
+    @property
+    def whole_tokens(self) -> int:
+        """Tokens, from the prompt's first, that are written in every layer. From any thread, also
+        after `close`."""
+
     def close(self) -> None:
         """End it; nothing of it touches slabs any more on return. Idempotent."""
 
@@ -125,6 +130,9 @@ class SequenceKv:
         released. From any thread."""
         if self._is_released:
             return 0
+        landing = self._landing
+        if landing is not None:
+            return landing.whole_tokens
         return self.num_tokens if self._may_append else min(self._next_token)
 
     def whole(self) -> WholeKv:
@@ -261,8 +269,9 @@ class SequenceKv:
     def landed(self) -> None:
         """Note that the open landing has written everything, and close it; `commit` may follow."""
         assert self._landing is not None, "no landing is open"
-        self._close_landing()
+        # First: what is whole must not be less for a moment.
         self._next_token = [self.num_prompt_tokens] * self._store.geometry.num_layers
+        self._close_landing()
 
     def _close_landing(self) -> None:
         if self._landing is not None:

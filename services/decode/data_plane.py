@@ -90,6 +90,11 @@ class IncomingKv:
         error = None if fault is None else plane_error(fault)
         return LandingState(payload_bytes, chunks, tokens, received, is_whole, error)
 
+    @property
+    def whole_tokens(self) -> int:
+        """Tokens that are written in every layer; see `Landing`."""
+        return self._landing.whole_tokens
+
     def add(self, connection: int, of: int, fd: int, endpoint: Endpoint) -> None:
         """Take frames from a connection that is ready for them; its descriptor is taken over."""
         if endpoint.way is Carrier.SHARED_MEMORY:

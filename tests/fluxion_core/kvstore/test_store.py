@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -306,6 +305,7 @@ class WritingLanding:
 
     def __init__(self, store: HostKvStore, place: LandingPlace) -> None:
         self.place, self.held_at_close = place, []
+        self.whole_tokens = place.kv_from_token
         self._store = store
 
     def write(self, kv: torch.Tensor) -> None:
@@ -316,6 +316,7 @@ class WritingLanding:
                 heads = np.frombuffer(payload(kv, layer, begin, part), np.uint8).reshape(2, -1)
                 address = int(self.place.slab_addresses[ordinal])
                 block_digest.ingest_blocks(GEOMETRY, address, layer, inside, part, heads)
+            self.whole_tokens = begin + part
 
     def close(self) -> None:
         self.held_at_close.append(self._store.statistics().used_bytes)
@@ -329,8 +330,11 @@ def test_what_has_landed_is_what_is_read():
     landing = sequence.open_landing(lambda place: WritingLanding(store, place))
     assert (landing.place.kv_from_token, landing.place.num_tokens) == (128, 300)
     assert landing.place.slab_addresses.tolist() == [store.slab_address(s) for s in sequence.slabs]
+    assert sequence.whole().num_tokens == 128
     landing.write(kv_of(tokens))
+    assert sequence.whole().num_tokens == 300
     sequence.landed()
+    assert sequence.whole().num_tokens == 300
     assert len(landing.held_at_close) == 1
     sequence.commit()
     check_content(sequence, kv_of(tokens))
@@ -836,7 +840,7 @@ def test_a_generation_goes_up_where_a_hand_off_writes_again_and_where_it_had_wri
     ingest(sequence, kv)
     sequence.commit()
     other = store.reserve([7] * 200, 0)
-    other.open_landing(lambda _: SimpleNamespace(close=lambda: None))
+    other.open_landing(lambda place: WritingLanding(store, place))
     before = other.whole()
     other.restart()
     assert other.whole().generations == tuple(one + 1 for one in before.generations)

@@ -127,6 +127,7 @@ void bind_plane(nb::module_& m) {
       .def("add", &add_landing, nb::arg("fd"), nb::arg("transport"), nb::arg("connection"),
            nb::arg("of"), nb::arg("psk") = nb::bytes("", 0), nb::arg("identity") = nb::bytes("", 0))
       .def("state", &landing_state)
+      .def_prop_ro("whole_tokens", &KvLanding::whole_tokens)
       .def("close", &KvLanding::close, nb::call_guard<nb::gil_scoped_release>());
   nb::class_<Departure>(m, "KvDeparture")
       .def(nb::init<IoThreads&, int, uint32_t, uint32_t>(), nb::arg("threads"), nb::kw_only(),

@@ -262,6 +262,12 @@ KvLanding::State KvLanding::state() const {
   return state;
 }
 
+int64_t KvLanding::whole_tokens() const {
+  int64_t tokens = num_tokens_;
+  for (const auto& next : next_token_) tokens = std::min(tokens, next.load());
+  return tokens;
+}
+
 void KvLanding::close() {
   std::vector<std::shared_ptr<LandingConnection>> connections;
   {

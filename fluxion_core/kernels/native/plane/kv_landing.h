@@ -43,6 +43,8 @@ class KvLanding {
   // std::invalid_argument (no such connection, one that was there, options), std::runtime_error (closed).
   void add(int fd, const TransportOptions& options, int64_t connection, int64_t of);
   State state() const;
+  // Tokens, from the prompt's first, that are written in every layer.
+  int64_t whole_tokens() const;
   // Waits for the frames under way. Afterwards no thread touches slabs or event_fd. Idempotent.
   void close();
 

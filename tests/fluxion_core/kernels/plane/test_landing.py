@@ -109,6 +109,24 @@ def test_a_layer_of_a_chunk_counts_for_its_share_of_the_tokens():
         landing.event.watch_until(lambda: landing.native.state() == taken)
 
 
+def test_tokens_are_whole_when_the_last_layer_has_them():
+    # By hand: three layers, each in two frames of 48 tokens. Both of the first, then one of each.
+    frames = make_frames(96)
+    assert [(frame.layer, frame.first_token) for frame in frames[:4]] == [
+        *((0, 0), (1, 0), (2, 0), (0, 48)),
+    ]
+    whole = []
+    with landing_into(make_prompt(96)) as landing, landing.add(0, 1) as peer:
+        for frame in frames:
+            peer.sendall(codec.encode_frame(frame))
+            taken = 1 + len(whole)
+            landing.event.watch_until(lambda taken=taken: landing.native.state()[1] == taken)
+            whole.append(landing.native.whole_tokens)
+        landing.wait()
+    assert whole == [0, 0, 48, 48, 48, 96]
+    assert landing.native.whole_tokens == 96
+
+
 def test_bytes_may_come_one_at_a_time():
     frames = make_frames(16, frame_tokens=16)
     found, expected = make_prompt(16), make_prompt(16)
