@@ -16,6 +16,7 @@ from fluxion_core.config.addresses import DEFAULT_DECODE_ADDRESS, Address
 from fluxion_core.config.setting_sources import variables_of
 from fluxion_core.config.settings import (
     ClientSettings,
+    HandoffSettings,
     NodeSettings,
     ServerSettings,
     SettingsT,
@@ -96,6 +97,7 @@ def plan_nodes(options: Up) -> tuple[NodePlan, NodePlan]:
         of=DecodeSettings,
     )
     _check_handoffs(prefill_settings.server, decode_settings.prefill.client)
+    _check_ways(prefill_settings.handoff, decode_settings.handoff)
     if options.has_gateway and (decode.uses_tls or decode_settings.server.auth.token_file):
         raise ConfigError(
             "--gateway: the gateway reaches the decode node without TLS and without a token; "
@@ -178,4 +180,12 @@ def _check_handoffs(server: ServerSettings, client: ClientSettings) -> None:
         raise ConfigError(
             "the prefill node wants a token (server.auth.token_file): give the decode node one of "
             "them (prefill.client.token_file)"
+        )
+
+
+def _check_ways(prefill: HandoffSettings, decode: HandoffSettings) -> None:
+    if not set(prefill.ways) & set(decode.ways):
+        raise ConfigError(
+            f"handoff.ways: the prefill node has {', '.join(prefill.ways)}, the decode node "
+            f"{', '.join(decode.ways)}; name one of them in both"
         )

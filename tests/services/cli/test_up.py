@@ -152,6 +152,12 @@ def test_with_tls_readiness_is_asked_on_a_listener_of_its_own(model: str, tmp_pa
         ("", CLIENT_TLS, False, "give the prefill node a certificate and a key"),
         ('[server.auth]\ntoken_file = "t"', "", False, "wants a token (server.auth.token_file)"),
         ("", TLS, True, "--gateway: the gateway reaches the decode node without TLS"),
+        (
+            '[handoff]\nways = ["shared_memory", "sockets"]',
+            '[handoff]\nways = ["grpc"]',
+            False,
+            "the prefill node has shared_memory, sockets, the decode node grpc",
+        ),
         ("", "[store]\nhost_kv_byts = 1", False, "the nearest is store.host_kv_bytes"),
         ("[server]\ngrace_seconds = inf", "", False, "server.grace_seconds (from"),
     ],
