@@ -187,9 +187,8 @@ class _GraphAttention:
         )
         if self._planner is not None:
             self._plan(layer, self._planner, window_key)
-        self._select(layer)
         output = torch.empty(self._size, *query.shape[1:], dtype=query.dtype, device=query.device)
-        self._end(layer, output)
+        self._end(layer, query, output)
         return output
 
     def _plan(self, layer: int, planner: LayerPlans, window_key: Tensor) -> None:
@@ -213,11 +212,9 @@ class _GraphAttention:
         del layer
         return None
 
-    def _select(self, layer: int) -> None:
-        """The host selects."""
-
-    def _end(self, layer: int, output: Tensor) -> None:
+    def _end(self, layer: int, query: Tensor, output: Tensor) -> None:
         """Wait for the host, and merge what it attended to."""
+        del query
         board = self._graphs.board
         self._handover.await_and_merge(
             self._states.output,
@@ -263,19 +260,12 @@ class _SelectedAttention(_GraphAttention):
     def _kept_plans(self, layer: int) -> tuple[Tensor, Tensor] | None:
         return self._selected.plan(layer)
 
-    def _select(self, layer: int) -> None:
-        self._selected.select(layer, self._graphs.board.device_queries[: self._size])
-
-    def _end(self, layer: int, output: Tensor) -> None:
-        """Attend to what is resident, wait if something is missing, and merge all parts."""
+    def _end(self, layer: int, query: Tensor, output: Tensor) -> None:
+        """Select, attend to what is resident, wait if something is missing, and merge all parts."""
         planner, board = self._planner, self._graphs.board
-        self._selected.attend_and_await(
-            layer,
-            board.device_queries[: self._size],
-            board,
-            self.stamps[layer, 1:3],
-            timeout_ns=STUCK_NS,
-        )
+        stamps = self.stamps[layer, 1:3]
+        self._selected.select(layer, query)
+        self._selected.attend_and_await(layer, query, board, stamps, timeout_ns=STUCK_NS)
         memory = None
         if planner is not None:
             memory = planner.rows, self._slots, planner.told[layer]

@@ -53,7 +53,7 @@ class SelectedLayers:
 
         Args:
             layer: of the model.
-            query: [rows, num_heads, head_dim] float32 on the device, contiguous, unscaled.
+            query: [rows, num_heads, head_dim] on the device, unscaled; rows may lie apart.
         """
         selection, board, size = self._selection, self._selection.board, self._size
         counts = board.counts[layer, :size]

@@ -137,9 +137,11 @@ def attend_resident(
     timeout_ns,
     error_code,
     groups,
+    query_stride,
     stride,
     SCALE: tl.constexpr,
     GROUPS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -166,8 +168,9 @@ def attend_resident(
         )
     if units > 0:
         channel = tl.arange(0, HEAD_DIM)
-        query_at = query_ptr + head[:, None] * HEAD_DIM + channel[None, :]
-        query = tl.load(query_at, mask=inside[:, None], other=0.0)
+        query_ptr += group // KV_HEADS * query_stride + group % KV_HEADS * (GROUP * HEAD_DIM)
+        at_query = member[:, None] * HEAD_DIM + channel[None, :]
+        query = tl.load(query_ptr + at_query, mask=inside[:, None], other=0.0).to(tl.float32)
         tiles = (units + TILE_UNITS - 1) // TILE_UNITS
         # fmt: off
         highest, weight_sum, sums = _attend_share(
@@ -268,7 +271,7 @@ class ResidentAttention:
         Only launches, on the current stream; may be captured in a CUDA graph. Grid: `num_programs`.
 
         Args:
-            query: [rows, num_heads, head_dim] float32, contiguous, unscaled.
+            query: [rows, num_heads, head_dim] of the model's dtype, unscaled; rows may lie apart.
             tier: uint8, contiguous: units of [K 16 x head_dim | V 16 x head_dim] bfloat16.
             slots: [rows, num_kv_heads, stride] int32, contiguous: places of units in the tier.
             masks: like slots: bit h says that head h of the group reads the unit.
@@ -291,9 +294,11 @@ class ResidentAttention:
             *states,
             *(wait or (None,) * len(HostWait._fields)),
             groups,
+            query.stride(0),
             slots.shape[2],
             SCALE=self.head_dim**-0.5,
             GROUPS=triton.next_power_of_2(groups),
+            KV_HEADS=self.num_kv_heads,
             GROUP=self.group,
             GROUP_ROWS=group_rows,
             HEAD_DIM=self.head_dim,

@@ -194,6 +194,7 @@ def score_groups(
     query_ptr,
     scores_ptr,
     layer,
+    query_stride,
     max_slabs,
     stride,
     KV_HEADS: tl.constexpr,
@@ -220,7 +221,7 @@ def score_groups(
         digests_ptr: [rows][max_slabs] int64: address of a slab's digests, of which a KV head of a
             layer has HEAD_BYTES, and a level begins OFFSET_x bytes in them.
         levels_ptr: [rows][KV_HEADS] int32.
-        query_ptr: [rows][heads][HEAD_DIM] float32.
+        query_ptr: [rows, query_stride apart][heads][HEAD_DIM] of the model's dtype.
         scores_ptr: [rows][heads][stride] float32, from the first block that touches the region on.
         EXACT: queries are of a float32 model, and their last bits count.
     """
@@ -231,8 +232,9 @@ def score_groups(
     level = tl.load(levels_ptr + group)
     begin, end = region_units(words)
     member = tl.arange(0, GROUP_ROWS)[:, None]
-    at_query = query_ptr + (group * GROUP + member) * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
-    query = tl.load(at_query, mask=member < GROUP, other=0.0)
+    at_query = (group % KV_HEADS * GROUP + member) * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
+    query_ptr += row * query_stride
+    query = tl.load(query_ptr + at_query, mask=member < GROUP, other=0.0).to(tl.float32)
     digests_ptr += row * max_slabs
     scores_ptr += group * (GROUP * stride)
     offset = (layer * KV_HEADS + (group % KV_HEADS).to(tl.int32)) * HEAD_BYTES

@@ -244,7 +244,8 @@ class GroupSelection:
             layer: of the model.
             rows: [rows, ROW_WORDS] int64 on the device; regions of up to `stride` units. Tensors
                 of more rows may be given where the others begin with these.
-            query: [rows, num_heads, head_dim] float32 on the device, contiguous, unscaled.
+            query: [rows, num_heads, head_dim] of the model's dtype on the device, unscaled; rows
+                may lie apart.
             levels: [rows, num_kv_heads] int32, this layer's: a block size's index, READ_ALL or
                 READ_NOTHING.
             budgets: [rows, num_heads] int32, this layer's: blocks of that size.
@@ -299,6 +300,7 @@ class GroupSelection:
             query,
             scratch.scores,
             layer,
+            query.stride(0),
             self.max_slabs,
             self.stride,
             KV_HEADS=geometry.num_kv_heads,

@@ -92,7 +92,9 @@ class Tier:
         for part in states:
             part.fill_(math.nan)
         slots, masks = lists.to(DEVICE)
-        query, counts = self.query.to(DEVICE), counts.to(DEVICE)
+        # As a fused projection leaves them: parts of wider rows.
+        wide = torch.cat([self.query, self.query[:, :1]], dim=1).to(self.query_dtype).to(DEVICE)
+        query, counts = wide[:, : shape.num_heads], counts.to(DEVICE)
         shape.launch(query, self.tier.to(DEVICE), slots, masks, counts, states, wait)
         return states
 

@@ -207,7 +207,8 @@ class Node:
         selection.launch(
             LAYER,
             words,
-            self.query,
+            # As a fused projection leaves them: parts of wider rows.
+            torch.cat([self.query, self.query[:, :1]], dim=1)[:, : self.heads],
             torch.tensor([row.levels for row in self.rows], dtype=torch.int32).to(DEVICE),
             torch.tensor([row.budgets[: self.heads] for row in self.rows], dtype=torch.int32).to(
                 DEVICE
