@@ -172,7 +172,6 @@ class _GraphAttention:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attend in one layer; see AttentionPort: only launches."""
         graphs, board = self._graphs, self._graphs.board
-        window_key, window_value = graphs.windows.key(layer), graphs.windows.value(layer)
         publication = Publication(
             key,
             value,
@@ -182,23 +181,27 @@ class _GraphAttention:
             graphs.step_number,
             self.stamps[layer, 0:1],
         )
-        self._attention.launch(
-            query, window_key, window_value, self._slots, self._lengths, self._states, publication
-        )
+        self._attend_windows(layer, query, publication)
         if self._planner is not None:
-            self._plan(layer, self._planner, window_key)
+            self._plan(layer, self._planner)
         output = torch.empty(self._size, *query.shape[1:], dtype=query.dtype, device=query.device)
         self._end(layer, query, output)
         return output
 
-    def _plan(self, layer: int, planner: LayerPlans, window_key: Tensor) -> None:
+    def _attend_windows(self, layer: int, query: Tensor, publication: Publication) -> None:
+        windows = self._graphs.windows
+        window = windows.key(layer), windows.value(layer)
+        rows = self._slots, self._lengths
+        self._attention.launch(query, *window, *rows, self._states, publication)
+
+    def _plan(self, layer: int, planner: LayerPlans) -> None:
         board = self._graphs.board
         planner.launch(
             layer,
             self._slots,
             self._lengths,
             board.device_queries[: self._size],
-            window_key,
+            self._graphs.windows.key(layer),
             self._states,
             board.plan_levels[layer],
             board.plan_budgets[layer],
@@ -256,6 +259,17 @@ class _SelectedAttention(_GraphAttention):
     ) -> None:
         super().__init__(graphs, geometry, size, rows, planner)
         self._selected = selected
+        self._beside = torch.cuda.Stream(self._slots.device)
+
+    def _attend_windows(self, layer: int, query: Tensor, publication: Publication) -> None:
+        """Attend to the windows. Where no plan looks at them, nothing waits for it but the merge:
+        it is a branch of the graph."""
+        if self._planner is not None:
+            super()._attend_windows(layer, query, publication)
+            return
+        self._beside.wait_stream(torch.cuda.current_stream(self._beside.device))
+        with torch.cuda.stream(self._beside):
+            super()._attend_windows(layer, query, publication)
 
     def _kept_plans(self, layer: int) -> tuple[Tensor, Tensor] | None:
         return self._selected.plan(layer)
@@ -269,4 +283,6 @@ class _SelectedAttention(_GraphAttention):
         memory = None
         if planner is not None:
             memory = planner.rows, self._slots, planner.told[layer]
+        else:
+            torch.cuda.current_stream(self._beside.device).wait_stream(self._beside)
         self._selected.merge(layer, board, self._states, output, memory)
