@@ -15,9 +15,10 @@ from fluxion_core.generation.sampling import SamplingParams, sample
 from fluxion_core.geometry import BLOCK_TOKENS, KvGeometry, WindowSpec
 from fluxion_core.kvstore.sequence import SequenceKv
 from fluxion_core.kvstore.store import HostKvStore
-from fluxion_core.kvstream.handoff import Frame, max_frame_payload_bytes
+from fluxion_core.kvstream.handoff import Frame
 from fluxion_core.models.decoder import Decoder
 from fluxion_core.planning.prompt_profile import PromptProfile, pack, unpack
+from fluxion_core.prompt.capture import max_piece_bytes
 from fluxion_core.prompt.compute import compute_prompt
 from fluxion_core.prompt.outbox import DeviceOutbox
 
@@ -84,7 +85,7 @@ class PromptMaker:
         device = decoder.embedding.device
         self._outbox = None
         if device.type == "cuda":
-            self._outbox = DeviceOutbox(device, max_frame_payload_bytes(geometry))
+            self._outbox = DeviceOutbox(device, max_piece_bytes(geometry))
 
     def make(
         self, token_ids: Sequence[int], *, profile_window: WindowSpec | None = None

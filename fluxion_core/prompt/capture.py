@@ -22,7 +22,12 @@ from torch import Tensor
 from fluxion_core.errors import RequestCancelledError
 from fluxion_core.geometry import BLOCK_TOKENS, KvGeometry, WindowSpec, ceil_div
 from fluxion_core.kernels.dense_attention import cpu as dense_attention
-from fluxion_core.kvstream.handoff import Frame, FrameKind, frame_tokens
+from fluxion_core.kvstream.handoff import (
+    Frame,
+    FrameKind,
+    frame_tokens,
+    max_frame_payload_bytes,
+)
 from fluxion_core.machine.stopwatch import Stopwatch
 from fluxion_core.planning.prompt_estimate import (
     PromptEstimator,
@@ -30,6 +35,19 @@ from fluxion_core.planning.prompt_estimate import (
     profiled_positions,
 )
 from fluxion_core.planning.prompt_profile import PromptProfile
+
+PIECE_BYTES = 8 << 20
+"""Of frames that leave a device together: what a copy takes on the thread that launches it, it
+takes for all of them. More would keep more pinned memory until the last of them is taken."""
+
+
+def max_piece_bytes(geometry: KvGeometry) -> int:
+    """Largest piece that `KvCapture` gives to its outbox."""
+    return _piece_frames(geometry) * max_frame_payload_bytes(geometry)
+
+
+def _piece_frames(geometry: KvGeometry) -> int:
+    return max(1, PIECE_BYTES // max_frame_payload_bytes(geometry))
 
 
 class Outbox(Protocol):
@@ -76,6 +94,7 @@ class KvCapture:
         self._attend_chunk = _attention_on(device)
         self._first_token = 0
         self._frame_tokens = frame_tokens(geometry)
+        self._piece_frames = _piece_frames(geometry)
         self._num_tokens = num_tokens
         room = padded_tokens(num_tokens)
         shape = (geometry.num_layers, 2, geometry.num_kv_heads, room, geometry.head_dim)
@@ -151,29 +170,41 @@ class KvCapture:
     def _emit_frames(self, layer: int, first: int, end: int) -> None:
         while first < end:
             count = min(self._frame_tokens, end - first)
-            payload = self._payload(layer, first, count)
-            emit = partial(self._emit_chunk, layer, first, count)
+            num_frames = min((end - first) // count, self._piece_frames)
+            payloads = self._payloads(layer, first, count, num_frames)
+            emit = partial(self._emit_chunks, layer, first, count, num_frames)
             if self._outbox is not None:
-                self._outbox.put(payload, emit)
+                self._outbox.put(payloads, emit)
             else:
-                emit(payload.numpy().data)
-            first += count
+                emit(payloads.numpy().data)
+            first += num_frames * count
 
-    def _emit_chunk(self, layer: int, first: int, count: int, payload: memoryview) -> None:
-        self._emit(Frame(FrameKind.CHUNK, payload, layer, first, count))
+    def _emit_chunks(
+        self, layer: int, first: int, count: int, num_frames: int, payloads: memoryview
+    ) -> None:
+        num_bytes = len(payloads) // num_frames
+        for number in range(num_frames):
+            payload = payloads[number * num_bytes : (number + 1) * num_bytes]
+            self._emit(Frame(FrameKind.CHUNK, payload, layer, first + number * count, count))
 
-    def _payload(self, layer: int, first: int, count: int) -> Tensor:
-        """[bytes] uint8: `[kv_head][block][K 16 x D | V 16 x D]`, the last block zero padded.
+    def _payloads(self, layer: int, first: int, count: int, num_frames: int) -> Tensor:
+        """[bytes] uint8, of each frame `[kv_head][block][K 16 x D | V 16 x D]`, zero padded.
 
         It may be a view of the prompt's KV, whose tokens do not change once they are there.
+
+        Args:
+            layer: of the model.
+            first: token of the first frame.
+            count: tokens of each frame; a multiple of 16, except of a single one at the end.
+            num_frames: one after the other.
         """
         geometry = self._geometry
         blocks = ceil_div(count, BLOCK_TOKENS)
-        kv = self._kv[layer, :, :, first : first + count]
+        kv = self._kv[layer, :, :, first : first + num_frames * count]
         if count % BLOCK_TOKENS:
             kv = torch.nn.functional.pad(kv, (0, 0, 0, blocks * BLOCK_TOKENS - count))
-        blocked = kv.view(2, geometry.num_kv_heads, blocks, BLOCK_TOKENS, geometry.head_dim)
-        ordered = blocked.permute(1, 2, 0, 3, 4).contiguous()
+        shape = (2, geometry.num_kv_heads, num_frames, blocks, BLOCK_TOKENS, geometry.head_dim)
+        ordered = kv.view(shape).permute(2, 1, 3, 0, 4, 5).contiguous()
         return ordered.view(torch.uint8).flatten()
 
 

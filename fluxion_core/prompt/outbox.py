@@ -39,7 +39,7 @@ class DeviceOutbox:
         max_under_way: copies; the next one waits for the oldest to arrive, and to be handed on.
     """
 
-    def __init__(self, device: torch.device, buffer_bytes: int, *, max_under_way: int = 64) -> None:
+    def __init__(self, device: torch.device, buffer_bytes: int, *, max_under_way: int = 8) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)
         self._max_under_way = max_under_way

@@ -18,12 +18,12 @@ from rich.table import Table
 
 from fluxion_core.errors import ConfigError
 from fluxion_core.geometry import KvGeometry
-from fluxion_core.kvstream.handoff import Frame, max_frame_payload_bytes
+from fluxion_core.kvstream.handoff import Frame
 from fluxion_core.lab.benchmark.model_shapes import random_decoder, shape_named
 from fluxion_core.lab.benchmark.report import describe_machine
 from fluxion_core.lab.provenance import Provenance
 from fluxion_core.models.decoder import Decoder
-from fluxion_core.prompt.capture import KvCapture
+from fluxion_core.prompt.capture import KvCapture, max_piece_bytes
 from fluxion_core.prompt.compute import PromptComputation
 from fluxion_core.prompt.outbox import DeviceOutbox
 
@@ -52,7 +52,7 @@ def bench_prefill(
     config = shape_named(shape)
     decoder = random_decoder(config, device)
     geometry = KvGeometry(config.num_layers, config.num_kv_heads, config.head_dim)
-    outbox = DeviceOutbox(device, max_frame_payload_bytes(geometry))
+    outbox = DeviceOutbox(device, max_piece_bytes(geometry))
     table = Table("tokens", "way", "seconds", "tokens/s", "of KV stays", "KV GB/s")
     rows: list[dict[str, object]] = []
     for length in lengths:

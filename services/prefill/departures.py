@@ -172,7 +172,7 @@ class PlaneDeparture:
     def put(self, frame: Frame) -> None:
         """Add a CHUNK, as Departure says."""
         payload = frame.payload
-        address = np.frombuffer(payload, dtype=np.uint8).ctypes.data
+        address, _ = np.frombuffer(payload, dtype=np.uint8).__array_interface__["data"]
         with self._lock:
             if self._is_closed:
                 return

@@ -31,13 +31,13 @@ from fluxion_core.errors import (
 )
 from fluxion_core.generation.sampling import SamplingParams, sample
 from fluxion_core.geometry import BLOCK_TOKENS, KvGeometry, WindowSpec
-from fluxion_core.kvstream.handoff import Frame, Trailer, max_frame_payload_bytes
+from fluxion_core.kvstream.handoff import Frame, Trailer
 from fluxion_core.machine.threads import start
 from fluxion_core.models.decoder import Decoder
 from fluxion_core.observe.device_usage import DeviceUsage, UsageClock
 from fluxion_core.observe.log import event
 from fluxion_core.planning import prompt_profile
-from fluxion_core.prompt.capture import KvCapture
+from fluxion_core.prompt.capture import KvCapture, max_piece_bytes
 from fluxion_core.prompt.compute import PromptComputation
 from fluxion_core.prompt.outbox import DeviceOutbox
 from services.prefill.line import LineLimits, PrefillLoad, PromptLine, PromptWait
@@ -105,7 +105,7 @@ class PrefillEngine:
         self._failure: DeviceError | None = None
         self._outbox: DeviceOutbox | None = None
         if self._device.type == "cuda":
-            self._outbox = DeviceOutbox(self._device, max_frame_payload_bytes(geometry))
+            self._outbox = DeviceOutbox(self._device, max_piece_bytes(geometry))
         self._statistics = self._new_statistics()
         self._clock = UsageClock(self._statistics.device)
         self._thread = threading.Thread(target=self._run, name="prefill-engine", daemon=True)

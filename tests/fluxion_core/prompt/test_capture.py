@@ -118,6 +118,36 @@ def test_a_chunk_larger_than_a_frame_leaves_as_several():
     ]
 
 
+def test_frames_that_leave_together_are_those_that_leave_alone():
+    wide = KvGeometry(num_layers=1, num_kv_heads=2, head_dim=512)
+    query, key, value = (torch.randn(600, 2, wide.head_dim) for _ in range(3))
+    frames: list[Frame] = []
+    capture = KvCapture(
+        wide,
+        num_tokens=600,
+        kv_from_token=0,
+        emit=frames.append,
+        is_cancelled=lambda: False,
+        device=torch.device("cpu"),
+    )
+    capture.begin_chunk(0)
+    capture.attend(0, query, key, value)
+    # By hand: a block of both heads is 64 KiB, so that 256 tokens are a frame of 1 MiB.
+    assert [(one.first_token, one.num_tokens) for one in frames] == [
+        (0, 256),
+        (256, 256),
+        (512, 88),
+    ]
+    for one in frames:
+        numbers = torch.from_numpy(np.frombuffer(one.payload, dtype=np.int16).copy())
+        kv = numbers.view(torch.bfloat16).view(2, -1, 2, BLOCK_TOKENS, wide.head_dim)
+        for side, source in enumerate((key, value)):
+            # [heads, blocks, tokens of a block, channels] to [tokens, heads, channels].
+            sent = kv[:, :, side].flatten(1, 2).transpose(0, 1)[: one.num_tokens]
+            tokens = source[one.first_token : one.first_token + one.num_tokens]
+            assert torch.equal(sent, tokens.bfloat16())
+
+
 def profile_of(num_tokens: int, chunk_tokens: int) -> list[PromptProfile]:
     query, key, value = random_qkv(num_tokens)
     capture = KvCapture(

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from fluxion_core.errors import RequestCancelledError
 from fluxion_core.geometry import KvGeometry, WindowSpec
-from fluxion_core.kvstream.handoff import Frame, max_frame_payload_bytes
+from fluxion_core.kvstream.handoff import Frame
 from fluxion_core.planning.prompt_profile import PromptProfile, pack
-from fluxion_core.prompt.capture import KvCapture
+from fluxion_core.prompt.capture import KvCapture, max_piece_bytes
 from fluxion_core.prompt.outbox import DeviceOutbox
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -39,7 +39,7 @@ def run(
     frames: list[Frame] = []
     outbox = None
     if max_under_way:
-        size = max_frame_payload_bytes(GEOMETRY)
+        size = max_piece_bytes(GEOMETRY)
         outbox = DeviceOutbox(torch.device(device), size, max_under_way=max_under_way)
     capture = KvCapture(
         GEOMETRY,
@@ -125,7 +125,7 @@ def test_a_cancelled_prompt_stops_before_its_next_layer() -> None:
         emit=lambda _: None,
         is_cancelled=lambda: True,
         device=torch.device("cuda"),
-        outbox=DeviceOutbox(torch.device("cuda"), max_frame_payload_bytes(GEOMETRY)),
+        outbox=DeviceOutbox(torch.device("cuda"), max_piece_bytes(GEOMETRY)),
     )
     with pytest.raises(RequestCancelledError):
         capture.attend(0, *(part.cuda() for part in random_qkv(torch.float32)[0]))
