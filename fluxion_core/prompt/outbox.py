@@ -30,8 +30,8 @@ class _Piece:
 class DeviceOutbox:
     """Copies into pinned buffers. One thread only.
 
-    Memory for `max_under_way` pieces is there from the start; it grows with what was handed on and
-    is still held.
+    Memory for twice `max_under_way` pieces is there from the start: those, and as many on the wire.
+    It grows with what was handed on and is still held.
 
     Args:
         device: that pieces come from.
@@ -43,7 +43,7 @@ class DeviceOutbox:
         self._device = device
         self._stream = torch.cuda.Stream(device)
         self._max_under_way = max_under_way
-        self._buffers = PinnedBuffers(buffer_bytes, max_under_way)
+        self._buffers = PinnedBuffers(buffer_bytes, 2 * max_under_way)
         self._under_way: deque[_Piece] = deque()
 
     def put(self, payload: Tensor, take: Callable[[memoryview], None]) -> None:
