@@ -67,6 +67,7 @@ class Beside:
         self._chunks: list[bytes] = []
         self._open = 0
         self._writers: list[asyncio.StreamWriter] = []
+        self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> asyncio.Server:
         server = await asyncio.start_server(self._let_in, "127.0.0.1", 0)
@@ -107,6 +108,7 @@ class Beside:
     async def _let_in(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._open += 1
         self._writers.append(writer)
+        self._tasks.append(asyncio.current_task())
         hello = parse_hello(await reader.readexactly(HELLO_BYTES))
         assert (hello.call_id, hello.secret) == (bytes(16), self._secret)
         self.hellos.append(hello.connection)
@@ -131,9 +133,10 @@ class Beside:
         # Who has all its frames, or wants no more, ends it.
         assert await reader.read() == b""
 
-    def end(self) -> None:
+    async def end(self) -> None:
         for writer in self._writers:
-            writer.close()
+            writer.transport.abort()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
 @asynccontextmanager
@@ -147,8 +150,8 @@ async def beside(target: str) -> AsyncIterator[tuple[Beside, str]]:
     try:
         yield node, f"127.0.0.1:{port}"
     finally:
-        node.end()
         listener.close()
+        await node.end()
         await server.stop(0)
 
 
@@ -461,23 +464,19 @@ def test_a_plane_without_ways_beside_the_call_has_no_threads(make_plane):
 
 
 async def test_with_tls_the_secret_is_not_sent():
-    said = asyncio.Queue[bytes]()
-
-    async def let_in(reader, writer):
-        said.put_nowait(await reader.readexactly(HELLO_BYTES))
-        writer.write(READY)
-        await reader.read()
-        writer.close()
-
-    server = await asyncio.start_server(let_in, "127.0.0.1", 0)
-    port = server.sockets[0].getsockname()[1]
-    for tls in (False, True):
-        endpoint = Endpoint(Carrier.SOCKETS, b"c" * 16, b"s" * 32, 1, port=port, tls=tls)
-        for connection in await dial(endpoint, "127.0.0.1:1", 5):
-            connection.close()
-        hello = parse_hello(await said.get())
-        assert (hello.call_id, hello.secret) == (b"c" * 16, bytes(32) if tls else b"s" * 32)
-    server.close()
+    loop = asyncio.get_running_loop()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setblocking(False)
+        port = listener.getsockname()[1]
+        for tls in (False, True):
+            endpoint = Endpoint(Carrier.SOCKETS, b"c" * 16, b"s" * 32, 1, port=port, tls=tls)
+            dialling = asyncio.ensure_future(dial(endpoint, "127.0.0.1:1", 5))
+            accepted, _ = await loop.sock_accept(listener)
+            with accepted:
+                hello = parse_hello(await loop.sock_recv(accepted, HELLO_BYTES))
+                await loop.sock_sendall(accepted, READY)
+                (await dialling)[0].close()
+            assert (hello.call_id, hello.secret) == (b"c" * 16, bytes(32) if tls else b"s" * 32)
 
 
 async def test_who_does_not_say_ready_in_time_is_given_up(monkeypatch):
