@@ -13,8 +13,8 @@ class Span:
     Tracks are named by what works there: "engine" for the step loop; "cpu 0", "cpu 1", … for
     attention workers; "gpu" for the GPU's dense part and "gpu tasks 0", … for tasks of its lane
     that run side by side; "pcie host_to_device" and "pcie device_to_host"; "handoff HOST:PORT
-    REQUEST" for a hand-off stream. Spans of one track do not overlap, except where one holds the
-    other whole.
+    REQUEST" for a hand-off's call, with " kv" for what comes beside it. Spans of one track do not
+    overlap, except where one holds the other whole.
     """
 
     track: str

@@ -45,10 +45,14 @@ class LandingState:
     tokens_taken: int
     """Tokens whose KV is there, from the prompt's first; a layer counts for its share."""
     received_bytes: int
-    """All that came, frames under way included."""
+    """All that came over the connections, frames under way included. By shared memory these are
+    frames without their payload."""
     is_whole: bool
     error: FluxionError | None
     """The first thing that was wrong; nothing is taken in after it."""
+
+
+NOTHING_LANDED = LandingState(0, 0, 0, 0, is_whole=False, error=None)
 
 
 class IncomingKv:

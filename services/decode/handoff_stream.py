@@ -20,7 +20,7 @@ from fluxion_core.kvstream.handoff import FrameKind, KvLayout, Trailer
 from fluxion_core.observe.spans import Span
 from fluxion_core.observe.trace import TraceRecorder
 from fluxion_core.wire import codec
-from services.decode.data_plane import DataPlane, IncomingKv
+from services.decode.data_plane import NOTHING_LANDED, DataPlane, IncomingKv
 
 REASON_SECONDS = 0.5
 """For a node whose connections have ended to say on the call why."""
@@ -35,8 +35,8 @@ class HandoffStream:
         layout: what this node serves.
         plane: takes what comes beside the call.
         node: host:port of the prefill node.
-        trace: takes a span for each frame, or for what came beside the call since the last one.
-        track: of the spans.
+        trace: takes a span for each frame, and for what came beside the call since the last one.
+        track: of the call's spans; what comes beside it has another one.
     """
 
     def __init__(
@@ -62,7 +62,8 @@ class HandoffStream:
         self._incoming: IncomingKv | None = None
         self._heard: Callable[[], None] = lambda: None
         self._giving_up: asyncio.TimerHandle | None = None
-        self._seen_bytes, self._seen_ns = 0, 0
+        self._seen, self._seen_ns = NOTHING_LANDED, 0
+        """When something came last, and all that had come by then."""
         self.has_heard = False
         """Whether the node has said anything."""
         self.kv_began_at: float | None = None
@@ -156,22 +157,23 @@ class HandoffStream:
         if endpoint is None:
             return
         with self._trace.span(self._track, "connect", connections=endpoint.connections):
-            self._seen_ns = time.monotonic_ns()
             self._incoming = await self._plane.fetch(
                 endpoint, self._node, self._sequence, self._landing_changed
             )
+        self._seen_ns = time.monotonic_ns()
 
     def _landing_changed(self) -> None:
         assert self._incoming is not None
-        state = self._incoming.state
-        if (new_bytes := state.received_bytes - self._seen_bytes) > 0:
+        state, now_ns = self._incoming.state, time.monotonic_ns()
+        if state.received_bytes > self._seen.received_bytes:
             self._heard()
             self._kv_came()
-            now_ns, began_ns = time.monotonic_ns(), self._seen_ns
-            self._trace.add(
-                Span(self._track, self.way.value, began_ns, now_ns, {"bytes": new_bytes})
-            )
-            self._seen_bytes, self._seen_ns = state.received_bytes, now_ns
+            # By shared memory the payload is not among what is received.
+            new_bytes = state.payload_bytes - self._seen.payload_bytes
+            track = f"{self._track} kv"
+            span = Span(track, self.way.value, self._seen_ns, now_ns, {"bytes": new_bytes})
+            self._trace.add(span)
+            self._seen, self._seen_ns = state, now_ns
         if state.error is not None and self._giving_up is None:
             # Connections end when a node ends the hand-off; then the call says why.
             is_cut = isinstance(state.error, PeerUnavailableError | StreamTruncatedError)

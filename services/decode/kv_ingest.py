@@ -356,6 +356,9 @@ def _of_node(error: FluxionError, address: str) -> FluxionError:
     if isinstance(error, PeerUnavailableError | RequestCancelledError):
         # We cancel by leaving the task; a cancellation that arrives as a status is the peer's.
         return PeerUnavailableError(f"prefill node {address} is not available: {error}")
+    if isinstance(error, RemoteError) and error.status is grpc.StatusCode.ABORTED:
+        # It has given up waiting for KV to be taken: of this node or the network, not the client.
+        return PeerUnavailableError(f"prefill node {address} has ended the hand-off: {error}")
     if isinstance(error, AuthenticationError):
         # Not of the client of Generate, who has shown its own.
         return PeerUnavailableError(

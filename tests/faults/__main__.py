@@ -14,7 +14,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.faults import client_faults, machine_faults, network_faults, node_faults
+from tests.faults import (
+    client_faults,
+    machine_faults,
+    network_faults,
+    node_faults,
+    plane_faults,
+)
 from tests.faults.cluster import running_cluster
 from tests.faults.matrix import Scenario, failed_line, skipped_line, table
 
@@ -38,6 +44,7 @@ def main() -> int:
                 *node_faults.SCENARIOS,
                 *client_faults.SCENARIOS,
                 *machine_faults.SCENARIOS,
+                *plane_faults.SHARED_MEMORY_SCENARIOS,
             )
         )
         clock = named(machine_faults.CLOCK_SCENARIOS)
@@ -47,6 +54,11 @@ def main() -> int:
         if scenarios or clock:
             with running_cluster(directory) as cluster:
                 lines += [run(scenario, cluster) for scenario in (*scenarios, *clock)]
+        plane = named(plane_faults.SCENARIOS)
+        if plane:
+            (directory / "sockets").mkdir()
+            with plane_faults.running_socket_cluster(directory / "sockets") as cluster:
+                lines += [run(scenario, cluster) for scenario in plane]
         network = named(network_faults.SCENARIOS)
         if network:
             lines += network_faults.run_in_namespaces([each.__name__ for each in network])

@@ -182,6 +182,8 @@ def running_cluster(
     *,
     first: Mapping[str, object] | None = None,
     lone: Mapping[str, object] | None = None,
+    flags: Sequence[str] = (),
+    first_flags: Sequence[str] = (),
 ) -> Iterator[Cluster]:
     """All nodes, ready; killed on the way out.
 
@@ -189,6 +191,8 @@ def running_cluster(
         directory: an empty one for the model and logs.
         first: attributes of that node that are not as usual.
         lone: the same.
+        flags: of all nodes but the twin's.
+        first_flags: of the first prefill node.
     """
     (directory / "model").mkdir()
     model = write_model(directory / "model")
@@ -201,10 +205,11 @@ def running_cluster(
         "float32",
         "--model.threads",
         "1",
+        *flags,
     ]
 
-    def prefill(name: str, **changes: object) -> FaultNode:
-        flags = [*common, "--engine.chunk-tokens", str(CHUNK_TOKENS)]
+    def prefill(name: str, *more: str, **changes: object) -> FaultNode:
+        flags = [*common, *more, "--engine.chunk-tokens", str(CHUNK_TOKENS)]
         flags += ["--engine.max-running-prompts", "1"]
         return FaultNode("prefill", flags, directory / f"{name}.log", **changes)
 
@@ -216,7 +221,7 @@ def running_cluster(
         flags += ["--prefill-addresses", ",".join(node.address for node in prefill_nodes)]
         return FaultNode("decode", flags, directory / f"{name}.log", **changes)
 
-    one, two = prefill("first", **(first or {})), prefill("second")
+    one, two = prefill("first", *first_flags, **(first or {})), prefill("second")
     nodes = (one, two, decode("pair", one, two), decode("lone", one, **(lone or {})))
     with killed_at_the_end(nodes):
         for node in nodes:

@@ -11,11 +11,15 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.conftest import ROOT
-from tests.faults import client_faults, node_faults
+from tests.faults import client_faults, node_faults, plane_faults
 from tests.faults.cluster import Cluster, running_cluster
 from tests.faults.matrix import Scenario
 
-QUICK = (*node_faults.QUICK_SCENARIOS, *client_faults.SCENARIOS)
+QUICK = (
+    *node_faults.QUICK_SCENARIOS,
+    *client_faults.SCENARIOS,
+    *plane_faults.SHARED_MEMORY_SCENARIOS,
+)
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +32,19 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 def test_a_fault_ends_as_documented_and_leaves_nothing_behind(cluster, scenario: Scenario):
     # What the scenario asserts; how long it takes is printed by `make faults`.
     asyncio.run(scenario(cluster))
+
+
+@pytest.fixture(scope="module")
+def socket_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with plane_faults.running_socket_cluster(tmp_path_factory.mktemp("sockets")) as nodes:
+        yield nodes
+
+
+@pytest.mark.parametrize(
+    "scenario", plane_faults.QUICK_SCENARIOS, ids=lambda scenario: scenario.__name__
+)
+def test_a_fault_of_the_data_plane_ends_as_documented_too(socket_cluster, scenario: Scenario):
+    asyncio.run(scenario(socket_cluster))
 
 
 WALL_CLOCK_CALLS = {("time", "time"), ("time", "time_ns"), ("datetime", "now"), ("date", "today")}

@@ -106,10 +106,10 @@ async def test_a_request_is_counted_on_both_nodes(
         ("local",): 0,
         ("cached",): 0,
     }
-    assert decode["fluxion_handoffs_total"] == {(prefill.address, "grpc"): 1}
+    assert decode["fluxion_handoffs_total"] == {(prefill.address, "shared_memory"): 1}
     # K and V, 2 layers, 2 heads of 16 channels in bf16, of 704 tokens: whole blocks.
     assert decode["fluxion_handoff_bytes_total"] == {
-        (prefill.address, "grpc"): 704 * 2 * 2 * 2 * 16 * 2
+        (prefill.address, "shared_memory"): 704 * 2 * 2 * 2 * 16 * 2
     }
     assert decode["fluxion_groups_total"]["everything",] == 4 * 2 * 2
     assert decode["fluxion_tasks_total"] == {("cpu",): 4 * 2 * 2}
@@ -119,7 +119,7 @@ async def test_a_request_is_counted_on_both_nodes(
     assert of_prefill["fluxion_prefill_seconds_count"] == {(): 1}
     assert (
         of_prefill["fluxion_prefill_kv_bytes_total"][()]
-        == decode["fluxion_handoff_bytes_total"][prefill.address, "grpc"]
+        == decode["fluxion_handoff_bytes_total"][prefill.address, "shared_memory"]
     )
     # Every metric that needs no GPU, with its type, and no other.
     for text, definitions in (

@@ -64,11 +64,12 @@ async def test_everybody_who_works_has_a_track(recorded):
     assert [track for track in tracks if track not in streams] == [
         *("engine", "cpu 0", "cpu 1", "cpu 2", "cpu 3"),
     ]
-    assert all(re.fullmatch(rf"handoff {prefill} \d{{8}}", track) for track in streams)
+    assert all(re.fullmatch(rf"handoff {prefill} \d{{8}}( kv)?", track) for track in streams)
     # K and V, 2 layers, 2 heads of 16 channels in bf16, of 704 tokens.
     payload = 704 * 2 * 2 * 2 * 16 * 2
-    received = [sum(event["args"]["bytes"] for event in tracks[track]) for track in streams]
-    assert max(received) > payload
+    received = {track: sum(e["args"].get("bytes", 0) for e in tracks[track]) for track in streams}
+    assert max(received[track] for track in streams if track.endswith(" kv")) == payload
+    assert any(event["name"] == "connect" for track in streams for event in tracks[track])
 
 
 async def test_spans_lie_where_they_belong(recorded):
