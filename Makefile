@@ -65,7 +65,7 @@ asan: $(VENV)/.tested  ## the kernels' tests under AddressSanitizer
 tsan: $(VENV)/.tested  ## the CPU pool's threads under ThreadSanitizer
 	$(BIN)/python -m pytest tests/fluxion_core/pool/test_task_pool_threads.py
 
-fuzz: $(VENV)/.tested  ## a million hand-off frames by each way, 100,000 model headers, 20,000 requests; resumes
+fuzz: $(VENV)/.tested  ## a million hand-off frames by each way, 100,000 tickets, as many model headers, 20,000 requests; resumes
 	nice -n 15 $(BIN)/python -m tests.fuzz --journal build/fuzz.json
 
 dashboards: $(VENV)/.tested  ## Grafana dashboards and console pages from deploy/grafana/panels.py

@@ -51,6 +51,10 @@ def make_target(name: str) -> Target:
         from tests.fuzz.plane_frames import PlaneFrames
 
         return PlaneFrames()
+    if name == "tickets":
+        from tests.fuzz.tickets import Tickets
+
+        return Tickets()
     if name == "gguf":
         from tests.fuzz.gguf_files import GgufFiles
 
@@ -69,6 +73,7 @@ def make_target(name: str) -> Target:
 DEFAULT_UNITS = {
     "handoff": 1_000_000,
     "plane": 1_000_000,
+    "tickets": 100_000,
     "gguf": 50_000,
     "safetensors": 50_000,
     "requests": 20_000,

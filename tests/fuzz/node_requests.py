@@ -15,7 +15,8 @@ from random import Random
 
 import grpc
 
-from fluxion_core.config.settings import ClientSettings
+from fluxion_core.config.carriers import Carrier
+from fluxion_core.config.settings import ClientSettings, HandoffSettings
 from fluxion_core.generation.sampling import SamplingParams
 from fluxion_core.kvstream.handoff import KvLayout
 from fluxion_core.wire import codec
@@ -69,7 +70,9 @@ class NodeRequests:
         model = Path(directory)
         for name, content in seed_directory().items():
             (model / name).write_bytes(content)
-        prefill = await enter(running_node(prefill_node.serve, prefill_settings(model)))
+        # Who asks for KV beside its call, and does not fetch it, is given up soon.
+        settings = prefill_settings(model, unread_seconds=1.0)
+        prefill = await enter(running_node(prefill_node.serve, settings))
         self._prefill = await enter(open_channel(prefill.address, ClientSettings()))
         load = await handoff_pb2_grpc.PrefillNodeStub(self._prefill).GetPrefillLoad(
             handoff_pb2.GetPrefillLoadRequest()
@@ -79,8 +82,11 @@ class NodeRequests:
         proxy_address = await self._proxy.start()
         self._stack.push_async_callback(self._proxy.stop)
         self._decoders = []
-        for address in (prefill.address, proxy_address):
-            node = await enter(running_node(decode_node.serve, decode_settings(model, address)))
+        # What the proxy damages comes over the call.
+        over_the_call = HandoffSettings(ways=(Carrier.GRPC,))
+        for address, handoff in ((prefill.address, None), (proxy_address, over_the_call)):
+            of_node = decode_settings(model, address, handoff=handoff)
+            node = await enter(running_node(decode_node.serve, of_node))
             self._decoders.append(await enter(open_channel(node.address, ClientSettings())))
 
     async def _run(self, random: Random) -> Outcome:
@@ -91,6 +97,7 @@ class NodeRequests:
         match kind:
             case "hand-off":
                 channel, call = self._prefill, self._prefill.unary_stream(_HANDOFF)
+                allowed = (*_REFUSALS, "ABORTED")
             case "tokenize":
                 call = channel.unary_unary(_TOKENIZE)
             case "generate":

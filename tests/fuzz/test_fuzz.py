@@ -13,7 +13,10 @@ SEED = 20
 
 @pytest.mark.parametrize(
     ("name", "cases"),
-    [("handoff", 1500), ("plane", 7000), ("gguf", 500), ("safetensors", 500), ("requests", 100)],
+    [
+        *(("handoff", 1500), ("plane", 7000), ("tickets", 500)),
+        *(("gguf", 500), ("safetensors", 500), ("requests", 100)),
+    ],
 )
 def test_whatever_comes_is_refused_by_name_or_accepted_whole(name: str, cases: int):
     target, tally = make_target(name), Tally()
