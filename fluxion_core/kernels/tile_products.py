@@ -30,8 +30,9 @@ def beyond_halves(rows):
 
 if INTERPRETED:
 
-    def float32_dot(rows, tile):
-        """[rows, k] float32 times [k, columns] bfloat16, in float32."""
+    def float32_dot(rows, tile, EXACT):
+        """[rows, k] float32 times [k, columns] bfloat16, in float32: EXACT in any case."""
+        del EXACT
         # The interpreter multiplies bfloat16 as the integers that it keeps them in.
         return tl.dot(rows, tile.to(tl.float32), input_precision="ieee")
 
@@ -73,11 +74,19 @@ else:
         return product
 
     @triton.jit
-    def float32_dot(rows, tile):
+    def _product(rows, tile):
+        product = tl.dot(halves(rows), tile, out_dtype=tl.float32)
+        return tl.sum(product.reshape(2, rows.shape[0], tile.shape[1]), axis=0)
+
+    @triton.jit
+    def float32_dot(rows, tile, EXACT: tl.constexpr):
         """[rows, k] float32 times [k, columns] bfloat16, in float32.
 
         A float32 is the sum of two bfloat16 to within 2^-17 of itself, and their products with a
-        bfloat16 are exact: both halves are rows of one product, and are added after it.
+        bfloat16 are exact: both halves are rows of one product, and are added after it. EXACT adds
+        another of what they lack, so that nothing but the sum is rounded.
         """
-        product = tl.dot(halves(rows), tile, out_dtype=tl.float32)
-        return tl.sum(product.reshape(2, rows.shape[0], tile.shape[1]), axis=0)
+        product = _product(rows, tile)
+        if EXACT:
+            product += _product(beyond_halves(rows), tile)
+        return product

@@ -22,6 +22,7 @@ MAX_LINES = 60
 
 LONG_KERNELS = {
     "fluxion_core/kernels/block_score/triton.py: _score_level",
+    "fluxion_core/kernels/block_score/triton.py: score_task",
     "fluxion_core/kernels/dense_attention/triton.py: _attend_piece",
     "fluxion_core/kernels/head_plan/triton.py: _scan",
     "fluxion_core/kernels/head_plan/triton.py: _see_window",

@@ -38,6 +38,7 @@ class GpuLane:
         device: that runs the tasks.
         num_threads: of the CPU pool on the other end of the queue.
         digests: copies of the store's digests on the device, to be scanned in their place.
+        is_float32: whether the model is.
     """
 
     def __init__(
@@ -49,10 +50,18 @@ class GpuLane:
         *,
         num_threads: int,
         digests: DigestCopies | None = None,
+        is_float32: bool = False,
     ) -> None:
         nowhere = pinned(16 * geometry.head_dim, dtype=torch.int64)
         self._kernels = [
-            LaneKernels(geometry, num_heads, max_region_tokens, device=device, digests=digests)
+            LaneKernels(
+                geometry,
+                num_heads,
+                max_region_tokens,
+                device=device,
+                digests=digests,
+                is_float32=is_float32,
+            )
             for _ in range(LANE_TASKS)
         ]
         self._done = pinned(LANE_TASKS, dtype=torch.int64)

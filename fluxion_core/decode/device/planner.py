@@ -59,6 +59,7 @@ class DevicePlanner:
         capacity: sequences of a step, and slots.
         device: where the dense part runs.
         driver: of the host's side, which waits for the plans.
+        is_float32: whether the model is.
 
     Raises:
         ShapeError: no kernel takes the model's heads.
@@ -76,6 +77,7 @@ class DevicePlanner:
         capacity: int,
         device: torch.device,
         driver: _native.StepDriver,
+        is_float32: bool = False,
     ) -> None:
         self._digests, self._driver = digests, driver
         self._weights = pack_weights(planner, device)
@@ -87,6 +89,7 @@ class DevicePlanner:
             digests.place,
             geometry.slabs_for(max_context_tokens + 1),
             self._weights.biases[0].shape[0],
+            is_float32=is_float32,
         )
         self._memory = self._plan.make_memory(capacity, device)
         self._told = pinned(*self._memory.told.shape, dtype=torch.float32)

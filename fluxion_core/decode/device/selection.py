@@ -111,7 +111,9 @@ class DeviceSelection:
         self.kernels = GroupSelection(
             geometry, num_heads, max_region_tokens, max_slabs, digests.placed, is_float32
         )
-        self.attention = ResidentAttention(num_heads, geometry.num_kv_heads, geometry.head_dim)
+        self.attention = ResidentAttention(
+            num_heads, geometry.num_kv_heads, geometry.head_dim, is_float32=is_float32
+        )
         self.merge = TierMerge(num_heads, geometry.num_kv_heads, geometry.head_dim)
         self.board = TierBoard(geometry, num_heads, capacity, self.kernels.stride, device)
         self.lists = self.kernels.make_lists(capacity, device)

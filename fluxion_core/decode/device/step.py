@@ -126,6 +126,7 @@ class DeviceStep(DecodeStep):
         check_step_shapes(geometry, window, config.num_heads, planner)
         self._store, self._window, self.pool = store, window, pool
         self._device = decoder.embedding.device
+        self._is_float32 = decoder.embedding.dtype == torch.float32
         self._num_heads = config.num_heads
         self.lanes: Lanes = lanes
         self._selection: DeviceSelection | None = None
@@ -187,14 +188,14 @@ class DeviceStep(DecodeStep):
             max_context_tokens=max_context_tokens,
             step=step_number,
             stream=self._stream,
-            is_float32=decoder.embedding.dtype == torch.float32,
+            is_float32=self._is_float32,
             scores_hook=scores_hook,
         )
         if self._selection is None and (lanes == "cpu" or not self.digests_on_device):
             self._digests = None  # Nobody would scan them.
         self.fills_ahead = self._selection is not None
         self._driver = self._make_driver()
-        attention = WindowAttention(window, *heads)
+        attention = WindowAttention(window, *heads, is_float32=self._is_float32)
         self._device_planner = self._make_planner(
             planner, coarse, attention.num_splits, max_context_tokens, max_rows
         )
@@ -255,6 +256,7 @@ class DeviceStep(DecodeStep):
             capacity=max_rows,
             device=self._device,
             driver=self._driver,
+            is_float32=self._is_float32,
         )
 
     def _make_lane(self, max_context_tokens: int) -> GpuLane:
@@ -266,6 +268,7 @@ class DeviceStep(DecodeStep):
             self._device,
             num_threads=self.pool.num_threads,
             digests=self._digests.copies if self._digests else None,
+            is_float32=self._is_float32,
         )
 
     def _residents(self, sequence: SequenceKv) -> ResidentUnits | None:

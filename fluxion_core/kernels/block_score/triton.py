@@ -35,7 +35,15 @@ def bound_weights(weights, radius):
 
 
 @triton.jit
-def score_tile(at, inside, query, radius, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
+def score_tile(
+    at,
+    inside,
+    query,
+    radius,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    EXACT: tl.constexpr,
+):
     """[rows, records * width] scores from records of 16 bits at the addresses `at`."""
     channel = tl.arange(0, HEAD_DIM)
     block = tl.arange(0, WIDTH)
@@ -49,7 +57,7 @@ def score_tile(at, inside, query, radius, HEAD_DIM: tl.constexpr, WIDTH: tl.cons
     low = pairs.to(tl.int16).to(tl.bfloat16, bitcast=True)
     high = (pairs >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     for_low, for_high = bound_weights(query, radius)
-    return float32_dot(for_low, low) + float32_dot(for_high, high)
+    return float32_dot(for_low, low, EXACT) + float32_dot(for_high, high, EXACT)
 
 
 @triton.jit
@@ -122,6 +130,7 @@ def _score_level(
     SLAB_STRIDE: tl.constexpr,
     KV_BYTES: tl.constexpr,
     COPY_BYTES: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
     """This program's share of the level's records."""
     RECORDS: tl.constexpr = TILE_BLOCKS // WIDTH
@@ -164,7 +173,7 @@ def _score_level(
         if DIGEST_BITS == 8:
             scores = score_span(at, inside, query, odd_query, radius, HEAD_DIM, WIDTH)
         else:
-            scores = score_tile(at, inside, query, radius, HEAD_DIM, WIDTH)
+            scores = score_tile(at, inside, query, radius, HEAD_DIM, WIDTH, EXACT)
         block = first * WIDTH - first_block + tl.arange(0, TILE_BLOCKS)
         is_scored = (block >= 0) & (block < num_blocks)
         tl.store(
@@ -195,6 +204,7 @@ def score_task(
     SLAB_STRIDE: tl.constexpr,
     KV_BYTES: tl.constexpr,
     COPY_BYTES: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
     """One program: every num_programs-th tile of the blocks; the first also copies the task.
 
@@ -207,6 +217,7 @@ def score_task(
         SLAB_STRIDE: bytes from slab to slab.
         KV_BYTES: of a slab; its digests follow.
         COPY_BYTES: of a slab's copy; 0: there are none, digests are read where they are.
+        EXACT: queries are of a float32 model, and their last bits count.
     """
     level = tl.load(descriptor_ptr + LEVEL)
     # What is in a list was scored before.
@@ -221,17 +232,17 @@ def score_task(
     if level == 0:
         _score_level(descriptor_ptr, task_ptr, scores_ptr, score_stride, arena, copies, GROUP,
                      GROUP_ROWS, HEAD_DIM, DIGEST_BITS, WIDTH_16, SLAB_BLOCKS, TILE_BLOCKS,
-                     SLAB_STRIDE, KV_BYTES, COPY_BYTES)
+                     SLAB_STRIDE, KV_BYTES, COPY_BYTES, EXACT)
     elif level == 1:
         _score_level(descriptor_ptr, task_ptr, scores_ptr, score_stride, arena, copies, GROUP,
                      GROUP_ROWS, HEAD_DIM, DIGEST_BITS, WIDTH_32, SLAB_BLOCKS // 2, TILE_BLOCKS,
-                     SLAB_STRIDE, KV_BYTES, COPY_BYTES)
+                     SLAB_STRIDE, KV_BYTES, COPY_BYTES, EXACT)
     elif level == 2:
         _score_level(descriptor_ptr, task_ptr, scores_ptr, score_stride, arena, copies, GROUP,
                      GROUP_ROWS, HEAD_DIM, DIGEST_BITS, WIDTH_64, SLAB_BLOCKS // 4, TILE_BLOCKS,
-                     SLAB_STRIDE, KV_BYTES, COPY_BYTES)
+                     SLAB_STRIDE, KV_BYTES, COPY_BYTES, EXACT)
     elif level == 3:
         _score_level(descriptor_ptr, task_ptr, scores_ptr, score_stride, arena, copies, GROUP,
                      GROUP_ROWS, HEAD_DIM, DIGEST_BITS, WIDTH_128, SLAB_BLOCKS // 8, TILE_BLOCKS,
-                     SLAB_STRIDE, KV_BYTES, COPY_BYTES)
+                     SLAB_STRIDE, KV_BYTES, COPY_BYTES, EXACT)
     # fmt: on

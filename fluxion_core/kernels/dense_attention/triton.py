@@ -66,6 +66,7 @@ def _attend_piece(
     RING: tl.constexpr,
     SPLIT_TOKENS: tl.constexpr,
     SPLITS: tl.constexpr,
+    EXACT: tl.constexpr,
     HAS_NEW: tl.constexpr,
 ):
     """The state of one GQA group of one row over one piece of its window.
@@ -102,13 +103,13 @@ def _attend_piece(
         other=0.0,
     )
 
-    scores = float32_dot(query.to(tl.float32), tl.trans(key)) * (SCALE * LOG2E)
+    scores = float32_dot(query.to(tl.float32), tl.trans(key), EXACT) * (SCALE * LOG2E)
     scores = tl.where(counts[None, :], scores, float("-inf"))
     highest = tl.max(scores, axis=1)
     is_empty = highest == float("-inf")
     weights = tl.exp2(scores - tl.where(is_empty, 0.0, highest)[:, None])
     weight_sum = tl.where(is_empty, 1.0, tl.sum(weights, axis=1))
-    output = float32_dot(weights, value) / weight_sum[:, None]
+    output = float32_dot(weights, value, EXACT) / weight_sum[:, None]
     lse = (highest + tl.log2(weight_sum)) * LN2
 
     state = (row.to(tl.int64) * heads + kv_head * GROUP + members) * SPLITS + split
@@ -154,6 +155,7 @@ def _window_attention(
     RING: tl.constexpr,
     SPLIT_TOKENS: tl.constexpr,
     SPLITS: tl.constexpr,
+    EXACT: tl.constexpr,
     PUBLISHES: tl.constexpr,
 ):
     """One program: one piece of the window of one row and KV head; or what is new of one row."""
@@ -165,7 +167,7 @@ def _window_attention(
             query_ptr, key_ptr, value_ptr, slots_ptr, lengths_ptr, output_ptr, lse_ptr, peak_ptr,
             new_key_ptr, new_value_ptr, query_row_stride, slot_stride, head_stride, new_key_stride,
             new_value_stride, piece // SPLITS, piece % SPLITS, SCALE, GROUP, GROUP_ROWS, KV_HEADS,
-            HEAD_DIM, SINK, RECENT, RING, SPLIT_TOKENS, SPLITS, PUBLISHES)
+            HEAD_DIM, SINK, RECENT, RING, SPLIT_TOKENS, SPLITS, EXACT, PUBLISHES)
     elif PUBLISHES:
         publish_row(
             query_ptr, new_key_ptr, new_value_ptr, lengths_ptr, slots_ptr, key_ptr, value_ptr,
@@ -202,6 +204,8 @@ class WindowAttention:
     split_tokens: int = 64
     """Entries of a window per program; a power of two."""
     num_warps: int = 4
+    is_float32: bool = False
+    """Of a float32 model: all bits of queries and weights count; else 16 of them are enough."""
 
     def __post_init__(self) -> None:
         check_heads(self.num_heads, self.num_kv_heads, self.head_dim)
@@ -234,10 +238,9 @@ class WindowAttention:
     ) -> None:
         """Attend to each row's window: sink, and what of the ring is not in the retrieval region.
 
-        Only launches, on the current stream; may be captured in a CUDA graph. Grid: rows x (KV
-        heads x splits). With a publication one program more for each row, so that one barrier lies
-        between its data and its flag; 24 KiB a row of a Llama-3.1-8B shape, written in the order of
-        its addresses.
+        Only launches; may be captured in a CUDA graph. Grid: rows x (KV heads x splits). With a
+        publication one program more for each row, so that one barrier lies between its data and its
+        flag; 24 KiB a row of a Llama-3.1-8B shape, in the order of its addresses.
 
         Args:
             query: [rows, num_heads, head_dim] bfloat16 or float32, unscaled; rows may lie apart.
@@ -279,6 +282,7 @@ class WindowAttention:
             RING=self.window.ring_tokens,
             SPLIT_TOKENS=self.split_tokens,
             SPLITS=self.num_splits,
+            EXACT=self.is_float32,
             PUBLISHES=int(publication is not None),
             num_warps=self.num_warps,
         )

@@ -164,6 +164,8 @@ class HeadPlan:
     max_slabs: int
     hidden: int
     parts: int = 8
+    is_float32: bool = False
+    """The model is: all bits of queries count; else 16 of them are enough."""
 
     def __post_init__(self) -> None:
         geometry = self.geometry
@@ -316,6 +318,7 @@ class HeadPlan:
             TILE_BLOCKS=_TILE_BLOCKS[geometry.digest_bits],
             LEVEL_BYTES=copies.shape[-1],
             PARTS=self.parts,
+            EXACT=self.is_float32,
             num_warps=4,
         )
 
@@ -349,6 +352,7 @@ class HeadPlan:
             RING=self.window.ring_tokens,
             SPLITS=self.num_splits,
             SPLIT_ROWS=triton.next_power_of_2(self.num_splits),
+            EXACT=self.is_float32,
             num_warps=4,
         )
 

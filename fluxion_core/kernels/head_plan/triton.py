@@ -214,6 +214,7 @@ def _scan(
     WIDTH: tl.constexpr,
     TILE_BLOCKS: tl.constexpr,
     PARTS: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
     """Bounds of every PARTS-th tile of a KV head's 128-token blocks, summed up for each head."""
     RECORDS: tl.constexpr = TILE_BLOCKS // WIDTH
@@ -252,7 +253,7 @@ def _scan(
         if DIGEST_BITS == 8:
             scores = score_span(at, inside, query, odd_query, radius, HEAD_DIM, WIDTH)
         else:
-            scores = score_tile(at, inside, query, radius, HEAD_DIM, WIDTH)
+            scores = score_tile(at, inside, query, radius, HEAD_DIM, WIDTH, EXACT)
         scores *= SCALE
         block = first * WIDTH + column
         counts = (block >= first_block) & (block < end_block)
@@ -301,6 +302,7 @@ def scan(
     TILE_BLOCKS: tl.constexpr,
     LEVEL_BYTES: tl.constexpr,
     PARTS: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
     """One program: bounds of every PARTS-th tile of one KV head's 128-token blocks of one row.
 
@@ -321,7 +323,7 @@ def scan(
         _scan(words, query_ptr + head * HEAD_DIM, slabs_ptr + row * max_slabs,
               layer_offset + kv_head * LEVEL_BYTES, bounds_ptr + head * (PARTS * BOUND_WORDS),
               tl.program_id(2), radius, GROUP, GROUP_ROWS, HEAD_DIM, SCALE, DIGEST_BITS,
-              SLAB_BLOCKS, WIDTH, TILE_BLOCKS, PARTS)
+              SLAB_BLOCKS, WIDTH, TILE_BLOCKS, PARTS, EXACT)
         # fmt: on
 
 
@@ -355,6 +357,7 @@ def _see_window(
     RING: tl.constexpr,
     SPLITS: tl.constexpr,
     SPLIT_ROWS: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
     """What the window's attention and the query say of a group's heads; the query is remembered."""
     member = tl.arange(0, GROUP_ROWS)
@@ -382,13 +385,13 @@ def _see_window(
     token = tl.arange(0, 16)
     at_key = key_ptr + channel[:, None]
     key = tl.load(at_key + token[None, :] * HEAD_DIM)
-    logits = float32_dot(query, key) * SCALE
+    logits = float32_dot(query, key, EXACT) * SCALE
     sink_lse = _lse(logits)
     position = (length - 1) // 16 * 16 + token
     counts = (position < length)[None, :]
     entry = SINK + (position - SINK) % RING
     key = tl.load(at_key + entry[None, :] * HEAD_DIM, mask=counts, other=0.0)
-    logits = tl.where(counts, float32_dot(query, key) * SCALE, float("-inf"))
+    logits = tl.where(counts, float32_dot(query, key, EXACT) * SCALE, float("-inf"))
     recent_lse = _lse(logits)
 
     before = tl.load(memory_ptr + at_query, mask=mask[:, None], other=0.0)
@@ -428,6 +431,7 @@ def see_window(
     RING: tl.constexpr,
     SPLITS: tl.constexpr,
     SPLIT_ROWS: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
     """One program: one GQA group of one row.
 
@@ -455,7 +459,7 @@ def see_window(
                     window_lse_ptr + head * SPLITS, window_peak_ptr + head * SPLITS,
                     query_memory_ptr + (slot * heads + kv_head * GROUP) * HEAD_DIM,
                     sights_ptr + head * SIGHT_WORDS, GROUP, GROUP_ROWS, HEAD_DIM, SCALE, SINK,
-                    RING, SPLITS, SPLIT_ROWS)
+                    RING, SPLITS, SPLIT_ROWS, EXACT)
         # fmt: on
 
 

@@ -50,6 +50,7 @@ class LaneKernels:
             fill the link; with 128 the others read while one computes.
         tile_units: 16-token blocks that a program reads at a time.
         digests: copies to be read in place of the host's; they must be whole for what is scanned.
+        is_float32: the model is: all bits of queries count; else 16 of them are enough.
 
     Raises:
         ShapeError: no kernel takes these shapes.
@@ -65,6 +66,7 @@ class LaneKernels:
         programs: int = 128,
         tile_units: int = 2,
         digests: DigestCopies | None = None,
+        is_float32: bool = False,
     ) -> None:
         check_heads(num_heads, geometry.num_kv_heads, geometry.head_dim)
         group = num_heads // geometry.num_kv_heads
@@ -84,7 +86,7 @@ class LaneKernels:
             programs,
             tile_units,
         )
-        self._digests = digests
+        self._digests, self._is_float32 = digests, is_float32
         self._rows = max(MIN_ROWS, triton.next_power_of_2(group))
         self._shape = {"GROUP": group, "GROUP_ROWS": self._rows, "HEAD_DIM": geometry.head_dim}
         self._many = max(LEAST_CHOICE, triton.next_power_of_2(blocks))
@@ -143,6 +145,7 @@ class LaneKernels:
             SLAB_STRIDE=digests.slab_stride_bytes if digests else 1,
             KV_BYTES=geometry.kv_bytes,
             COPY_BYTES=geometry.digest_bytes if digests else 0,
+            EXACT=self._is_float32,
             num_warps=4,
         )
 
@@ -174,6 +177,7 @@ class LaneKernels:
             SCALE=self.geometry.head_dim**-0.5,
             PROGRAMS=self.programs,
             TILE_UNITS=self.tile_units,
+            EXACT=self._is_float32,
             num_warps=4,
         )
 

@@ -79,6 +79,7 @@ def attend_listed(
     SCALE: tl.constexpr,
     PROGRAMS: tl.constexpr,
     TILE_UNITS: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
     """One program: the state of the group over an even share of what is to be read.
 
@@ -128,7 +129,7 @@ def attend_listed(
             address, heads = _locate(task_ptr, ids_ptr, masks_ptr, first + TILE_UNITS + tile, end,
                                      ALL_HEADS, SLAB_BLOCKS, BLOCK_BYTES)
             # fmt: on
-            scores = float32_dot(query, tl.trans(key)) * (SCALE * LOG2E)
+            scores = float32_dot(query, tl.trans(key), EXACT) * (SCALE * LOG2E)
             is_wanted = ((token_heads[None, :] >> member[:, None]) & 1) != 0
             scores = tl.where(is_wanted, scores, float("-inf"))
             new_highest = tl.maximum(highest, tl.max(scores, axis=1))
@@ -136,7 +137,7 @@ def attend_listed(
             weights = tl.exp2(scores - reference[:, None])
             before = tl.exp2(highest - reference)
             weight_sum = weight_sum * before + tl.sum(weights, axis=1)
-            sums = sums * before[:, None] + float32_dot(weights, value)
+            sums = sums * before[:, None] + float32_dot(weights, value, EXACT)
             highest = new_highest
         state = member * PROGRAMS + program
         tl.store(partial_highest_ptr + state, highest)

@@ -41,6 +41,7 @@ def _attend_share(
     HEAD_DIM: tl.constexpr,
     TILE_UNITS: tl.constexpr,
     STAGES: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
     """Highest score in base 2, sum of weights, weighted sum of values, of some tiles of a list."""
     UNIT: tl.constexpr = 2 * 16 * HEAD_DIM
@@ -62,7 +63,7 @@ def _attend_share(
         unit = first + TILE_UNITS + token // 16
         slot = tl.load(slots_ptr + unit, mask=unit < units, other=0)
 
-        scores = float32_dot(query, tl.trans(key)) * (SCALE * LOG2E)
+        scores = float32_dot(query, tl.trans(key), EXACT) * (SCALE * LOG2E)
         is_wanted = ((heads[None, :] >> member[:, None]) & 1) != 0
         scores = tl.where(is_wanted, scores, float("-inf"))
         heads = tl.load(masks_ptr + unit, mask=unit < units, other=0)
@@ -71,7 +72,7 @@ def _attend_share(
         weights = tl.exp2(scores - reference[:, None])
         before = tl.exp2(highest - reference)
         weight_sum = weight_sum * before + tl.sum(weights, axis=1)
-        sums = sums * before[:, None] + float32_dot(weights, value)
+        sums = sums * before[:, None] + float32_dot(weights, value, EXACT)
         highest = new_highest
     return highest, weight_sum, sums
 
@@ -148,6 +149,7 @@ def attend_resident(
     SPLITS: tl.constexpr,
     TILE_UNITS: tl.constexpr,
     STAGES: tl.constexpr,
+    EXACT: tl.constexpr,
     WAITS: tl.constexpr,
 ):
     """One program: the state of one GQA group of one row over an even share of its list. The last
@@ -176,7 +178,7 @@ def attend_resident(
         highest, weight_sum, sums = _attend_share(
             query, tier_ptr, slots_ptr + group * stride, masks_ptr + group * stride,
             split * tiles // sharing, (split + 1) * tiles // sharing, units, SCALE, GROUP_ROWS,
-            HEAD_DIM, TILE_UNITS, STAGES)
+            HEAD_DIM, TILE_UNITS, STAGES, EXACT)
         # fmt: on
         weight_sum = tl.where(weight_sum == 0.0, 1.0, weight_sum)
         state = head * SPLITS + split
@@ -223,6 +225,8 @@ class ResidentAttention:
     """Tiles of a program: one less is on its way or being multiplied."""
     tile_bytes: int = 16 << 10
     """K and V that a program multiplies at a time; a power of two."""
+    is_float32: bool = False
+    """Of a float32 model: all bits of queries and weights count; else 16 of them are enough."""
 
     def __post_init__(self) -> None:
         check_heads(self.num_heads, self.num_kv_heads, self.head_dim)
@@ -305,6 +309,7 @@ class ResidentAttention:
             SPLITS=states.lse.shape[2],
             TILE_UNITS=max(1, self.tile_bytes // (4 * BLOCK_TOKENS * self.head_dim)),
             STAGES=self.stages,
+            EXACT=self.is_float32,
             WAITS=wait is not None,
             num_warps=group_rows // MIN_ROWS,
         )
