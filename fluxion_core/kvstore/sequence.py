@@ -94,6 +94,8 @@ class SequenceKv:
         """First tokens whose KV is exact, of those that are stored."""
         self.num_tokens = 0
         """Tokens whose KV is whole in every layer: 0 before `commit` or `begin_prompt`."""
+        self.num_rewrites = 0
+        """Times that what a hand-off had written was given up, to be written anew."""
         self._may_append = False
         self._next_token = [self.kv_from_token] * store.geometry.num_layers
         self._is_released = False
@@ -165,6 +167,7 @@ class SequenceKv:
         self._next_token = [first] * self._store.geometry.num_layers
         if is_written:
             self._store.renew(self._slabs[first // self._store.geometry.slab_tokens :])
+            self.num_rewrites += 1
         if self._tail is None:
             self._digest_begun_blocks()
 

@@ -95,6 +95,8 @@ class _Row:
     end: int
     """Of the region, in tokens."""
     ranges: deque[BlockRange] = field(default_factory=deque)
+    num_rewrites: int = 0
+    """Of the sequence before its commit, up to now."""
     has_left: bool = False
     """What is to come of it is waited for no more."""
 
@@ -283,11 +285,13 @@ class DeviceTier:
             self._arriving.pop(sequence).has_left = True
         for sequence, region in regions.items():
             row = self._arriving.setdefault(sequence, _Row(region.start))
+            num_rewrites = sequence.num_rewrites
             end = self._end_of_slabs(sequence.whole_tokens, region)
-            if end < row.end:
+            if end < row.end or num_rewrites > row.num_rewrites:
                 # It has failed, or is written anew.
                 row.has_left = True
-                row = self._arriving[sequence] = _Row(region.start)
+                row = _Row(region.start, num_rewrites=num_rewrites)
+                self._arriving[sequence] = row
             if end > row.end:
                 whole = sequence.whole()
                 end = max(row.end, self._end_of_slabs(whole.num_tokens, region))

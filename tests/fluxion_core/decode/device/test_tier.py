@@ -112,6 +112,8 @@ class Arriving:
     tokens: list[int]
     queued: int = WINDOW.sink_tokens
     """Tokens up to which the tier has queued it."""
+    is_anew: bool = False
+    """Its hand-off has begun anew since."""
 
     def __post_init__(self) -> None:
         self.written = [self.sequence.kv_from_token] * GEOMETRY.num_layers
@@ -131,8 +133,9 @@ class Arriving:
 
     def newly_queued(self) -> list[int]:
         """Arena blocks of the slabs that are whole and were not, and of the whole region's rest."""
-        if min(self.written) < self.queued:
+        if min(self.written) < self.queued or self.is_anew:
             self.queued = self.region.start
+        self.is_anew = False
         end = min(self.region.stop, *self.written)
         if end < self.region.stop:
             end = end // GEOMETRY.slab_tokens * GEOMETRY.slab_tokens
@@ -452,7 +455,8 @@ def test_hits_stay_right_while_sequences_come_and_go_and_share(worlds) -> None:
         """Write some more of a prompt, or begin anew, or give it up."""
         if chance() < 0.08:
             arriving.sequence.restart()
-            seen["restarted"] += min(arriving.written) > arriving.sequence.kv_from_token
+            seen["restarted"] += arriving.queued > WINDOW.sink_tokens
+            arriving.is_anew = max(arriving.written) > arriving.sequence.kv_from_token
             arriving.__post_init__()
         for layer in range(GEOMETRY.num_layers):
             world.write(arriving, layer, BLOCK_TOKENS * world.random.randrange(5))
@@ -659,6 +663,27 @@ def test_a_prompt_is_copied_while_it_is_written_whole_slabs_of_all_layers(worlds
     run_step(world, units)
     assert run_step(world, units) == (units, [])
     assert tier.statistics().filled_bytes == 44 * GEOMETRY.block_bytes
+
+
+def test_a_prompt_that_is_written_anew_is_copied_anew_before_it_joins(worlds) -> None:
+    # All is written again between two looks: what is whole is never seen to be less.
+    world = worlds(num_slabs=8, num_slots=64)
+    tier, arriving = world.tier, world.begin(list(range(500)))
+    for turn in range(2):
+        for layer in range(GEOMETRY.num_layers):
+            world.write(arriving, layer, 500)
+        for _ in range(8):
+            world.arrive(arriving)
+            tier.advance()
+            settle()
+        assert tier.statistics().filled_bytes == (turn + 1) * 44 * GEOMETRY.block_bytes
+        if not turn:
+            arriving.sequence.restart()
+            arriving.__post_init__()
+    world.join(0, arriving)
+    world.arrive()
+    units = world.running[0].units()
+    assert run_step(world, units) == (units, [])
 
 
 def test_a_prompt_that_fails_leaves_nothing_queued(worlds) -> None:
