@@ -16,6 +16,7 @@ from rich.live import Live
 from rich.table import Table
 
 from fluxion_core.config.addresses import address_of
+from fluxion_core.config.carriers import Carrier
 from fluxion_core.errors import PeerUnavailableError
 from services.cli.commands.top import Top
 from services.cli.http import get, reason_of
@@ -88,7 +89,10 @@ def rows_of(before: Samples, now: Samples, seconds: float) -> list[tuple[str, st
             rows.append((label, f"{now[name]:.0f}"))
     rate("tokens generated", "fluxion_generated_tokens_total", "/s")
     rate("prompt tokens", "fluxion_prefill_tokens_total", "/s")
-    rate("KV handed off", "fluxion_handoff_bytes_total", "MB/s", 1e6)
+    handed_off = "fluxion_handoff_bytes_total"
+    ways = ", ".join(way for way in Carrier if grown(f"{handed_off}{{{way}}}"))
+    rate("KV handed off", handed_off, f"MB/s by {ways}" if ways else "MB/s", 1e6)
+    rate("KV threads", "fluxion_data_plane_cpu_seconds_total", "CPUs")
     rate("KV attended", "fluxion_attended_bytes_total", "MB/s", 1e6)
     rate("digests scanned", "fluxion_scanned_bytes_total", "MB/s", 1e6)
     share("streaming heads", "fluxion_streaming_heads_total", ["fluxion_planned_heads_total"])

@@ -147,6 +147,8 @@ class DataListener:
             greeting = asyncio.ensure_future(self._greet(connection, way))
             self._strangers[greeting] = None
             greeting.add_done_callback(partial(self._greeted, connection))
+            # Who has said HELLO before it was let in has its turn before the next one comes.
+            await asyncio.sleep(0)
 
     def _greeted(self, connection: socket.socket, greeting: asyncio.Task[None]) -> None:
         # Here, for a task that is cancelled before its first step runs none of its own.

@@ -53,6 +53,7 @@ MAY_LOOK_AT_THE_WALL_CLOCK = {
     "services/decode/vllm_api.py": "a timestamp in an answer",
     "fluxion_core/generation/chat.py": "the date, for chat templates",
     "fluxion_core/lab/training/collect.py": "an instant that other processes understand; offline",
+    "services/cli/loopback_certificate.py": "from when a certificate is good",
     "fluxion_core/wire/tls.py": "whether certificates have expired",
 }
 

@@ -14,6 +14,7 @@ from fluxion_core.kernels import _native
 from fluxion_core.kernels.block_digest import cpu as block_digest
 from fluxion_core.kernels.isa import native_layout
 from fluxion_core.kvstore.store import HostKvStore
+from fluxion_core.machine.cpus import usable_cpus
 from fluxion_core.pool.cpu_pool import CpuPool, TaskSpan
 from fluxion_core.pool.simulator import SimulatedTask, claim_order, simulate
 
@@ -175,3 +176,12 @@ def test_an_unclaimed_round_waits_for_the_other_consumer():
 def test_impossible_pools_are_refused():
     with pytest.raises(ConfigError):
         CpuPool(0)
+
+
+def test_cpus_that_no_thread_of_a_round_needs_are_spare():
+    cpus = usable_cpus()
+    pool = CpuPool(len(cpus) + 1)
+    assert pool.spare_cpus == []
+    pool.use_threads(1)
+    # The thread that waits is one of them, and may be anywhere.
+    assert pool.spare_cpus == cpus[1:]

@@ -36,6 +36,25 @@ def test_rates_and_shares_are_of_the_time_between_two_looks():
     }
 
 
+HANDOFFS = """# TYPE fluxion_handoff_bytes_total counter
+fluxion_handoff_bytes_total{node="a:1",way="sockets"} %d
+fluxion_handoff_bytes_total{node="a:1",way="grpc"} %d
+# TYPE fluxion_data_plane_cpu_seconds_total counter
+fluxion_data_plane_cpu_seconds_total{kind="decode"} %d
+"""
+
+
+def test_kv_is_shown_with_the_ways_that_it_came():
+    ready = NODE.partition("# TYPE fluxion_generated")[0]
+    before = parse_samples(ready + HANDOFFS % (0, 5_000_000, 1))
+    # By hand: 30 MB by sockets and 10 by the call in 2 s, and a second of the threads.
+    now = parse_samples(ready + HANDOFFS % (30_000_000, 15_000_000, 2))
+    kv = [("KV handed off", "20.0 MB/s by sockets, grpc"), ("KV threads", "0.5 CPUs")]
+    assert rows_of(before, now, 2.0) == [("ready", "yes"), *kv]
+    still = [("KV handed off", "0.0 MB/s"), ("KV threads", "0.0 CPUs")]
+    assert rows_of(now, now, 2.0) == [("ready", "yes"), *still]
+
+
 TIER = """# TYPE fluxion_tier_capacity_bytes gauge
 fluxion_tier_capacity_bytes 8e+10
 # TYPE fluxion_tier_held_bytes gauge

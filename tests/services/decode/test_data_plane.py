@@ -456,6 +456,17 @@ def test_an_answer_is_one_to_what_was_asked(make_plane, tmp_path):
         encrypted.check(endpoint_of(Carrier.SOCKETS))
 
 
+def test_threads_keep_to_the_cpus_that_they_are_given():
+    before = set(os.listdir("/proc/self/task"))
+    last = max(os.sched_getaffinity(0))
+    plane = DataPlane(SOCKETS, ClientSettings(), GEOMETRY, cpus=[last])
+    try:
+        (thread,) = set(os.listdir("/proc/self/task")) - before
+        assert os.sched_getaffinity(int(thread)) == {last}
+    finally:
+        plane.close()
+
+
 def test_a_plane_without_ways_beside_the_call_has_no_threads(make_plane):
     names = {thread.name for thread in os.scandir("/proc/self/task")}
     plane = make_plane(Carrier.GRPC)
@@ -491,6 +502,27 @@ async def test_who_does_not_say_ready_in_time_is_given_up(monkeypatch):
             with connection:
                 connection.recv(HELLO_BYTES, socket.MSG_WAITALL)
                 assert connection.recv(1) == b""
+
+
+async def test_dialling_that_is_cancelled_leaves_nothing(monkeypatch):
+    is_ready = asyncio.Event()
+    monkeypatch.setattr(kv_connections, "check_ready", lambda _: is_ready.set())
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setblocking(False)
+        endpoint = endpoint_of(Carrier.SOCKETS, port=listener.getsockname()[1])
+        dialling = asyncio.ensure_future(dial(endpoint, "127.0.0.1:1", 5))
+        loop = asyncio.get_running_loop()
+        accepted = [(await loop.sock_accept(listener))[0] for _ in range(endpoint.connections)]
+        # One of them is ready by then.
+        await loop.sock_sendall(accepted[0], READY)
+        await is_ready.wait()
+        dialling.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await dialling
+        for connection in accepted:
+            with connection:
+                assert len(await loop.sock_recv(connection, HELLO_BYTES)) == HELLO_BYTES
+                assert await loop.sock_recv(connection, 1) == b""
 
 
 async def test_who_does_not_answer_is_given_up():

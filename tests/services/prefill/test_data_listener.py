@@ -198,3 +198,23 @@ async def test_every_address_of_a_host_is_reached_at_one_port(host: str):
         await asyncio.to_thread(come_in, endpoint, 0)
     finally:
         await listener.stop()
+
+
+async def test_many_that_have_said_hello_while_nobody_looked_are_all_let_in():
+    async with listening() as listener:
+        knocking, all_came = [], []
+        # More than may be strangers, fewer than wait in the backlog.
+        for _ in range(data_listener.MAX_STRANGERS * 3 // 4):
+            endpoint, came = ticket_of(listener, Carrier.SOCKETS)
+            all_came.append(came)
+            for number in range(2):
+                # Nothing runs on the loop in between: they wait in the backlog.
+                connection = socket.create_connection(("127.0.0.1", listener.port))
+                knocking.append(connection)
+                hello = plane.Hello(Carrier.SOCKETS, number, 2, endpoint.call_id, endpoint.secret)
+                connection.sendall(plane.pack_hello(hello))
+        while sum(map(len, all_came)) < len(knocking):
+            await asyncio.sleep(0)
+        assert listener.refusals["crowded"] == 0
+        for connection in knocking:
+            connection.close()
