@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
-import gc
-import mmap
-import os
 import socket
 import struct
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -25,115 +18,22 @@ from fluxion_core.errors import (
     StreamTruncatedError,
 )
 from fluxion_core.kernels.crc32c.reference import crc32c
-from fluxion_core.kvstream.handoff import Frame
-from fluxion_core.wire import codec
 from tests.fluxion_core.kernels.plane.rig import (
-    PREFIX,
     Departure,
     io_threads,
     landing_into,
     make_frames,
     make_prompt,
 )
+from tests.fluxion_core.kernels.plane.ring_peer import (
+    SLOTS,
+    Sender,
+    departure_to_python,
+    open_descriptors,
+    prefix_of,
+)
 
 FRAMES = make_frames(100)
-SLOTS, SLOT_BYTES = 4, 8192
-ANNOUNCEMENT = struct.Struct("<4sIII")
-SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
-
-
-def announcement(
-    *, magic: bytes = b"FUXM", slots: int = SLOTS, slot_bytes: int = SLOT_BYTES, zero: int = 0
-) -> bytes:
-    """What a sender says of its memory."""
-    return ANNOUNCEMENT.pack(magic, slots, slot_bytes, zero)
-
-
-def shared_file(size: int = SLOTS * SLOT_BYTES, seals: int = SEALS) -> int:
-    """A descriptor of memory."""
-    fd = os.memfd_create("test", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    os.ftruncate(fd, size)
-    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
-    return fd
-
-
-def prefix_of(frame: Frame, slot: int, **changed: int) -> bytes:
-    """The prefix of a frame whose payload lies in a slot."""
-    names = "magic version kind layer first_token num_tokens payload_bytes crc32c reserved"
-    fields = PREFIX.unpack_from(codec.encode_frame(frame))
-    said = dict(zip(names.split(), fields, strict=True)) | {"reserved": slot} | changed
-    return PREFIX.pack(*said.values())
-
-
-class Sender:
-    """A sender in Python, which may do what ours would not."""
-
-    def __init__(self, peer: socket.socket, slots: int = SLOTS) -> None:
-        self.peer = peer
-        file = shared_file(slots * SLOT_BYTES)
-        self.memory = mmap.mmap(file, slots * SLOT_BYTES)
-        socket.send_fds(peer, [announcement(slots=slots)], [file])
-        os.close(file)
-
-    def send(self, frame: Frame, slot: int, **changed: int) -> None:
-        """A payload into a slot, and the frame's prefix."""
-        at = slot * SLOT_BYTES
-        self.memory[at : at + len(frame.payload)] = bytes(frame.payload)
-        self.peer.sendall(prefix_of(frame, slot, **changed))
-
-    def take_answer(self) -> int:
-        """A slot that the receiver gives back."""
-        return int.from_bytes(self.peer.recv(4, socket.MSG_WAITALL), "little")
-
-
-class Receiver:
-    """A receiver in Python, likewise."""
-
-    def __init__(self, peer: socket.socket) -> None:
-        self.peer = peer
-        said, files, _, _ = socket.recv_fds(peer, ANNOUNCEMENT.size, 4)
-        self.announcement = ANNOUNCEMENT.unpack(said)
-        (self.file,) = files
-        self.memory = mmap.mmap(self.file, 0, prot=mmap.PROT_READ)
-
-    def take_prefix(self) -> tuple[int, ...]:
-        """The next frame's."""
-        return PREFIX.unpack(self.peer.recv(PREFIX.size, socket.MSG_WAITALL))
-
-    def payload(self, prefix: tuple[int, ...]) -> bytes:
-        """What lies in its slot."""
-        at = prefix[8] * self.announcement[2]
-        return self.memory[at : at + prefix[6]]
-
-    def answer(self, slot: int) -> None:
-        """Give a slot back."""
-        self.peer.sendall(struct.pack("<I", slot))
-
-    def close(self) -> None:
-        """Of the descriptor and the memory; the socket is its owner's."""
-        self.memory.close()
-        os.close(self.file)
-
-
-@contextmanager
-def departure_to_python(slots: int = 2) -> Iterator[tuple[Departure, Receiver]]:
-    """Our departure, and a receiver in Python."""
-    with io_threads() as threads:
-        departure = Departure(threads, slots=slots, slot_bytes=8000)
-        ours, theirs = socket.socketpair()
-        departure.native.add(ours.detach(), "ring", 0, 1)
-        receiver = Receiver(theirs)
-        try:
-            with theirs:
-                yield departure, receiver
-        finally:
-            receiver.close()
-            departure.close()
-
-
-def open_descriptors() -> int:
-    gc.collect()  # what an earlier test left
-    return len(os.listdir("/proc/self/fd"))
 
 
 @pytest.mark.parametrize("slots", [1, 2, 16])
@@ -172,17 +72,6 @@ def test_both_ends_let_go_of_their_descriptors():
         landing.native.close()
         assert open_descriptors() == before
         departure.close()
-
-
-def test_the_memory_handed_over_can_change_its_size_no_more():
-    with departure_to_python() as (_, receiver):
-        assert receiver.announcement == (b"FUXM", 2, 8192, 0)  # slots begin on pages
-        assert os.fstat(receiver.file).st_size == 2 * 8192
-        seals = fcntl.fcntl(receiver.file, fcntl.F_GET_SEALS)
-        assert seals == SEALS | fcntl.F_SEAL_SEAL
-        for size in (0, 2 * 8192 - 1, 1 << 20):
-            with pytest.raises(PermissionError):
-                os.ftruncate(receiver.file, size)
 
 
 @pytest.mark.parametrize("num_bytes", [1, 63, 64, 65, 4160, 8000])
@@ -311,89 +200,6 @@ def test_descriptors_that_come_with_a_prefix_are_not_taken():
         socket.send_fds(peer, [prefix_of(FRAMES[1], 0)], [0, 1, 2])
         assert sender.take_answer() == 0
         assert open_descriptors() == before
-
-
-Files = list[tuple[int, int]]
-"""Bytes and seals of each."""
-
-WHOLE = SLOTS * SLOT_BYTES
-ANNOUNCED: dict[str, tuple[bytes, Files, str]] = {
-    "unsealed": (announcement(), [(WHOLE, 0)], "sealed"),
-    "may grow": (announcement(), [(WHOLE, fcntl.F_SEAL_SHRINK)], "sealed"),
-    "may shrink": (announcement(), [(WHOLE, fcntl.F_SEAL_GROW)], "sealed"),
-    "too small": (announcement(), [(WHOLE - 1, SEALS)], "32767 B"),
-    "too large": (announcement(), [(1 << 20, SEALS)], "1048576 B"),
-    "empty": (announcement(), [(0, SEALS)], "has 0 B"),
-    "none": (announcement(), [], "0 descriptors"),
-    "two": (announcement(), [(WHOLE, SEALS)] * 2, "2 descriptors"),
-    "twelve": (announcement(), [(WHOLE, SEALS)] * 12, "8 descriptors"),
-    "magic": (announcement(magic=b"FUXN"), [(WHOLE, SEALS)], "announcement"),
-    "zero": (announcement(zero=1), [(WHOLE, SEALS)], "announcement"),
-    "short": (announcement()[:15], [(WHOLE, SEALS)], "announcement"),
-    "no slots": (announcement(slots=0), [(0, SEALS)], "0 slots"),
-    "many slots": (announcement(slots=257), [(257 * SLOT_BYTES, SEALS)], "257 slots"),
-    "no bytes": (announcement(slot_bytes=0), [(0, SEALS)], "of 0 B"),
-    "odd bytes": (announcement(slot_bytes=8200), [(4 * 8200, SEALS)], "multiple of 64"),
-    "large slots": (announcement(slot_bytes=(4 << 20) + 64), [(WHOLE, SEALS)], "4194368 B"),
-    "around 2^64": (announcement(slots=1 << 31, slot_bytes=1 << 31), [(0, SEALS)], "slots of"),
-}
-
-
-@pytest.mark.parametrize("name", ANNOUNCED)
-def test_memory_that_is_not_as_agreed_is_refused(name: str):
-    said, sizes, says = ANNOUNCED[name]
-    with landing_into(make_prompt(100)) as landing:
-        before = open_descriptors()
-        with landing.add(0, 1, "ring") as peer:
-            files = [shared_file(*each) for each in sizes]
-            socket.send_fds(peer, [said], files)
-            for file in files:
-                os.close(file)
-            with pytest.raises(FrameFormatError, match=says):
-                landing.wait()
-        landing.native.close()
-        assert open_descriptors() == before
-
-
-@pytest.mark.parametrize("kind", ["pipe", "socket", "file", "folder"])
-def test_a_descriptor_of_something_else_is_refused(kind: str):
-    with tempfile.TemporaryFile() as file, socket.socket() as unbound:
-        file.truncate(WHOLE)
-        reading, writing = os.pipe()
-        folder = os.open("/", os.O_RDONLY)
-        offered = {
-            "pipe": reading,
-            "socket": unbound.fileno(),
-            "file": file.fileno(),
-            "folder": folder,
-        }
-        with landing_into(make_prompt(100)) as landing, landing.add(0, 1, "ring") as peer:
-            socket.send_fds(peer, [announcement()], [offered[kind]])
-            with pytest.raises(FrameFormatError, match="sealed"):
-                landing.wait()
-        for fd in (reading, writing, folder):
-            os.close(fd)
-
-
-def test_a_peer_that_ends_before_its_memory_came_is_truncated():
-    with landing_into(make_prompt(100)) as landing:
-        landing.add(0, 1, "ring").close()
-        with pytest.raises(StreamTruncatedError, match="shared memory"):
-            landing.wait()
-
-
-@pytest.mark.parametrize("end", ["landing", "departure"])
-def test_there_is_no_ring_with_a_peer_that_the_kernel_does_not_know(end: str):
-    # Over TCP nobody says which user the peer is.
-    with socket.create_server(("127.0.0.1", 0)) as listener, io_threads() as threads:
-        ours = socket.create_connection(listener.getsockname())
-        with listener.accept()[0], landing_into(make_prompt(100)) as landing:
-            departure = Departure(threads, slots=2, slot_bytes=8000)
-            departure.put(FRAMES[0])
-            (landing if end == "landing" else departure).native.add(ours.detach(), "ring", 0, 1)
-            with pytest.raises(PeerUnavailableError, match="for processes of user"):
-                landing.wait() if end == "landing" else departure.wait(1)
-            departure.close()
 
 
 SENDING_PROCESS = """
