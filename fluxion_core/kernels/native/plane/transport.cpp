@@ -12,6 +12,20 @@
 #include "plane/tls_transport.h"
 
 namespace fluxion {
+namespace {
+
+// Of a sender's socket; the kernel makes it twice that, at most twice net.core.wmem_max. What it would let
+// wait by itself, up to 4 MiB for each connection, has left the cache when it is received: with four
+// connections over loopback that is 0.35 CPU s/GB in place of 0.25. What is under way is bounded with it:
+// at a round trip of 1 ms a connection moves 1 GB/s.
+constexpr int kSendBufferBytes = 512 << 10;
+
+void bound_send_buffer(int fd) {
+  // Where it cannot be, the socket works as it is.
+  ::setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &kSendBufferBytes, sizeof kSendBufferBytes);
+}
+
+}  // namespace
 
 Transport::~Transport() { ::close(fd_); }
 
@@ -63,6 +77,7 @@ ssize_t PlainTransport::write(const iovec* parts, int count) {
 
 std::unique_ptr<Transport> make_transport(int fd, const TransportOptions& options) {
   const bool is_receiver = options.role == PlaneRole::kReceiver;
+  if (!is_receiver && options.kind != "ring") bound_send_buffer(fd);
   if (options.kind == "plain") return std::make_unique<PlainTransport>(fd);
   if (options.kind == "tls") {
     return std::make_unique<TlsTransport>(fd, options.role, options.psk, options.identity);

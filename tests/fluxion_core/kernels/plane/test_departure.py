@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from pathlib import Path
 
@@ -109,6 +110,20 @@ def test_a_frame_that_nobody_takes_waits_and_holds_up_no_other():
             assert unread.look()[1] == 0.0
         unread.close()
         read.close()
+
+
+def test_what_waits_in_a_senders_socket_is_bounded():
+    listener = socket.create_server(("127.0.0.1", 0))
+    with io_threads() as threads, listener:
+        departure = Departure(threads)
+        ours = socket.create_connection(listener.getsockname())
+        same = socket.socket(fileno=os.dup(ours.fileno()))
+        same.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        before = same.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+        departure.native.add(ours.detach(), "plain", 0, 1)
+        with same:
+            assert before < same.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) <= 1 << 20
+        departure.close()
 
 
 def test_a_receiver_that_closes_when_all_is_there_is_no_error_until_more_is_to_go():
