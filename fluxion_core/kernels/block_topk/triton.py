@@ -22,6 +22,9 @@ from fluxion_core.kernels.system_memory import typed_pointer
 COUNT_BITS = tl.constexpr(21)
 """Three counts of at most 2^21 blocks share one integer, so that one reduction gives all three."""
 COUNT_MASK = tl.constexpr((1 << 21) - 1)
+FEW_BITS = tl.constexpr(10)
+"""Likewise of few blocks, in half an integer."""
+FEW_MASK = tl.constexpr((1 << 10) - 1)
 
 
 @triton.jit
@@ -99,7 +102,7 @@ def mark_top(scores_ptr, marks_ptr, num_blocks, budget, BLOCKS: tl.constexpr):
 
 @triton.jit
 def choose_top_of_rows(scores, budgets, num_blocks):
-    """The choice of `mark_top` for some rows side by side, of few blocks.
+    """The choice of `mark_top` for some rows side by side, of few blocks: below 2^10.
 
     Args:
         scores: [rows, BLOCKS] float32, of which the first `num_blocks` are blocks.
@@ -108,6 +111,7 @@ def choose_top_of_rows(scores, budgets, num_blocks):
     Returns:
         [rows, BLOCKS] int32: 1 or 0; 0 beyond num_blocks.
     """
+    tl.static_assert(scores.shape[1] <= FEW_MASK)
     is_block = (tl.arange(0, scores.shape[1]) < num_blocks)[None, :]
     ordered = _in_order(scores)
     lowest = tl.min(tl.where(is_block, ordered, 0x7FFFFFFF), axis=1)
@@ -125,13 +129,13 @@ def choose_top_of_rows(scores, budgets, num_blocks):
     while (shift >= 0) & (num_open > 0):
         part = tl.cast(1, tl.uint32) << shift.to(tl.uint32)
         one, two, three = threshold + part, threshold + 2 * part, threshold + 3 * part
-        counts = (ordered >= one[:, None]).to(tl.int64)
-        counts += (ordered >= two[:, None]).to(tl.int64) << COUNT_BITS
-        counts += (ordered >= three[:, None]).to(tl.int64) << COUNT_BITS << COUNT_BITS
+        counts = (ordered >= one[:, None]).to(tl.int32)
+        counts += (ordered >= two[:, None]).to(tl.int32) << FEW_BITS
+        counts += (ordered >= three[:, None]).to(tl.int32) << FEW_BITS << FEW_BITS
         total = tl.sum(counts, axis=1)
-        from_one = (total & COUNT_MASK).to(tl.int32)
-        from_two = ((total >> COUNT_BITS) & COUNT_MASK).to(tl.int32)
-        from_three = (total >> COUNT_BITS >> COUNT_BITS).to(tl.int32)
+        from_one = total & FEW_MASK
+        from_two = (total >> FEW_BITS) & FEW_MASK
+        from_three = total >> FEW_BITS >> FEW_BITS
         at_least = tl.where(from_one >= budgets, from_one, at_least)
         threshold = tl.where(from_one >= budgets, one, threshold)
         at_least = tl.where(from_two >= budgets, from_two, at_least)

@@ -155,6 +155,9 @@ def attend_resident(
     """One program: the state of one GQA group of one row over an even share of its list. The last
     one waits for the host.
     """
+    needs = 0
+    if WAITS:
+        needs = tl.load(needs_ptr)
     own, units, split, sharing, working = _deal(counts_ptr, groups, GROUPS, SPLITS, TILE_UNITS)
     group = own.to(tl.int64)
     member = tl.arange(0, GROUP_ROWS)
@@ -190,8 +193,8 @@ def attend_resident(
         )
     if WAITS:
         # fmt: off
-        await_as_last(own < groups, working, arrivals_ptr, answered_ptr, skip_ptr, needs_ptr,
-                      step_ptr, error_ptr, stamps_ptr, has_answer_ptr, timeout_ns, error_code)
+        await_as_last(own < groups, working, needs, arrivals_ptr, answered_ptr, skip_ptr, step_ptr,
+                      error_ptr, stamps_ptr, has_answer_ptr, timeout_ns, error_code)
         # fmt: on
 
 

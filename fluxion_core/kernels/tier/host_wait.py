@@ -16,10 +16,10 @@ from fluxion_core.kernels.system_memory import global_timer
 def await_as_last(
     takes_part,
     programs,
+    needs,
     arrivals_ptr,
     answered_ptr,
     skip_ptr,
-    needs_ptr,
     step_ptr,
     error_ptr,
     stamps_ptr,
@@ -27,12 +27,16 @@ def await_as_last(
     timeout_ns,
     error_code,
 ):
-    """The last of the programs that take part waits: one alone, since it reads over the link."""
-    arrived = tl.atomic_add(arrivals_ptr, 1, mask=takes_part, sem="relaxed")
-    if takes_part & (arrived == programs - 1):
+    """The last of the programs that take part waits: one alone, since it reads over the link.
+
+    Where nothing is needed none comes last: the first one says so.
+    """
+    counts = takes_part & (needs != 0)
+    arrived = tl.atomic_add(arrivals_ptr, 1, mask=counts, sem="relaxed")
+    if tl.where(needs != 0, counts & (arrived == programs - 1), tl.program_id(0) == 0):
         tl.store(arrivals_ptr, 0)
         # fmt: off
-        await_missing(answered_ptr, skip_ptr, needs_ptr, step_ptr, error_ptr, stamps_ptr,
+        await_missing(answered_ptr, skip_ptr, needs, step_ptr, error_ptr, stamps_ptr,
                       has_answer_ptr, timeout_ns, error_code)
         # fmt: on
 
@@ -41,7 +45,7 @@ def await_as_last(
 def await_missing(
     answered_ptr,
     skip_ptr,
-    needs_ptr,
+    needs,
     step_ptr,
     error_ptr,
     stamps_ptr,
@@ -58,7 +62,7 @@ def await_missing(
     tl.store(stamps_ptr + 1, begin)
     tl.store(has_answer_ptr, 0)
     # What lies on the other side of the link is not read without need.
-    if tl.load(skip_ptr, mask=tl.load(needs_ptr) != 0, other=1, volatile=True) == 0:
+    if tl.load(skip_ptr, mask=needs != 0, other=1, volatile=True) == 0:
         # fmt: off
         await_flag(answered_ptr, tl.load(step_ptr), error_ptr, has_answer_ptr, begin, timeout_ns,
                    error_code)

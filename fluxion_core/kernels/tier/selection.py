@@ -38,7 +38,7 @@ _TILE_UNITS = 4096
 _LEAST_TILE_UNITS = 128
 """One for each of its threads: two that looked one up might see it before and after it was asked
 for."""
-SHORT_UNITS = 1024
+SHORT_UNITS = 512
 """Of a region, up to which one program chooses and splits for a group; twice its threads."""
 
 
