@@ -141,6 +141,8 @@ class IncomingKv:
         self._landing.close()
         self._loop.remove_reader(self._event_fd)
         os.close(self._event_fd)
+        # Whose it is holds this landing: neither is to wait for a collection of cycles.
+        self._changed = _nothing
 
     def _look(self) -> None:
         with suppress(BlockingIOError):
@@ -149,6 +151,10 @@ class IncomingKv:
         if state.is_whole or state.error is not None:
             self._is_over.set()
         self._changed()
+
+
+def _nothing() -> None:
+    pass
 
 
 class DataPlane:
