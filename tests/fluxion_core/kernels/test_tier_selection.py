@@ -455,13 +455,13 @@ def test_the_device_reads_what_the_host_would(level: int):
 @pytest.mark.parametrize("is_float32", [False, True])
 def test_scores_of_a_float32_model_lose_no_bit_of_its_queries(digest_bits: int, is_float32: bool):
     node = Node(
-        Row(levels=[0, 2], radii=(0.7, 1.0, 0.3, 1.0)),
+        Row(levels=[0, 2]),
         head_dim=128,
         digest_bits=digest_bits,
         is_float32=is_float32,
     )
-    # Numbers of all signs and many sizes, so that sums of rounded products do not hide.
-    node.query *= torch.logspace(-2, 1, 128).to(DEVICE)
+    # By hand: two halves lack the last term, 3.8e-6 of each product and of their sum.
+    node.query.fill_(1 + 2**-9 + 2**-18)
     seen = []
     node.run(scores_hook=lambda layer, scores, step: seen.append(scores.cpu().double()))
     worst = 0.0
@@ -470,10 +470,10 @@ def test_scores_of_a_float32_model_lose_no_bit_of_its_queries(digest_bits: int, 
         heads = slice(kv_head * node.group, (kv_head + 1) * node.group)
         found = seen[0][0, heads, : exact.shape[1]]
         worst = max(worst, ((found - exact).abs().max() / exact.abs().max()).item())
-    # Two halves: 2^-17 of each product, of which a part cancels.
-    assert worst < (4e-7 if is_float32 or DEVICE.type == "cpu" else 1e-5)
-    if DEVICE.type == "cuda" and not is_float32:
-        assert worst > 4e-7
+    is_exact = is_float32 or DEVICE.type == "cpu"
+    assert worst < (1e-6 if is_exact else 1e-5)
+    if not is_exact and digest_bits == 16:
+        assert worst > 3e-6
 
 
 def test_what_two_rows_miss_together_is_asked_for_once():
