@@ -259,17 +259,6 @@ class _SelectedAttention(_GraphAttention):
     ) -> None:
         super().__init__(graphs, geometry, size, rows, planner)
         self._selected = selected
-        self._beside = torch.cuda.Stream(self._slots.device)
-
-    def _attend_windows(self, layer: int, query: Tensor, publication: Publication) -> None:
-        """Attend to the windows. Where no plan looks at them, nothing waits for it but the merge:
-        it is a branch of the graph."""
-        if self._planner is not None:
-            super()._attend_windows(layer, query, publication)
-            return
-        self._beside.wait_stream(torch.cuda.current_stream(self._beside.device))
-        with torch.cuda.stream(self._beside):
-            super()._attend_windows(layer, query, publication)
 
     def _kept_plans(self, layer: int) -> tuple[Tensor, Tensor] | None:
         return self._selected.plan(layer)
@@ -283,6 +272,4 @@ class _SelectedAttention(_GraphAttention):
         memory = None
         if planner is not None:
             memory = planner.rows, self._slots, planner.told[layer]
-        else:
-            torch.cuda.current_stream(self._beside.device).wait_stream(self._beside)
         self._selected.merge(layer, board, self._states, output, memory)

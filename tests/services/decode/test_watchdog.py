@@ -30,6 +30,7 @@ class StuckStep:
     """Steps that do not end before they are told to."""
 
     usage = pool = None
+    fills_ahead = False
 
     def __init__(self) -> None:
         self.may_end = threading.Event()
