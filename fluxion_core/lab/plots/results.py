@@ -12,6 +12,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pydantic import TypeAdapter
 
@@ -53,6 +54,8 @@ def draw_all(results: Path = RESULTS) -> list[Path]:
                 draw_loads(picture, loads)
             case "prefill":
                 draw_prefill(_read(path), picture)
+            case "first-token":
+                draw_first_tokens(_read(path), picture)
             case "shared-cpus":
                 draw_shared_cpus(_read(path), picture)
             case "tier-128k":
@@ -77,6 +80,22 @@ def draw_prefill(report: Mapping[str, object], picture: Path) -> None:
     for row in rows:
         groups.setdefault(f"{row['tokens']:,} tokens", {})[str(row["way"])] = float(row["seconds"])
     draw_groups(groups, picture, unit="s", title=f"Prefill while KV leaves, {report['shape']}")
+
+
+def draw_first_tokens(report: Mapping[str, object], picture: Path) -> None:
+    """Time to the first token over computing alone, a group of bars for each length of prompt.
+
+    Args:
+        report: as `fluxion bench first-token --json` writes it.
+        picture: PNG or SVG, by its suffix.
+    """
+    kind = TypeAdapter(list[dict[str, Any]])
+    groups: dict[str, dict[str, float]] = {}
+    for way in kind.validate_python(report["ways"]):
+        for row in way["single"]:
+            group = groups.setdefault(f"{row['prompt_tokens']:,} tokens", {"computing alone": 1.0})
+            group[way["way"]] = row["over_computing"]
+    draw_groups(groups, picture, unit="times", title="First token over computing the prompt alone")
 
 
 def draw_shared_cpus(report: Mapping[str, object], picture: Path) -> None:
