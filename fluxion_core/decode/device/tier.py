@@ -226,6 +226,9 @@ class DeviceTier:
             sequence: whose KV is whole up to the region's end, as long as it stays.
             region: in tokens, multiples of 16.
         """
+        if (arriving := self._arriving.pop(sequence, None)) is not None:
+            # All of it is queued now; what waits of it would outlive the sequence.
+            arriving.has_left = True
         self._rows[slot] = _Row(region.start)
         self.follow(slot, sequence, region.stop)
 
