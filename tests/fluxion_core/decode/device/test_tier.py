@@ -953,6 +953,21 @@ def test_who_has_left_is_waited_for_no_more(worlds) -> None:
     assert world.tier.statistics().filled_bytes == 8 * GEOMETRY.block_bytes
 
 
+def test_a_prompt_that_joins_and_leaves_at_once_is_waited_for_no_more(worlds) -> None:
+    world = worlds(num_slabs=8, num_slots=64)
+    arriving = world.begin(list(range(500)))
+    for layer in range(GEOMETRY.num_layers):
+        world.write(arriving, layer, 500)
+    world.arrive(arriving)
+    world.join(0, arriving)
+    world.go(0, keep=True)
+    # The tier has not been told since which prompts are on their way.
+    world.tier.advance()
+    settle()
+    assert world.tier.state is TierState.IDLE
+    assert world.tier.statistics().filled_bytes == 0
+
+
 def test_a_fill_that_could_not_be_launched_is_launched_again(worlds, monkeypatch) -> None:
     world = worlds(num_slabs=4, num_slots=64, tier_type=DeviceTier)
     world.come(0, list(range(320)))
