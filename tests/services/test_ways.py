@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import urllib.request
 from collections.abc import Sequence
 from contextlib import asynccontextmanager
@@ -26,6 +25,7 @@ from services.decode.config import PrefillSettings
 from services.prefill import __main__ as prefill_node
 from services.prefill.config import PrefillHandoffSettings
 from tests.certificates import Authority
+from tests.descriptors import open_descriptors, opened_since
 from tests.services.conftest import (
     decode_settings,
     free_address,
@@ -36,6 +36,8 @@ from tests.services.conftest import (
 
 PROMPT_TOKENS = (1, 16, 17, 700)
 BESIDE = (Carrier.SHARED_MEMORY, Carrier.SOCKETS)
+OF_PLANE = ("socket:", "anon_inode:[eventfd]", "/memfd:")
+"""How descriptors of both nodes' planes begin."""
 
 
 def request_of(length: int) -> generate_pb2.GenerateRequest:
@@ -54,18 +56,6 @@ def fetched(address: str) -> str:
         return answer.read().decode()
 
 
-def plane_descriptors() -> int:
-    """Sockets and eventfds of this process, of both nodes that run in it."""
-    count = 0
-    for number in os.listdir("/proc/self/fd"):
-        try:
-            kind = os.readlink(f"/proc/self/fd/{number}")
-        except FileNotFoundError:
-            continue
-        count += kind.startswith(("socket:", "anon_inode:[eventfd]", "/memfd:"))
-    return count
-
-
 async def answers_by(start_prefill, start_decode, open_stub, *ways: Carrier) -> list[list[int]]:
     """Tokens of prompts, several at a time, all of which came by the first of these ways."""
     metrics = free_address()
@@ -78,13 +68,13 @@ async def answers_by(start_prefill, start_decode, open_stub, *ways: Carrier) -> 
     ):
         # What gRPC opens for good, it has opened by then.
         first = await tokens_of(stub, PROMPT_TOKENS[0])
-        before = plane_descriptors()
+        before = open_descriptors()
         rest = await asyncio.gather(*(tokens_of(stub, length) for length in PROMPT_TOKENS[1:]))
         load = await stub.GetLoad(generate_pb2.GetLoadRequest())
         assert (load.host_kv_reserved_bytes, load.running_requests) == (0, 0)
         page = await asyncio.to_thread(fetched, metrics)
         assert f'fluxion_handoffs_total{{node="{prefill.address}",way="{ways[0]}"}} 4.0' in page
-        while plane_descriptors() > before:
+        while any(kind.startswith(OF_PLANE) for _, kind in opened_since(before)):
             await asyncio.sleep(0)
     return [first, *rest]
 

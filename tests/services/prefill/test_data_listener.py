@@ -17,6 +17,7 @@ from fluxion_core.kvstream.handoff import Endpoint
 from fluxion_core.wire import plane
 from services.prefill import data_listener
 from services.prefill.data_listener import DataListener, Ticket
+from tests.descriptors import open_descriptors, opened_since
 from tests.services.prefill.receiver import admitted, dial, is_closed, read, say_hello
 
 
@@ -171,7 +172,7 @@ async def test_another_user_of_the_machine_is_not_let_in(monkeypatch: pytest.Mon
 
 
 async def test_nothing_is_left_open_when_it_stops():
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     async with listening() as listener:
         endpoint, _ = ticket_of(listener, Carrier.SOCKETS)
         silent = dial(endpoint)
@@ -179,7 +180,7 @@ async def test_nothing_is_left_open_when_it_stops():
             await asyncio.sleep(0)
     with silent:
         assert await asyncio.to_thread(is_closed, silent)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert not opened_since(before)
 
 
 async def test_an_address_that_is_taken_is_told_by_its_setting():

@@ -27,6 +27,7 @@ from fluxion_proto.v1 import handoff_pb2, handoff_pb2_grpc
 from services.prefill.config import PrefillHandoffSettings, PrefillNodeSettings
 from services.prefill.data_plane import DataPlane
 from tests.certificates import Authority
+from tests.descriptors import open_descriptors, opened_since
 from tests.services.prefill.receiver import admitted, dial, fetch, is_closed, say_hello
 
 METHOD = "/fluxion.v1.Handoff/Prefill"
@@ -86,10 +87,6 @@ async def failure_of(call) -> grpc.aio.AioRpcError:
 
 def by_place(frames: list[Frame]) -> list[Frame]:
     return sorted(frames, key=lambda frame: (frame.layer, frame.first_token))
-
-
-def num_descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
 
 
 @pytest.mark.parametrize("connections", [1, 2, 16])
@@ -237,7 +234,7 @@ async def test_the_end_of_a_call_is_the_end_of_its_connections_and_its_ticket(
 ):
     async with start_prefill(outgoing_bytes="16KiB") as node, calling(node) as caller:
         call, header = await caller.begin([way], 2000)
-        before = num_descriptors()
+        before = open_descriptors()
         connection = await asyncio.to_thread(admitted, header.endpoint, 0)
         call.cancel()
         await asyncio.to_thread(read_to_the_end, connection)
@@ -246,8 +243,9 @@ async def test_the_end_of_a_call_is_the_end_of_its_connections_and_its_ticket(
             say_hello(late, header.endpoint, 1)
             assert await asyncio.to_thread(is_closed, late)
         await caller.idle()
-        # Without the event descriptor, which the header came with, too.
-        assert num_descriptors() == before - 1
+        assert not opened_since(before)
+        # Nor the call's own, which were there when its header came.
+        assert "anon_inode:[eventfd]" in {kind for _, kind in before - open_descriptors()}
 
 
 def read_to_the_end(connection: socket.socket) -> None:

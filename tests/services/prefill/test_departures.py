@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import socket
 import weakref
 from collections.abc import AsyncIterator, Callable
@@ -18,6 +17,7 @@ from fluxion_core.kernels import _native
 from fluxion_core.kvstream.handoff import Endpoint, Frame, FrameKind, Trailer
 from fluxion_core.wire import codec
 from services.prefill.departures import CallDeparture, PlaneDeparture
+from tests.descriptors import open_descriptors, opened_since
 from tests.services.prefill.receiver import frames_of_stream
 
 TRAILER = Trailer(7, 0.0, 0.0, num_chunks=2, payload_bytes=2048)
@@ -75,15 +75,15 @@ class Plane:
 @asynccontextmanager
 async def departing(unread_seconds: float = 20.0) -> AsyncIterator[Plane]:
     threads = _native.IoThreads(1)
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     plane = Plane(threads, unread_seconds)
     try:
         yield plane
     finally:
         plane.departure.close_now()
-        left = len(os.listdir("/proc/self/fd"))
+        left = opened_since(before)
         threads.close()
-    assert (plane.closed, left) == ([plane.departure], before)
+    assert (plane.closed, left) == ([plane.departure], frozenset())
 
 
 async def until(condition: Callable[[], bool]) -> None:

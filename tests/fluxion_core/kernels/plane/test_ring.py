@@ -18,6 +18,7 @@ from fluxion_core.errors import (
     StreamTruncatedError,
 )
 from fluxion_core.kernels.crc32c.reference import crc32c
+from tests.descriptors import open_descriptors, opened_since
 from tests.fluxion_core.kernels.plane.rig import (
     Departure,
     io_threads,
@@ -29,7 +30,6 @@ from tests.fluxion_core.kernels.plane.ring_peer import (
     SLOTS,
     Sender,
     departure_to_python,
-    open_descriptors,
     prefix_of,
 )
 
@@ -70,7 +70,7 @@ def test_both_ends_let_go_of_their_descriptors():
         landing.wait()
         departure.native.close()
         landing.native.close()
-        assert open_descriptors() == before
+        assert not opened_since(before)
         departure.close()
 
 
@@ -199,7 +199,7 @@ def test_descriptors_that_come_with_a_prefix_are_not_taken():
         sender.memory[: len(FRAMES[1].payload)] = bytes(FRAMES[1].payload)
         socket.send_fds(peer, [prefix_of(FRAMES[1], 0)], [0, 1, 2])
         assert sender.take_answer() == 0
-        assert open_descriptors() == before
+        assert not opened_since(before)
 
 
 SENDING_PROCESS = """

@@ -14,6 +14,7 @@ from fluxion_core.errors import (
     PeerUnavailableError,
     StreamTruncatedError,
 )
+from tests.descriptors import open_descriptors, opened_since
 from tests.fluxion_core.kernels.plane.rig import (
     Departure,
     io_threads,
@@ -27,7 +28,6 @@ from tests.fluxion_core.kernels.plane.ring_peer import (
     SLOTS,
     announcement,
     departure_to_python,
-    open_descriptors,
     shared_file,
 )
 
@@ -84,7 +84,7 @@ def test_memory_that_is_not_as_agreed_is_refused(name: str):
             with pytest.raises(FrameFormatError, match=says):
                 landing.wait()
         landing.native.close()
-        assert open_descriptors() == before
+        assert not opened_since(before)
 
 
 @pytest.mark.parametrize("kind", ["pipe", "socket", "file", "folder"])
