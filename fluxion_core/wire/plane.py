@@ -7,27 +7,28 @@ on a connection is native (kernels/native/plane). Specified in protos/README.md.
 from __future__ import annotations
 
 import hashlib
+import hmac
 import os
 import struct
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from fluxion_core.config.carriers import Carrier
 from fluxion_core.errors import FrameFormatError
-from fluxion_core.wire.codec import MAX_CONNECTIONS, SECRET_BYTES, WAY_NUMBERS, way_of
+from fluxion_core.wire.codec import MAX_CONNECTIONS, WAY_NUMBERS, way_of
 
 HELLO_SECONDS = 5.0
 """HELLO and READY have this long, each."""
 
 _VERSION = 1
-# magic | version u16 | way u16 | connection u16 | of u16 | reserved u32 | call_id | secret
-_HELLO = struct.Struct("<4sHHHHI16s32s")
+# magic | version u16 | way u16 | connection u16 | of u16 | reserved u32 | call_id
+_HELLO = struct.Struct("<4sHHHHI16s")
 _HELLO_MAGIC = b"FUXD"
 # magic | version u16 | status u16
 _READY = struct.Struct("<4sHH")
 _READY_MAGIC = b"FUXR"
 
-HELLO_BYTES = _HELLO.size
+HELLO_BYTES = _HELLO.size + hashlib.sha256().digest_size
 READY_BYTES = _READY.size
 
 assert (HELLO_BYTES, READY_BYTES) == (64, 8)
@@ -45,13 +46,16 @@ class Hello:
     """Connections of the hand-off."""
     call_id: bytes
     """16 bytes, as the HEADER had them."""
-    secret: bytes = field(default=bytes(SECRET_BYTES), repr=False)
-    """32 bytes, as the HEADER had them; with TLS zeros, for the handshake proves it."""
 
 
-def pack_hello(hello: Hello) -> bytes:
-    """HELLO_BYTES bytes."""
-    return _HELLO.pack(
+def pack_hello(hello: Hello, secret: bytes) -> bytes:
+    """HELLO_BYTES bytes: what is said, and the proof that who says it has had the HEADER.
+
+    Args:
+        hello: what is said.
+        secret: 32 bytes, as the HEADER had them. They are not sent.
+    """
+    said = _HELLO.pack(
         _HELLO_MAGIC,
         _VERSION,
         WAY_NUMBERS[hello.way],
@@ -59,19 +63,28 @@ def pack_hello(hello: Hello) -> bytes:
         hello.of,
         0,
         hello.call_id,
-        hello.secret,
     )
+    return said + _proof(said, secret)
+
+
+def is_proven(message: bytes, secret: bytes) -> bool:
+    """Whether a HELLO was made by who has the secret, of 32 bytes."""
+    return hmac.compare_digest(message[_HELLO.size :], _proof(message[: _HELLO.size], secret))
+
+
+def _proof(said: bytes, secret: bytes) -> bytes:
+    return hmac.digest(secret, said, "sha256")
 
 
 def parse_hello(message: bytes) -> Hello:
-    """Read HELLO_BYTES bytes; whether they are true is for the listener to look up.
+    """Read HELLO_BYTES bytes; whether they are true and proven is for the listener to look up.
 
     Raises:
         FrameFormatError: they are no HELLO.
     """
     if len(message) != HELLO_BYTES:
         raise FrameFormatError(f"HELLO of {len(message)} B; need {HELLO_BYTES}")
-    magic, version, number, connection, of, reserved, call_id, secret = _HELLO.unpack(message)
+    magic, version, number, connection, of, reserved, call_id = _HELLO.unpack_from(message)
     if magic != _HELLO_MAGIC:
         raise FrameFormatError(f"connection begins with {magic.hex()}; need {_HELLO_MAGIC.hex()}")
     if version != _VERSION:
@@ -85,7 +98,7 @@ def parse_hello(message: bytes) -> Hello:
         )
     if reserved:
         raise FrameFormatError(f"HELLO's reserved field is {reserved:#x}; must be 0")
-    return Hello(way, connection, of, call_id, secret)
+    return Hello(way, connection, of, call_id)
 
 
 READY = _READY.pack(_READY_MAGIC, _VERSION, 0)

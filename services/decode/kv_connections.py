@@ -18,7 +18,6 @@ from fluxion_core.config.addresses import Address
 from fluxion_core.config.carriers import Carrier
 from fluxion_core.errors import FrameFormatError, PeerUnavailableError
 from fluxion_core.kvstream.handoff import Endpoint
-from fluxion_core.wire.codec import SECRET_BYTES
 from fluxion_core.wire.plane import (
     HELLO_SECONDS,
     READY_BYTES,
@@ -122,10 +121,8 @@ async def _connect(connection: socket.socket, endpoint: Endpoint, host: str) -> 
 
 async def _be_let_in(connection: socket.socket, endpoint: Endpoint, number: int) -> None:
     loop = asyncio.get_running_loop()
-    # With TLS the handshake proves the secret, which does not leave the node in the clear.
-    secret = bytes(SECRET_BYTES) if endpoint.tls else endpoint.secret
-    hello = Hello(endpoint.way, number, endpoint.connections, endpoint.call_id, secret)
-    await loop.sock_sendall(connection, pack_hello(hello))
+    hello = Hello(endpoint.way, number, endpoint.connections, endpoint.call_id)
+    await loop.sock_sendall(connection, pack_hello(hello, endpoint.secret))
     answer = b""
     while len(answer) < READY_BYTES:
         part = await loop.sock_recv(connection, READY_BYTES - len(answer))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import logging
 import os
 import secrets
@@ -25,8 +24,7 @@ from fluxion_core.config.carriers import Carrier
 from fluxion_core.errors import ConfigError, FrameFormatError
 from fluxion_core.kvstream.handoff import Endpoint
 from fluxion_core.observe.log import event
-from fluxion_core.wire.codec import SECRET_BYTES
-from fluxion_core.wire.plane import HELLO_BYTES, HELLO_SECONDS, READY, Hello, parse_hello
+from fluxion_core.wire.plane import HELLO_BYTES, HELLO_SECONDS, READY, is_proven, parse_hello
 
 _log = logging.getLogger(__name__)
 
@@ -166,12 +164,12 @@ class DataListener:
                     _check_user(connection)
                 else:
                     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                hello = parse_hello(await _read(connection, HELLO_BYTES))
-                ticket = self._ticket_of(hello, way)
+                message = await _read(connection, HELLO_BYTES)
+                ticket, number = self._shown(message, way)
                 await loop.sock_sendall(connection, READY)
-            if self._tickets.get(hello.call_id) is not ticket:
+            if self._tickets.get(ticket.endpoint.call_id) is not ticket:
                 raise _RefusalError("ticket", "its call has ended")
-            ticket.admit(connection, hello.connection)
+            ticket.admit(connection, number)
         except _RefusalError as refusal:
             self._refuse(refusal.reason, str(refusal))
         except FrameFormatError as error:
@@ -181,22 +179,22 @@ class DataListener:
         except OSError as error:
             self._refuse("system", error.strerror or str(error))
 
-    def _ticket_of(self, hello: Hello, way: Carrier) -> Ticket:
-        """The ticket that a HELLO shows, used for its connection from now on."""
+    def _shown(self, message: bytes, way: Carrier) -> tuple[Ticket, int]:
+        """The ticket that a HELLO shows, used for its connection from now on, and that one's
+        number."""
+        hello = parse_hello(message)
         ticket = self._tickets.get(hello.call_id)
         if ticket is None:
             raise _RefusalError("ticket", "no call is of this id")
         endpoint = ticket.endpoint
-        # With TLS the handshake that follows proves the secret, which is not sent.
-        secret = bytes(SECRET_BYTES) if endpoint.tls else endpoint.secret
-        if not hmac.compare_digest(hello.secret, secret):
+        if not is_proven(message, endpoint.secret):
             raise _RefusalError("ticket", "it has another secret than its call")
         if (hello.way, way, hello.of) != (endpoint.way, endpoint.way, endpoint.connections):
             raise _RefusalError("ticket", "its call was promised other connections")
         if hello.connection in ticket.used:
             raise _RefusalError("second", f"connection {hello.connection} was made before")
         ticket.used.add(hello.connection)
-        return ticket
+        return ticket, hello.connection
 
     def _refuse(self, reason: str, words: str) -> None:
         self.refusals[reason] += 1

@@ -180,8 +180,8 @@ async def strangers_knock(cluster: Cluster) -> Row:
 
     async def knock() -> bytes:
         reader, writer = await asyncio.open_connection(host, int(port))
-        hello = Hello(Carrier.SOCKETS, 0, 4, secrets.token_bytes(16), secrets.token_bytes(32))
-        writer.write(pack_hello(hello))
+        hello = Hello(Carrier.SOCKETS, 0, 4, secrets.token_bytes(16))
+        writer.write(pack_hello(hello, secrets.token_bytes(32)))
         answer = await reader.read(HELLO_BYTES)
         writer.close()
         return answer

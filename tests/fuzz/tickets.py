@@ -64,7 +64,8 @@ class Tickets:
 
         self._listener.add(Ticket(endpoint, admit))
         good = [
-            plane.pack_hello(_hello(endpoint, number)) for number in range(endpoint.connections)
+            plane.pack_hello(_hello(endpoint, number), endpoint.secret)
+            for number in range(endpoint.connections)
         ]
         number = random.randrange(endpoint.connections)
         message, way = _guess(random, endpoint, good[number]), endpoint.way
@@ -104,8 +105,7 @@ class Tickets:
 
 
 def _hello(endpoint: Endpoint, number: int) -> Hello:
-    secret = bytes(32) if endpoint.tls else endpoint.secret
-    return Hello(endpoint.way, number, endpoint.connections, endpoint.call_id, secret)
+    return Hello(endpoint.way, number, endpoint.connections, endpoint.call_id)
 
 
 def _guess(random: Random, endpoint: Endpoint, good: bytes) -> bytes:
@@ -117,7 +117,7 @@ def _guess(random: Random, endpoint: Endpoint, good: bytes) -> bytes:
         case 2:
             return good[:32] + random.randbytes(32)
         case 3:
-            return good[:32] + (endpoint.secret if endpoint.tls else bytes(32))
+            return good[:32] + endpoint.secret
         case 4:
             return good[:16] + random.randbytes(16) + good[32:]
         case 5:

@@ -25,7 +25,7 @@ from fluxion_core.geometry import KvGeometry
 from fluxion_core.kvstream.handoff import Endpoint, Frame
 from fluxion_core.wire import codec
 from fluxion_core.wire.channel import open_channel
-from fluxion_core.wire.plane import HELLO_BYTES, READY, machine_id, parse_hello
+from fluxion_core.wire.plane import HELLO_BYTES, READY, is_proven, machine_id, parse_hello
 from fluxion_proto.v1 import generate_pb2, generate_pb2_grpc, handoff_pb2
 from services.decode import handoff_stream, kv_connections
 from services.decode.data_plane import DataPlane
@@ -109,8 +109,9 @@ class Beside:
         self._open += 1
         self._writers.append(writer)
         self._tasks.append(asyncio.current_task())
-        hello = parse_hello(await reader.readexactly(HELLO_BYTES))
-        assert (hello.call_id, hello.secret) == (bytes(16), self._secret)
+        message = await reader.readexactly(HELLO_BYTES)
+        hello = parse_hello(message)
+        assert (hello.call_id, is_proven(message, self._secret)) == (bytes(16), True)
         self.hellos.append(hello.connection)
         writer.write(self.ready)
         if self.ready == READY:
@@ -474,7 +475,7 @@ def test_a_plane_without_ways_beside_the_call_has_no_threads(make_plane):
     assert plane.cpu_seconds() == 0.0
 
 
-async def test_with_tls_the_secret_is_not_sent():
+async def test_the_secret_is_proven_and_not_sent():
     loop = asyncio.get_running_loop()
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.setblocking(False)
@@ -484,10 +485,12 @@ async def test_with_tls_the_secret_is_not_sent():
             dialling = asyncio.ensure_future(dial(endpoint, "127.0.0.1:1", 5))
             accepted, _ = await loop.sock_accept(listener)
             with accepted:
-                hello = parse_hello(await loop.sock_recv(accepted, HELLO_BYTES))
+                message = await loop.sock_recv(accepted, HELLO_BYTES)
                 await loop.sock_sendall(accepted, READY)
                 (await dialling)[0].close()
-            assert (hello.call_id, hello.secret) == (b"c" * 16, bytes(32) if tls else b"s" * 32)
+            assert parse_hello(message).call_id == b"c" * 16
+            assert is_proven(message, b"s" * 32)
+            assert b"s" * 32 not in message
 
 
 async def test_who_does_not_say_ready_in_time_is_given_up(monkeypatch):

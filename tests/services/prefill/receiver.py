@@ -44,10 +44,18 @@ def is_closed(connection: socket.socket) -> bool:
         return True
 
 
-def say_hello(connection: socket.socket, endpoint: Endpoint, number: int, **changes) -> None:
+def say_hello(
+    connection: socket.socket,
+    endpoint: Endpoint,
+    number: int,
+    *,
+    secret: bytes | None = None,
+    **changes,
+) -> None:
     """Show the ticket, or what is changed of it."""
-    hello = Hello(endpoint.way, number, endpoint.connections, endpoint.call_id, endpoint.secret)
-    connection.sendall(plane.pack_hello(replace(hello, **changes)))
+    hello = Hello(endpoint.way, number, endpoint.connections, endpoint.call_id)
+    secret = endpoint.secret if secret is None else secret
+    connection.sendall(plane.pack_hello(replace(hello, **changes), secret))
 
 
 def admitted(endpoint: Endpoint, number: int) -> socket.socket:

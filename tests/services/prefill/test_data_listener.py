@@ -8,6 +8,7 @@ import secrets
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 
@@ -18,7 +19,7 @@ from fluxion_core.wire import plane
 from services.prefill import data_listener
 from services.prefill.data_listener import DataListener, Ticket
 from tests.descriptors import open_descriptors, opened_since
-from tests.services.prefill.receiver import admitted, dial, is_closed, read, say_hello
+from tests.services.prefill.receiver import admitted, dial, is_closed, say_hello
 
 
 @asynccontextmanager
@@ -32,9 +33,7 @@ async def listening(**arguments) -> AsyncIterator[DataListener]:
         await listener.stop()
 
 
-def ticket_of(
-    listener: DataListener, way: Carrier, *, tls: bool = False
-) -> tuple[Endpoint, list[int]]:
+def ticket_of(listener: DataListener, way: Carrier) -> tuple[Endpoint, list[int]]:
     """A good ticket of two connections, and the numbers of those that came in by it."""
     endpoint = Endpoint(
         way=way,
@@ -43,7 +42,6 @@ def ticket_of(
         connections=2,
         port=listener.port,
         unix_name=listener.unix_name,
-        tls=tls,
     )
     came: list[int] = []
 
@@ -105,16 +103,19 @@ async def test_a_wrong_ticket_lets_nobody_in_and_uses_nothing_up(way: Carrier, c
         assert came == [0]
 
 
-async def test_with_tls_the_secret_is_not_to_be_sent():
+@WAYS
+async def test_who_hears_a_hello_can_make_no_other_connection_of_its_call(way: Carrier):
     async with listening() as listener:
-        endpoint, came = ticket_of(listener, Carrier.SOCKETS, tls=True)
-        with dial(endpoint) as careless:
-            say_hello(careless, endpoint, 0)
-            assert await asyncio.to_thread(is_closed, careless)
-        with dial(endpoint) as careful:
-            say_hello(careful, endpoint, 0, secret=bytes(32))
-            ready = await asyncio.to_thread(read, careful, plane.READY_BYTES)
-        assert (ready, came) == (plane.READY, [0])
+        endpoint, came = ticket_of(listener, way)
+        heard = plane.Hello(way, 0, endpoint.connections, endpoint.call_id)
+        proof = plane.pack_hello(heard, endpoint.secret)[-32:]
+        own = plane.pack_hello(replace(heard, connection=1), bytes(32))
+        with dial(endpoint) as hearer:
+            hearer.sendall(own[:-32] + proof)
+            assert await asyncio.to_thread(is_closed, hearer)
+        assert (came, listener.refusals["ticket"]) == ([], 1)
+        await asyncio.to_thread(come_in, endpoint, 1)
+        assert came == [1]
 
 
 async def test_a_ticket_ends_with_its_call():
@@ -212,8 +213,8 @@ async def test_many_that_have_said_hello_while_nobody_looked_are_all_let_in():
                 # Nothing runs on the loop in between: they wait in the backlog.
                 connection = socket.create_connection(("127.0.0.1", listener.port))
                 knocking.append(connection)
-                hello = plane.Hello(Carrier.SOCKETS, number, 2, endpoint.call_id, endpoint.secret)
-                connection.sendall(plane.pack_hello(hello))
+                hello = plane.Hello(Carrier.SOCKETS, number, 2, endpoint.call_id)
+                connection.sendall(plane.pack_hello(hello, endpoint.secret))
         while sum(map(len, all_came)) < len(knocking):
             await asyncio.sleep(0)
         assert listener.refusals["crowded"] == 0
