@@ -6,8 +6,9 @@
     │   └── SamplingError           a sampling value out of its range
     ├── UnsupportedCallError        a method that this node does not offer
     ├── CapacityError               the node is full; retry later or elsewhere
-    ├── LayoutMismatchError         two nodes disagree on the model or the KV layout
-    ├── NoCommonWayError            two nodes have no way for KV in common
+    ├── PeerMismatchError           two nodes cannot work together as they are set
+    │   ├── LayoutMismatchError     they disagree on the model or the KV layout
+    │   └── NoCommonWayError        they have no way for KV in common
     ├── HandoffError                the KV stream is damaged; nothing of it was committed
     │   ├── FrameFormatError        bad magic, version, kind or length
     │   ├── FrameChecksumError      CRC32C differs
@@ -103,7 +104,11 @@ class CapacityError(FluxionError):
         super().__init__(f"{resource}: need {needed} {unit}, {free} {unit} free; {remedy}{later}")
 
 
-class LayoutMismatchError(FluxionError):
+class PeerMismatchError(FluxionError):
+    """Two nodes cannot work together until one of them is set otherwise."""
+
+
+class LayoutMismatchError(PeerMismatchError):
     """Two nodes disagree on the model or on the layout of its KV."""
 
     def __init__(self, field: str, *, expected: object, found: object) -> None:
@@ -114,7 +119,7 @@ class LayoutMismatchError(FluxionError):
         )
 
 
-class NoCommonWayError(FluxionError):
+class NoCommonWayError(PeerMismatchError):
     """A prefill node offers KV in no way that the decode node can take."""
 
     def __init__(

@@ -23,10 +23,9 @@ from fluxion_core.errors import (
     FluxionError,
     HandoffError,
     InvalidRequestError,
-    LayoutMismatchError,
     ModelError,
-    NoCommonWayError,
     NonFiniteLogitsError,
+    PeerMismatchError,
     PeerUnavailableError,
     RequestCancelledError,
     ThreadLimitError,
@@ -45,8 +44,7 @@ _STATUS_OF: tuple[tuple[type[FluxionError], grpc.StatusCode], ...] = (
     (UnsupportedCallError, grpc.StatusCode.UNIMPLEMENTED),
     (CapacityError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (ThreadLimitError, grpc.StatusCode.RESOURCE_EXHAUSTED),
-    (LayoutMismatchError, grpc.StatusCode.FAILED_PRECONDITION),
-    (NoCommonWayError, grpc.StatusCode.FAILED_PRECONDITION),
+    (PeerMismatchError, grpc.StatusCode.FAILED_PRECONDITION),
     (NonFiniteLogitsError, grpc.StatusCode.DATA_LOSS),
     (ModelError, grpc.StatusCode.FAILED_PRECONDITION),
     (HandoffError, grpc.StatusCode.DATA_LOSS),
@@ -79,13 +77,6 @@ class RemoteCapacityError(CapacityError):
         FluxionError.__init__(self, details)
 
 
-class RemoteLayoutMismatchError(LayoutMismatchError):
-    """The other node refused over the KV layout or its model."""
-
-    def __init__(self, details: str) -> None:
-        FluxionError.__init__(self, details)
-
-
 class RemoteUnavailableError(PeerUnavailableError):
     """The other node answered that it takes no work now; the connection to it is well."""
 
@@ -93,7 +84,7 @@ class RemoteUnavailableError(PeerUnavailableError):
 _ERROR_OF: dict[grpc.StatusCode, type[FluxionError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: RemoteInvalidRequestError,
     grpc.StatusCode.RESOURCE_EXHAUSTED: RemoteCapacityError,
-    grpc.StatusCode.FAILED_PRECONDITION: RemoteLayoutMismatchError,
+    grpc.StatusCode.FAILED_PRECONDITION: PeerMismatchError,
     grpc.StatusCode.DATA_LOSS: HandoffError,
     grpc.StatusCode.UNAVAILABLE: RemoteUnavailableError,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineError,

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import grpc
 
 from fluxion_core.config.carriers import Carrier
-from fluxion_core.errors import PeerUnavailableError, StreamTruncatedError
+from fluxion_core.errors import FluxionError, PeerUnavailableError, StreamTruncatedError
 from fluxion_core.kvstore.sequence import SequenceKv
 from fluxion_core.kvstream.assembler import HandoffAssembler
 from fluxion_core.kvstream.handoff import FrameKind, KvLayout, Trailer
@@ -21,6 +21,7 @@ from fluxion_core.observe.spans import Span
 from fluxion_core.observe.trace import TraceRecorder
 from fluxion_core.wire import codec
 from services.decode.data_plane import NOTHING_LANDED, DataPlane, IncomingKv
+from services.decode.kv_connections import place_of
 
 REASON_SECONDS = 0.5
 """For a node whose connections have ended to say on the call why."""
@@ -82,6 +83,19 @@ class HandoffStream:
         return 0 if endpoint is None else endpoint.connections
 
     @property
+    def advice(self) -> str:
+        """Advice on connections that were made and bring nothing; empty where nothing between the
+        nodes can stop them."""
+        endpoint = self._assembler.endpoint
+        if endpoint is None or endpoint.way is not Carrier.SOCKETS:
+            return ""
+        return (
+            f"; does something between the nodes drop packets of connections to "
+            f"{place_of(endpoint, self._node)} (a firewall, a path for smaller packets)? Mend "
+            f'that, or set handoff.ways = ["grpc"]'
+        )
+
+    @property
     def payload_bytes(self) -> int:
         """Payload of all frames, once the stream has been read."""
         return self._assembler.payload_bytes
@@ -124,7 +138,7 @@ class HandoffStream:
             # Else it is this task that is cancelled, or the call by somebody else.
             if error is None or (task is not None and task.cancelling()):
                 raise
-            raise error from None
+            raise self._with_advice(error) from None
 
     async def finish(self, stall_seconds: float) -> Trailer:
         """The last word of a call that has been read, once all KV is there.
@@ -137,7 +151,10 @@ class HandoffStream:
             PeerUnavailableError: see `IncomingKv.whole`.
         """
         if self._incoming is not None and self._assembler.has_trailer:
-            state = await self._incoming.whole(stall_seconds)
+            try:
+                state = await self._incoming.whole(stall_seconds)
+            except PeerUnavailableError as error:
+                raise self._with_advice(error) from None
             self._sequence.landed()
             self._assembler.take_landing(state.num_chunks, state.payload_bytes)
         return self._assembler.finish()
@@ -161,6 +178,12 @@ class HandoffStream:
                 endpoint, self._node, self._sequence, self._landing_changed
             )
         self._seen_ns = time.monotonic_ns()
+
+    def _with_advice(self, error: FluxionError) -> FluxionError:
+        """An error from beside the call; with advice if it was a connection's."""
+        if isinstance(error, PeerUnavailableError):
+            return PeerUnavailableError(f"{error}{self.advice}")
+        return error
 
     def _landing_changed(self) -> None:
         assert self._incoming is not None

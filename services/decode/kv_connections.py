@@ -78,7 +78,7 @@ async def _dial_one(
             return connection
     except (_Refusal, OSError, FrameFormatError) as error:
         reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
-        raise PeerUnavailableError(_no_connection(endpoint, host, reason)) from None
+        raise PeerUnavailableError(_no_connection(endpoint, node, reason)) from None
 
 
 @asynccontextmanager
@@ -132,13 +132,23 @@ async def _be_let_in(connection: socket.socket, endpoint: Endpoint, number: int)
     check_ready(answer)
 
 
-def _no_connection(endpoint: Endpoint, host: str, reason: object) -> str:
+def place_of(endpoint: Endpoint, node: str) -> str:
+    """Where a hand-off's connections go, in words.
+
+    Args:
+        endpoint: of its HEADER.
+        node: host:port of the prefill node.
+    """
     if endpoint.way is Carrier.SHARED_MEMORY:
-        return (
-            f"no connection for KV to its socket @{endpoint.unix_name} ({reason}); to do without "
-            f"shared memory, leave it out of handoff.ways"
-        )
+        return f"its socket @{endpoint.unix_name}"
+    return f"{Address.parse(node).host} port {endpoint.port}"
+
+
+def _no_connection(endpoint: Endpoint, node: str, reason: object) -> str:
+    begin = f"no connection for KV to {place_of(endpoint, node)} ({reason}); "
+    if endpoint.way is Carrier.SHARED_MEMORY:
+        return f"{begin}to do without shared memory, leave it out of handoff.ways"
     return (
-        f"no connection for KV to {host} port {endpoint.port} ({reason}); open that port to this "
-        f'node (the prefill node\'s handoff.listen fixes it), or set handoff.ways = ["grpc"]'
+        f"{begin}open that port to this node (the prefill node's handoff.listen fixes it), or set "
+        f'handoff.ways = ["grpc"]'
     )

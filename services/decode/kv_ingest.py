@@ -25,6 +25,7 @@ from fluxion_core.errors import (
     FluxionError,
     FrameFormatError,
     HandoffError,
+    PeerMismatchError,
     PeerUnavailableError,
     RequestCancelledError,
 )
@@ -53,11 +54,15 @@ _METHOD = "/fluxion.v1.Handoff/Prefill"
 # What another prefill node may do better; anything else is the request's own fault.
 _WORTH_ANOTHER_NODE = (
     HandoffError,
+    PeerMismatchError,
     PeerUnavailableError,
     DrainingError,
     CapacityError,
     RemoteError,
 )
+
+_SAID_BY_ALL: tuple[type[FluxionError], ...] = (PeerMismatchError, HandoffError)
+"""Errors that a client gets as they are where every node failed by them."""
 
 
 class _UnheardError(PeerUnavailableError):
@@ -165,7 +170,9 @@ class KvIngest:
         Raises:
             PeerUnavailableError: no prefill node is configured, or none could do it; the text
                 says what each answered.
-            LayoutMismatchError: a prefill node serves another model or layout.
+            PeerMismatchError: every prefill node serves another model or layout, or has no way for
+                KV that this node has; the text says what each answered.
+            HandoffError: what came was damaged, from every prefill node.
             InvalidRequestError: the prefill node finds the request wrong.
             DeadlineError: the deadline passed.
         """
@@ -258,7 +265,11 @@ class KvIngest:
             return next(iter(failures.values()))
         if failures:
             answers = "; ".join(f"{address}: {error}" for address, error in failures.items())
-            return PeerUnavailableError(f"no prefill node could compute the prompt: {answers}")
+            text = f"no prefill node could compute the prompt: {answers}"
+            for kind in _SAID_BY_ALL:
+                if all(isinstance(error, kind) for error in failures.values()):
+                    return kind(text)
+            return PeerUnavailableError(text)
         none_found = PeerUnavailableError(
             "no prefill node was found: none of prefill.addresses resolves to the address of "
             "a node that is not draining"
@@ -325,11 +336,11 @@ class KvIngest:
             failure = error_from_rpc(error)
             # What a node says, it says over a connection that is well.
             is_broken = type(failure) is PeerUnavailableError
-            failure = _of_node(failure, address)
+            failure = _of_node(failure, address, stream.advice)
             if is_broken and not stream.has_heard:
                 raise _UnheardError(str(failure)) from None
             raise failure from None
-        except PeerUnavailableError as error:
+        except (PeerUnavailableError, PeerMismatchError) as error:
             raise _of_node(error, address) from None
 
     def _unpack_profiles(self, trailer: Trailer, *, wants_profile: bool) -> list[PromptProfile]:
@@ -348,17 +359,23 @@ class KvIngest:
         return []
 
 
-def _of_node(error: FluxionError, address: str) -> FluxionError:
-    """What a prefill node's failure means here, with the node's address."""
+def _of_node(error: FluxionError, address: str, advice: str = "") -> FluxionError:
+    """What a prefill node's failure means here, with the node's address.
+
+    advice: on connections that bring nothing.
+    """
     if isinstance(error, RemoteCapacityError) and "larger than max" in str(error):
         # Our own limit, told by gRPC as if the peer were full.
         return FrameFormatError(f"prefill node {address} sent an oversized frame: {error}")
     if isinstance(error, PeerUnavailableError | RequestCancelledError):
         # We cancel by leaving the task; a cancellation that arrives as a status is the peer's.
         return PeerUnavailableError(f"prefill node {address} is not available: {error}")
+    if isinstance(error, PeerMismatchError):
+        return PeerMismatchError(f"prefill node {address} and this node do not match: {error}")
     if isinstance(error, RemoteError) and error.status is grpc.StatusCode.ABORTED:
         # It has given up waiting for KV to be taken: of this node or the network, not the client.
-        return PeerUnavailableError(f"prefill node {address} has ended the hand-off: {error}")
+        text = f"prefill node {address} has ended the hand-off: {error}{advice}"
+        return PeerUnavailableError(text)
     if isinstance(error, AuthenticationError):
         # Not of the client of Generate, who has shown its own.
         return PeerUnavailableError(

@@ -316,6 +316,17 @@ async def test_the_call_says_why_connections_were_cut(start_prefill, start_decod
         await assert_nothing_is_held(stub)
 
 
+async def test_a_node_whose_kv_nobody_takes_names_its_port(start_prefill, start_decode, open_stub):
+    async with nodes_of(start_prefill, start_decode, open_stub) as (node, stub, _):
+        node.cuts = {0: 5000}
+        node.fails_with = grpc.StatusCode.ABORTED, "no KV was taken for 20 s"
+        failure = await failure_of(stub, "y")
+        assert failure.code() is grpc.StatusCode.UNAVAILABLE
+        assert "no KV was taken for 20 s" in failure.details()
+        assert f"packets of connections to 127.0.0.1 port {node.port}" in failure.details()
+        await assert_nothing_is_held(stub)
+
+
 async def test_a_hand_off_that_failed_is_tried_on_another_node(
     start_prefill, start_decode, open_stub, monkeypatch
 ):
@@ -347,6 +358,8 @@ async def test_kv_that_does_not_come_though_the_call_is_over_is_given_up(
         failure = await failure_of(stub, "y")
         assert failure.code() is grpc.StatusCode.UNAVAILABLE
         assert "the rest of the KV did not come for 0.3 s" in failure.details()
+        assert f"packets of connections to 127.0.0.1 port {node.port}" in failure.details()
+        assert 'set handoff.ways = ["grpc"]' in failure.details()
         await node.have_closed.wait()
         await assert_nothing_is_held(stub)
         node.stops_after = None

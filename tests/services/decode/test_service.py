@@ -15,7 +15,8 @@ from pathlib import Path
 import grpc
 import pytest
 
-from fluxion_core.config.settings import ClientSettings
+from fluxion_core.config.carriers import Carrier
+from fluxion_core.config.settings import ClientSettings, HandoffSettings
 from fluxion_core.errors import DrainingError, NonFiniteLogitsError
 from fluxion_core.kvstream.handoff import Frame, FrameKind
 from fluxion_core.planning.planner_weights import TRAINING_FREE_LEVELS
@@ -25,6 +26,7 @@ from fluxion_core.wire.channel import open_channel
 from fluxion_core.wire.status import sent_metadata
 from fluxion_proto.v1 import generate_pb2, generate_pb2_grpc, handoff_pb2
 from services.prefill import engine as prefill_engine
+from services.prefill.config import PrefillHandoffSettings
 from services.prefill.service import HandoffService
 
 Levels = generate_pb2.QualityLevel
@@ -259,8 +261,60 @@ async def test_a_prefill_node_with_another_model_is_refused(
     ):
         failure = await failure_of(stub, request_of())
         assert failure.code() is grpc.StatusCode.FAILED_PRECONDITION
+        assert f"prefill node {prefill.address} and this node do not match" in failure.details()
         assert "revision_hash" in failure.details()
         await assert_nothing_is_held(stub)
+
+
+NO_GRPC = PrefillHandoffSettings(ways=(Carrier.SOCKETS,))
+BY_GRPC = HandoffSettings(ways=(Carrier.GRPC,))
+
+
+async def test_a_prefill_node_that_does_not_match_is_passed_over(
+    make_toy_model: Callable[[int], Path], start_prefill, start_decode, open_stub, caplog
+):
+    async with (
+        start_prefill(handoff=NO_GRPC) as no_way,
+        start_prefill(model=make_toy_model(1)) as another_model,
+        start_prefill() as good,
+        start_decode(no_way.address, another_model.address, good.address, handoff=BY_GRPC) as node,
+        open_stub(node.address) as stub,
+    ):
+        # Each of the three is first once.
+        for _ in range(3):
+            await assert_goes_on(stub)
+        await assert_nothing_is_held(stub)
+    for address, reason in ((no_way.address, "no way for KV"), (another_model.address, "layout")):
+        assert any(
+            f"node={address}" in line and reason in line
+            for line in caplog.text.splitlines()
+            if "hand-off failed" in line
+        )
+
+
+async def test_where_no_prefill_node_matches_the_client_is_told_of_each(
+    make_toy_model: Callable[[int], Path], start_prefill, start_decode, open_stub, free_port
+):
+    gone = f"127.0.0.1:{free_port}"
+    async with (
+        start_prefill(handoff=NO_GRPC) as no_way,
+        start_prefill(model=make_toy_model(1)) as another_model,
+        start_decode(no_way.address, another_model.address, handoff=BY_GRPC) as node,
+        start_decode(no_way.address, gone, handoff=BY_GRPC) as poorer,
+        open_stub(node.address) as stub,
+        open_stub(poorer.address) as other,
+    ):
+        failure = await failure_of(stub, request_of())
+        assert failure.code() is grpc.StatusCode.FAILED_PRECONDITION
+        for words in (no_way.address, "set handoff.ways", another_model.address, "revision_hash"):
+            assert words in failure.details()
+        await assert_nothing_is_held(stub)
+        # One that may come back: trying again may help.
+        failure = await failure_of(other, request_of())
+        assert failure.code() is grpc.StatusCode.UNAVAILABLE
+        for words in (no_way.address, "set handoff.ways", gone):
+            assert words in failure.details()
+        await assert_nothing_is_held(other)
 
 
 async def test_a_connection_that_breaks_before_anything_came_is_made_again(
