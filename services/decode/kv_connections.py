@@ -133,7 +133,7 @@ async def _be_let_in(connection: socket.socket, endpoint: Endpoint, number: int)
 
 
 def place_of(endpoint: Endpoint, node: str) -> str:
-    """Where a hand-off's connections go, in words.
+    """The place that a hand-off's connections go to, in words.
 
     Args:
         endpoint: of its HEADER.
