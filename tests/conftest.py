@@ -89,9 +89,6 @@ def smollm2_path() -> Path:
     from services.cli.pull import pull_model
 
     models_dir = default_models_dir()
-    models_dir.mkdir(parents=True, exist_ok=True)
-    with (models_dir / ".pulling").open("w") as lock:
-        # Of several processes with tests, one pulls.
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        pull_model("smollm2-135m", models_dir, Console(stderr=True))
+    # Of several processes with tests, one pulls.
+    pull_model("smollm2-135m", models_dir, Console(stderr=True))
     return locate_model("smollm2-135m", models_dir)

@@ -7,9 +7,6 @@ from pathlib import Path
 
 from fluxion_core.errors import ConfigError, ModelNotFoundError
 
-SMOLLM2_NAME = "smollm2-135m"
-SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-
 
 def default_models_dir() -> Path:
     """The user's data directory: $XDG_DATA_HOME/fluxion/models, or ~/.local/share/…
@@ -25,7 +22,7 @@ def locate_model(name_or_path: str, models_dir: Path) -> Path:
     """A GGUF file or a safetensors directory.
 
     Args:
-        name_or_path: an existing file or directory, "smollm2-135m", or ORG/NAME.
+        name_or_path: an existing file or directory, or the name of a model that was pulled.
         models_dir: where pulled models are.
 
     Raises:

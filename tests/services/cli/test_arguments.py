@@ -81,7 +81,7 @@ def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path: Path):
     pulled = invoke(["pull", "smollm2-135m", "--models-dir", str(file / "x")])
     assert pulled.exit_code == 1
     assert pulled.stderr.startswith("fluxion: smollm2-135m cannot be stored in ")
-    assert "Not a directory; give a directory that can be written (--models-dir" in pulled.stderr
+    assert "Not a directory; give a directory that can be written and has room" in pulled.stderr
 
 
 def test_a_user_without_a_home_is_told_what_to_set(monkeypatch):
