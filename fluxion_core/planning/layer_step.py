@@ -120,6 +120,11 @@ class LayerStep:
         """[rows]: the largest output norm of the layer's heads."""
 
     @property
+    def query(self) -> Tensor:
+        """[rows, kv_heads, group, head_dim], unscaled."""
+        return self._query
+
+    @property
     def bounds(self) -> list[Tensor]:
         """Scores of blocks by their digests, see ranking.py.
 

@@ -1,0 +1,1 @@
+"""Keys of 2 bits, by which blocks are ranked."""
