@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from fluxion_core.errors import ContextLengthError
 from fluxion_core.generation.chat import ChatMessage
 from fluxion_core.generation.tokenizer import Tokenizer
-from fluxion_core.lab.evaluation.metrics import Metric, first_code_line, match_all, match_part
+from fluxion_core.lab.evaluation.collected import has_total, records_in
+from fluxion_core.lab.evaluation.metrics import (
+    Metric,
+    first_code_line,
+    match_all,
+    match_part,
+    score,
+)
 
 CLOSE_TOKENS = 16
 """A prompt this much below its limit is long enough."""
@@ -46,16 +53,31 @@ class Case:
         """The part of a generated text that is the answer."""
         return first_line(text) if self.is_one_line else text
 
+    def score_of(self, text: str) -> float | None:
+        """Score of an answer, 0 to 100; None where there is no metric."""
+        if self.metric is None:
+            return None
+        return score(self.metric, self._whole(text), self.answers, self.classes)
+
     def cannot_change(self, text: str) -> bool:
         """Whether the score of a generated text is the same, whatever follows it."""
         if self.is_one_line and "\n" in text.lstrip():
             return True
         if self.metric is Metric.MATCH_ALL:
             return match_all(text, self.answers) == 1.0
+        if self.metric is Metric.RECORDS:
+            return records_in(self._whole(text))[1]
+        if self.metric is Metric.TOTAL:
+            return has_total(self._whole(text))
         if self.metric is Metric.CODE_SIMILARITY:
             line = first_code_line(text)
             return bool(line) and f"{line}\n" in text
         return self.metric is Metric.MATCH_PART and match_part(text, self.answers) == 1.0
+
+    def _whole(self, text: str) -> str:
+        """The answer with its beginning, where a metric reads a form and not words."""
+        is_form = self.metric in (Metric.RECORDS, Metric.TOTAL)
+        return self.answer_prefix + text if is_form else text
 
 
 def first_line(text: str) -> str:
@@ -75,11 +97,25 @@ class PromptEncoder:
         self.tokenizer = tokenizer
         self.is_chat = is_chat
 
-    def encode(self, text: str, answer_prefix: str = "") -> list[int]:
-        """Token ids of a prompt; `answer_prefix` is the beginning of the model's own turn."""
+    def encode(
+        self, text: str, answer_prefix: str = "", said: Sequence[tuple[str, str]] = ()
+    ) -> list[int]:
+        """Token ids of a prompt.
+
+        Args:
+            text: that asks.
+            answer_prefix: beginning of the model's own turn.
+            said: before it in the same conversation: what was asked and what was answered.
+        """
         if not self.is_chat:
-            return self.tokenizer.encode(f"{text}\n{answer_prefix}".rstrip("\n"))
-        prompt = self.tokenizer.render_chat([ChatMessage("user", text)])
+            before = "".join(f"{asked}\n{answered}\n\n" for asked, answered in said)
+            return self.tokenizer.encode(f"{before}{text}\n{answer_prefix}".rstrip("\n"))
+        messages = [
+            ChatMessage(role, content)
+            for turn in said
+            for role, content in zip(("user", "assistant"), turn, strict=True)
+        ]
+        prompt = self.tokenizer.render_chat([*messages, ChatMessage("user", text)])
         return self.tokenizer.encode(prompt + answer_prefix, add_special_tokens=False)
 
     def encode_cut(self, text: str, limit: int) -> list[int]:

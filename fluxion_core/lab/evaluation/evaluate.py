@@ -12,22 +12,26 @@ import torch
 
 from fluxion_core.lab.evaluation import render
 from fluxion_core.lab.evaluation.agreement import run_agreement
+from fluxion_core.lab.evaluation.collect_run import run_collect
 from fluxion_core.lab.evaluation.divergence import run_divergence
 from fluxion_core.lab.evaluation.files_run import run_files
 from fluxion_core.lab.evaluation.options import EvaluationOptions
-from fluxion_core.lab.evaluation.ruler_run import run_ruler
 from fluxion_core.lab.evaluation.session import EvaluationModel, OnAnswer, Session
+from fluxion_core.lab.evaluation.suite_run import run_ruler
 from fluxion_core.lab.machine import describe_machine
 from fluxion_core.lab.plots.evaluation import draw_agreement, draw_divergence, draw_scores
 from fluxion_core.lab.provenance import Provenance
 
 _TITLES = {
     "ruler": "RULER",
+    "collect": "Tasks that collect",
     "longbench": "LongBench",
     "leval": "L-Eval",
     "agreement": "Greedy agreement with exact",
     "divergence": "Divergence from exact",
 }
+
+_SCORED = {"ruler": run_ruler, "collect": run_collect}
 
 
 def evaluate(
@@ -65,7 +69,7 @@ def evaluate(
         draw = partial(draw_agreement, title, rows)
         content = {"rows": [asdict(row) for row in rows], "notes": session.notes}
     else:
-        run = run_ruler if options.benchmark == "ruler" else run_files
+        run = _SCORED.get(options.benchmark, run_files)
         report, session = run(model, options, on_answer)
         settings = describe(session, started)
         text = render.markdown(title, report, settings)

@@ -13,6 +13,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from enum import StrEnum
 
+from fluxion_core.lab.evaluation.collected import numbers_iou, records_iou, total_nearness
+
 
 class Metric(StrEnum):
     """Measure of an answer against its references."""
@@ -31,6 +33,12 @@ class Metric(StrEnum):
     """Whether the label is named; less if others are named too."""
     CODE_SIMILARITY = "code_similarity"
     """Edit similarity of the first line that is code; the best reference counts."""
+    RECORDS = "records"
+    """Fields of records in common, of those that either has; a reference is a record as JSON."""
+    NUMBERS = "numbers"
+    """Numbers in common, of those that either has."""
+    TOTAL = "total"
+    """Nearness of the number after the word "total"; one reference."""
 
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -64,6 +72,12 @@ def score(
             value = _best(rouge_l, answer, references)
         case Metric.CODE_SIMILARITY:
             value = _best(edit_similarity, first_code_line(answer), references)
+        case Metric.RECORDS:
+            value = records_iou(answer, references)
+        case Metric.NUMBERS:
+            value = numbers_iou(answer, references)
+        case Metric.TOTAL:
+            value = _best(total_nearness, answer, references)
     return 100 * value
 
 

@@ -11,7 +11,7 @@ from fluxion_core.config.commands import flag, within
 from fluxion_core.errors import ConfigError
 from fluxion_core.models.model_options import ModelOptions
 
-Benchmark = Literal["ruler", "longbench", "leval", "agreement", "divergence"]
+Benchmark = Literal["ruler", "collect", "longbench", "leval", "agreement", "divergence"]
 Device = Literal["auto", "cpu", "cuda"]
 Step = Literal["host", "device"]
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -28,7 +28,7 @@ class EvaluationOptions(ModelOptions, JsonOption):
     benchmark: Benchmark = field(kw_only=False)
     """What the model is asked."""
     lengths: Numbers = (4096, 8192)
-    """Tokens of prompt and answer together (ruler, agreement, divergence)."""
+    """Tokens of prompt and answer together (ruler, collect, agreement, divergence)."""
     cases: Annotated[int, within(1)] = 50
     """Of each task and length; documents for agreement and divergence."""
     tasks: Texts = ()
@@ -44,14 +44,14 @@ class EvaluationOptions(ModelOptions, JsonOption):
     data: Path | None = None
     """Directory: files of longbench or leval, documents of agreement and divergence."""
     prose: Path | None = None
-    """Directory of texts for ruler's prose; generated if not given."""
+    """Directory of texts for the prose of ruler and collect; generated if not given."""
     squad: Path | None = None
     """SQuAD-like file, for ruler's qa_1."""
     hotpot: Path | None = None
     """HotpotQA-like file, for ruler's qa_2."""
     pilot_cases: Annotated[int, within(0)] = 10
-    """First cases of a ruler task, with exact alone; a task far from possible is given up there. 0
-    gives none up."""
+    """First cases of a task of ruler or collect, with exact alone; a task far from possible is
+    given up there. 0 gives none up."""
     new_tokens: Annotated[int, within(1)] = 128
     """Generated of each document, for agreement; of each text fed, for divergence."""
     minimum_tokens: Annotated[int, within(0)] = 0

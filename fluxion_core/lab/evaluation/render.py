@@ -28,7 +28,7 @@ def markdown(title: str, report: Report, settings: Mapping[str, str]) -> str:
                 cells.append(f"{row.scores[way]:.1f} ({_points(row.differences[way])})")
         rows.append(cells)
     if report.average_scores:
-        able = sum(row.is_able for row in report.rows)
+        able = sum(row.is_averaged for row in report.rows)
         cells = [f"average of {able}", "", ""]
         for way in report.ways:
             difference = report.average_differences.get(way)

@@ -9,7 +9,7 @@ averages: there, a difference would be noise.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,6 +49,13 @@ class TaskRow:
     """Per way but `exact`."""
     is_able: bool
     """Whether `exact` can do it."""
+    is_apart: bool = False
+    """Whether its scores are no points, but agreement with `exact`."""
+
+    @property
+    def is_averaged(self) -> bool:
+        """Whether averages count it."""
+        return self.is_able and not self.is_apart
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,7 @@ def summarize(
     notes: Sequence[str] = (),
     *,
     able_score: float = ABLE_SCORE,
+    apart: Collection[str] = (),
     seed: int = 0,
 ) -> Report:
     """A report of scored answers.
@@ -94,6 +102,7 @@ def summarize(
         ways: in the order of columns; `exact` must be one.
         notes: to be kept with it.
         able_score: what `exact` must score for a task to count.
+        apart: tasks whose scores are no points: left out of averages, whatever they are.
         seed: of the bootstrap.
     """
     generator = np.random.default_rng(seed)
@@ -112,21 +121,19 @@ def summarize(
             {way: float(values.mean()) for way, values in scores.items()},
             {way: _interval(samples[way]) for way in scores if way != EXACT},
             is_able=bool(whole) and exact_score >= able_score,
+            is_apart=task in apart,
         )
         rows.append(row)
-        if row.is_able:
+        if row.is_averaged:
             able_samples.append(samples)
             able_answers += whole
         else:
-            all_notes.append(
-                f"{_label(task, length)}: exact scores {exact_score:.1f} over {len(used)} "
-                f"cases, below {able_score:g}: the model cannot do it; left out of averages"
-            )
+            all_notes.append(_why_left_out(row, able_score))
         if whole and len(whole) < len(cases):
             all_notes.append(
                 f"{_label(task, length)}: {len(cases) - len(whole)} cases without all policies"
             )
-    able = [row for row in rows if row.is_able]
+    able = [row for row in rows if row.is_averaged]
     return Report(
         ways=tuple(ways),
         rows=tuple(rows),
@@ -138,6 +145,16 @@ def summarize(
         },
         bytes_read=_bytes_read(able_answers, ways),
         notes=tuple(all_notes),
+    )
+
+
+def _why_left_out(row: TaskRow, able_score: float) -> str:
+    label = _label(row.task, row.length)
+    if row.is_apart:
+        return f"{label}: agreement with exact; left out of averages"
+    return (
+        f"{label}: exact scores {row.scores[EXACT]:.1f} over {row.cases} "
+        f"cases, below {able_score:g}: the model cannot do it; left out of averages"
     )
 
 

@@ -34,7 +34,6 @@ from fluxion_core.geometry import WindowSpec
 from fluxion_core.kvstore.sequence import SequenceKv
 from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.lab.evaluation.case import Case
-from fluxion_core.lab.evaluation.metrics import score
 from fluxion_core.lab.evaluation.turns import Turns
 from fluxion_core.lab.evaluation.work import (
     EXACT,
@@ -303,9 +302,7 @@ class Runner:
     def _answer(self, branch: Branch) -> Answer:
         case = branch.work.case
         text = case.answer_of(self._text(branch))
-        value = None
-        if case.metric is not None and not branch.way.is_forced:
-            value = score(case.metric, text, case.answers, case.classes)
+        value = None if branch.way.is_forced else case.score_of(text)
         return Answer(
             case_name=case.name,
             task=case.task,

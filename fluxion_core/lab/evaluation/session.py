@@ -196,7 +196,11 @@ class Session:
 
     def answer(self, sources: Sequence[CaseSource], ways: Sequence[Method]) -> None:
         """Answer what is missing of these cases."""
-        missing = [(source, self._missing(source, ways)) for source in sources]
+        self.answer_each([(source, ways) for source in sources])
+
+    def answer_each(self, asked: Sequence[tuple[CaseSource, Sequence[Method]]]) -> None:
+        """Answer what is missing of cases that have ways of their own."""
+        missing = [(source, self._missing(source, ways)) for source, ways in asked]
         missing = [(source, needed) for source, needed in missing if needed]
         total = sum(len(needed) for _, needed in missing)
         if not total:
@@ -233,11 +237,6 @@ class Session:
             )
             self.statistics = self._runner.statistics
         return self._runner
-
-    def scores(self, source_names: Sequence[str], way: str) -> list[float]:
-        """Scores of the cases that are answered."""
-        found = [self.journal.answers.get((name, way)) for name in source_names]
-        return [answer.score for answer in found if answer and answer.score is not None]
 
     def _work(self, missing: Sequence[tuple[CaseSource, tuple[Method, ...]]]) -> Iterator[CaseJob]:
         for index, (source, needed) in enumerate(missing):

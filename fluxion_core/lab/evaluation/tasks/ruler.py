@@ -1,52 +1,31 @@
 """RULER's 13 tasks (arXiv:2404.06654), generated from a seed at any length. Texts are our own.
 
-A length is what prompt and answer may have together, in the model's tokens: the haystack is made as
-long as fits `length - max_new_tokens`. Answers may have as many tokens as in RULER, but for the
-single needles, whose score cannot change after a few dozen.
+Answers may have as many tokens as in RULER, but for the single needles, whose score cannot change
+after a few dozen.
 """
 
 from __future__ import annotations
 
 import hashlib
-import random
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from fluxion_core.errors import ConfigError
-from fluxion_core.lab.evaluation.case import Case, PromptEncoder, largest_fitting
+from fluxion_core.lab.evaluation.case import Case, PromptEncoder
 from fluxion_core.lab.evaluation.metrics import Metric
 from fluxion_core.lab.evaluation.tasks.aggregation import (
     common_words_question,
     frequent_words_question,
     variable_question,
 )
+from fluxion_core.lab.evaluation.tasks.generated import GeneratedTask, fitted_case
 from fluxion_core.lab.evaluation.tasks.haystack import Prose
 from fluxion_core.lab.evaluation.tasks.needles import NEEDLE_TASKS, needle_question
-from fluxion_core.lab.evaluation.tasks.question import Question
 from fluxion_core.lab.evaluation.tasks.question_answering import QuestionFile
 
 SHORT_LENGTH = 4096
 """Below this, common words occur less often: else they alone would be too long."""
-
-FINGERPRINT_SIZE = 200
-"""Of the haystacks that a fingerprint is taken of."""
-
-Generator = Callable[[int, random.Random], Question]
-
-
-@dataclass(frozen=True)
-class RulerTask:
-    """Making of a task's cases."""
-
-    generate: Generator
-    """From a size of the haystack, in its own units, and the source of all chance."""
-    max_new_tokens: int
-    smallest: int
-    """Size below which there is no task."""
-    metric: Metric = Metric.MATCH_ALL
-    largest: int = 10_000_000
 
 
 @dataclass
@@ -86,11 +65,10 @@ class RulerSuite:
     @property
     def fingerprint(self) -> str:
         """Hash of all wording, vocabulary, prose and question files: equal for the same cases."""
-        texts = []
-        for name in self.task_names:
-            task = self._task(name, SHORT_LENGTH)
-            size = max(task.smallest, FINGERPRINT_SIZE)
-            texts.append(task.generate(size, random.Random(self.seed)))
+        texts = [
+            self._task(name, SHORT_LENGTH).fingerprint_question(self.seed)
+            for name in self.task_names
+        ]
         return hashlib.sha256(repr(texts).encode()).hexdigest()[:16]
 
     def case(self, name: str, length: int, number: int) -> Case:
@@ -100,47 +78,26 @@ class RulerSuite:
             ConfigError: no such task, or it needs a file.
             ContextLengthError: the task does not fit the length.
         """
-        task = self._task(name, length)
-        seed = f"{self.seed}/{name}/{length}/{number}"
-        limit = length - task.max_new_tokens
+        return fitted_case(self._task(name, length), self.encoder, self.seed, name, length, number)
 
-        def prompt(size: int) -> tuple[list[int], Question]:
-            question = task.generate(size, random.Random(seed))
-            return self.encoder.encode(question.text, question.answer_prefix), question
-
-        size = largest_fitting(
-            lambda size: prompt(size)[0], limit, smallest=task.smallest, largest=task.largest
-        )
-        token_ids, question = prompt(size)
-        return Case(
-            task=name,
-            length=length,
-            number=number,
-            prompt_token_ids=tuple(token_ids),
-            answers=question.answers,
-            metric=task.metric,
-            max_new_tokens=task.max_new_tokens,
-            answer_prefix=question.answer_prefix,
-        )
-
-    def _task(self, name: str, length: int) -> RulerTask:
+    def _task(self, name: str, length: int) -> GeneratedTask:
         if name in NEEDLE_TASKS:
             tokens = 48 if name.startswith("niah_single") else 128
-            return RulerTask(
+            return GeneratedTask(
                 partial(needle_question, NEEDLE_TASKS[name], self.prose), tokens, smallest=4
             )
         match name:
             case "vt":
-                return RulerTask(variable_question, 30, smallest=4)
+                return GeneratedTask(variable_question, 30, smallest=4)
             case "cwe":
                 generate = partial(common_words_question, is_short=length < SHORT_LENGTH)
-                return RulerTask(generate, 120, smallest=20)
+                return GeneratedTask(generate, 120, smallest=20)
             case "fwe":
-                return RulerTask(frequent_words_question, 50, smallest=200)
+                return GeneratedTask(frequent_words_question, 50, smallest=200)
             case _ if name in self._files:
                 file = self._files[name]
                 most = len(file.paragraphs)
-                return RulerTask(file.question, 32, 0, Metric.MATCH_PART, largest=most)
+                return GeneratedTask(file.question, 32, 0, Metric.MATCH_PART, largest=most)
         if name in self.needs_file:
             raise ConfigError(f"RULER task {name} needs a file: set {self.needs_file[name]}")
         raise ConfigError(f"RULER has no task {name!r}; one of {', '.join(TASK_NAMES)}")

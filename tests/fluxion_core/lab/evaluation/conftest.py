@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -11,9 +12,12 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from fluxion_core.generation.tokenizer import Tokenizer
 from fluxion_core.lab.evaluation.case import PromptEncoder
+from fluxion_core.lab.evaluation.session import EvaluationModel
 from fluxion_core.lab.evaluation.work import Answer
 from fluxion_core.models.config import ModelConfig, RopeConfig
 from fluxion_core.models.decoder import Decoder
+from fluxion_core.planning.planner import Planner
+from fluxion_core.planning.planner_weights import PlannerWeights
 
 END_OF_TEXT = 256
 
@@ -59,6 +63,30 @@ def decoder() -> Decoder:
     for parameter in decoder.parameters():
         parameter.normal_(std=0.2, generator=generator)
     return decoder
+
+
+@pytest.fixture
+def model(decoder: Decoder, tokenizer: Tokenizer) -> EvaluationModel:
+    config = decoder.config
+    weights = PlannerWeights.training_free(config.num_layers, config.num_heads)
+    planner = Planner(
+        weights,
+        num_layers=config.num_layers,
+        num_kv_heads=config.num_kv_heads,
+        num_heads=config.num_heads,
+        head_dim=config.head_dim,
+    )
+    return EvaluationModel(
+        "toy",
+        "0" * 64,
+        config,
+        lambda: copy.deepcopy(decoder),
+        decoder,
+        tokenizer,
+        PromptEncoder(tokenizer, is_chat=False),
+        weights,
+        planner,
+    )
 
 
 @pytest.fixture

@@ -55,6 +55,16 @@ def test_a_task_that_exact_cannot_do_is_said_so_and_does_not_count(both: Both):
     assert "hard (cannot)" in render.markdown("T", report, {})
 
 
+def test_a_task_apart_is_shown_and_not_averaged(both: Both):
+    answers = both("easy", [(100, 90)] * 4) + both("summary", [(100, 20)] * 4)
+    report = summarize(answers, WAYS, apart=("summary",))
+    assert report.average_differences["fast"].mean == pytest.approx(-10)
+    assert "summary at 1024: agreement with exact; left out of averages" in report.notes
+    text = render.markdown("T", report, {})
+    assert "| summary | 1024 | 4 | 100.0 | 20.0" in text
+    assert "average of 1 |" in text
+
+
 def test_every_task_weighs_the_same_in_the_average(both: Both):
     answers = both("many", [(100, 100)] * 30) + both("few", [(100, 0)] * 2)
     assert summarize(answers, WAYS).average_differences["fast"].mean == -50

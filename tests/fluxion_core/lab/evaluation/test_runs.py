@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -11,22 +10,17 @@ import pytest
 
 from fluxion_core.config.commands import run_module
 from fluxion_core.errors import ConfigError
-from fluxion_core.generation.tokenizer import Tokenizer
 from fluxion_core.lab.evaluation import __main__ as evaluation
 from fluxion_core.lab.evaluation import evaluate as evaluate_module
 from fluxion_core.lab.evaluation.__main__ import Evaluation
 from fluxion_core.lab.evaluation.agreement import run_agreement
-from fluxion_core.lab.evaluation.case import PromptEncoder
 from fluxion_core.lab.evaluation.divergence import run_divergence
 from fluxion_core.lab.evaluation.evaluate import evaluate
 from fluxion_core.lab.evaluation.files_run import run_files
 from fluxion_core.lab.evaluation.options import EvaluationOptions
-from fluxion_core.lab.evaluation.ruler_run import run_ruler
 from fluxion_core.lab.evaluation.session import EvaluationModel
+from fluxion_core.lab.evaluation.suite_run import run_ruler
 from fluxion_core.lab.evaluation.work import Answer
-from fluxion_core.models.decoder import Decoder
-from fluxion_core.planning.planner import Planner
-from fluxion_core.planning.planner_weights import PlannerWeights
 from tests.fluxion_core.planning.random_planner import random_network
 
 OPTIONS = EvaluationOptions(
@@ -42,30 +36,6 @@ OPTIONS = EvaluationOptions(
 
 def ignore(done: int, total: int, answer: Answer) -> None:
     """Progress that nobody watches."""
-
-
-@pytest.fixture
-def model(decoder: Decoder, tokenizer: Tokenizer) -> EvaluationModel:
-    config = decoder.config
-    weights = PlannerWeights.training_free(config.num_layers, config.num_heads)
-    planner = Planner(
-        weights,
-        num_layers=config.num_layers,
-        num_kv_heads=config.num_kv_heads,
-        num_heads=config.num_heads,
-        head_dim=config.head_dim,
-    )
-    return EvaluationModel(
-        "toy",
-        "0" * 64,
-        config,
-        lambda: copy.deepcopy(decoder),
-        decoder,
-        tokenizer,
-        PromptEncoder(tokenizer, is_chat=False),
-        weights,
-        planner,
-    )
 
 
 def test_all_policies_answer_all_cases_and_a_hopeless_model_is_said_so(model: EvaluationModel):
@@ -261,7 +231,11 @@ def test_arguments_become_options(monkeypatch: pytest.MonkeyPatch):
         (["ruler", "cases=3"], 2, "'cases=3' is more than the command takes"),
         (["ruler", "--speed", "3"], 2, "Unknown option: --speed"),
         (["ruler", "--cases", "many"], 2, "not a whole number"),
-        (["riddles"], 2, 'Choose from: "ruler", "longbench", "leval", "agreement", "divergence"'),
+        (
+            ["riddles"],
+            2,
+            'Choose from: "ruler", "collect", "longbench", "leval", "agreement", "divergence"',
+        ),
         (["ruler", "--cases", "0"], 2, "Must be >= 1"),
         (["ruler", "--lengths", "0"], 1, "all positive"),
         (["ruler", "--resume"], 1, "resume needs the journal"),
