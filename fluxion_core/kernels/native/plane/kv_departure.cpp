@@ -2,7 +2,6 @@
 
 #include <sys/uio.h>
 
-#include <exception>
 #include <stdexcept>
 #include <string>
 
@@ -11,16 +10,15 @@
 namespace fluxion {
 
 // One connection of a departure. All but its construction is in turns.
-class DepartureConnection : public Connection {
+class DepartureConnection : public HandoffConnection {
  public:
   DepartureConnection(KvDeparture& owner, std::unique_ptr<Transport> transport, int64_t connection)
-      : Connection(std::move(transport)), owner_(owner), connection_(connection) {}
+      : HandoffConnection(owner, std::move(transport)), owner_(owner), connection_(connection) {}
 
  protected:
-  Turn take_turn() override;
+  Turn go_on() override;
 
  private:
-  Turn go_on();
   bool is_ended();
   bool write_frame();
 
@@ -32,18 +30,6 @@ class DepartureConnection : public Connection {
   FramePrefix prefix_;
   size_t written_ = 0;
 };
-
-Connection::Turn DepartureConnection::take_turn() {
-  if (owner_.has_error_) return Turn::kIsOver;
-  try {
-    return go_on();
-  } catch (const PlaneError& error) {
-    owner_.note_error(error);
-  } catch (const std::exception& error) {
-    owner_.note_error(PlaneError(PlaneFault::kSystem, error.what()));
-  }
-  return Turn::kIsOver;
-}
 
 Connection::Turn DepartureConnection::go_on() {
   if (!has_started_ && !transport().start()) return Turn::kWaits;
@@ -106,35 +92,16 @@ bool DepartureConnection::write_frame() {
   return true;
 }
 
-KvDeparture::KvDeparture(IoThreads& threads, int event_fd) : threads_(threads), event_(event_fd) {}
+void KvDeparture::begin(int64_t of) {
+  queues_.resize(size_t(of));
+  has_ended_.resize(size_t(of));
+  for (const Frame& frame : early_) queues_[frame.layer % size_t(of)].push_back(frame);
+  early_.clear();
+}
 
-KvDeparture::~KvDeparture() { close(); }
-
-void KvDeparture::add(int fd, const TransportOptions& options, int64_t connection, int64_t of) {
-  std::unique_ptr<Transport> transport = make_transport(fd, options);
-  std::shared_ptr<DepartureConnection> added;
-  {
-    std::lock_guard<std::mutex> guard(lock_);
-    if (is_closed_) throw std::runtime_error("the departure has been closed");
-    if (connections_.empty()) {
-      if (of < 1 || of > kMaxConnections) {
-        throw std::invalid_argument("connections of a hand-off: 1 to 64");
-      }
-      connections_.resize(size_t(of));
-      queues_.resize(size_t(of));
-      has_ended_.resize(size_t(of));
-      for (const Frame& frame : early_) queues_[frame.layer % size_t(of)].push_back(frame);
-      early_.clear();
-    }
-    if (of != int64_t(connections_.size()) || connection < 0 || connection >= of) {
-      throw std::invalid_argument("connection: 0 to of - 1, of the same number of connections");
-    }
-    auto& place = connections_[size_t(connection)];
-    if (place) throw std::invalid_argument("the connection is there already");
-    place = std::make_shared<DepartureConnection>(*this, std::move(transport), connection);
-    added = place;
-  }
-  threads_.add(added);
+std::shared_ptr<Connection> KvDeparture::make_connection(std::unique_ptr<Transport> transport,
+                                                         int64_t connection, int64_t) {
+  return std::make_shared<DepartureConnection>(*this, std::move(transport), connection);
 }
 
 int64_t KvDeparture::put(int64_t layer, int64_t first_token, int64_t num_tokens,
@@ -162,11 +129,7 @@ int64_t KvDeparture::put(int64_t layer, int64_t first_token, int64_t num_tokens,
   }
   const size_t connection = size_t(layer) % queues_.size();
   queues_[connection].push_back(frame);
-  if (has_ended_[connection] && !error_) {
-    error_ = no_taker(int64_t(connection));
-    has_error_ = true;
-    event_.raise();
-  }
+  if (has_ended_[connection]) note_error_locked(no_taker(int64_t(connection)));
   if (connections_[connection]) connections_[connection]->wake();
   return frame.number;
 }
@@ -179,18 +142,6 @@ KvDeparture::State KvDeparture::state() {
   state.waiting_seconds = num_put_ == num_finished_ ? 0.0 : double(now_ns() - moved_ns_) * 1e-9;
   state.error = error_;
   return state;
-}
-
-void KvDeparture::close() {
-  std::vector<std::shared_ptr<DepartureConnection>> connections;
-  {
-    std::lock_guard<std::mutex> guard(lock_);
-    is_closed_ = true;
-    connections = connections_;
-  }
-  for (const auto& connection : connections) {
-    if (connection) connection->close();
-  }
 }
 
 bool KvDeparture::next_frame(int64_t connection, Frame& frame) {
@@ -228,16 +179,6 @@ void KvDeparture::note_finished(const Frame& frame) {
   }
   // Further ones are found with the first.
   if (is_first) event_.raise();
-}
-
-void KvDeparture::note_error(const PlaneError& error) {
-  {
-    std::lock_guard<std::mutex> guard(lock_);
-    if (error_) return;
-    error_ = error;
-  }
-  has_error_ = true;
-  event_.raise();
 }
 
 }  // namespace fluxion

@@ -8,20 +8,14 @@
 #include <cstdint>
 #include <deque>
 #include <memory>
-#include <mutex>
 #include <optional>
 #include <vector>
 
-#include "plane/event_signal.h"
-#include "plane/io_threads.h"
-#include "plane/plane_error.h"
-#include "plane/transport.h"
+#include "plane/handoff.h"
 
 namespace fluxion {
 
-class DepartureConnection;
-
-class KvDeparture {
+class KvDeparture : public Handoff {
  public:
   struct Frame {
     int64_t number;
@@ -35,20 +29,15 @@ class KvDeparture {
     std::optional<PlaneError> error;  // the first one; nothing moves afterwards
   };
 
-  // event_fd must stay until `close` has returned.
-  KvDeparture(IoThreads& threads, int event_fd);
-  ~KvDeparture();
+  KvDeparture(IoThreads& threads, int event_fd) : Handoff(threads, event_fd) {}
+  ~KvDeparture() { close(); }
 
-  // See KvLanding::add.
-  void add(int fd, const TransportOptions& options, int64_t connection, int64_t of);
   // Returns the frame's number, from 0. Its payload must stay until `state` names it, or `close` has
   // returned. Never waits; frames may come before their connection. Throws std::invalid_argument,
   // std::runtime_error (closed).
   int64_t put(int64_t layer, int64_t first_token, int64_t num_tokens, const uint8_t* payload,
               int64_t payload_bytes);
   State state();
-  // Waits for the pieces under way. Afterwards no thread touches payloads or event_fd. Idempotent.
-  void close();
 
  private:
   friend class DepartureConnection;
@@ -57,22 +46,18 @@ class KvDeparture {
   bool note_ended(int64_t connection);
   void note_moved();
   void note_finished(const Frame& frame);
-  void note_error(const PlaneError& error);
   static PlaneError no_taker(int64_t connection);
+  void begin(int64_t of) override;
+  std::shared_ptr<Connection> make_connection(std::unique_ptr<Transport> transport,
+                                              int64_t connection, int64_t of) override;
 
-  IoThreads& threads_;
-  const EventSignal event_;
-  std::atomic<bool> has_error_{false};
   std::atomic<int64_t> moved_ns_{0};
-  mutable std::mutex lock_;
-  bool is_closed_ = false;
+  // Under `lock_`.
   int64_t num_put_ = 0, num_finished_ = 0, payload_bytes_ = 0;
-  std::optional<PlaneError> error_;
   std::vector<int64_t> finished_;
-  std::deque<Frame> early_;                                        // before the first connection
-  std::vector<std::deque<Frame>> queues_;                          // [of]
-  std::vector<std::shared_ptr<DepartureConnection>> connections_;  // [of]; null: not yet there
-  std::vector<bool> has_ended_;                                    // [of]
+  std::deque<Frame> early_;                // before the first connection
+  std::vector<std::deque<Frame>> queues_;  // [of]
+  std::vector<bool> has_ended_;            // [of]
 };
 
 }  // namespace fluxion

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <exception>
 #include <stdexcept>
 #include <string>
 
@@ -13,11 +12,11 @@
 namespace fluxion {
 
 // One connection of a landing. All but its construction is in turns.
-class LandingConnection : public Connection {
+class LandingConnection : public HandoffConnection {
  public:
   LandingConnection(KvLanding& owner, std::unique_ptr<Transport> transport, int64_t connection,
                     int64_t of)
-      : Connection(std::move(transport)),
+      : HandoffConnection(owner, std::move(transport)),
         owner_(owner),
         rules_{owner.layout_, owner.num_tokens_, connection, of,
                this->transport().has_payloads_beside()},
@@ -25,14 +24,13 @@ class LandingConnection : public Connection {
         layers_left_(num_layers_) {}
 
  protected:
-  Turn take_turn() override;
+  Turn go_on() override;
   void let_go() override;
 
  private:
   // What of a frame is read at once: what the kernel has just copied is checked while it is in L2.
   static constexpr size_t kReadBytes = 256 << 10;
 
-  Turn go_on();
   bool read_prefix();
   bool read_payload();
   void take_prefix();
@@ -54,18 +52,6 @@ class LandingConnection : public Connection {
   size_t filled_ = 0, checked_ = 0;
   uint32_t crc32c_ = 0;
 };
-
-Connection::Turn LandingConnection::take_turn() {
-  if (owner_.has_error_) return Turn::kIsOver;
-  try {
-    return go_on();
-  } catch (const PlaneError& error) {
-    owner_.note_error(error);
-  } catch (const std::exception& error) {
-    owner_.note_error(PlaneError(PlaneFault::kSystem, error.what()));
-  }
-  return Turn::kIsOver;
-}
 
 Connection::Turn LandingConnection::go_on() {
   if (!has_started_ && !transport().start()) return Turn::kWaits;
@@ -202,11 +188,10 @@ void LandingConnection::throw_truncated() const {
 
 KvLanding::KvLanding(IoThreads& threads, const SlabLayout& layout, const int64_t* slabs,
                      int64_t num_slabs, int64_t num_tokens, int64_t kv_from_token, int event_fd)
-    : threads_(threads),
+    : Handoff(threads, event_fd),
       layout_(layout),
       slabs_(slabs, slabs + num_slabs),
       num_tokens_(num_tokens),
-      event_(event_fd),
       next_token_(size_t(layout.layers)),
       layers_left_(layout.layers) {
   if (kv_from_token < 0 || kv_from_token % kBlockTokens || kv_from_token >= num_tokens ||
@@ -224,27 +209,9 @@ KvLanding::KvLanding(IoThreads& threads, const SlabLayout& layout, const int64_t
 
 KvLanding::~KvLanding() { close(); }
 
-void KvLanding::add(int fd, const TransportOptions& options, int64_t connection, int64_t of) {
-  std::unique_ptr<Transport> transport = make_transport(fd, options);
-  std::shared_ptr<LandingConnection> added;
-  {
-    std::lock_guard<std::mutex> guard(lock_);
-    if (is_closed_) throw std::runtime_error("the landing has been closed");
-    if (connections_.empty()) {
-      if (of < 1 || of > kMaxConnections) {
-        throw std::invalid_argument("connections of a hand-off: 1 to 64");
-      }
-      connections_.resize(size_t(of));
-    }
-    if (of != int64_t(connections_.size()) || connection < 0 || connection >= of) {
-      throw std::invalid_argument("connection: 0 to of - 1, of the same number of connections");
-    }
-    auto& place = connections_[size_t(connection)];
-    if (place) throw std::invalid_argument("the connection is there already");
-    place = std::make_shared<LandingConnection>(*this, std::move(transport), connection, of);
-    added = place;
-  }
-  threads_.add(added);
+std::shared_ptr<Connection> KvLanding::make_connection(std::unique_ptr<Transport> transport,
+                                                       int64_t connection, int64_t of) {
+  return std::make_shared<LandingConnection>(*this, std::move(transport), connection, of);
 }
 
 KvLanding::State KvLanding::state() const {
@@ -268,18 +235,6 @@ int64_t KvLanding::whole_tokens() const {
   return tokens;
 }
 
-void KvLanding::close() {
-  std::vector<std::shared_ptr<LandingConnection>> connections;
-  {
-    std::lock_guard<std::mutex> guard(lock_);
-    is_closed_ = true;
-    connections = connections_;
-  }
-  for (const auto& connection : connections) {
-    if (connection) connection->close();
-  }
-}
-
 void KvLanding::note_received(int64_t bytes) { received_bytes_ += bytes; }
 
 void KvLanding::note_taken(int64_t layer, int64_t next_token, int64_t payload_bytes) {
@@ -297,16 +252,6 @@ void KvLanding::note_taken(int64_t layer, int64_t next_token, int64_t payload_by
 void KvLanding::note_whole(int64_t layers) {
   if (!layers) return;
   if ((layers_left_ -= layers) == 0) event_.raise();
-}
-
-void KvLanding::note_error(const PlaneError& error) {
-  {
-    std::lock_guard<std::mutex> guard(lock_);
-    if (error_) return;
-    error_ = error;
-  }
-  has_error_ = true;
-  event_.raise();
 }
 
 }  // namespace fluxion

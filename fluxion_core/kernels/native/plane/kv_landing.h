@@ -8,21 +8,15 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
-#include <mutex>
 #include <optional>
 #include <vector>
 
 #include "operations/slab_layout.h"
-#include "plane/event_signal.h"
-#include "plane/io_threads.h"
-#include "plane/plane_error.h"
-#include "plane/transport.h"
+#include "plane/handoff.h"
 
 namespace fluxion {
 
-class LandingConnection;
-
-class KvLanding {
+class KvLanding : public Handoff {
  public:
   struct State {
     int64_t payload_bytes, chunks;  // of frames that were taken in
@@ -39,14 +33,9 @@ class KvLanding {
             int64_t num_tokens, int64_t kv_from_token, int event_fd);
   ~KvLanding();
 
-  // Connection `connection` of `of`, the same for all. Takes the descriptor over, also where it throws:
-  // std::invalid_argument (no such connection, one that was there, options), std::runtime_error (closed).
-  void add(int fd, const TransportOptions& options, int64_t connection, int64_t of);
   State state() const;
   // Tokens, from the prompt's first, that are written in every layer.
   int64_t whole_tokens() const;
-  // Waits for the frames under way. Afterwards no thread touches slabs or event_fd. Idempotent.
-  void close();
 
  private:
   friend class LandingConnection;
@@ -54,22 +43,16 @@ class KvLanding {
   void note_received(int64_t bytes);
   void note_taken(int64_t layer, int64_t next_token, int64_t payload_bytes);
   void note_whole(int64_t layers);
-  void note_error(const PlaneError& error);
+  std::shared_ptr<Connection> make_connection(std::unique_ptr<Transport> transport,
+                                              int64_t connection, int64_t of) override;
 
-  IoThreads& threads_;
   const SlabLayout layout_;
   const std::vector<int64_t> slabs_;
   const int64_t num_tokens_;
-  const EventSignal event_;
   std::vector<std::atomic<int64_t>>
       next_token_;  // [layers]; each written by its connection's thread
   std::atomic<int64_t> payload_bytes_{0}, chunks_{0}, received_bytes_{0}, layers_left_;
   std::atomic<int64_t> raised_ns_{0};
-  std::atomic<bool> has_error_{false};
-  mutable std::mutex lock_;
-  std::optional<PlaneError> error_;
-  bool is_closed_ = false;
-  std::vector<std::shared_ptr<LandingConnection>> connections_;  // [of]; null: not yet there
 };
 
 }  // namespace fluxion
