@@ -22,16 +22,16 @@ class _Piece:
     """One copy under way."""
 
     arrived: torch.cuda.Event
-    buffer: Tensor
-    num_bytes: int
+    payload: memoryview
     take: Callable[[memoryview], None]
 
 
 class DeviceOutbox:
     """Copies into pinned buffers. One thread only.
 
-    Memory for twice `max_under_way` pieces is there from the start: those, and as many on the wire.
-    It grows with what was handed on and is still held.
+    Memory for twice `max_under_way` of the largest pieces is there from the start: those, and as
+    many on the wire. It grows with what was handed on and is still held, and does not shrink
+    (pinned_buffers.py says why).
 
     Args:
         device: that pieces come from.
@@ -58,15 +58,15 @@ class DeviceOutbox:
             len(self._under_way) == self._max_under_way or self._under_way[0].arrived.query()
         ):
             self._hand_on()
-        buffer, num_bytes = self._buffers.take(), len(payload)
+        buffer, arriving = self._buffers.take(len(payload))
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
-            buffer[:num_bytes].copy_(payload, non_blocking=True)
+            buffer.copy_(payload, non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record(self._stream)
         # Its memory must not be given to others before the copy has read it.
         payload.record_stream(self._stream)
-        self._under_way.append(_Piece(arrived, buffer, num_bytes, take))
+        self._under_way.append(_Piece(arrived, arriving, take))
 
     def drain(self) -> None:
         """Wait for all pieces and hand them on."""
@@ -76,11 +76,11 @@ class DeviceOutbox:
     def drop(self) -> None:
         """Forget all pieces: nobody wants them any more."""
         while self._under_way:
-            piece = self._under_way.popleft()
-            piece.arrived.synchronize()
-            self._buffers.give_back(piece.buffer)
+            # Its memory is given to others once it is forgotten.
+            self._under_way[0].arrived.synchronize()
+            self._under_way.popleft()
 
     def _hand_on(self) -> None:
         piece = self._under_way.popleft()
         piece.arrived.synchronize()
-        piece.take(self._buffers.lend(piece.buffer, piece.num_bytes))
+        piece.take(piece.payload)
