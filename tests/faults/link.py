@@ -1,4 +1,4 @@
-"""A network link between two namespaces that can be slow, lossy, or cut.
+"""A network link between two namespaces that can be slow, lossy, narrow, or cut, for one port too.
 
 Both ends are TUN devices; every packet passes through a thread of this process, which delays, drops
 or forgets it. The kernel's own netem does the same, where it was built in.
@@ -12,6 +12,7 @@ import heapq
 import os
 import random
 import select
+import socket
 import struct
 import subprocess
 import threading
@@ -44,10 +45,13 @@ class Far:
 class Link:
     """Forwards packets between two TUN devices.
 
-    Set `delay_seconds` (one way), `loss` (a share) and `is_cut` at any time.
+    Set at any time: `delay_seconds` (one way), `loss` (a share), `is_cut`; `cut_port`, whose TCP
+    packets alone are swallowed, both ways or those `from_near`, or those that are not;
+    `max_packet_bytes`, above which a packet is swallowed and nobody is told.
     """
 
     def __init__(self, near_fd: int, far_fd: int) -> None:
+        self._near_fd = near_fd
         self._other = {near_fd: far_fd, far_fd: near_fd}
         self._draw = random.Random(4)
         self._closed = threading.Event()
@@ -56,8 +60,11 @@ class Link:
         self._thread.start()
 
     def heal(self) -> None:
-        """Neither slow, nor lossy, nor cut."""
+        """Neither slow, nor lossy, nor narrow, nor cut."""
         self.delay_seconds, self.loss, self.is_cut = 0.0, 0.0, False
+        self.cut_port: int | None = None
+        self.from_near: bool | None = None
+        self.max_packet_bytes = 1 << 16
 
     def close(self) -> None:
         """Forward no more."""
@@ -75,7 +82,7 @@ class Link:
                 pause = min(pause, max(0.0, waiting[0][0] - time.monotonic()))
             for fd in select.select(list(self._other), [], [], pause)[0]:
                 packet = os.read(fd, 1 << 16)
-                if self.is_cut or self._draw.random() < self.loss:
+                if self._swallows(fd, packet) or self._draw.random() < self.loss:
                     continue
                 number += 1
                 due = time.monotonic() + self.delay_seconds
@@ -84,6 +91,21 @@ class Link:
                 _, _, fd, packet = heapq.heappop(waiting)
                 if not self.is_cut:
                     os.write(fd, packet)
+
+    def _swallows(self, fd: int, packet: bytes) -> bool:
+        if self.is_cut or len(packet) > self.max_packet_bytes:
+            return True
+        if self.cut_port is None or self.cut_port not in _tcp_ports(packet):
+            return False
+        return self.from_near is None or self.from_near == (fd == self._near_fd)
+
+
+def _tcp_ports(packet: bytes) -> tuple[int, ...]:
+    """Source and destination of a TCP packet over IPv4; nothing of another."""
+    if packet[0] >> 4 != 4 or packet[9] != socket.IPPROTO_TCP:
+        return ()
+    ports: tuple[int, ...] = struct.unpack_from("!HH", packet, 4 * (packet[0] & 15))
+    return ports
 
 
 @contextmanager
@@ -113,6 +135,17 @@ def linked_namespace() -> Iterator[tuple[Link, Far]]:
         holder.wait()
         assert holder.stdin is not None
         holder.stdin.close()
+
+
+@contextmanager
+def no_route() -> Iterator[None]:
+    """Within the block, this process's namespace knows no way to the other end."""
+    route = (f"{NEAR_ADDRESS.rpartition('.')[0]}.0/24", "dev", "fault0")
+    _ip((), "route", "delete", *route)
+    try:
+        yield
+    finally:
+        _ip((), "route", "add", *route)
 
 
 def _ip(prefix: tuple[str, ...], *arguments: str) -> None:

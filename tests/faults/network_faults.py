@@ -23,18 +23,26 @@ from tests.faults.cluster import (
     SHORT_TOKENS,
     STALL_SECONDS,
     Cluster,
+    FaultNode,
+    Seen,
     ask,
     assert_no_prompt_is_left,
     assert_nothing_is_held,
     running_cluster,
     until,
 )
-from tests.faults.link import FAR_ADDRESS, NEAR_ADDRESS, Far, Link, linked_namespace
+from tests.faults.link import FAR_ADDRESS, NEAR_ADDRESS, Far, Link, linked_namespace, no_route
 from tests.faults.matrix import Row, failed_line, skipped_line
 
 DELAY_SECONDS = 0.1
 LOSS = 0.05
 STALL = f"prefill.stall_seconds ({STALL_SECONDS:g})"
+CONNECT = "prefill.client.connect_seconds (5)"
+UNREAD = "server.unread_seconds (20)"
+"""Of a node whose KV is not taken, which ends the call."""
+AFTER_ITS_PREFILL = f"the rest of its prefill, then {STALL}"
+"""Where all that is left of the KV fits into the connections' buffers: the call ends well."""
+NARROW_BYTES = 1200
 KEEPALIVE = "10 s without an acknowledgement; idle, keepalive (20 + 10)"
 
 NetworkScenario = Callable[[Cluster, Link, Far], Awaitable[Row]]
@@ -94,12 +102,7 @@ async def network_is_cut_during_alone(cluster: Cluster, link: Link, far: Far) ->
 
 async def network_is_cut_during_with_another(cluster: Cluster, link: Link, far: Far) -> Row:
     """The other node begins again."""
-    while True:
-        prompt = cluster.fresh_prompt(LONG_TOKENS)
-        asking = asyncio.ensure_future(ask(cluster.pair.address, prompt))
-        if await cluster.prefill_at_work(cluster.first, cluster.second) is cluster.first:
-            break
-        await asking
+    prompt, asking = await asked_of_first(cluster)
     link.is_cut, began = True, time.monotonic()
     seen = await asking
     assert seen.tokens == await cluster.right_tokens(prompt), seen
@@ -149,6 +152,172 @@ async def network_is_cut_before_alone(cluster: Cluster, link: Link, far: Far) ->
     )
 
 
+async def kv_is_swallowed(cluster: Cluster, link: Link, *, from_near: bool | None) -> float:
+    """Seconds to a client's end once no packet of a hand-off's KV connections comes any more,
+    while the call between the nodes is well, with no other node."""
+    asking = asyncio.ensure_future(ask(cluster.lone.address, cluster.fresh_prompt(LONG_TOKENS)))
+    await cluster.prefill_at_work(cluster.first)
+    link.from_near, link.cut_port, began = from_near, kv_port_of(cluster.first), time.monotonic()
+    seen = await asking
+    assert (seen.status, seen.tokens) == ("UNAVAILABLE", []), seen
+    assert "server.unread_seconds" in seen.details, seen
+    assert_names_the_port(cluster, seen)
+    await assert_nothing_is_held(cluster.lone)
+    await assert_no_prompt_is_left(cluster.first)
+    link.heal()
+    await cluster.assert_serves(cluster.lone)
+    return seen.ended_at - began
+
+
+async def kv_is_swallowed_alone(cluster: Cluster, link: Link, far: Far) -> Row:
+    """A firewall that has forgotten these connections."""
+    return Row(
+        "packets of KV connections are swallowed, the call is well",
+        "UNAVAILABLE, naming host, port and what to do",
+        await kv_is_swallowed(cluster, link, from_near=None),
+        UNREAD,
+        "once it is mended: yes, right tokens",
+    )
+
+
+async def kv_is_swallowed_to_decode(cluster: Cluster, link: Link, far: Far) -> Row:
+    """KV does not come, and the other way is open."""
+    return Row(
+        "the same, of packets to the decode node alone",
+        "UNAVAILABLE, naming host, port and what to do",
+        await kv_is_swallowed(cluster, link, from_near=False),
+        UNREAD,
+        "once it is mended: yes, right tokens",
+    )
+
+
+async def kv_is_swallowed_to_prefill(cluster: Cluster, link: Link, far: Far) -> Row:
+    """What comes is never acknowledged, so that soon nothing more does."""
+    return Row(
+        "the same, of packets to the prefill node alone",
+        "UNAVAILABLE, naming host, port and what to do",
+        await kv_is_swallowed(cluster, link, from_near=True),
+        UNREAD,
+        "once it is mended: yes, right tokens",
+    )
+
+
+async def kv_is_swallowed_with_another(cluster: Cluster, link: Link, far: Far) -> Row:
+    """The other node begins again."""
+    prompt, asking = await asked_of_first(cluster)
+    link.cut_port, began = kv_port_of(cluster.first), time.monotonic()
+    seen = await asking
+    assert seen.tokens == await cluster.right_tokens(prompt), seen
+    await cluster.assert_serves(cluster.pair)
+    await assert_no_prompt_is_left(cluster.first)
+    return Row(
+        "packets of KV connections are swallowed, another prefill node is there",
+        "its tokens; the prompt is computed again",
+        seen.ended_at - began,
+        f"{UNREAD}, then one more prefill",
+        "yes, right tokens, while they are",
+    )
+
+
+async def kv_port_swallows_alone(cluster: Cluster, link: Link, far: Far) -> Row:
+    """A firewall that drops what it does not let through."""
+    link.cut_port, began = kv_port_of(cluster.first), time.monotonic()
+    seen = await ask(cluster.lone.address, cluster.fresh_prompt(SHORT_TOKENS))
+    assert (seen.status, seen.tokens) == ("UNAVAILABLE", []), seen
+    assert "nobody answered" in seen.details, seen
+    assert_names_the_port(cluster, seen)
+    await assert_nothing_is_held(cluster.lone)
+    await assert_no_prompt_is_left(cluster.first)
+    link.heal()
+    await cluster.assert_serves(cluster.lone)
+    return Row(
+        "packets to the port for KV are swallowed before a hand-off",
+        "UNAVAILABLE, naming host, port and what to do",
+        seen.ended_at - began,
+        CONNECT,
+        "once it is open: yes, right tokens",
+    )
+
+
+async def kv_port_swallows_with_another(cluster: Cluster, link: Link, far: Far) -> Row:
+    """Its load says nothing of it, so it may be asked first."""
+    link.cut_port, slowest = kv_port_of(cluster.first), 0.0
+    for _ in range(2):
+        prompt, began = cluster.fresh_prompt(SHORT_TOKENS), time.monotonic()
+        seen = await ask(cluster.pair.address, prompt)
+        assert seen.tokens == await cluster.right_tokens(prompt), seen
+        slowest = max(slowest, seen.ended_at - began)
+    await cluster.assert_serves(cluster.pair)
+    return Row(
+        "packets to the port for KV are swallowed, another prefill node is there",
+        "its tokens",
+        slowest,
+        f"{CONNECT}, one more prefill",
+        "yes, right tokens, while they are",
+    )
+
+
+async def large_packets_are_swallowed(cluster: Cluster, link: Link, far: Far) -> Row:
+    """A path narrower than both ends think, where nobody may say so."""
+    link.max_packet_bytes, began = NARROW_BYTES, time.monotonic()
+    seen = await ask(cluster.lone.address, cluster.fresh_prompt(SHORT_TOKENS))
+    assert (seen.status, seen.tokens) == ("UNAVAILABLE", []), seen
+    assert "prefill.stall_seconds" in seen.details, seen
+    assert_names_the_port(cluster, seen)
+    await assert_nothing_is_held(cluster.lone)
+    await assert_no_prompt_is_left(cluster.first)
+    link.heal()
+    await cluster.assert_serves(cluster.lone)
+    return Row(
+        f"packets above {NARROW_BYTES} B are swallowed, and nobody says so",
+        "UNAVAILABLE, naming host, port and what to do",
+        seen.ended_at - began,
+        AFTER_ITS_PREFILL,
+        "once they are not: yes, right tokens",
+    )
+
+
+async def route_disappears(cluster: Cluster, link: Link, far: Far) -> Row:
+    """The decode node's own kernel knows no way any more, which breaks no connection."""
+    asking = asyncio.ensure_future(ask(cluster.lone.address, cluster.fresh_prompt(LONG_TOKENS)))
+    await cluster.prefill_at_work(cluster.first)
+    with no_route():
+        began = time.monotonic()
+        seen = await asking
+        assert (seen.status, seen.tokens) == ("UNAVAILABLE", []), seen
+    await assert_nothing_is_held(cluster.lone)
+    await assert_no_prompt_is_left(cluster.first)
+    await cluster.assert_serves(cluster.lone)
+    return Row(
+        "the route to the only prefill node disappears during a hand-off",
+        "UNAVAILABLE, no token",
+        seen.ended_at - began,
+        STALL,
+        "once it is there: yes, right tokens",
+    )
+
+
+async def asked_of_first(cluster: Cluster) -> tuple[list[int], asyncio.Task[Seen]]:
+    """A long prompt that `pair` was asked for and `first` computes."""
+    while True:
+        prompt = cluster.fresh_prompt(LONG_TOKENS)
+        asking = asyncio.ensure_future(ask(cluster.pair.address, prompt))
+        if await cluster.prefill_at_work(cluster.first, cluster.second) is cluster.first:
+            return prompt, asking
+        await asking
+
+
+def kv_port_of(node: FaultNode) -> int:
+    """Where a node listens for connections of KV."""
+    return int(node.flags[node.flags.index("--handoff.listen") + 1].rpartition(":")[2])
+
+
+def assert_names_the_port(cluster: Cluster, seen: Seen) -> None:
+    """A failure tells where KV should have come from, and what may help."""
+    assert f"{FAR_ADDRESS} port {kv_port_of(cluster.first)}" in seen.details, seen
+    assert 'handoff.ways = ["grpc"]' in seen.details, seen
+
+
 async def network_of_a_client_is_cut(cluster: Cluster, link: Link, far: Far) -> Row:
     """Its request is ended when its connection is."""
     process = await start_client(cluster, far)
@@ -190,6 +359,14 @@ SCENARIOS: tuple[NetworkScenario, ...] = (
     network_is_cut_before_alone,
     network_is_cut_during_alone,
     network_of_a_client_is_cut,
+    kv_port_swallows_alone,
+    kv_port_swallows_with_another,
+    kv_is_swallowed_alone,
+    kv_is_swallowed_to_decode,
+    kv_is_swallowed_to_prefill,
+    kv_is_swallowed_with_another,
+    large_packets_are_swallowed,
+    route_disappears,
 )
 
 
@@ -230,7 +407,8 @@ def main() -> None:
         there = {"prefix": far.prefix, "address": f"{FAR_ADDRESS}:{free_port()}"}
         there["metrics_address"] = f"{FAR_ADDRESS}:{free_port()}"
         here = {"address": f"{NEAR_ADDRESS}:{free_port()}"}
-        with running_cluster(Path(directory), first=there, lone=here) as cluster:
+        flags = ("--handoff.listen", f"{FAR_ADDRESS}:{free_port()}")
+        with running_cluster(Path(directory), first=there, lone=here, first_flags=flags) as cluster:
             for scenario in scenarios:
                 lines.append(_line(scenario, cluster, link, far))
                 link.heal()
