@@ -1,9 +1,10 @@
 """Bring docker-compose.yml up for real, and show that it works: make compose-test.
 
 Build, up with two prefill nodes, healthy, a Generate from the host and one from a third container,
-both prefill nodes used, one killed, still served, every metric expression answered by the composed
-Prometheus after a minute of load, its rules tested by its own promtool; then down, and nothing
-left. Needs docker with compose v2 or docker-compose 1.29, and the ports of docker-compose.yml.
+both prefill nodes used, all KV by sockets, one killed, still served, every metric expression
+answered by the composed Prometheus after a minute of load, its rules tested by its own promtool;
+then down, and nothing left. Needs docker with compose v2 or docker-compose 1.29, and the ports of
+docker-compose.yml.
 """
 
 from __future__ import annotations
@@ -185,6 +186,10 @@ def bring_up_and_use() -> None:
     if len(used) != 2 or min(used.values()) < 1:
         raise ComposeTestError(f"not both prefill nodes were used: {used}")
     step(f"hand-offs by prefill node: {sorted(int(count) for count in used.values())}")
+    ways = {json.loads(labels)["way"] for labels in used}
+    if ways != {"sockets"}:
+        raise ComposeTestError(f"between containers KV came by {ways}; need sockets")
+    step("all KV came by sockets, over the prefill nodes' port 7072")
     if expressions.main(PROMETHEUS):
         raise ComposeTestError("some expressions have no data")
     rules = "/etc/prometheus/rules/fluxion.test.yml"

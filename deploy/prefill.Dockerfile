@@ -40,7 +40,7 @@ COPY --from=build /opt/fluxion /opt/fluxion
 ENV PATH=/opt/fluxion/bin:$PATH PYTHONDONTWRITEBYTECODE=1 TRITON_CACHE_DIR=/tmp/triton
 USER fluxion
 VOLUME /models
-EXPOSE 7070 9464
+EXPOSE 7070 7072 9464
 STOPSIGNAL SIGTERM
 # Loading a large model takes minutes; until then the node is alive and not ready. A busy machine may take a check long.
 HEALTHCHECK --interval=15s --timeout=30s --start-period=10m CMD ["fluxion", "health", "127.0.0.1:7070"]

@@ -35,7 +35,7 @@ from fluxion_core.machine.threads import thread_limit
 from fluxion_core.observe.log import event
 from fluxion_core.wire.callers import Callers
 from fluxion_core.wire.client_limits import ClientLimits
-from fluxion_core.wire.status import PUSHBACK_KEY, sent_metadata, status_of
+from fluxion_core.wire.status import PUSHBACK_KEY, sent_details, sent_metadata, status_of
 
 _log = logging.getLogger(__name__)
 
@@ -286,7 +286,7 @@ async def _abort(context: grpc.aio.ServicerContext, error: Exception, call: _Cal
     # cycles comes by.
     traceback.clear_frames(error.__traceback__)
     try:
-        await context.abort(status, details, _trailing_metadata(error))
+        await context.abort(status, sent_details(details), _trailing_metadata(error))
     except grpc.aio.InternalError:
         # Nobody is there any more.
         raise asyncio.CancelledError from None

@@ -36,6 +36,10 @@ from fluxion_core.errors import (
 SENT_KEY = "fluxion-error"
 """Trailing metadata of every status that a node sends: the kind of error, as in errors.py."""
 
+MAX_DETAILS_BYTES = 6144
+"""Of a status's text, as it is encoded. Clients take 8 KiB of trailing metadata; above that their
+gRPC makes RESOURCE_EXHAUSTED of any status."""
+
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
 """Trailing metadata that says when to come again, in the name that gRPC's own retries know."""
 
@@ -107,6 +111,17 @@ def sent_metadata(error: Exception) -> tuple[str, str]:
     """Metadata that tells the caller that a node sent the status of this error."""
     kinds = [kind.__name__ for kind in type(error).__mro__ if kind.__module__ == errors.__name__]
     return SENT_KEY, kinds[0] if kinds else "InternalError"
+
+
+def sent_details(details: str) -> str:
+    """As much of a status's text as clients take."""
+    num_bytes = 0
+    for place, character in enumerate(details):
+        plain = " " <= character <= "~" and character != "%"
+        num_bytes += 1 if plain else 3 * len(character.encode(errors="replace"))
+        if num_bytes > MAX_DETAILS_BYTES:
+            return f"{details[:place]} ... (cut)"
+    return details
 
 
 def error_from_rpc(error: grpc.RpcError) -> FluxionError:

@@ -26,7 +26,12 @@ from fluxion_core.config.settings import (
     ServerSettings,
     ServerTlsSettings,
 )
-from fluxion_core.errors import CapacityError, ConfigError, InvalidRequestError
+from fluxion_core.errors import (
+    CapacityError,
+    ConfigError,
+    InvalidRequestError,
+    PeerUnavailableError,
+)
 from fluxion_core.wire.channel import open_channel
 from fluxion_core.wire.server import NodeServer
 from fluxion_proto.v1 import generate_pb2, generate_pb2_grpc
@@ -69,6 +74,8 @@ class Service(generate_pb2_grpc.GenerationServicer):
                 raise CapacityError(
                     "queue", needed=1, free=0, unit="places", remedy="x", retry_after_seconds=1.5
                 )
+            case "plain" | "ü%":
+                raise PeerUnavailableError(request.text * 10_000)
             case "bug":
                 raise KeyError("what nobody may see")
             case "threads":
@@ -463,3 +470,12 @@ async def test_connections_beyond_the_bound_are_closed():
             for _, writer in held:
                 writer.close()
             assert await said(first) == "127.0.0.1"
+
+
+@pytest.mark.parametrize("text", ["plain", "ü%"])
+async def test_a_text_too_long_for_metadata_is_cut_and_its_status_stays(text: str):
+    async with serving() as (address, _), calling(address) as stub:
+        failure = await refusal(stub, text)
+    assert failure.code() is grpc.StatusCode.UNAVAILABLE
+    assert failure.details().startswith(text * 600)
+    assert failure.details().endswith(" ... (cut)")
