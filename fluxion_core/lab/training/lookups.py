@@ -75,6 +75,31 @@ def with_lookups(token_ids: Sequence[int], encode: Encode, generator: random.Ran
     return ids
 
 
+def questions_after(
+    encode: Encode, generator: random.Random, questions: int = 6
+) -> tuple[list[list[int]], list[int]]:
+    """Facts to write into a prompt, and questions for some of them with their answers, in a row.
+
+    Args:
+        encode: text to tokens, without a beginning-of-text token.
+        generator: of everything random.
+        questions: how many.
+
+    Returns:
+        Tokens of each fact, and those of all questions and answers.
+    """
+    written: list[list[int]] = []
+    tail: list[int] = []
+    for _ in range(questions):
+        form, question = generator.choice(_FORMS)
+        facts = _facts(form, generator)
+        written += [list(encode(f"\n{text}\n")) for text, _, _ in facts]
+        _, name, value = facts[0]
+        tail += encode(f"\n{question.format(kind=_kind_of(value), name=name)}")
+        tail += encode(value if question.endswith('"') else f" {value}")
+    return written, tail
+
+
 def repeated_passage(token_ids: Sequence[int], generator: random.Random) -> list[int]:
     """A text as long: the first tokens as they are, then one short passage over and over."""
     count = generator.randrange(*_PASSAGE_TOKENS)
