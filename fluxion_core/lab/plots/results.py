@@ -25,6 +25,7 @@ from fluxion_core.lab.plots.bars import draw_groups
 from fluxion_core.lab.plots.evaluation import draw_agreement, draw_divergence, draw_scores
 from fluxion_core.lab.plots.serve import draw_loads
 from fluxion_core.lab.plots.tier import draw_shares, draw_who_leaves
+from fluxion_core.lab.plots.unseen import draw_unseen
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -62,6 +63,8 @@ def draw_all(results: Path = RESULTS) -> list[Path]:
                 draw_shares(_read(path), picture)
             case "who-leaves":
                 draw_who_leaves(_read(path), picture)
+            case "unseen":
+                draw_unseen(_read(path), picture)
             case _:
                 continue
         drawn.append(picture)

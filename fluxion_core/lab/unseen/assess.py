@@ -56,6 +56,11 @@ def training_free_rules() -> dict[str, Rule]:
         "spread 128, price": mean(SPREAD, "price"),
         "spread 128, evidence": evident(lambda trace: curves.prompt_mean(trace, SPREAD)),
         "ridge": lambda trace: outcome(trace, curves.ridge(trace)),
+        "ridge of 64": lambda trace: outcome(trace, curves.ridge(trace, every_query=2)),
+        "ridge of 32": lambda trace: outcome(trace, curves.ridge(trace, every_query=4)),
+        "ridge, slopes of a layer": lambda trace: outcome(
+            trace, curves.ridge(trace, of_layer=True)
+        ),
         "ridge, evidence": evident(curves.ridge),
         "ridge, second look": second_look,
     }
@@ -106,23 +111,19 @@ class Assess(Command):
         torch.set_num_threads(self.threads)
         weights = load_planner_weights(self.weights)
         networks = self._networks()
-        figures, details = {}, {}
+        figures = {}
         for folder in self.folders:
             rules = training_free_rules() | shipped_rules(weights)
             if folder.name != self.own:
                 del rules["shipped network, its own priors"]
             for name, (network, with_ridge) in networks.items():
                 rules[name] = universal_rule(network, with_ridge=with_ridge)
-            found, outcomes = gains(_read(folder / "test"), rules)
+            found = gains(_read(folder / "test"), rules)
             figures[folder.name] = {name: asdict(gain) for name, gain in found.items()}
-            details[folder.name] = {
-                name: {text: asdict(one) for text, one in of.items()}
-                for name, of in outcomes.items()
-            }
         about = Provenance.here(
             ", ".join(folder.name for folder in self.folders), weights=weights.fingerprint
         )
-        report = {"about": about.as_json(), "figures": figures, "texts": details}
+        report = {"about": about.as_json(), "trained_on": self._trained_on(), "figures": figures}
         self.output.write_text(json.dumps(report, indent=1) + "\n")
 
     def _networks(self) -> dict[str, tuple[CorrectionMlp, bool]]:
@@ -141,6 +142,10 @@ class Assess(Command):
                 title = f"network of {' and '.join(names)}{', ridge' if with_ridge else ''}"
                 found[title] = (network, with_ridge)
         return found
+
+    def _trained_on(self) -> dict[str, list[str]]:
+        """Texts that networks were trained on, by model."""
+        return {folder.name: list(_read(folder / "train")) for folder in self.folders}
 
 
 def _read(folder: Path) -> dict[str, Trace]:

@@ -8,10 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fluxion_core.geometry import BLOCK_SIZES
 from fluxion_core.lab.unseen.traces import PAIRS, SPREAD, STEPS, Trace
 from fluxion_core.planning.choice_reference import by_price
 from fluxion_core.planning.constants import BUDGETS, FEATURE_NAMES
 from fluxion_core.planning.cost_model import CostModel
+from fluxion_core.planning.head_profile import log_squared_errors
 
 COARSE_FEATURES = (
     "window_lse", "query_scale", "bound_1st", "bound_2nd", "bound_4th", "bound_lse", "bound_mean",
@@ -25,8 +27,11 @@ RIDGE = 30.0
 
 _CLIP_DEVIATIONS = 6.0
 _LEAST_DEVIATION = 0.02
-_MOST_ABOVE_WORST = 1.0
-"""Log squares are at most so far above the prompt's worst query."""
+_HIGHEST = 2.0
+"""Log squares are at most so: a head that is lost altogether, and more."""
+
+_GROWN_BUDGETS = [2, 4, 6]
+"""Whose growth from block size 16 to 128 is that of their neighbours too."""
 
 _PENALTY_OF_ONE = 1e-3
 """Of the constant: next to none, so that the mean is the prompt's."""
@@ -60,13 +65,26 @@ def deviations(trace: Trace) -> tuple[Tensor, Tensor]:
     return steps, prompt
 
 
-def ridge(trace: Trace, strength: float = RIDGE) -> Tensor:
-    """A ridge for each head from coarse features to log squares, fitted on the spread queries."""
+def ridge(trace: Trace, *, every_query: int = 1, of_layer: bool = False) -> Tensor:
+    """A ridge from coarse features to head profiles, fitted on the spread queries.
+
+    Its output has the form of the predictor's (planning/head_profile.py), 11 numbers, so that a
+    head has 14 x 11 weights.
+
+    Args:
+        trace: of the steps.
+        every_query: 2 for every second of the queries, and so on.
+        of_layer: the heads of a layer share their slopes, not their constants.
+    """
     steps, prompt = deviations(trace)
-    observed = trace.logs[SPREAD].float()
-    fitted = fit_ridge(prompt, observed.flatten(-2), steps, strength)
-    curves: Tensor = torch.unflatten(fitted, -1, tuple(observed.shape[-2:]))
-    return curves
+    queries = slice(every_query - 1, None, every_query)
+    inputs, observed = prompt[queries], trace.logs[SPREAD][queries].float()
+    fit = _weights_of_layer if of_layer else _weights
+    weights = fit(inputs, _profiles(observed), RIDGE)
+    missing = _log_mean(observed) - _log_mean(log_squared_errors(_apply(inputs, weights)))
+    weights[..., -1, :] += _profiles(missing)
+    predicted: Tensor = log_squared_errors(_apply(steps, weights))
+    return predicted.clamp(max=_HIGHEST)
 
 
 def fit_ridge(prompt: Tensor, observed: Tensor, steps: Tensor, strength: float = RIDGE) -> Tensor:
@@ -81,17 +99,49 @@ def fit_ridge(prompt: Tensor, observed: Tensor, steps: Tensor, strength: float =
         strength: of the penalty.
 
     Returns:
-        [steps, layers, heads, values], little above the prompt's worst query at most.
+        [steps, layers, heads, values].
     """
-    inputs, new = (_with_one(part).permute(1, 2, 0, 3) for part in (prompt, steps))
-    observed = observed.permute(1, 2, 0, 3)
-    penalty = torch.full((inputs.shape[-1],), strength)
+    weights = _weights(prompt, observed, strength)
+    missing = _log_mean(observed) - _log_mean(_apply(prompt, weights))
+    return (_apply(steps, weights) + missing).clamp(max=_HIGHEST)
+
+
+def _log_mean(logs: Tensor) -> Tensor:
+    """Log of the mean over the queries, of squares."""
+    return logs.exp().mean(0).log()
+
+
+def _profiles(logs: Tensor) -> Tensor:
+    """[..., NUM_OUTPUTS] of curves [..., levels, len(BUDGETS)]."""
+    grown = logs[..., _GROWN_BUDGETS]
+    growths = (grown[..., -1, :] - grown[..., 0, :]) / (len(BLOCK_SIZES) - 1)
+    return torch.cat((logs[..., 0, :], growths), -1)
+
+
+def _apply(inputs: Tensor, weights: Tensor) -> Tensor:
+    """[rows, layers, heads, values]."""
+    return torch.einsum("nlhf,lhfv->nlhv", _with_one(inputs), weights)
+
+
+def _weights(inputs: Tensor, targets: Tensor, strength: float) -> Tensor:
+    """[layers, heads, features and the constant, values]."""
+    rows, values = (part.permute(1, 2, 0, 3) for part in (_with_one(inputs), targets))
+    penalty = torch.full((rows.shape[-1],), strength)
     penalty[-1] = _PENALTY_OF_ONE
-    weights = torch.linalg.solve(inputs.mT @ inputs + penalty.diag(), inputs.mT @ observed)
-    missing = observed.exp().mean(2).log() - (inputs @ weights).exp().mean(2).log()
-    highest = observed.amax(2) + _MOST_ABOVE_WORST
-    predicted = new @ weights + missing[:, :, None]
-    return torch.minimum(predicted, highest[:, :, None]).permute(2, 0, 1, 3).contiguous()
+    solved: Tensor = torch.linalg.solve(rows.mT @ rows + penalty.diag(), rows.mT @ values)
+    return solved
+
+
+def _weights_of_layer(inputs: Tensor, targets: Tensor, strength: float) -> Tensor:
+    """Like _weights, with the same slopes for all heads of a layer."""
+    middle, height = inputs.mean(0), targets.mean(0)
+    rows, values = inputs - middle, targets - height
+    squares = torch.einsum("qlhf,qlhg->lfg", rows, rows)
+    penalty = strength * torch.eye(rows.shape[-1])
+    slopes = torch.linalg.solve(squares + penalty, torch.einsum("qlhf,qlhv->lfv", rows, values))
+    constants = height - torch.einsum("lhf,lfv->lhv", middle, slopes)
+    each = slopes[:, None].expand(-1, rows.shape[2], -1, -1)
+    return torch.cat((each, constants[:, :, None]), 2)
 
 
 def _with_one(values: Tensor) -> Tensor:

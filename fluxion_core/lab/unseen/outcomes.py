@@ -126,33 +126,43 @@ class Gain:
     """Relative to those of fixed(16, 5 %)."""
     error_at_half_bytes: tuple[float, float, float]
     """Squared error at half of fixed's bytes / fixed's."""
-    texts: int
+    line: list[tuple[float, float]]
+    """Bytes and squared error over all texts, each over fixed's."""
+    of_texts: dict[str, tuple[float, float]]
+    """The first two of each text alone."""
 
 
-def gain(outcomes: Sequence[Outcome], *, resamples: int = 400, seed: int = 0) -> Gain:
+def gain(outcomes: Mapping[str, Outcome], *, resamples: int = 400, seed: int = 0) -> Gain:
     """Gain of a rule.
 
     Args:
-        outcomes: one a text.
+        outcomes: by text.
         resamples: of the bootstrap; texts are drawn with replacement.
         seed: of the draws.
     """
-    fixed = torch.tensor([[o.fixed.square, o.fixed.share] for o in outcomes])
-    points = torch.tensor([[[p.square, p.share] for p in o.points] for o in outcomes])
+    each = list(outcomes.values())
+    fixed = torch.tensor([[o.fixed.share, o.fixed.square] for o in each])
+    points = torch.tensor([[[p.share, p.square] for p in o.points] for o in each])
 
-    def of(draw: Tensor) -> list[float]:
-        (square, share), line = fixed[draw].mean(0).tolist(), points[draw].mean(0).tolist()
-        turned = [(of_share, of_square) for of_square, of_share in line]
-        return [between(line, square) / share, between(turned, share / 2) / square]
+    def line(draw: Tensor) -> list[tuple[float, float]]:
+        relative = points[draw].mean(0) / fixed[draw].mean(0)
+        return [(float(share), float(square)) for share, square in relative]
+
+    def of(draw: Tensor) -> tuple[float, float]:
+        drawn = line(draw)
+        return between([(square, share) for share, square in drawn], 1.0), between(drawn, 0.5)
 
     generator = torch.Generator().manual_seed(seed)
-    count = len(outcomes)
+    count = len(each)
     draws = torch.randint(0, count, (resamples, count), generator=generator)
     drawn = torch.tensor([of(draw) for draw in draws])
     edges = torch.nanquantile(drawn, torch.tensor([0.025, 0.975]), dim=0).T.tolist()
-    middle = of(torch.arange(count))
-    first, second = ((m, low, high) for m, (low, high) in zip(middle, edges, strict=True))
-    return Gain(first, second, count)
+    whole = torch.arange(count)
+    first, second = (
+        (middle, low, high) for middle, (low, high) in zip(of(whole), edges, strict=True)
+    )
+    of_texts = {name: of(torch.tensor([number])) for number, name in enumerate(outcomes)}
+    return Gain(first, second, line(whole), of_texts)
 
 
 def between(points: Sequence[Sequence[float]], place: float) -> float:
@@ -167,9 +177,9 @@ def between(points: Sequence[Sequence[float]], place: float) -> float:
 
 def gains(
     texts: Mapping[str, Trace], rules: Mapping[str, Callable[[Trace], Outcome]]
-) -> tuple[dict[str, Gain], dict[str, dict[str, Outcome]]]:
-    """Gains of rules over texts, and the outcomes that they come from, by rule and text."""
-    outcomes = {
-        name: {text: rule(trace) for text, trace in texts.items()} for name, rule in rules.items()
+) -> dict[str, Gain]:
+    """Gains of rules over texts."""
+    return {
+        name: gain({text: rule(trace) for text, trace in texts.items()})
+        for name, rule in rules.items()
     }
-    return {name: gain(list(of.values())) for name, of in outcomes.items()}, outcomes

@@ -1,8 +1,8 @@
 """One network for all models: features without a model's units, and a correction as its output.
 
 What has a model's units becomes a difference within its layer or a deviation from the prompt's own
-queries. The output is added to the mean curve of the prompt's spread queries: a network that knows
-nothing about a model leaves its plans training-free.
+queries. The output is added to the mean curve of the prompt's spread queries, or to a ridge's: a
+network that knows nothing about a model leaves its plans training-free.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def unitless_features(trace: Trace, *, with_ridge: bool) -> Tensor:
     columns += [column.expand(steps, *column.shape) for column in _prompt_columns(trace)]
     columns += deviations(trace)[0].unbind(-1)
     if with_ridge:
-        beyond = ridge(trace) - prompt_mean(trace, SPREAD)
+        beyond = base_of(trace, with_ridge=True) - prompt_mean(trace, SPREAD)
         columns += [*beyond[..., 0, :].unbind(-1), beyond[..., -1, SMALL_BUDGET]]
     return torch.stack(columns, -1).clamp(-CLIP, CLIP)
 
@@ -80,13 +80,18 @@ def _prompt_columns(trace: Trace) -> list[Tensor]:
     return columns
 
 
+def base_of(trace: Trace, *, with_ridge: bool) -> Tensor:
+    """Curves that a network corrects."""
+    return ridge(trace) if with_ridge else prompt_mean(trace, SPREAD)
+
+
 class Samples(NamedTuple):
     """Head-steps of one model."""
 
     features: Tensor
     """[rows, features]."""
     base: Tensor
-    """[rows, levels, len(BUDGETS)]: the prompt's mean, which is corrected."""
+    """[rows, levels, len(BUDGETS)]: the curve that is corrected."""
     logs: Tensor
     """Like base: the truth."""
 
@@ -97,7 +102,7 @@ def samples_of(traces: Sequence[Trace], *, with_ridge: bool, every: int = 2) -> 
     for trace in traces:
         values = (
             unitless_features(trace, with_ridge=with_ridge),
-            prompt_mean(trace, SPREAD),
+            base_of(trace, with_ridge=with_ridge),
             oracle(trace),
         )
         parts.append([value[::every].flatten(0, 2) for value in values])
@@ -170,5 +175,5 @@ def fit_universal(
 def universal(trace: Trace, network: CorrectionMlp, *, with_ridge: bool) -> Tensor:
     """Curves of a trace's steps by a network."""
     features = unitless_features(trace, with_ridge=with_ridge)
-    curves: Tensor = network(features, prompt_mean(trace, SPREAD))
+    curves: Tensor = network(features, base_of(trace, with_ridge=with_ridge))
     return curves
