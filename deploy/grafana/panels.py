@@ -285,6 +285,15 @@ OVERLAP = Dashboard(
             "No step over more than the default window was made in this range.",
         ),
         Panel(
+            "What heads lose",
+            "percentunit",
+            (Line(f"fluxion_head_error{NODES}", "{level} {error} {instance}"),),
+            "Root mean square of head output errors by quality level, over its last samples; true, "
+            "and as its plans predicted them.",
+            "No group was measured by the nodes chosen: their steps run on a GPU or read all, "
+            "or it is switched off.",
+        ),
+        Panel(
             "What groups read",
             "suffix: groups/s",
             (Line(rate("fluxion_groups_total", by="reads"), "{reads}"),),

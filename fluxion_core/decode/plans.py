@@ -123,8 +123,10 @@ class StepPlans:
         assert state is not None, "a policy that needs no profile has asked for its plans"
         if state.planner.mode == "network":
             return self._network.source(index, row, state, region, policy)
-        levels, budgets = state.fixed_plans(policy, region)
-        return _native.GivenPlans(levels.numpy(), budgets.numpy(), state.planner.native)
+        levels, budgets, expected = state.fixed_plans(policy, region)
+        return _native.GivenPlans(
+            levels.numpy(), budgets.numpy(), state.planner.native, expected.numpy()
+        )
 
     def _check_state(self, row: StepRow) -> None:
         if not row.policy.needs_profile:

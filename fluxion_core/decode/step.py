@@ -45,6 +45,21 @@ class StepRow:
 
 
 @dataclass(frozen=True)
+class HeadErrorSample:
+    """Errors of one KV head's group of one row in one layer, measured by exact attention.
+
+    Errors are squares of head output errors (planning/head_profile.py), means over the group.
+    """
+
+    squared_error: float
+    """0 without a look where the group had read everything."""
+    predicted: float | None
+    """What its plan was made with; None where the policy predicts nothing."""
+    read_bytes: int
+    """K and V read for this sample."""
+
+
+@dataclass(frozen=True)
 class StepReads:
     """Reads of one sequence's step in its retrieval region, all layers. Bytes.
 
@@ -71,6 +86,8 @@ class StepReads:
     """Of the digests, those that a GPU scanned in its own memory to make plans."""
     resident_bytes: int = 0
     """Of K and V, those that were read in device memory."""
+    head_errors: tuple[HeadErrorSample, ...] = ()
+    """Samples of what the plans lost, in few steps. Their bytes are in none of the others."""
 
     @property
     def total_bytes(self) -> int:

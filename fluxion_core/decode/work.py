@@ -216,7 +216,8 @@ class RowAttention:
     ) -> None:
         self._work, self._pool = work, pool
         self._output = torch.empty(num_rows, num_heads, head_dim)
-        self._output_array = self._output.numpy()
+        self.output = self._output.numpy()
+        """[rows, heads, head_dim] float32 of the last layer."""
         self._lse_array = np.empty((num_rows, num_heads), np.float32)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -226,14 +227,14 @@ class RowAttention:
             [rows, heads, head_dim], on the query's device and of its dtype.
         """
         work = self._work
-        work.append.append(layer, _host_rows(key), _host_rows(value))
-        rows = _host_rows(query)
+        work.append.append(layer, host_rows(key), host_rows(value))
+        rows = host_rows(query)
         # The pool holds on to the arrays until `wait` returns.
         work.tasks.submit(
             self._pool.native,
             layer,
             rows.numpy(),
-            self._output_array,
+            self.output,
             self._lse_array,
             WAKE_BYTES,
         )
@@ -242,7 +243,7 @@ class RowAttention:
         return self._output.to(query.device, query.dtype, copy=True)
 
 
-def _host_rows(tensor: Tensor) -> Tensor:
+def host_rows(tensor: Tensor) -> Tensor:
     """[tokens, heads, head_dim] in float32 on the CPU, each token's values contiguous."""
     tensor = tensor.to("cpu", torch.float32)
     is_contiguous = tensor.stride()[1:] == (tensor.shape[2], 1)

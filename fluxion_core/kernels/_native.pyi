@@ -235,13 +235,19 @@ class PlanSource:
     """Where one row's plans come from in one step; see plan/plan_source.h."""
 
 class GivenPlans(PlanSource):
-    """Levels [layers or 1, kv_heads] and budgets [layers or 1, heads], both int32 and copied."""
+    """Levels [layers or 1, kv_heads] and budgets [layers or 1, heads], both int32 and copied.
+
+    Args:
+        ranker: whose radii rank blocks; None: by Quest's bounds.
+        expected: as the budgets, of float32: see `LayerAttention.expected`. Copied.
+    """
 
     def __init__(
         self,
         levels: Int32s,
         budgets: Int32s,
         ranker: Planner | None = None,
+        expected: Floats | None = None,
     ) -> None: ...
     def plan(self, layer: int, /) -> tuple[list[int], list[int]]:
         """Levels [kv_heads] and budgets [heads] of a layer."""
@@ -332,6 +338,9 @@ class LayerAttention:
         """
     def finish_layer(self) -> None: ...
     def plan(self, sequence: int, kv_head: int, /) -> tuple[int, list[int]]: ...
+    def expected(self, sequence: int, kv_head: int, /) -> list[float] | None:
+        """Log of the squared head output error that the last layer's plan was made with, of each
+        head of a group; -inf of one that reads everything. None where nothing is predicted."""
     def group_counts(self, sequence: int, /) -> tuple[tuple[int, ...], int, int, int, int]: ...
     def plan_nanoseconds(self) -> tuple[int, int, int]: ...
     def read_bytes(self, sequence: int, /) -> tuple[int, int, int, int]:

@@ -5,6 +5,7 @@ Its life, and what is shared of it, is told at the head of store.py.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
@@ -110,6 +111,11 @@ class SequenceKv:
     def store(self) -> HostKvStore:
         """The store that this sequence is held in."""
         return self._store
+
+    @property
+    def prompt_checksum(self) -> int:
+        """CRC-32 of the prompt's tokens: a seed that is the prompt's own."""
+        return zlib.crc32(self._prompt.tobytes())
 
     @property
     def kv_from_token(self) -> int:

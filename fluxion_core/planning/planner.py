@@ -140,7 +140,7 @@ class PlannerState:
             if planner.weights.network is None
             else None
         )
-        self._fixed: tuple[PredictedPolicy, Tensor, Tensor] | None = None
+        self._fixed: tuple[PredictedPolicy, Tensor, Tensor, Tensor] | None = None
 
     def estimates(self) -> Tensor:
         """Estimates of prefill, as a device's planner takes them.
@@ -166,16 +166,17 @@ class PlannerState:
             ]
         )
 
-    def fixed_plans(self, policy: PredictedPolicy, region: range) -> tuple[Tensor, Tensor]:
+    def fixed_plans(self, policy: PredictedPolicy, region: range) -> tuple[Tensor, Tensor, Tensor]:
         """Training-free plans for a region: levels and numbers of blocks, of all layers.
 
         Returns:
             [layers, kv_heads] int32: index into BLOCK_SIZES, READ_ALL or READ_NOTHING;
-            [layers, heads] int32.
+            [layers, heads] int32;
+            [layers, heads] float32: log of the squared error expected of them; -inf at budget 1.
         """
         if self._fixed is None or self._fixed[0] != policy:
             self._fixed = (policy, *self._select(policy))
-        _, levels, shares = self._fixed
+        _, levels, shares, expected = self._fixed
         planner = self.planner
         groups = (planner.num_kv_heads, planner.num_heads // planner.num_kv_heads)
         totals = torch.tensor(
@@ -187,10 +188,11 @@ class PlannerState:
         # Without a choice there is nothing to scan.
         is_everything = (counts == total).all(-1) & (levels != READ_NOTHING)
         read = torch.where(is_everything, READ_ALL, levels)
-        return read.int(), counts.flatten(1).int()
+        return read.int(), counts.flatten(1).int(), expected
 
-    def _select(self, policy: PredictedPolicy) -> tuple[Tensor, Tensor]:
-        """Levels [layers, kv_heads] int64 and budgets [layers, heads] float64."""
+    def _select(self, policy: PredictedPolicy) -> tuple[Tensor, Tensor, Tensor]:
+        """Levels [layers, kv_heads] int64, budgets [layers, heads] float64, and what is expected of
+        them [layers, heads] float32, log squared errors."""
         planner, logs = self.planner, self._log_squares
         assert logs is not None
         levels = torch.empty(planner.num_layers, planner.num_kv_heads, dtype=torch.int32)
@@ -205,7 +207,12 @@ class PlannerState:
                 levels[layer].numpy(),
                 budgets[layer].numpy(),
             )
-        return levels.long(), _GRID[budgets.long()]
+        group = planner.num_heads // planner.num_kv_heads
+        of_head = levels.long().clamp(min=0).repeat_interleave(group, dim=1)
+        at_level = logs.gather(2, of_head[..., None, None].expand(-1, -1, 1, len(BUDGETS)))
+        padded = torch.nn.functional.pad(at_level[:, :, 0], (0, 1), value=-torch.inf)
+        expected = padded.gather(-1, budgets.long()[..., None])[..., 0]
+        return levels.long(), _GRID[budgets.long()], expected.contiguous()
 
 
 def native_policy(policy: PredictedPolicy) -> tuple[bool, float]:

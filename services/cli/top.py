@@ -95,6 +95,8 @@ def rows_of(before: Samples, now: Samples, seconds: float) -> list[tuple[str, st
     rate("KV threads", "fluxion_data_plane_cpu_seconds_total", "CPUs")
     rate("KV attended", "fluxion_attended_bytes_total", "MB/s", 1e6)
     rate("digests scanned", "fluxion_scanned_bytes_total", "MB/s", 1e6)
+    if missed := _levels_that_miss(now):
+        rows.append(("levels that miss their aim", missed))
     share("streaming heads", "fluxion_streaming_heads_total", ["fluxion_planned_heads_total"])
     gpu = ("fluxion_gpu_busy_seconds_total", "fluxion_gpu_idle_seconds_total")
     share("GPU busy", gpu[0], gpu)
@@ -112,6 +114,13 @@ def rows_of(before: Samples, now: Samples, seconds: float) -> list[tuple[str, st
         held = now["fluxion_store_bytes{used}"] + now["fluxion_store_bytes{reserved}"]
         rows.append(("store held", f"{held / now['fluxion_store_capacity_bytes'] * 100:.0f} %"))
     return rows
+
+
+def _levels_that_miss(now: Samples) -> str:
+    """Their names; "none" if all do what they promise, empty if none was measured."""
+    start = "fluxion_head_error_missed{"
+    levels = {name[len(start) : -1]: now[name] for name in now if name.startswith(start)}
+    return ", ".join(level for level, missed in levels.items() if missed) or "none" * bool(levels)
 
 
 def run_top(options: Top, console: Console, *, sleep: Callable[[float], None] = time.sleep) -> None:

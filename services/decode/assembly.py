@@ -27,6 +27,7 @@ from services.decode.config import DecodeSettings
 from services.decode.data_plane import DataPlane
 from services.decode.engine import DecodeEngine
 from services.decode.generation import Generation
+from services.decode.head_errors import HeadErrors
 from services.decode.kv_ingest import KvIngest
 from services.decode.metrics import DecodeCollector
 from services.decode.placement import Placement
@@ -106,8 +107,13 @@ def make_serving(
     """
     costs = make_costs(loaded.model, loaded.store, loaded.step)
     trace = TraceRecorder(loaded.step.span_source)
+    head_errors = HeadErrors(loaded.planning.levels)
     engine = DecodeEngine(
-        loaded.step, on_failure=on_failure, on_chunk=costs.here.learn, trace=trace
+        loaded.step,
+        on_failure=on_failure,
+        on_chunk=costs.here.learn,
+        on_head_errors=head_errors.add,
+        trace=trace,
     )
     counters = RequestCounters()
     admission = Admission(
@@ -137,7 +143,9 @@ def make_serving(
         limits=server.limits,
         share_prefixes=settings.store.share_prefixes,
     )
-    collector = DecodeCollector(counters, admission, loaded.store, engine, loaded.step.pool)
+    collector = DecodeCollector(
+        counters, admission, loaded.store, engine, loaded.step.pool, head_errors
+    )
     return ServingParts(engine, admission, generation, counters, trace, collector, plane)
 
 
@@ -259,5 +267,6 @@ def make_step(
         lanes=settings.engine.lanes,
         max_rows=settings.engine.max_running_sequences,
         device_kv_bytes=settings.store.device_kv_bytes,
+        head_error_one_in=settings.engine.head_error_one_in,
         goes_on=goes_on,
     )

@@ -63,6 +63,10 @@ class EngineSettings(Section):
     predictor_weights: str = "auto"
     """File of the head predictor, as `fluxion train` writes it. auto: the package's own for the
     model, if it has them. none: head profiles are prefill's estimates alone."""
+    head_error_one_in: Count = 1000
+    """Of so many bytes that attention reads, one is read to measure what quality levels lose
+    (fluxion_head_error); 0 for never. Tokens do not change by it. Steps on a GPU do not measure it
+    yet, and the log says so."""
     lanes: Literal["auto", "cpu", "gpu", "both"] = "auto"
     """Who attends to host KV: the CPU pool, the GPU lane, or both from one queue. auto is both
     where the model is on a GPU, else cpu."""

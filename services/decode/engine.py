@@ -13,8 +13,8 @@ delivered. The others of the same step go on with the same bits. A step that fai
 its sequences, and the engine goes on. A device that fails (DeviceError) ends everything: the engine
 takes no sequence any more and says so to `on_failure`, once.
 
-`on_token`, `on_end` and `on_failure` run on the engine's thread and must not block. The engine
-knows tokens, not text, requests, gRPC or devices.
+`on_token`, `on_end`, `on_failure` and `on_head_errors` run on the engine's thread and must not
+block. The engine knows tokens, not text, requests, gRPC or devices.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import torch
 
 from fluxion_core.decode.chunk import next_chunk_tokens
 from fluxion_core.decode.profiling import PromptProfiling
-from fluxion_core.decode.step import DecodeStep, StepReads, StepRow
+from fluxion_core.decode.step import DecodeStep, HeadErrorSample, StepReads, StepRow
 from fluxion_core.errors import DeviceError, FluxionError, NonFiniteLogitsError
 from fluxion_core.generation.sampling import SamplingParams, TokenSampler, sample_rows
 from fluxion_core.geometry import WindowSpec
@@ -203,6 +203,7 @@ class DecodeEngine:
         on_failure: told when the device has failed for good.
         on_chunk: told after each chunk of a prompt: its tokens, those before it, and the seconds
             that it took.
+        on_head_errors: told what a policy's plans lost, where a step has measured it.
         trace: records steps when it is asked to.
     """
 
@@ -212,12 +213,14 @@ class DecodeEngine:
         *,
         on_failure: Callable[[DeviceError], None] = lambda _: None,
         on_chunk: Callable[[int, int, float], None] = lambda *_: None,
+        on_head_errors: Callable[[Policy, Sequence[HeadErrorSample]], None] = lambda *_: None,
         trace: TraceRecorder | None = None,
     ) -> None:
         self._step = step
         self._trace = trace or TraceRecorder()
         self._on_failure = on_failure
         self._on_chunk = on_chunk
+        self._on_head_errors = on_head_errors
         self._load = EngineLoad()
         self._changed = threading.Condition()
         self._joining: list[DecodeSequence] = []
@@ -494,6 +497,8 @@ class DecodeEngine:
         finished = []
         for sequence, token, read in zip(rows, tokens, reads, strict=True):
             self._statistics.reads.add(read)
+            if read.head_errors:
+                self._on_head_errors(sequence.policy, read.head_errors)
             with self._alone(sequence, "a token"):
                 if not self._take_token(sequence, token, read):
                     finished.append(sequence)

@@ -161,6 +161,36 @@ GROUPS = MetricDefinition(
     "GQA groups by what they read of a region: nothing, everything, or blocks of 16 to 128 tokens.",
     ("reads",),
 )
+HEAD_ERROR = MetricDefinition(
+    "fluxion_head_error",
+    "gauge",
+    "ratio",
+    "Root mean square of head output errors of a quality level (or of a kind of policy), over its "
+    "last 1,000 samples: true, and as its plans predicted them. Not measured on a GPU.",
+    ("level", "error"),
+)
+HEAD_ERROR_SAMPLES = MetricDefinition(
+    "fluxion_head_error_samples_total",
+    "counter",
+    "samples",
+    "Groups of heads whose errors were measured by attending to everything once more.",
+    ("level",),
+)
+HEAD_ERROR_BYTES = MetricDefinition(
+    "fluxion_head_error_bytes_total",
+    "counter",
+    "bytes",
+    "K and V read for these samples; in none of the other counters.",
+    ("level",),
+)
+HEAD_ERROR_MISSED = MetricDefinition(
+    "fluxion_head_error_missed",
+    "gauge",
+    "1",
+    "1 if a level's mean squared error over these samples is above twice the predicted one by "
+    "more than three standard errors, else 0.",
+    ("level",),
+)
 POOL_THREADS = MetricDefinition(
     "fluxion_pool_threads",
     "gauge",
@@ -202,5 +232,6 @@ DECODE_DEFINITIONS = (
     *(HANDOFFS, HANDOFF_BYTES, HANDOFF_SECONDS, HANDOFF_FAILURES),
     *(STEPS, STEP_TOKENS, ENGINE_BUSY, ENGINE_IDLE),
     *(SCANNED, ATTENDED, REGION, STREAMING_HEADS, PLANNED_HEADS, GROUPS, TASKS),
+    *(HEAD_ERROR, HEAD_ERROR_SAMPLES, HEAD_ERROR_BYTES, HEAD_ERROR_MISSED),
     *(POOL_THREADS, POOL_STALLS, POOL_LEFT_OUT),
 )

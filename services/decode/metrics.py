@@ -19,6 +19,7 @@ from fluxion_core.pool.cpu_pool import CpuPool
 from services.decode import metric_definitions as metrics
 from services.decode.admission import Admission
 from services.decode.engine import DecodeEngine, EngineStatistics
+from services.decode.head_errors import HeadErrors
 from services.decode.read_totals import ReadTotals
 from services.decode.request_counters import RequestCounters
 from services.gpu_metrics import device_families
@@ -33,6 +34,7 @@ class DecodeCollector(Collector):
         store: for host memory.
         engine: for steps, reads and the GPU.
         pool: the CPU threads that attend.
+        head_errors: what levels lose.
     """
 
     def __init__(
@@ -42,8 +44,10 @@ class DecodeCollector(Collector):
         store: HostKvStore,
         engine: DecodeEngine,
         pool: CpuPool,
+        head_errors: HeadErrors,
     ) -> None:
         self._pool = pool
+        self._head_errors = head_errors
         self._counters = counters
         self._admission = admission
         self._store = store
@@ -54,6 +58,7 @@ class DecodeCollector(Collector):
         yield from self._requests()
         yield from self._held_memory()
         yield from self.collect_engine()
+        yield from head_error_families(self._head_errors)
         yield metrics.POOL_THREADS.render_value(self._pool.num_threads)
         yield metrics.POOL_STALLS.render_value(self._pool.stalls)
         yield metrics.POOL_LEFT_OUT.render_value(self._pool.num_left_out)
@@ -100,6 +105,20 @@ class DecodeCollector(Collector):
         )
         yield metrics.STORE_SHARED.render_value(store.shared_slabs * self._store.slab_stride_bytes)
         yield metrics.STORE_SEQUENCES.render_value(store.sequences)
+
+
+def head_error_families(head_errors: HeadErrors) -> Iterator[Metric]:
+    """Families of what levels lose; without values for levels that have no samples."""
+    levels = head_errors.figures().items()
+    errors: dict[tuple[str, ...], float] = {}
+    for level, figures in levels:
+        errors[level, "true"] = figures.true
+        if figures.predicted is not None:
+            errors[level, "predicted"] = figures.predicted
+    yield metrics.HEAD_ERROR.render(errors)
+    yield metrics.HEAD_ERROR_SAMPLES.render({(level,): one.samples for level, one in levels})
+    yield metrics.HEAD_ERROR_BYTES.render({(level,): one.read_bytes for level, one in levels})
+    yield metrics.HEAD_ERROR_MISSED.render({(level,): one.misses_aim for level, one in levels})
 
 
 def _steps(statistics: EngineStatistics) -> Iterator[Metric]:

@@ -155,12 +155,15 @@ def test_what_needs_a_gpu_is_known_through_recorded_metrics_too(expressions):
 def test_every_documented_metric_group_is_on_a_dashboard(expressions):
     shown = " ".join(one.promql for one in expressions.all_expressions())
     unseen = {one.name for one in DEFINITIONS if one.name not in shown}
-    # Those beside what is shown: the node's labels, one request's time, hand-offs as a count.
+    # Those beside what is shown: the node's labels, one request's time, hand-offs and
+    # samples as counts.
     assert unseen == {
         "fluxion_node_info",
         "fluxion_request_seconds",
         "fluxion_store_sequences",
         "fluxion_handoffs_total",
+        "fluxion_head_error_samples_total",
+        "fluxion_head_error_bytes_total",
         "fluxion_prefill_handoffs_total",
         "fluxion_prefill_prompts_total",
         "fluxion_prefill_busy_seconds_total",

@@ -14,15 +14,18 @@ import grpc
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from fluxion_core.decode.step import HeadErrorSample
 from fluxion_core.errors import CapacityError, ConfigError, DeadlineError, RequestCancelledError
 from fluxion_core.observe.device_usage import DeviceUsage, TierUsage
 from fluxion_core.observe.nvml import NvmlReadings
 from fluxion_core.observe.spans import Span
 from fluxion_core.observe.trace import Trace
+from fluxion_core.planning.policy import FixedPolicy, MarginalPolicy
 from fluxion_proto.v1 import generate_pb2
 from services.decode.engine import EngineStatistics
+from services.decode.head_errors import HeadErrors
 from services.decode.metric_definitions import DECODE_DEFINITIONS
-from services.decode.metrics import DecodeCollector
+from services.decode.metrics import DecodeCollector, head_error_families
 from services.decode.request_counters import RequestCounters
 from services.gpu_metrics import (
     ENGINE_GPU_DEFINITIONS,
@@ -130,6 +133,12 @@ async def test_a_request_is_counted_on_both_nodes(
         assert exported(text) == expected
 
 
+def make_collector(engine: _Engine) -> DecodeCollector:
+    """A collector of which only the engine is asked."""
+    nothing = (None, None, engine, None)
+    return DecodeCollector(RequestCounters(), *nothing, HeadErrors({}))  # type: ignore[arg-type]
+
+
 class _Engine:
     """An engine with these statistics."""
 
@@ -150,14 +159,14 @@ def test_gpu_metrics_are_there_with_a_gpu_and_absent_without():
         (None, set()),
     ):
         engine = _Engine(EngineStatistics(device=device))
-        collector = DecodeCollector(RequestCounters(), None, None, engine, None)  # type: ignore[arg-type]
+        collector = make_collector(engine)
         families = {
             one.name + ("_total" if one.type == "counter" else ""): one
             for one in collector.collect_engine()
         }
         assert {name for name in families if "gpu" in name or "pcie" in name} == gpu_names
     engine = _Engine(EngineStatistics(device=usage))
-    collector = DecodeCollector(RequestCounters(), None, None, engine, None)  # type: ignore[arg-type]
+    collector = make_collector(engine)
     families = {one.name: one for one in collector.collect_engine()}
     idle = {s.labels["cause"]: s.value for s in families["fluxion_gpu_idle_seconds"].samples}
     assert idle == {"host_attention": 2.0, "no_work": 0.0, "host_step": 0.0}
@@ -165,6 +174,27 @@ def test_gpu_metrics_are_there_with_a_gpu_and_absent_without():
     assert pcie["host_to_device", "digests"] == 4096
     tasks = {s.labels["device"]: s.value for s in families["fluxion_tasks"].samples}
     assert tasks == {"cpu": 0, "gpu": 7}
+
+
+def test_head_errors_are_exported_by_level():
+    fast = MarginalPolicy(0.4)
+    errors = HeadErrors({"FAST": fast})
+    errors.add(fast, [HeadErrorSample(0.25, 0.04, 100), HeadErrorSample(0.25, 0.04, 60)])
+    errors.add(FixedPolicy(16, 0.05), [HeadErrorSample(0.01, None, 7)])
+    exported = {
+        family.name: {tuple(sample.labels.values()): sample.value for sample in family.samples}
+        for family in head_error_families(errors)
+    }
+    assert exported == {
+        "fluxion_head_error": {
+            ("FAST", "true"): 0.5,
+            ("FAST", "predicted"): pytest.approx(0.2),
+            ("fixed", "true"): pytest.approx(0.1),
+        },
+        "fluxion_head_error_samples": {("FAST",): 2, ("fixed",): 1},
+        "fluxion_head_error_bytes": {("FAST",): 160, ("fixed",): 7},
+        "fluxion_head_error_missed": {("FAST",): 0, ("fixed",): 0},
+    }
 
 
 def test_metrics_of_a_tier_are_there_with_one_and_absent_without():

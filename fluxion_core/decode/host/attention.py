@@ -19,9 +19,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from fluxion_core.decode.head_errors import HeadErrorSampling
 from fluxion_core.decode.plans import StepPlans
 from fluxion_core.decode.step import StepReads, StepRow
-from fluxion_core.decode.work import RowAttention, StepWork, check_step_shapes
+from fluxion_core.decode.work import RowAttention, StepWork, check_step_shapes, host_rows
 from fluxion_core.geometry import WindowSpec
 from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.planning.planner import PlanNanoseconds, Planner
@@ -39,6 +40,7 @@ class HostAttention:
         num_heads: query heads of the model.
         pool: threads that do the work, with the calling one.
         planner: for policies that need head profiles; without one they are refused.
+        sampling: measures what plans lose, now and then; None for never.
 
     Raises:
         ShapeError: the heads do not form groups of at most 16, the window is too short for the
@@ -53,6 +55,7 @@ class HostAttention:
         num_heads: int,
         pool: CpuPool,
         planner: Planner | None = None,
+        sampling: HeadErrorSampling | None = None,
     ) -> None:
         check_step_shapes(store.geometry, window, num_heads, planner)
         self._head_dim, self._num_heads = store.geometry.head_dim, num_heads
@@ -61,6 +64,7 @@ class HostAttention:
         """Threads that do the work."""
         self.plans = StepPlans(store.geometry, num_heads, planner)
         """Where rows' plans come from."""
+        self._sampling = sampling
         self.work: StepWork | None = None
         """Of the step that has begun and not ended."""
         self._rows: RowAttention | None = None
@@ -78,15 +82,22 @@ class HostAttention:
         sources = self.plans.sources(rows, regions)
         self.work = StepWork(rows, regions, sources, self._num_heads)
         self._rows = RowAttention(self.work, self.pool, len(rows), self._num_heads, self._head_dim)
+        if self._sampling is not None:
+            self._sampling.begin_step(rows, regions)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attend in one layer; see AttentionPort: row i is the next token of the step's row i."""
         assert self._rows is not None, "begin_step comes first"
-        return self._rows.attend(layer, query, key, value)
+        attended = self._rows.attend(layer, query, key, value)
+        if self._sampling is not None and self._sampling.is_due(layer):
+            assert self.work is not None
+            self._sampling.measure(layer, self.work, host_rows(query).numpy(), self._rows.output)
+        return attended
 
     def end_step(self) -> list[StepReads]:
         """Count the new tokens; returns what was read for each sequence."""
         assert self.work is not None, "begin_step comes first"
         work, self.work, self._rows = self.work, None, None
         self.plan_nanoseconds = work.plan_nanoseconds
-        return work.finish()
+        reads = work.finish()
+        return reads if self._sampling is None else self._sampling.end_step(reads)

@@ -131,7 +131,7 @@ def test_training_free_plans_are_the_references_for_any_region(policy: Predicted
     state = planner.new_state(profiles)
     seen = set()
     for region in (range(64, 80), range(64, 1008), range(64, 7232), range(128, 16256)):
-        levels, counts = state.fixed_plans(policy, region)
+        levels, counts, expected = state.fixed_plans(policy, region)
         for layer in range(layers):
             logs = torch.unflatten(profiles[layer].log_squares, 0, (KV_HEADS, -1))[None]
             if isinstance(policy, ThresholdPolicy):
@@ -144,6 +144,10 @@ def test_training_free_plans_are_the_references_for_any_region(policy: Predicted
                 level = int(plans.levels[0, kv_head])
                 found = int(levels[layer, kv_head])
                 seen.add(found)
+                for inside, budget in enumerate(plans.budgets[0, kv_head].tolist()):
+                    curve = [*logs[0, kv_head, inside, max(0, level)].tolist(), -math.inf]
+                    head = kv_head * (heads // KV_HEADS) + inside
+                    assert float(expected[layer, head]) == curve[(*BUDGETS, 1.0).index(budget)]
                 if level == READ_NOTHING:
                     assert found == READ_NOTHING
                     continue
@@ -160,8 +164,8 @@ def test_training_free_plans_follow_the_policy():
     planner = make_planner(1, 4, KV_HEADS, 32, network=None)
     profile = random_profile(4, KV_HEADS, torch.Generator().manual_seed(0))
     state = planner.new_state([profile])
-    loose, _ = state.fixed_plans(ThresholdPolicy(1e6), range(64, 4096))
-    tight, _ = state.fixed_plans(ThresholdPolicy(1e-6), range(64, 4096))
+    loose, _, _ = state.fixed_plans(ThresholdPolicy(1e6), range(64, 4096))
+    tight, _, _ = state.fixed_plans(ThresholdPolicy(1e-6), range(64, 4096))
     assert loose.tolist() == [[READ_NOTHING] * 2]
     assert tight.tolist() == [[READ_ALL] * 2]
 

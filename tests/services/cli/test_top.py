@@ -55,6 +55,19 @@ def test_kv_is_shown_with_the_ways_that_it_came():
     assert rows_of(now, now, 2.0) == [("ready", "yes"), *still]
 
 
+MISSED = """# TYPE fluxion_head_error_missed gauge
+fluxion_head_error_missed{level="FAST"} %d
+fluxion_head_error_missed{level="BALANCED"} 0
+"""
+
+
+def test_levels_that_lose_more_than_they_promise_are_named():
+    ready = NODE.partition("# TYPE fluxion_generated")[0]
+    for missed, named in ((1, "FAST"), (0, "none")):
+        now = parse_samples(ready + MISSED % missed)
+        assert rows_of(now, now, 2.0)[1:] == [("levels that miss their aim", named)]
+
+
 TIER = """# TYPE fluxion_tier_capacity_bytes gauge
 fluxion_tier_capacity_bytes 8e+10
 # TYPE fluxion_tier_held_bytes gauge

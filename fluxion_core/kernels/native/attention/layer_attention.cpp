@@ -196,6 +196,7 @@ void LayerAttention::prepare(int64_t layer, const DeviceLists* lists) {
       task.kv_head = kv_head;
       task.level = plan.levels[kv_head];
       task.budgets = plan.budgets + kv_head * group_;
+      task.expected = plan.expected ? plan.expected + kv_head * group_ : nullptr;
       task.sight = plan.sights ? plan.sights + kv_head : nullptr;
       task.num_listed = lists_ && sources_[row] ? lists_->counts[index] : kNotListed;
       task.bytes = {};

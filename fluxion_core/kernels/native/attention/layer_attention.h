@@ -96,6 +96,11 @@ class LayerAttention final : public Work {
     return {task.level, {task.budgets, task.budgets + group_}};
   }
 
+  // What that plan is expected to cost each head, see RowPlan; null: nothing is predicted.
+  const float* expected(int64_t sequence, int64_t kv_head) const {
+    return tasks_[size_t(sequence * layout_.kv_heads + kv_head)].expected;
+  }
+
   const ReadBytes& read_bytes(int64_t sequence) const { return read_bytes_[size_t(sequence)]; }
   const GroupCounts& group_counts(int64_t sequence) const {
     return group_counts_[size_t(sequence)];
@@ -145,6 +150,7 @@ class LayerAttention final : public Work {
     int32_t level;
     int32_t num_listed;               // units in the device's list; kNotListed: chosen here
     const int32_t* budgets;           // of this group's heads
+    const float* expected;            // of this group's heads; may be null
     int32_t first_block, num_blocks;  // of the level, those that touch the region
     int64_t score_stride;
     const PlanSight* sight;            // null: the window was not looked at for the plan

@@ -30,15 +30,18 @@ std::vector<int32_t> gathered(const Rows<int32_t>& rows, int64_t count, int64_t 
   return all;
 }
 
-// levels [layers][kv_heads], budgets [layers][heads], both int32; layers may lie apart. Copied.
-GivenPlans given_plans(const Array& levels, const Array& budgets, const Planner* ranker) {
+// levels [layers][kv_heads], budgets [layers][heads], both int32; layers may lie apart. expected
+// [layers][heads] float32, or none. Copied.
+GivenPlans given_plans(const Array& levels, const Array& budgets, const Planner* ranker,
+                       const std::optional<Array>& expected = std::nullopt) {
   const Rows<int32_t> of_groups = rows<int32_t>(levels, "levels", {kAnyLength, kAnyLength});
   const int64_t layers = int64_t(levels.shape(0)), kv_heads = int64_t(levels.shape(1));
   const Rows<int32_t> of_heads = rows<int32_t>(budgets, "budgets", {layers, kAnyLength});
   const int64_t heads = int64_t(budgets.shape(1));
   if (layers == 0) raise_shape_error("levels and budgets of no layer");
   return GivenPlans(gathered(of_groups, layers, kv_heads).data(),
-                    gathered(of_heads, layers, heads).data(), layers, kv_heads, heads, ranker);
+                    gathered(of_heads, layers, heads).data(), layers, kv_heads, heads, ranker,
+                    expected ? values<float>(*expected, "expected", {layers, heads}) : nullptr);
 }
 
 void bind_plan_sources(nb::module_& m) {
@@ -47,11 +50,12 @@ void bind_plan_sources(nb::module_& m) {
   nb::class_<GivenPlans, PlanSource>(m, "GivenPlans")
       .def(
           "__init__",
-          [](GivenPlans* self, const Array& levels, const Array& budgets, const Planner* ranker) {
-            new (self) GivenPlans(given_plans(levels, budgets, ranker));
+          [](GivenPlans* self, const Array& levels, const Array& budgets, const Planner* ranker,
+             const std::optional<Array>& expected) {
+            new (self) GivenPlans(given_plans(levels, budgets, ranker, expected));
           },
           nb::arg("levels"), nb::arg("budgets"), nb::arg("ranker") = nb::none(),
-          nb::keep_alive<1, 4>())
+          nb::arg("expected") = nb::none(), nb::keep_alive<1, 4>())
       .def("plan", [](GivenPlans& self, int64_t layer) {
         // Those of one layer are every layer's.
         if (layer < 0 || self.layers() > 1) check_index("layer", layer, self.layers());
@@ -194,6 +198,15 @@ void bind_attention(nb::module_& m) {
            [](const LayerAttention& self, int64_t row, int64_t kv_head) {
              check_task(self, row, kv_head);
              return self.plan(row, kv_head);
+           })
+      .def("expected",
+           [](const LayerAttention& self, int64_t row,
+              int64_t kv_head) -> std::optional<std::vector<float>> {
+             check_task(self, row, kv_head);
+             const float* of_group = self.expected(row, kv_head);
+             if (of_group == nullptr) return std::nullopt;
+             const int64_t group = self.heads() / self.layout().kv_heads;
+             return std::vector<float>(of_group, of_group + group);
            })
       .def("runs",
            [](const LayerAttention& self, int64_t sequence, int64_t kv_head) {

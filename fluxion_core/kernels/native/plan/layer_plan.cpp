@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <stdexcept>
 
 #include "pool/clock.h"
@@ -18,6 +19,14 @@ int32_t chunk_panels(int64_t rows, int32_t depth) {
 }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Of one head's curves, the point of its plan; a head that reads everything errs by nothing.
+float expected_of(const float* log_squares, const GroupPlan& plan, int64_t head) {
+  const int budget = plan.budgets[head];
+  if (budget == kBudgets) return -std::numeric_limits<float>::infinity();
+  // Without a level no head has a budget, and at 0 curves are the same for all.
+  return log_squares[std::max(plan.level, 0) * kBudgets + budget];
+}
 
 }  // namespace
 
@@ -59,6 +68,7 @@ int64_t LayerPlan::add(int64_t row, const SequenceView& sequence, const Planner&
   for (int i = 0; i < 2; ++i) task.hidden[i].resize(size_t(heads * planner_->hidden[i].width()));
   task.outputs.resize(size_t(heads * planner_->output.width()));
   task.log_squares.resize(size_t(heads * kHeadCurves));
+  task.expected.resize(size_t(heads));
   task.plans.resize(size_t(kv_heads));
   task.budgets.resize(size_t(heads));
   task.levels.resize(size_t(kv_heads));
@@ -192,6 +202,8 @@ void LayerPlan::select(Task& task) {
     for (int64_t head = 0; head < group_; ++head) {
       budgets[head] = blocks_of_budget(plan.budgets[head], total);
       is_everything = is_everything && budgets[head] == total;
+      task.expected[size_t(kv_head * group_ + head)] = expected_of(
+          task.log_squares.data() + (kv_head * group_ + head) * kHeadCurves, plan, head);
     }
     // Without a choice there is nothing to scan.
     if (is_everything) level = kReadAll;

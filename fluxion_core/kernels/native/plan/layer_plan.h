@@ -51,10 +51,12 @@ class LayerPlan final : public Work {
   void run_layer(TaskPool& pool, int64_t layer, const float* query, int64_t query_stride,
                  int64_t wake_bytes);
 
-  // The plan of a task in this layer: [kv_heads] levels, [heads] budgets, [kv_heads] sights.
+  // The plan of a task in this layer: [kv_heads] levels, [heads] budgets, [kv_heads] sights, and
+  // [heads] what is expected of it, see RowPlan.
   const int32_t* levels(int64_t task) const { return tasks_[size_t(task)].levels.data(); }
   const int32_t* budgets(int64_t task) const { return tasks_[size_t(task)].budgets.data(); }
   const PlanSight* sights(int64_t task) const { return tasks_[size_t(task)].plan_sights.data(); }
+  const float* expected(int64_t task) const { return tasks_[size_t(task)].expected.data(); }
 
   // After attention: what the next step will know of this one.
   void remember(int64_t task, int64_t head, float read_lse, float read_share);
@@ -89,7 +91,7 @@ class LayerPlan final : public Work {
     std::vector<LookChunk> looks;
     std::vector<float> parts, windows, scores;
     std::vector<HeadSight> sights;
-    std::vector<float> features, hidden[2], outputs, log_squares;
+    std::vector<float> features, hidden[2], outputs, log_squares, expected;
     std::vector<GroupPlan> plans;
     std::vector<int32_t> levels, budgets;
     std::vector<PlanSight> plan_sights;

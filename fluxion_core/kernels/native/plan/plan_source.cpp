@@ -6,13 +6,15 @@
 namespace fluxion {
 
 GivenPlans::GivenPlans(const int32_t* levels, const int32_t* budgets, int64_t layers,
-                       int64_t kv_heads, int64_t heads, const Planner* ranker)
+                       int64_t kv_heads, int64_t heads, const Planner* ranker,
+                       const float* expected)
     : layers_(layers),
       kv_heads_(kv_heads),
       heads_(heads),
       levels_(levels, levels + layers * kv_heads),
       budgets_(budgets, budgets + layers * heads),
       ranker_(ranker) {
+  if (expected != nullptr) expected_.assign(expected, expected + layers * heads);
   const bool are_levels = std::all_of(levels_.begin(), levels_.end(), [](int32_t level) {
     return (level >= 0 && level < kLevels) || level == kReadAll || level == kReadNothing;
   });
@@ -37,8 +39,9 @@ bool GivenPlans::may_read(int64_t layer) const {
 }
 
 RowPlan GivenPlans::known_plan(int64_t layer) const {
-  return {levels_.data() + int64_t(at(layer)) * kv_heads_,
-          budgets_.data() + int64_t(at(layer)) * heads_};
+  const int64_t of_heads = int64_t(at(layer)) * heads_;
+  return {levels_.data() + int64_t(at(layer)) * kv_heads_, budgets_.data() + of_heads, nullptr,
+          expected_.empty() ? nullptr : expected_.data() + of_heads};
 }
 
 PredictedPlans::PredictedPlans(const Planner& planner, PlannerState& state, bool by_price,
@@ -60,7 +63,8 @@ void PredictedPlans::begin(const SlabLayout& layout, int64_t heads, int64_t row,
 
 RowPlan PredictedPlans::plan(int64_t layer) {
   (void)layer;  // whose plans `here_` has just made
-  return {here_->levels(task_), here_->budgets(task_), here_->sights(task_)};
+  return {here_->levels(task_), here_->budgets(task_), here_->sights(task_),
+          here_->expected(task_)};
 }
 
 void PredictedPlans::head_read(int64_t layer, int64_t head, float lse, float share) {

@@ -21,6 +21,9 @@ struct RowPlan {
   const int32_t* levels;              // [kv_heads] of digests, or kReadAll, or kReadNothing
   const int32_t* budgets;             // [heads] blocks of that level that each query head reads
   const PlanSight* sights = nullptr;  // [kv_heads], if the window was looked at for the plan
+  // [heads] log of the squared head output error that is expected of it, -inf of a head that reads
+  // everything; null where nothing is predicted.
+  const float* expected = nullptr;
 };
 
 class GivenPlans;
@@ -63,10 +66,11 @@ class PlanSource {
 // Known before the step, for each layer or the same for all.
 class GivenPlans final : public PlanSource {
  public:
-  // levels: [layers][kv_heads]; budgets: [layers][heads]; layers may be 1. Both are copied. ranker: null, or
-  // lives as long as this. Throws std::invalid_argument for a level that there is not, or a budget below 0.
+  // levels: [layers][kv_heads]; budgets: [layers][heads]; layers may be 1. expected: null, or
+  // [layers][heads], see RowPlan. All are copied. ranker: null, or lives as long as this. Throws
+  // std::invalid_argument for a level that there is not, or a budget below 0.
   GivenPlans(const int32_t* levels, const int32_t* budgets, int64_t layers, int64_t kv_heads,
-             int64_t heads, const Planner* ranker);
+             int64_t heads, const Planner* ranker, const float* expected = nullptr);
 
   void begin(const SlabLayout& layout, int64_t heads, int64_t row, const SequenceView& sequence,
              std::unique_ptr<LayerPlan>& here) override;
@@ -84,6 +88,7 @@ class GivenPlans final : public PlanSource {
 
   int64_t layers_, kv_heads_, heads_;
   std::vector<int32_t> levels_, budgets_;
+  std::vector<float> expected_;  // or empty
   const Planner* ranker_;
 };
 

@@ -12,6 +12,7 @@ COMMANDS = {
     "follow_up": "FollowUpBench",
     "gpu_step": "GpuStepCommand",
     "gpu_step_report": "GpuStepReport",
+    "head_errors": "HeadErrorsBench",
     "nvml_agreement": "NvmlAgreementBench",
     "offloaded_cache": "OffloadedCacheBench",
     "prompt_profile": "PromptProfileBench",
