@@ -146,13 +146,20 @@ class MethodSimulator:
         self._weights = {name: each.to(runs.kv.keys.device) for name, each in weights.items()}
         self._profiles = profile_runs(decoder, runs, window)
         with torch.no_grad():
-            self._exact = F.log_softmax(self._logits(self._attend_exact), dim=-1)
+            self._exact = self._log_probabilities(self._hidden(self._attend_exact))
 
-    def _logits(self, attend: Callable[[int, LayerStep], Tensor], copies: int = 1) -> Tensor:
+    def _hidden(self, attend: Callable[[int, LayerStep], Tensor], copies: int = 1) -> Tensor:
         runs = self._runs
         positions = runs.positions.repeat(copies)
-        hidden = replay(self._decoder, runs.kv, positions, self._window, attend)
-        return self._decoder.logits(hidden)
+        return replay(self._decoder, runs.kv, positions, self._window, attend)
+
+    def _log_probabilities(self, hidden: Tensor) -> Tensor:
+        return F.log_softmax(self._decoder.logits(hidden), dim=-1)
+
+    def _differences(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """KL and equal tokens of the runs' rows in one way, [rows] each."""
+        exact, own = self._exact, self._log_probabilities(hidden)
+        return (exact.exp() * (exact - own)).sum(-1), exact.argmax(-1) == own.argmax(-1)
 
     @staticmethod
     def _attend_exact(layer: int, step: LayerStep) -> Tensor:
@@ -187,11 +194,12 @@ class MethodSimulator:
             streaming.append((chosen.sum(-1) == 0).float().mean((1, 2)))
             return output
 
-        logits = F.log_softmax(self._logits(attend, len(ways)), dim=-1)
-        exact = self._exact.repeat(len(ways), 1)
+        hidden = self._hidden(attend, len(ways))
+        # Way by way: distributions over a vocabulary of 150,000 are the largest tensors here.
+        kls, equals = zip(*map(self._differences, hidden.chunk(len(ways))), strict=True)
         whole = MethodResult(
-            kl=(exact.exp() * (exact - logits)).sum(-1),
-            agrees=exact.argmax(-1) == logits.argmax(-1),
+            kl=torch.cat(kls),
+            agrees=torch.cat(equals),
             scanned=torch.stack(scanned).mean(0),
             attended=torch.stack(attended).mean(0),
             squares=torch.stack(squares, 1),
