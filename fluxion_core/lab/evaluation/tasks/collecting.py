@@ -1,6 +1,7 @@
 """Questions that are answered by collecting what lies scattered over a text of prose.
 
-Each prompt begins with a short example of the same form. All wording is ours.
+Each question shows the form of its answer, without anything that could be copied. All wording is
+ours.
 """
 
 from __future__ import annotations
@@ -61,48 +62,39 @@ class Delivery:
 
 def records_question(prose: Prose, size: int, generator: random.Random) -> Question:
     """Deliveries told in `size` sentences of prose, asked for as a JSON array."""
-    deliveries = _deliveries(generator, RECORDS + 2)
-    shown, asked = deliveries[:2], deliveries[2:]
-    prefix = 'JSON: [{"name":'
-    ask = (
-        'List all deliveries of the text as a JSON array on one line, with the fields "name", '
-        '"goods", "crates" and "town".'
-    )
-    example = " ".join(delivery.sentence(form) for form, delivery in enumerate(shown))
-    answer = f"JSON: [{', '.join(delivery.json_text for delivery in shown)}]"
-    sentences = [delivery.sentence(generator.randrange(3)) for delivery in asked]
+    deliveries = _deliveries(generator, RECORDS)
+    sentences = [delivery.sentence(generator.randrange(3)) for delivery in deliveries]
     text = _scattered(prose, size, sentences, generator)
+    form = '[{"name": ..., "goods": ..., "crates": ..., "town": ...}, ...]'
     return Question(
-        f"{ask}\n\nText: {example}\n{answer}\n\nText: {text}\n\n{ask}",
-        tuple(delivery.json_text for delivery in asked),
-        prefix,
+        f"The text below tells of {RECORDS} deliveries, among other things: who brought how many "
+        f"crates of which goods to which town.\n\n{text}\n\n"
+        f"Write all {RECORDS} deliveries that the text above tells of as a JSON array on one line, "
+        f"in this form: {form}",
+        tuple(delivery.json_text for delivery in deliveries),
+        '[{"name":',
     )
 
 
 def values_question(prose: Prose, size: int, generator: random.Random) -> Question:
     """All numbers of one meter, among those of others, in `size` sentences of prose."""
-    meters = [f"{a} {n}" for a, n in _pairs(generator, OTHER_METERS + 2)]
-    counts = [2, VALUES, *[VALUES // 2] * OTHER_METERS]
+    meters = [f"{a} {n}" for a, n in _pairs(generator, 1 + OTHER_METERS)]
+    counts = [VALUES, *[VALUES // 2] * OTHER_METERS]
     drawn = iter(generator.sample(range(1000, 10_000), sum(counts)))
     numbers = [[next(drawn) for _ in range(count)] for count in counts]
-
-    def sentence(meter: int, number: int) -> str:
-        return f"The meter of the {meters[meter]} showed {number}."
-
-    def prefix(meter: int) -> str:
-        return f"The numbers that the meter of the {meters[meter]} showed are:"
-
     hidden = [
-        sentence(meter, number) for meter in range(1, len(meters)) for number in numbers[meter]
+        f"The meter of the {meter} showed {number}."
+        for meter, of_meter in zip(meters, numbers, strict=True)
+        for number in of_meter
     ]
     generator.shuffle(hidden)
-    ask = "List all numbers that the meter of the {} showed in the text, separated by commas."
-    example = " ".join(sentence(0, number) for number in numbers[0])
+    asked = f"that the meter of the {meters[0]} showed"
     text = (
-        f"{ask.format(meters[0])}\n\nText: {example}\n{prefix(0)} {_listed(numbers[0])}\n\n"
-        f"Text: {_scattered(prose, size, hidden, generator)}\n\n{ask.format(meters[1])}"
+        "The text below says now and then what meters showed. Read it and remember the numbers of "
+        f"each meter.\n\n{_scattered(prose, size, hidden, generator)}\n\n"
+        f"List all {VALUES} numbers {asked} in the text above, separated by commas."
     )
-    return Question(text, tuple(str(number) for number in numbers[1]), prefix(1))
+    return Question(text, tuple(map(str, numbers[0])), f"The {VALUES} numbers {asked} are:")
 
 
 def count_question(prose: Prose, size: int, generator: random.Random) -> Question:
@@ -110,26 +102,23 @@ def count_question(prose: Prose, size: int, generator: random.Random) -> Questio
 
     The answer lists the entries before it gives their number, as who counts does.
     """
-    towns, ships = draw_towns(generator, 4), generator.sample(_SHIPS, 3)
+    towns, ships = draw_towns(generator, 3), generator.sample(_SHIPS, 3)
     count = generator.choice(COUNTS)
-    entries = iter(generator.sample(range(100, 1000), count + OTHER_CALLS + 2))
-    asked = [next(entries) for _ in range(count)]
-    shown = [next(entries) for _ in range(2)]
-
-    def sentence(entry: int, ship: int, town: int) -> str:
-        return f"Entry {entry}: a {ships[ship]} called at {towns[town]}."
-
-    hidden = [sentence(entry, 0, 0) for entry in asked]
-    hidden += [sentence(entry, *generator.choice(((0, 1), (1, 0), (2, 2)))) for entry in entries]
+    entries = generator.sample(range(100, 1000), count + OTHER_CALLS)
+    calls = [(0, 0)] * count
+    calls += [generator.choice(((0, 1), (1, 0), (2, 2))) for _ in range(OTHER_CALLS)]
+    hidden = [
+        f"Entry {entry}: a {ships[ship]} called at {towns[town]}."
+        for entry, (ship, town) in zip(entries, calls, strict=True)
+    ]
     generator.shuffle(hidden)
-    ask = "How often did a {} call at {}? List the numbers of the entries, then their total."
-    example = " ".join(sentence(entry, 1, 3) for entry in shown)
     text = (
-        f"{ask.format(ships[1], towns[3])}\n\nText: {example}\n"
-        f"Entries: {_listed(shown)} Total: 2\n\n"
-        f"Text: {_scattered(prose, size, hidden, generator)}\n\n{ask.format(ships[0], towns[0])}"
+        "The text below holds entries of a log, among other things.\n\n"
+        f"{_scattered(prose, size, hidden, generator)}\n\n"
+        f"In which entries did a {ships[0]} call at {towns[0]}, and how many are they? List their "
+        "numbers, separated by commas, then a semicolon and their total."
     )
-    return Question(text, (str(count),), "Entries:")
+    return Question(text, (str(count),), f"A {ships[0]} called at {towns[0]} in the entries")
 
 
 def _deliveries(generator: random.Random, count: int) -> list[Delivery]:
@@ -148,7 +137,3 @@ def _pairs(generator: random.Random, count: int) -> list[tuple[str, str]]:
 def _scattered(prose: Prose, size: int, inserted: list[str], generator: random.Random) -> str:
     filler = random.Random(generator.getrandbits(64))
     return " ".join(insert_at_random(prose.sentences(filler, size), inserted, generator))
-
-
-def _listed(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers)) + "."

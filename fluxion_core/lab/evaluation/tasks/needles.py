@@ -53,12 +53,12 @@ def needle_question(
     task: NeedleTask, prose: Prose, size: int, generator: random.Random
 ) -> Question:
     """A question over a haystack of `size` sentences; needles do not depend on the size."""
-    unique = _Unique(generator)
+    unique = UniqueDraws(generator)
     keys = [unique.draw(task.key) for _ in range(task.keys)]
     needles = {key: [unique.draw(task.value) for _ in range(task.values)] for key in keys}
     asked = keys[: task.queries]
     kind = _NAME_OF[task.value]
-    inserted = [_needle(kind, key, value) for key in keys for value in needles[key]]
+    inserted = [needle(kind, key, value) for key in keys for value in needles[key]]
     generator.shuffle(inserted)
     # Of its own, so that depths below do not depend on how much of the haystack was drawn.
     filler = random.Random(generator.getrandbits(64))
@@ -67,9 +67,11 @@ def needle_question(
     elif task.haystack == "prose":
         sentences = prose.sentences(filler, size)
     else:
-        others = _Unique(filler, taken={*keys, *(v for values in needles.values() for v in values)})
+        others = UniqueDraws(
+            filler, taken={*keys, *(v for values in needles.values() for v in values)}
+        )
         sentences = [
-            _needle(kind, others.draw(task.key), others.draw(task.value)) for _ in range(size)
+            needle(kind, others.draw(task.key), others.draw(task.value)) for _ in range(size)
         ]
     lines = insert_at_random(sentences, inserted, generator)
     joiner = " " if task.haystack == "prose" else "\n"
@@ -87,15 +89,12 @@ def needle_question(
     return Question(text, answers, prefix)
 
 
-def _needle(kind: str, key: str, value: str) -> str:
+def needle(kind: str, key: str, value: str) -> str:
+    """Sentence that hides a value."""
     return f'The secret {kind} of "{key}" is: {value}.'
 
 
-def _enumerate(items: list[str]) -> str:
-    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
-
-
-class _Unique:
+class UniqueDraws:
     """Keys and values, none drawn twice."""
 
     def __init__(self, generator: random.Random, taken: set[str] | None = None) -> None:
@@ -108,7 +107,12 @@ class _Unique:
         self._makers = makers
 
     def draw(self, kind: Kind) -> str:
+        """One that was not drawn before."""
         while (drawn := self._makers[kind]()) in self._taken:
             pass
         self._taken.add(drawn)
         return drawn
+
+
+def _enumerate(items: list[str]) -> str:
+    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"

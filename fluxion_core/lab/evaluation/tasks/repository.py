@@ -34,7 +34,7 @@ _MEASURES = ("width", "depth", "count", "limit", "share", "level")
 
 @dataclass(frozen=True)
 class MadeUpFunction:
-    """A function whose name does not follow from what it says that it does."""
+    """A function whose name does not follow from the comment above it."""
 
     name: str
     parameters: tuple[str, ...]
@@ -45,38 +45,31 @@ class MadeUpFunction:
         """Source."""
         total = " + ".join(self.parameters)
         head = f"def {self.name}({', '.join(self.parameters)}):"
-        return f'{head}\n    """{self.purpose}"""\n    return {total}\n'
-
-    @property
-    def call(self) -> str:
-        """Call with all arguments by their names."""
-        arguments = (f"{name}={value}" for value, name in enumerate(self.parameters, start=1))
-        return f"{self.name}({', '.join(arguments)})"
+        return f"# {self.purpose}\n{head}\n    return {total}\n"
 
 
 def completion_question(size: int, generator: random.Random) -> Question:
     """A call to complete after `size` lines of a repository.
 
-    The function is in the first made-up file; a call of another one stands before, as an example.
+    The function is in the first made-up file.
     """
     names = generator.sample(NOUNS, MODULES)
     functions = iter(_functions(generator, MODULES * FUNCTIONS))
     modules = {name: [next(functions) for _ in range(FUNCTIONS)] for name in names}
     files = [
-        f"# file: depot/{name}.py\n" + "\n\n".join(f.definition for f in defined)
+        f"# file: depot/{name}.py\n" + "\n\n".join(function.definition for function in defined)
         for name, defined in modules.items()
     ]
-    asked_in, shown_in = names[0], names[-1]
-    asked, shown = generator.choice(modules[asked_in]), generator.choice(modules[shown_in])
+    asked = generator.choice(modules[names[0]])
     filler = random.Random(generator.getrandbits(64))
     repository = "\n\n".join(insert_at_random(_library_files(size, filler), files, generator))
     text = (
-        "Complete the last line of this repository: call the function that does what the comment "
-        f"says, with all arguments by name.\n\n{repository}\n\n"
-        f"# file: main.py\nfrom depot import {asked_in}, {shown_in}\n\n"
-        f"# {shown.purpose}\nfirst = {shown_in}.{shown.call}\n\n# {asked.purpose}"
+        "Complete the last line of this repository: call the function that has the same comment "
+        "above it, with all arguments by name: function(first=1, second=2, third=3)."
+        f"\n\n{repository}\n\n"
+        f"# file: main.py\nfrom depot import {names[0]}\n\n# {asked.purpose}"
     )
-    return Question(text, (asked.name, *asked.parameters), f"second = {asked_in}.")
+    return Question(text, (asked.name, *asked.parameters), f"result = {names[0]}.")
 
 
 def library_lines() -> int:

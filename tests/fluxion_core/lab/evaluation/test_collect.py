@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 from pathlib import Path
@@ -49,7 +48,7 @@ def test_a_case_is_the_same_for_the_same_seed_and_another_for_another(
 
 def test_every_field_of_a_record_is_in_one_sentence(suite: CollectSuite, encoder: PromptEncoder):
     case = suite.case("records", LENGTH, 0)
-    sentences = re.split(r"(?<=\.)\s", text_of(case, encoder).split("Text: ")[2])
+    sentences = re.split(r"(?<=\.)\s", text_of(case, encoder).split("\n\n")[1])
     for answer in case.answers:
         record = json.loads(answer)
         (own,) = [sentence for sentence in sentences if record["name"] in sentence]
@@ -61,11 +60,11 @@ def test_values_are_all_numbers_of_the_meter_and_no_others(
     suite: CollectSuite, encoder: PromptEncoder
 ):
     case = suite.case("values", LENGTH, 0)
-    meter = case.answer_prefix.split(" meter of the ")[1].removesuffix(" showed are:")
+    (meter,) = re.findall(r"the meter of the ([a-z ]+) showed are:", case.answer_prefix)
     text = text_of(case, encoder)
     found = re.findall(rf"The meter of the {meter} showed (\d+)\.", text)
     assert sorted(found) == sorted(case.answers)
-    assert len(re.findall(r"The meter of the [a-z ]+ showed \d+\.", text)) == 2 + 8 + 3 * 4
+    assert len(re.findall(r"The meter of the [a-z ]+ showed \d+\.", text)) == 8 + 3 * 4
 
 
 @pytest.mark.parametrize("number", range(4))
@@ -74,10 +73,10 @@ def test_the_total_is_the_number_of_entries(
 ):
     case = suite.case("count", LENGTH, number)
     text = text_of(case, encoder)
-    ship, town = re.findall(r"How often did a (\w+) call at (\w+)\?", text)[-1]
+    ship, town = re.findall(r"did a (\w+) call at (\w+),", text)[-1]
     entries = re.findall(rf"Entry \d+: a {ship} called at {town}\.", text)
     assert case.answers == (str(len(entries)),)
-    assert len(re.findall(r"Entry \d+: a \w+ called at \w+\.", text)) == 2 + 8 + len(entries)
+    assert len(re.findall(r"Entry \d+: a \w+ called at \w+\.", text)) == 8 + len(entries)
 
 
 def test_a_completion_calls_what_an_earlier_file_defines(
@@ -87,17 +86,12 @@ def test_a_completion_calls_what_an_earlier_file_defines(
     text = text_of(case, encoder)
     name, *parameters = case.answers
     purpose = text.split("\n# ")[-1].split("\n")[0]
-    definition = f'def {name}({", ".join(parameters)}):\n    """{purpose}"""'
+    definition = f"# {purpose}\ndef {name}({', '.join(parameters)}):"
     assert text.count(definition) == 1
     assert text.index(definition) < text.index("# file: main.py")
-    module = case.answer_prefix.removeprefix("second = ").removesuffix(".")
+    module = case.answer_prefix.removeprefix("result = ").removesuffix(".")
     own_file = text[text.index(f"# file: depot/{module}.py") :]
     assert definition in own_file[: own_file.index("# file:", 1)]
-    (shown,) = re.findall(r"first = \w+\.(.*)", text)
-    call = ast.parse(shown).body[0]
-    assert isinstance(call, ast.Expr)
-    assert isinstance(call.value, ast.Call)
-    assert len(call.value.keywords) == len(parameters)
 
 
 def test_a_conversation_goes_on_from_what_was_said(suite: CollectSuite, encoder: PromptEncoder):
@@ -105,7 +99,7 @@ def test_a_conversation_goes_on_from_what_was_said(suite: CollectSuite, encoder:
     turns = [suite.turn_case(LENGTH, 0, said[:turn]) for turn in range(TURNS)]
     texts = [text_of(turn, encoder) for turn in turns]
     for before, after, answer in zip(texts, texts[1:], said, strict=False):
-        assert after.startswith(f"{before} {answer}\n\nWho is the ")
+        assert after.startswith(f"{before} {answer}\n\nWhich is the secret number ")
     assert len({turn.answers for turn in turns}) == TURNS
     for turn in turns:
         assert texts[0].count(f"{turn.answer_prefix} {turn.answers[0]}.") == 1
