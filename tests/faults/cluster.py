@@ -166,6 +166,14 @@ class Cluster:
         assert seen.tokens == await self.right_tokens(prompt)
         await assert_nothing_is_held(decode)
 
+    async def handing_over(self, decode: FaultNode, prompt: Sequence[int]) -> asyncio.Task[Seen]:
+        """A request of a prompt of which some KV has come, and not yet all."""
+        has_kv = asyncio.Event()
+        asking = asyncio.ensure_future(ask(decode.address, prompt, has_kv=has_kv))
+        await has_kv.wait()
+        assert not asking.done(), asking.result()
+        return asking
+
     async def prefill_at_work(self, *nodes: FaultNode) -> FaultNode:
         """The node that has computed part of a prompt, and not yet all of it."""
         while True:
@@ -317,6 +325,7 @@ async def ask(
     *,
     timeout: float = GIVE_UP_SECONDS,
     on_token: Callable[[int], None] = lambda _: None,
+    has_kv: asyncio.Event | None = None,
 ) -> Seen:
     """One request of a client of its own.
 
@@ -326,16 +335,24 @@ async def ask(
         new_tokens: to be generated.
         timeout: the client's deadline, s.
         on_token: takes the number of tokens there are, at each.
+        has_kv: set once the decode node has taken in some of the prompt's KV, or at the end.
     """
     tokens: list[int] = []
     status, details = "OK", ""
+    request = request_of(prompt, new_tokens, report_progress=has_kv is not None)
     async with client_of(address) as stub:
         try:
-            async for response in stub.Generate(request_of(prompt, new_tokens), timeout=timeout):
-                tokens.extend(response.token_ids)
-                on_token(len(tokens))
+            async for response in stub.Generate(request, timeout=timeout):
+                if has_kv is not None and response.progress.prompt_tokens_done:
+                    has_kv.set()
+                if response.token_ids:
+                    tokens.extend(response.token_ids)
+                    on_token(len(tokens))
         except grpc.aio.AioRpcError as error:
             status, details = error.code().name, error.details() or ""
+        finally:
+            if has_kv is not None:
+                has_kv.set()
     return Seen(tokens, status, details, time.monotonic())
 
 

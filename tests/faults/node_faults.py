@@ -62,7 +62,7 @@ async def prefill_dies_during_with_another(cluster: Cluster) -> Row:
     """Part of the KV is there already; the other node begins again."""
     cluster.heal()
     prompt = cluster.fresh_prompt(LONG_TOKENS)
-    asking = asyncio.ensure_future(ask(cluster.pair.address, prompt))
+    asking = await cluster.handing_over(cluster.pair, prompt)
     node = await cluster.prefill_at_work(cluster.first, cluster.second)
     node.kill()
     began = time.monotonic()
@@ -83,8 +83,7 @@ async def prefill_dies_during_alone(cluster: Cluster) -> Row:
     """Part of the KV is there already; nothing of it is decoded."""
     cluster.heal()
     prompt = cluster.fresh_prompt(LONG_TOKENS)
-    asking = asyncio.ensure_future(ask(cluster.lone.address, prompt))
-    await cluster.prefill_at_work(cluster.first)
+    asking = await cluster.handing_over(cluster.lone, prompt)
     cluster.first.kill()
     began = time.monotonic()
     seen = await asking
@@ -166,7 +165,7 @@ async def prefill_stops_during_with_another(cluster: Cluster) -> Row:
     """Its connections stay open, and nothing comes any more."""
     cluster.heal()
     prompt = cluster.fresh_prompt(LONG_TOKENS)
-    asking = asyncio.ensure_future(ask(cluster.pair.address, prompt))
+    asking = await cluster.handing_over(cluster.pair, prompt)
     node = await cluster.prefill_at_work(cluster.first, cluster.second)
     with node.frozen():
         began = time.monotonic()
@@ -188,8 +187,7 @@ async def prefill_stops_during_with_another(cluster: Cluster) -> Row:
 async def prefill_stops_during_alone(cluster: Cluster) -> Row:
     """There is no other node."""
     cluster.heal()
-    asking = asyncio.ensure_future(ask(cluster.lone.address, cluster.fresh_prompt(LONG_TOKENS)))
-    await cluster.prefill_at_work(cluster.first)
+    asking = await cluster.handing_over(cluster.lone, cluster.fresh_prompt(LONG_TOKENS))
     with cluster.first.frozen():
         began = time.monotonic()
         seen = await asking
@@ -211,8 +209,7 @@ async def prefill_pauses(cluster: Cluster) -> Row:
     """It stands still for less than the limit, and goes on."""
     cluster.heal()
     prompt = cluster.fresh_prompt(LONG_TOKENS)
-    asking = asyncio.ensure_future(ask(cluster.lone.address, prompt))
-    await cluster.prefill_at_work(cluster.first)
+    asking = await cluster.handing_over(cluster.lone, prompt)
     with cluster.first.frozen():
         began = time.monotonic()
         await asyncio.sleep(1)

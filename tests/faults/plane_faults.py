@@ -30,7 +30,7 @@ from tests.faults.cluster import (
     running_cluster,
 )
 from tests.faults.matrix import Row, Scenario
-from tests.faults.relay import Relay, relay_to
+from tests.faults.relay import relay_to
 
 KV_HOST = "127.0.0.2"
 AT_ONCE = "at once"
@@ -58,12 +58,6 @@ def relay_of(node: FaultNode):
     return relay_to(address, int(address.rpartition(":")[2]))
 
 
-async def at_work(cluster: Cluster, relay: Relay) -> None:
-    """Return once the first prefill node has sent part of a prompt's KV through the relay."""
-    await cluster.prefill_at_work(cluster.first)
-    assert relay.num_connections == 4
-
-
 async def connections_are_cut_with_another(cluster: Cluster) -> Row:
     """All of them at once; the call between the nodes stays."""
     cluster.heal()
@@ -71,8 +65,8 @@ async def connections_are_cut_with_another(cluster: Cluster) -> Row:
         prompt = cluster.fresh_prompt(LONG_TOKENS)
         with cluster.second.frozen():
             # Who does not say its load comes last.
-            asking = asyncio.ensure_future(ask(cluster.pair.address, prompt))
-            await at_work(cluster, relay)
+            asking = await cluster.handing_over(cluster.pair, prompt)
+            assert relay.num_connections == 4
         relay.cut()
         began = time.monotonic()
         seen = await asking
@@ -92,8 +86,8 @@ async def _cut_alone(cluster: Cluster, count: int | None) -> float:
     cluster.heal()
     async with relay_of(cluster.first) as relay:
         prompt = cluster.fresh_prompt(LONG_TOKENS)
-        asking = asyncio.ensure_future(ask(cluster.lone.address, prompt))
-        await at_work(cluster, relay)
+        asking = await cluster.handing_over(cluster.lone, prompt)
+        assert relay.num_connections == 4
         relay.cut(count)
         began = time.monotonic()
         seen = await asking
@@ -133,8 +127,8 @@ async def connections_stand_still(cluster: Cluster) -> Row:
     cluster.heal()
     async with relay_of(cluster.first) as relay:
         prompt = cluster.fresh_prompt(LONG_TOKENS)
-        asking = asyncio.ensure_future(ask(cluster.lone.address, prompt))
-        await at_work(cluster, relay)
+        asking = await cluster.handing_over(cluster.lone, prompt)
+        assert relay.num_connections == 4
         relay.may_pass.clear()
         began = time.monotonic()
         seen = await asking
@@ -191,8 +185,8 @@ async def strangers_knock(cluster: Cluster) -> Row:
 
     async with relay_of(cluster.first) as relay:
         prompt = cluster.fresh_prompt(LONG_TOKENS)
-        asking = asyncio.ensure_future(ask(cluster.lone.address, prompt))
-        await at_work(cluster, relay)
+        asking = await cluster.handing_over(cluster.lone, prompt)
+        assert relay.num_connections == 4
         began = time.monotonic()
         # Closed, and told nothing.
         assert [await knock() for _ in range(100)] == [b""] * 100
@@ -230,8 +224,7 @@ async def prefill_dies_by_sockets(cluster: Cluster) -> Row:
 async def prefill_dies_by_shared_memory(cluster: Cluster) -> Row:
     """The decode node has its memory mapped, and lets it go."""
     cluster.heal()
-    asking = asyncio.ensure_future(ask(cluster.lone.address, cluster.fresh_prompt(LONG_TOKENS)))
-    await cluster.prefill_at_work(cluster.first)
+    asking = await cluster.handing_over(cluster.lone, cluster.fresh_prompt(LONG_TOKENS))
     assert _shared_mappings(cluster.lone) == 4
     cluster.first.kill()
     began = time.monotonic()
