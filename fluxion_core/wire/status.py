@@ -114,7 +114,7 @@ def sent_metadata(error: Exception) -> tuple[str, str]:
 
 
 def sent_details(details: str) -> str:
-    """As much of a status's text as clients take."""
+    """The part of a status's text that clients take, from its beginning."""
     num_bytes = 0
     for place, character in enumerate(details):
         plain = " " <= character <= "~" and character != "%"
