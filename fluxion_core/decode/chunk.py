@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from typing import Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -23,23 +24,9 @@ from fluxion_core.geometry import WindowSpec
 from fluxion_core.kvstore.sequence import SequenceKv
 from fluxion_core.models.attention_port import AttentionPort
 from fluxion_core.models.config import ModelConfig
-from fluxion_core.planning.prompt_profile import PROFILED_QUERIES, PromptProfile
+from fluxion_core.planning.profiled_queries import KeptQueries, ProfiledPositions
+from fluxion_core.planning.prompt_profile import PromptProfile
 from fluxion_core.pool.cpu_pool import CpuPool
-
-
-def next_chunk_tokens(num_left: int, most: int, *, wants_profile: bool) -> int:
-    """Tokens that the next chunk takes, of those that are left.
-
-    Args:
-        num_left: tokens of the prompt that are not stored yet, above 0.
-        most: that a chunk should take.
-        wants_profile: whether the last chunk must have the queries that a profile is made from:
-            those of 16 tokens, or of all that is left.
-    """
-    in_last = PROFILED_QUERIES if wants_profile else 1
-    if num_left <= max(most, in_last):
-        return num_left
-    return min(most, num_left - in_last)
 
 
 class ChunkDecoder(Protocol):
@@ -69,6 +56,8 @@ class PromptEnds:
     def __init__(self, decoder: ChunkDecoder, pool: CpuPool) -> None:
         self._decoder, self._pool = decoder, pool
         self._pace = ProfilePace(decoder.config.num_layers)
+        # Goes with a sequence that is given up.
+        self._kept: WeakKeyDictionary[SequenceKv, KeptQueries] = WeakKeyDictionary()
 
     def step_took(self, seconds: float) -> None:
         """Learn how long a step took: a slice of a profile takes as long as one of its layers."""
@@ -80,17 +69,28 @@ class PromptEnds:
         self._pace.advance(profiling)
         return profiling.profiles if profiling.is_done else None
 
+    def _profiled(self, sequence: SequenceKv) -> ProfiledPositions:
+        """Positions whose queries a prompt's chunks keep, from the next one on."""
+        kept = self._kept.get(sequence)
+        if kept is None:
+            kept = KeptQueries(
+                sequence.num_prompt_tokens, self._decoder.config.num_layers, sequence.num_tokens
+            )
+            self._kept[sequence] = kept
+        return kept.positions
+
+    def _keep(self, sequence: SequenceKv, picked: Sequence[Tensor]) -> None:
+        """Keep the profiled queries of a chunk that is done, of each layer."""
+        for layer, queries in enumerate(picked):
+            self._kept[sequence].add(layer, queries)
+
     def _end(
-        self,
-        sequence: SequenceKv,
-        hidden: Tensor,
-        queries: list[Tensor],
-        profile_window: WindowSpec | None,
+        self, sequence: SequenceKv, hidden: Tensor, profile_window: WindowSpec | None
     ) -> PromptEnd:
         """Commit a prompt whose last token has the hidden state [1, hidden_size]."""
         sequence.commit()
         profiling = (
-            PromptProfiling(sequence, profile_window, queries, self._pool)
+            PromptProfiling(sequence, profile_window, self._kept.pop(sequence), self._pool)
             if profile_window is not None
             else None
         )
@@ -118,14 +118,14 @@ class PromptComputer(PromptEnds):
         work = ChunkWork(sequence, count, config.num_heads)
         attention = _ChunkAttention(
             RowAttention(work, self._pool, count, config.num_heads, config.head_dim),
-            keeps_queries=is_last and profile_window is not None,
+            None if profile_window is None else self._profiled(sequence),
+            first,
         )
         positions = torch.arange(first, first + count)
         hidden = self._decoder(torch.tensor(token_ids), positions, attention)
         work.finish()
-        end = None
-        if is_last:
-            end = self._end(sequence, hidden[-1:], attention.queries, profile_window)
+        self._keep(sequence, attention.queries)
+        end = self._end(sequence, hidden[-1:], profile_window) if is_last else None
         self._pace.chunk_took(time.perf_counter() - started)
         return end
 
@@ -135,18 +135,20 @@ class _ChunkAttention:
 
     Args:
         attention: of the chunk's rows.
-        keeps_queries: whether its last queries are kept, for a profile.
+        profiled: whose queries are picked, for a profile; None for no profile.
+        first_token: of the chunk.
     """
 
-    def __init__(self, attention: RowAttention, *, keeps_queries: bool) -> None:
+    def __init__(
+        self, attention: RowAttention, profiled: ProfiledPositions | None, first_token: int
+    ) -> None:
         self._attention = attention
-        self._keeps_queries = keeps_queries
+        self._profiled, self._first_token = profiled, first_token
         self.queries: list[Tensor] = []
-        """Of each layer, [rows, heads, head_dim] float32 on the CPU, if they are kept."""
+        """Picked ones of each layer, [rows, heads, head_dim]; empty without a profile."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attend in one layer; see AttentionPort."""
-        if self._keeps_queries:
-            last = query[-PROFILED_QUERIES:]
-            self.queries.append(last.to("cpu", torch.float32, copy=True))
+        if self._profiled is not None:
+            self.queries.append(self._profiled.pick(query, self._first_token))
         return self._attention.attend(layer, query, key, value)

@@ -12,11 +12,10 @@ differ a little from that of exact ones.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fluxion_core.errors import FluxionError
 from fluxion_core.geometry import BLOCK_SIZES, WindowSpec, ceil_div
@@ -24,6 +23,7 @@ from fluxion_core.kernels import _native
 from fluxion_core.kernels.isa import native_layout
 from fluxion_core.kvstore.sequence import SequenceKv
 from fluxion_core.planning.constants import RADII
+from fluxion_core.planning.profiled_queries import KeptQueries
 from fluxion_core.planning.prompt_estimate import blocks_of_budgets
 from fluxion_core.planning.prompt_profile import PromptProfile, profile_shapes
 from fluxion_core.pool.cpu_pool import WAKE_BYTES, CpuPool
@@ -39,28 +39,28 @@ class PromptProfiling:
     Args:
         sequence: whose prompt is whole in the store, and stays there until the profile is done.
         window: the default window.
-        queries: of each layer, [rows, heads, head_dim] float32, unscaled: those of the prompt's
-            last tokens, up to 16.
+        queries: of each layer and its profiled tokens, unscaled; all are taken.
         pool: threads that do the work, with the calling one.
 
     Cost: reads the KV once for 16 rows of a KV head; 4 * rows * heads * tokens * head_dim
-    operations a layer. Holds 0.5 MB and 4 B a token for each 16 rows of a KV head.
+    operations a layer. Holds 0.5 MB and 4 B a token for each 16 rows of a KV head, of up to 1,024.
     """
 
     def __init__(
         self,
         sequence: SequenceKv,
         window: WindowSpec,
-        queries: Sequence[Tensor],
+        queries: KeptQueries,
         pool: CpuPool,
     ) -> None:
         geometry = sequence.store.geometry
         tokens = sequence.num_prompt_tokens
-        rows, heads, _ = queries[0].shape
-        self._queries = [query.float().contiguous() for query in queries]
+        positions = queries.positions
+        rows = len(positions)
+        self._queries = [queries.take(layer) for layer in range(geometry.num_layers)]
+        heads = self._queries[0].shape[1]
         self._pool = pool
         self._sequence = sequence  # whose table of slabs the native side reads
-        positions = range(tokens - rows, tokens)
         regions = [window.retrieval_region(position + 1) for position in positions]
         edges = torch.tensor([(region.start, region.stop) for region in regions])
         touched = torch.tensor(
@@ -75,7 +75,9 @@ class PromptProfiling:
             native_layout(geometry),
             sequence.slab_table.numpy(),
             tokens,
+            len(positions.last),
             heads,
+            np.array(list(positions), np.int64),
             edges.numpy(),
             counts.numpy(),
             RADII,
@@ -87,7 +89,7 @@ class PromptProfiling:
 
     @property
     def num_tiles(self) -> int:
-        """Parts of a layer that go on beside each other, each on one thread."""
+        """Parts of a layer that go on beside each other at most, each on one thread."""
         return self._native.num_tiles
 
     @property

@@ -216,8 +216,8 @@ class DecodeStep(ABC):
         Args:
             sequence: whose prompt has begun (`SequenceKv.begin_prompt`); it has not joined.
             token_ids: the prompt's next tokens.
-            profile_window: the default window, if a profile of the prompt is wanted. It is made,
-                later, from the queries of the last chunk, of up to 16 tokens.
+            profile_window: the default window, if a profile of the prompt is wanted; the same for
+                all of its chunks. It is made, later, from some of their queries.
             seconds: that others can wait, about; None: as long as it takes. A body that gathers
                 prompts then stops between two layers, with the sequence's tokens not counted yet,
                 and goes on in the next call for this sequence, with the tokens that it began with.

@@ -353,7 +353,9 @@ class PromptNeeds:
         layout: SlabLayout,
         slabs: Int64s,
         num_tokens: int,
+        last_rows: int,
         heads: int,
+        positions: Int64s,
         regions: Int64s,
         counts: Int32s,
         radii: Sequence[float],
@@ -370,6 +372,7 @@ class PromptNeeds:
         region_mass: Floats,
         bounds: Floats,
         kv: Floats,
+        spread_log_squares: Floats,
         /,
     ) -> None: ...
 

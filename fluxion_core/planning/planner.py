@@ -3,8 +3,9 @@
 At every layer of a decode step it turns what the step has seen so far into group plans: features,
 network, head profiles, then the cheapest plans by the sequence's policy. That is native and part
 of the layer's call (kernels/native/plan/layer_plan.h); here are its weights, packed once, and its
-states. In training-free mode the profiles are what prefill estimated, and plans do not change from
-step to step: they are made here, once for each sequence and policy.
+states. In training-free mode the profiles are what prefill estimated from queries that are spread
+over the prompt's end, and plans do not change from step to step: they are made here, once for each
+sequence and policy.
 
 Not here: what is attended to (decode/host/attention.py), and how weights are fitted (training).
 """
@@ -136,7 +137,7 @@ class PlannerState:
         self.native = _native.PlannerState(planner.native, packed)
         """What the kernels keep: estimates, and the memory of the last step."""
         self._log_squares = (
-            torch.stack([p.log_squares.float().cpu() for p in profiles]).contiguous()
+            torch.stack([p.spread_over_levels().float().cpu() for p in profiles]).contiguous()
             if planner.weights.network is None
             else None
         )

@@ -2,7 +2,7 @@
 plans cost, and what the quality levels mean. One safetensors file; `fluxion train` writes it.
 
 Without weights for a model there is the training-free mode: a head's profile is what prefill
-estimated from the prompt's last queries, all heads weigh the same.
+estimated from some of the prompt's queries, all heads weigh the same.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One layer's profile of a prompt, from its last queries and all of its KV; prefill calls it.
+"""One layer's profile of a prompt, from some of its queries and all of its KV; prefill calls it.
 
 What it measures is what `layer_step.LayerStep` does, which is its oracle. It is made to cost a few
 percent of a prompt's computing: a KV head at a time, all block sizes in one product, and for long
@@ -8,6 +8,7 @@ prompts a few queries at a time, so that it needs little memory beside the KV.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -27,7 +28,8 @@ from fluxion_core.planning.constants import (
 )
 from fluxion_core.planning.features import kv_distribution
 from fluxion_core.planning.layer_step import key_digests
-from fluxion_core.planning.prompt_profile import PROFILED_QUERIES, PromptProfile, QueryNeeds
+from fluxion_core.planning.profiled_queries import ProfiledPositions
+from fluxion_core.planning.prompt_profile import PromptProfile, QueryNeeds, join_needs
 from fluxion_core.planning.ranking import score_weights
 
 PART_BYTES = 256 << 20
@@ -39,37 +41,39 @@ def padded_tokens(num_tokens: int) -> int:
     return ceil_div(num_tokens, BLOCK_SIZES[-1]) * BLOCK_SIZES[-1]
 
 
-def profiled_positions(num_tokens: int) -> range:
-    """Positions of the queries that a prompt's profile is made from: its last ones, up to 16."""
-    return range(max(0, num_tokens - PROFILED_QUERIES), num_tokens)
-
-
 class PromptEstimator:
     """Makes profiles of one prompt, layer by layer; keeps its buffers from one to the next.
 
     Args:
         num_tokens: of the prompt.
         window: the default window of the node that decodes.
+        first_token: there are queries from this one on.
         part_bytes: bound on weighted values held at a time; one query is always looked at.
     """
 
     def __init__(
-        self, num_tokens: int, window: WindowSpec, *, part_bytes: int = PART_BYTES
+        self,
+        num_tokens: int,
+        window: WindowSpec,
+        *,
+        first_token: int = 0,
+        part_bytes: int = PART_BYTES,
     ) -> None:
         self._num_tokens = num_tokens
         self._window = window
+        self._positions = ProfiledPositions.of(num_tokens, first_token)
         self._part_bytes = part_bytes
         self._buffers = _Buffers()
+        self._parts: tuple[list[_Part], list[_Part]] | None = None
 
     def estimate(self, query: Tensor, key: Tensor, value: Tensor) -> PromptProfile:
-        """Estimate what the prompt's last queries would have needed of each head's KV in a layer.
+        """Estimate what the prompt's profiled queries would have needed of each head's KV.
 
         Every value is finite: without a retrieval region nothing is needed, which is the floor of
         errors, masses and bounds.
 
         Args:
-            query: [rows, heads, head_dim] float32, unscaled; of `profiled_positions(num_tokens)`,
-                or of the last of these.
+            query: [rows, heads, head_dim] float32, unscaled; of `ProfiledPositions`.
             key: [kv_heads, padded_tokens(num_tokens), head_dim] float32, zeros after the prompt.
             value: like key.
 
@@ -78,33 +82,69 @@ class PromptEstimator:
 
         Cost: reads the KV about four times; 8 * rows * heads * tokens * head_dim operations.
         """
-        rows, heads, head_dim = query.shape
+        rows, heads, _ = query.shape
         kv_heads, tokens, _ = key.shape
-        positions = profiled_positions(self._num_tokens)
-        if not 0 < rows <= len(positions) or tokens != padded_tokens(self._num_tokens):
+        if rows != len(self._positions) or tokens != padded_tokens(self._num_tokens):
             raise ShapeError(
                 f"query {tuple(query.shape)} and key {tuple(key.shape)} for a prompt of "
-                f"{self._num_tokens}; need up to {len(positions)} queries and "
+                f"{self._num_tokens}; need {len(self._positions)} queries and "
                 f"{padded_tokens(self._num_tokens)} keys"
             )
-        positions = positions[-rows:]
-        group = heads // kv_heads
-        grouped = torch.unflatten(query, 1, (kv_heads, group))
-        row_bytes = group * (tokens // BLOCK_TOKENS) * head_dim * query.element_size()
-        rows_at_once = max(1, self._part_bytes // row_bytes)
-        parts = []
-        for first in range(0, rows, rows_at_once):
-            part = slice(first, first + rows_at_once)
-            regions = _Regions.of(positions[part], tokens, self._window, key.device)
+        digests = key_digests(key)
+        spread_parts, last_parts = self._parts_of(heads // kv_heads, key)
+
+        def look_at(part: _Part) -> _Look:
+            grouped = torch.unflatten(query[part.rows], 1, (kv_heads, -1))
             looks = [
-                _look(grouped[part, head], key[head], value[head], regions, self._buffers)
+                _look(
+                    grouped[:, head],
+                    key[head],
+                    value[head],
+                    [(low[head], high[head]) for low, high in digests],
+                    part.regions,
+                    self._buffers,
+                )
                 for head in range(kv_heads)
             ]
-            parts.append([torch.cat(column, 1) for column in zip(*looks, strict=True)])
-        needs = _needs(*(torch.cat(column) for column in zip(*parts, strict=True)))
+            return _Look.join(looks)
+
+        spread = [look_at(part).log_squares()[:, :, 0] for part in spread_parts]
+        needs = join_needs([look_at(part).needs() for part in last_parts])
         kv = kv_distribution(key[:, : self._num_tokens], value[:, : self._num_tokens])
-        profile = needs.summarize(1, kv[None])
+        profile = needs.summarize(1, kv[None], torch.cat(spread)[None] if spread else None)
         return PromptProfile(*(getattr(profile, field.name)[0] for field in fields(PromptProfile)))
+
+    def _parts_of(self, group: int, key: Tensor) -> tuple[list[_Part], list[_Part]]:
+        """Spread and last queries, as many in a part as are looked at together; the same for each
+        layer."""
+        if self._parts is None:
+            tokens, head_dim = key.shape[1:]
+            row_bytes = group * (tokens // BLOCK_TOKENS) * head_dim * key.element_size()
+            at_once = max(1, self._part_bytes // row_bytes)
+
+            def parts_of(positions: range, first_row: int, num_levels: int) -> list[_Part]:
+                parts = []
+                for first in range(0, len(positions), at_once):
+                    some = positions[first : first + at_once]
+                    begin = first_row + first
+                    regions = _Regions.of(some, tokens, self._window, num_levels, key.device)
+                    parts.append(_Part(slice(begin, begin + len(some)), regions))
+                return parts
+
+            spread, last = self._positions.spread, self._positions.last
+            self._parts = (
+                parts_of(spread, 0, 1),
+                parts_of(last, len(spread), len(BLOCK_SIZES)),
+            )
+        return self._parts
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Queries that are looked at together."""
+
+    rows: slice
+    regions: _Regions
 
 
 class _Buffers:
@@ -128,24 +168,47 @@ def blocks_of_budgets(totals: Tensor) -> Tensor:
     return torch.ceil(shares * totals[..., None] * (1 - 1e-6)).long()
 
 
-def _needs(
-    errors: Tensor, norms: Tensor, region_mass: Tensor, bound_lse: Tensor, bound_1st: Tensor
-) -> QueryNeeds:
-    """From what `_look` gives, of all rows and heads."""
-    largest = norms.amax(1).clamp(min=TINY)[:, None, None, None]
-    logs = 2 * torch.log((errors / largest).clamp(min=ERROR_FLOOR))
-    return QueryNeeds(
-        log_squares=logs,
-        worst_log_squares=torch.stack((logs[..., 0, 0], logs[..., 0, SMALL_BUDGET]), -1),
-        region_mass=region_mass,
-        bound_lse=bound_lse,
-        bound_1st=bound_1st,
-    )
+@dataclass(frozen=True)
+class _Look:
+    """What some heads would have lost and seen. float32, [rows, heads, ...]."""
+
+    errors: Tensor
+    """[rows, heads, levels, budgets]: |o_sparse - o_full|."""
+    norms: Tensor
+    """|o_full|."""
+    region_mass: Tensor
+    bound_lse: Tensor
+    """Of the largest blocks that were ranked."""
+    bound_1st: Tensor
+    """Likewise."""
+
+    @staticmethod
+    def join(looks: Sequence[_Look]) -> _Look:
+        """Of all their heads."""
+        return _Look(
+            *(torch.cat([getattr(one, f.name) for one in looks], 1) for f in fields(_Look))
+        )
+
+    def log_squares(self) -> Tensor:
+        """[rows, heads, levels, budgets]: log of the squared head output error."""
+        largest = self.norms.amax(1).clamp(min=TINY)[:, None, None, None]
+        return 2 * torch.log((self.errors / largest).clamp(min=ERROR_FLOOR))
+
+    def needs(self) -> QueryNeeds:
+        """Needs of queries whose blocks of all sizes were ranked."""
+        logs = self.log_squares()
+        return QueryNeeds(
+            log_squares=logs,
+            worst_log_squares=torch.stack((logs[..., 0, 0], logs[..., 0, SMALL_BUDGET]), -1),
+            region_mass=self.region_mass,
+            bound_lse=self.bound_lse,
+            bound_1st=self.bound_1st,
+        )
 
 
 @dataclass(frozen=True)
 class _Regions:
-    """Retrieval regions of some queries, in blocks."""
+    """Retrieval regions of some queries, in blocks of the smallest size or of several."""
 
     hidden: Tensor
     """[rows, last tokens] bool: those that a query does not see; it sees all before them."""
@@ -162,7 +225,9 @@ class _Regions:
     """First 16-token block that is in every row's region, and the one after the last."""
 
     @staticmethod
-    def of(positions: range, tokens: int, window: WindowSpec, device: torch.device) -> _Regions:
+    def of(
+        positions: range, tokens: int, window: WindowSpec, num_levels: int, device: torch.device
+    ) -> _Regions:
         regions = [window.retrieval_region(position + 1) for position in positions]
         blocks = torch.arange(tokens // BLOCK_TOKENS, device=device) * BLOCK_TOKENS
         begin, end = (
@@ -171,8 +236,7 @@ class _Regions:
         )
         inside = (blocks >= begin) & (blocks < end)
         levels = [
-            torch.unflatten(inside, 1, (-1, 1 << level)).any(-1)
-            for level in range(len(BLOCK_SIZES))
+            torch.unflatten(inside, 1, (-1, 1 << level)).any(-1) for level in range(num_levels)
         ]
         begins = [sum(level.shape[1] for level in levels[:number]) for number in range(len(levels))]
         totals = torch.stack([level.sum(-1) for level in levels], 1)
@@ -197,30 +261,28 @@ class _Regions:
 
 
 def _look(
-    query: Tensor, key: Tensor, value: Tensor, regions: _Regions, buffers: _Buffers
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    digests: list[tuple[Tensor, Tensor]],
+    regions: _Regions,
+    buffers: _Buffers,
+) -> _Look:
     """What one KV head's group would have lost and seen.
 
     Args:
         query: [rows, group, head_dim].
         key, value: [tokens, head_dim].
+        digests: lowest and highest key, [blocks, head_dim] each, per block size.
         regions: of the rows.
         buffers: for what is large.
-
-    Returns:
-        |o_sparse - o_full| [rows, group, levels, budgets] and |o_full| [rows, group]; region_mass,
-        bound_lse and bound_1st of QueryNeeds, [rows, group].
     """
     rows, group, head_dim = query.shape
     tokens = key.shape[0]
     blocks, both = tokens // BLOCK_TOKENS, rows * group
     flat = query.reshape(both, head_dim) / math.sqrt(head_dim)
-    logits = torch.mm(flat, key.T, out=buffers.take("logits", key, both, tokens))
-    logits = logits.view(rows, group, tokens)
-    hidden = regions.hidden[:, None]
-    logits[..., -hidden.shape[-1] :].masked_fill_(hidden, -math.inf)
-    highest = logits.amax(-1, keepdim=True)
-    weights = logits.sub_(highest).exp_().view(both, blocks, BLOCK_TOKENS)
+    weights, highest = _weigh(flat, key, regions, buffers)
+    weights = weights.view(both, blocks, BLOCK_TOKENS)
     # Laid out as the product wants them: three times faster than from a view.
     by_block = buffers.take("by_block", key, blocks, both, BLOCK_TOKENS)
     by_block.copy_(weights.transpose(0, 1))
@@ -229,7 +291,8 @@ def _look(
         value.view(blocks, BLOCK_TOKENS, head_dim),
         out=buffers.take("weighted", key, blocks, both, head_dim),
     )
-    bounds = _bounds(flat, key).view(rows, group, -1)
+    num_levels = regions.counts.shape[1]
+    bounds = _bounds(flat, digests[:num_levels]).view(rows, group, -1)
     bounds.masked_fill_(~regions.touching[:, None], -math.inf)
     read = _read(bounds, regions, buffers)
     sums = torch.bmm(read, weighted.transpose(0, 1)).view(rows, group, -1, head_dim)
@@ -244,25 +307,46 @@ def _look(
     masses[:, :, 2:] += masses[:, :, :1]
     outputs = sums / masses.clamp(min=TINY_MASS)
     errors = torch.linalg.vector_norm(outputs - full[:, :, None], dim=-1)
-    nothing = errors[:, :, None, :1].expand(-1, -1, len(BLOCK_SIZES), 1)
-    some = torch.unflatten(errors[:, :, 2:], 2, (len(BLOCK_SIZES), -1))
+    nothing = errors[:, :, None, :1].expand(-1, -1, num_levels, 1)
+    some = torch.unflatten(errors[:, :, 2:], 2, (num_levels, -1))
     window_log = window_mass.clamp(min=TINY_MASS).log()
-    coarse = bounds[..., -(tokens // BLOCK_SIZES[-1]) :] - window_log[..., None] - highest
-    return (
-        torch.cat((nothing, some), -1),
-        torch.linalg.vector_norm(full, dim=-1),
-        (region_mass.log() - window_log).clamp(-CLIP, CLIP),
-        (torch.logsumexp(coarse, -1) + math.log(BLOCK_SIZES[-1])).clamp(-CLIP, CLIP),
-        coarse.amax(-1).clamp(-CLIP, CLIP),
+    largest = BLOCK_SIZES[num_levels - 1]
+    coarse = bounds[..., -(tokens // largest) :] - window_log[..., None] - highest
+    return _Look(
+        errors=torch.cat((nothing, some), -1),
+        norms=torch.linalg.vector_norm(full, dim=-1),
+        region_mass=(region_mass.log() - window_log).clamp(-CLIP, CLIP),
+        bound_lse=(torch.logsumexp(coarse, -1) + math.log(largest)).clamp(-CLIP, CLIP),
+        bound_1st=coarse.amax(-1).clamp(-CLIP, CLIP),
     )
 
 
-def _bounds(query: Tensor, key: Tensor) -> Tensor:
-    """[rows, blocks of all levels, side by side] from [rows, head_dim] and [tokens, head_dim]."""
+def _weigh(
+    query: Tensor, key: Tensor, regions: _Regions, buffers: _Buffers
+) -> tuple[Tensor, Tensor]:
+    """Weights [rows, group, tokens] of tokens, and the scores [rows, group, 1] that weigh 1.
+
+    Args:
+        query: [rows * group, head_dim], scaled.
+        key: [tokens, head_dim].
+        regions: of the rows.
+        buffers: for the weights.
+    """
+    rows, tokens = len(regions.inside), key.shape[0]
+    logits = torch.mm(query, key.T, out=buffers.take("logits", key, query.shape[0], tokens))
+    logits = logits.view(rows, -1, tokens)
+    hidden = regions.hidden[:, None]
+    logits[..., -hidden.shape[-1] :].masked_fill_(hidden, -math.inf)
+    highest = logits.amax(-1, keepdim=True)
+    return logits.sub_(highest).exp_(), highest
+
+
+def _bounds(query: Tensor, digests: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """[rows, blocks of all levels, side by side] from [rows, head_dim] and digests of keys."""
     scores = []
-    for (low, high), radius in zip(key_digests(key[None]), RADII, strict=True):
+    for (low, high), radius in zip(digests, RADII[: len(digests)], strict=True):
         for_low, for_high = score_weights(query, radius)
-        scores.append(torch.addmm(for_low @ low[0].T, for_high, high[0].T))
+        scores.append(torch.addmm(for_low @ low.T, for_high, high.T))
     return torch.cat(scores, -1)
 
 
@@ -277,22 +361,22 @@ def _read(bounds: Tensor, regions: _Regions, buffers: _Buffers) -> Tensor:
         buffers: for the result.
     """
     rows, group, _ = bounds.shape
-    blocks, budgets = regions.inside.shape[1], regions.counts.shape[2]
-    shape = (rows, group, 2 + len(BLOCK_SIZES) * budgets, blocks)
+    blocks, (num_levels, budgets) = regions.inside.shape[1], regions.counts.shape[1:]
+    shape = (rows, group, 2 + num_levels * budgets, blocks)
     read = buffers.take("read", bounds, *shape)
     inside = regions.inside[:, None]
     read[:, :, 0] = ~inside
     read[:, :, 1] = inside
     lowest = []
-    sizes = [blocks >> level for level in range(len(BLOCK_SIZES))]
+    sizes = [blocks >> level for level in range(num_levels)]
     for level, bound in enumerate(torch.split(bounds, sizes, -1)):
         counts = regions.counts[:, level, None].expand(-1, group, -1)
         # The lowest bound that is still read; without a region all are -inf, and so is this.
         place = (sizes[level] - counts).clamp(max=sizes[level] - 1)
         lowest.append(_ascending(bound).gather(-1, place))
     # By 16-token block, the bound of the block of each size that it lies in.
-    spread = bounds.index_select(-1, regions.spread).view(rows, group, len(BLOCK_SIZES), 1, blocks)
-    taken = read[:, :, 2:].view(rows, group, len(BLOCK_SIZES), budgets, blocks)
+    spread = bounds.index_select(-1, regions.spread).view(rows, group, num_levels, 1, blocks)
+    taken = read[:, :, 2:].view(rows, group, num_levels, budgets, blocks)
     torch.ge(spread, torch.stack(lowest, 2)[..., None], out=taken)
     # Blocks of 32 tokens and more may reach beyond the region.
     begin, end = regions.surely_inside

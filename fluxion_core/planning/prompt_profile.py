@@ -1,7 +1,7 @@
 """The profile of a prompt's heads: the predictor's estimates by prefill, and their wire bytes.
 
-The prefill node has full attention at hand; the decode node does not. So prefill looks at what the
-prompt's last queries would have needed, and sends that along with the KV.
+The prefill node has full attention at hand; the decode node does not. So prefill looks at what some
+of the prompt's queries would have needed, and sends that along with the KV.
 """
 
 from __future__ import annotations
@@ -17,15 +17,13 @@ from fluxion_core.errors import FrameFormatError
 from fluxion_core.geometry import BLOCK_SIZES
 from fluxion_core.planning.constants import BUDGETS, NUM_KV_STATISTICS
 
-PROFILED_QUERIES = 16
-"""Last queries of the prompt that prefill estimates a head's needs from."""
-
 
 @dataclass(frozen=True)
 class PromptProfile:
     """Profile of a prompt by prefill, for one layer. float32.
 
-    Estimates are means over its last PROFILED_QUERIES queries, of what those would have needed.
+    Estimates are means over its last 16 queries, of what those would have needed; but for the last
+    field, which is over the spread queries too (profiled_queries.py).
     Tensors may have leading dimensions: of prompts, or of rows.
     """
 
@@ -39,6 +37,16 @@ class PromptProfile:
     """[heads, 2]: mean bound_lse and largest bound_1st over the queries."""
     kv: Tensor
     """[kv_heads, 5]: the features of the group kv_distribution."""
+    spread_log_squares: Tensor
+    """[heads, len(BUDGETS)]: like log_squares, at block size 16."""
+
+    def spread_over_levels(self) -> Tensor:
+        """[heads, levels, len(BUDGETS)]: spread_log_squares at all block sizes.
+
+        An error grows with the block size as the last queries' does.
+        """
+        growth = self.log_squares - self.log_squares[..., :1, :]
+        return self.spread_log_squares[..., None, :] + growth
 
 
 @dataclass(frozen=True)
@@ -56,17 +64,24 @@ class QueryNeeds:
     bound_1st: Tensor
     """[rows, heads]."""
 
-    def summarize(self, prompts: int, kv: Tensor) -> PromptProfile:
+    def summarize(
+        self, prompts: int, kv: Tensor, spread_log_squares: Tensor | None = None
+    ) -> PromptProfile:
         """Profiles of prompts, with a leading dimension of them.
 
         Args:
             prompts: rows are those of the first one, then of the second, as many of each.
             kv: [prompts, kv_heads, 5]: see PromptProfile.
+            spread_log_squares: [prompts, spread queries, heads, len(BUDGETS)]: log of the squared
+                head output error of further queries, at block size 16; None if there are none.
         """
 
         def of_prompt(rows: Tensor) -> Tensor:
             return torch.unflatten(rows, 0, (prompts, -1))
 
+        everywhere = of_prompt(self.log_squares)[..., 0, :]
+        if spread_log_squares is not None:
+            everywhere = torch.cat((spread_log_squares, everywhere), 1)
         mass = of_prompt(self.region_mass)
         bound_lse, bound_1st = of_prompt(self.bound_lse), of_prompt(self.bound_1st)
         return PromptProfile(
@@ -75,6 +90,7 @@ class QueryNeeds:
             region_mass=torch.stack((mass.mean(1), mass.amax(1)), -1),
             bounds=torch.stack((bound_lse.mean(1), bound_1st.amax(1)), -1),
             kv=kv,
+            spread_log_squares=everywhere.exp().mean(1).log(),
         )
 
 
@@ -93,11 +109,12 @@ def profile_shapes(num_heads: int, num_kv_heads: int) -> dict[str, tuple[int, ..
         "region_mass": (num_heads, 2),
         "bounds": (num_heads, 2),
         "kv": (num_kv_heads, NUM_KV_STATISTICS),
+        "spread_log_squares": (num_heads, len(BUDGETS)),
     }
 
 
 def packed_bytes(num_layers: int, num_heads: int, num_kv_heads: int) -> int:
-    """Bytes of a whole model's profile: 43 kB for SmolLM2-135M, 161 kB for Llama-3.1-8B."""
+    """Bytes of a whole model's profile: 52 kB for SmolLM2-135M, 194 kB for Llama-3.1-8B."""
     shapes = profile_shapes(num_heads, num_kv_heads).values()
     return num_layers * sum(int(np.prod(shape)) for shape in shapes) * 4
 

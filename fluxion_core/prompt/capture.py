@@ -6,8 +6,8 @@ the rounded values, continues from exactly what prefill saw.
 On a GPU the KV of a chunk leaves through an outbox while the next layers are computed;
 `finish_chunk` waits for the rest of it.
 
-If the receiver wants a profile of the prompt, its last queries are kept, and each layer's profile
-is made once that layer's KV is whole.
+If the receiver wants a profile of the prompt, some of its queries are kept, and each layer's
+profile is made once that layer's KV is whole.
 """
 
 from __future__ import annotations
@@ -29,11 +29,8 @@ from fluxion_core.kvstream.handoff import (
     max_frame_payload_bytes,
 )
 from fluxion_core.machine.stopwatch import Stopwatch
-from fluxion_core.planning.prompt_estimate import (
-    PromptEstimator,
-    padded_tokens,
-    profiled_positions,
-)
+from fluxion_core.planning.profiled_queries import KeptQueries
+from fluxion_core.planning.prompt_estimate import PromptEstimator, padded_tokens
 from fluxion_core.planning.prompt_profile import PromptProfile
 
 PIECE_BYTES = 8 << 20
@@ -103,7 +100,7 @@ class KvCapture:
         self._estimator = (
             None if profile_window is None else PromptEstimator(num_tokens, profile_window)
         )
-        self._last_queries: list[list[Tensor]] = [[] for _ in range(geometry.num_layers)]
+        self._queries = KeptQueries(num_tokens, geometry.num_layers)
         self.profiles: list[PromptProfile] = []
         """Of each layer, once its last token is through; stays empty if none is wanted."""
         self._profiling: list[Stopwatch] = []
@@ -146,24 +143,16 @@ class KvCapture:
         wants_profile = self._estimator is not None and end == self._num_tokens
         attended = self._attend_chunk(query, kv[0, :, :end], kv[1, :, :end])
         if self._estimator is not None:
-            self._keep_queries(layer, query, first)
+            self._queries.add(layer, self._queries.positions.pick(query, first))
         if wants_profile:
             self._make_profile(layer)
         return attended
 
-    def _keep_queries(self, layer: int, query: Tensor, first: int) -> None:
-        """Those of [tokens, heads, head_dim] that the profile is made from."""
-        kept = query[max(0, profiled_positions(self._num_tokens).start - first) :]
-        if len(kept):
-            self._last_queries[layer].append(kept.to(torch.float32, copy=True))
-
     def _make_profile(self, layer: int) -> None:
         stopwatch = Stopwatch(self._kv.device)
         assert self._estimator is not None
-        query = torch.cat(self._last_queries[layer])
-        self._last_queries[layer] = []
         key, value = self._kv[layer, :, :, : padded_tokens(self._num_tokens)].float()
-        self.profiles.append(self._estimator.estimate(query, key, value))
+        self.profiles.append(self._estimator.estimate(self._queries.take(layer), key, value))
         stopwatch.stop()
         self._profiling.append(stopwatch)
 

@@ -30,7 +30,6 @@ from typing import NamedTuple
 
 import torch
 
-from fluxion_core.decode.chunk import next_chunk_tokens
 from fluxion_core.decode.profiling import PromptProfiling
 from fluxion_core.decode.step import DecodeStep, HeadErrorSample, StepReads, StepRow
 from fluxion_core.errors import DeviceError, FluxionError, NonFiniteLogitsError
@@ -433,11 +432,10 @@ class DecodeEngine:
         prompt, request = sequence.prompt_token_ids, sequence.profile_request
         first = sequence.kv.num_tokens
         most = most_chunk_tokens(first, gathers=self._step.gathers_prompts, has_streams=has_streams)
-        count = next_chunk_tokens(len(prompt) - first, most, wants_profile=request is not None)
         started = time.perf_counter()
         end = self._step.compute_chunk(
             sequence.kv,
-            prompt[first : first + count],
+            prompt[first : first + most],
             None if request is None else request.window,
             seconds=self._load.step_seconds if has_streams else None,
         )

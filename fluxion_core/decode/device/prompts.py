@@ -29,7 +29,7 @@ from fluxion_core.kvstore.step_append import StepAppend
 from fluxion_core.kvstore.store import HostKvStore
 from fluxion_core.models.decoder import Decoder
 from fluxion_core.observe.device_usage import DeviceUsage
-from fluxion_core.planning.prompt_profile import PROFILED_QUERIES
+from fluxion_core.planning.profiled_queries import ProfiledPositions
 from fluxion_core.pool.cpu_pool import CpuPool
 
 PIECE_BYTES = 64 << 20
@@ -104,9 +104,9 @@ class DevicePromptComputer(PromptEnds):
         else:
             chunk.append.finish()
             self._count_returned(chunk)
+            self._keep(sequence, [query.cpu() for query in chunk.attention.queries])
             if chunk.is_last:
-                queries = [query.cpu() for query in chunk.attention.queries]
-                end = self._end(sequence, hidden[-1:], queries, profile_window)
+                end = self._end(sequence, hidden[-1:], profile_window)
         taken = time.perf_counter() - started
         self._usage.busy_seconds += taken
         self._pace.chunk_took(taken)
@@ -122,7 +122,8 @@ class DevicePromptComputer(PromptEnds):
         attention = _GatheredAttention(
             self._pieces,
             _KvReturn(append.append, sequence, count, self._device),
-            keeps_queries=is_last and wants_profile,
+            self._profiled(sequence) if wants_profile else None,
+            first,
         )
         ids = torch.tensor(token_ids, device=self._device)
         positions = torch.arange(first, first + count, device=self._device)
@@ -134,8 +135,8 @@ class DevicePromptComputer(PromptEnds):
     def _count_returned(self, chunk: _Chunk) -> None:
         config, moved = self._model.config, self._usage.pcie_bytes
         kv_floats = config.num_layers * chunk.count * 2 * config.num_kv_heads * config.head_dim
-        query_floats = sum(query.numel() for query in chunk.attention.queries)
-        moved["device_to_host", "queries"] += (kv_floats + query_floats) * 4
+        query_bytes = sum(query.nbytes for query in chunk.attention.queries)
+        moved["device_to_host", "queries"] += kv_floats * 4 + query_bytes
 
 
 @dataclass
@@ -174,19 +175,27 @@ class _GatheredAttention:
     Args:
         pieces: of what is stored before it.
         kv_return: takes its keys and values.
-        keeps_queries: whether its last queries are kept, for a profile.
+        profiled: whose queries are picked, for a profile; None for no profile.
+        first_token: of the chunk.
     """
 
-    def __init__(self, pieces: _StoredPieces, kv_return: _KvReturn, *, keeps_queries: bool) -> None:
+    def __init__(
+        self,
+        pieces: _StoredPieces,
+        kv_return: _KvReturn,
+        profiled: ProfiledPositions | None,
+        first_token: int,
+    ) -> None:
         self._pieces, self._kv_return = pieces, kv_return
-        self._keeps_queries = keeps_queries
+        self._profiled, self._first_token = profiled, first_token
         self.queries: list[Tensor] = []
-        """Of each layer, [rows, heads, head_dim] float32 on the device, if they are kept."""
+        """Picked ones of each layer, [rows, heads, head_dim] on the device; empty without a
+        profile."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attend in one layer; see AttentionPort."""
-        if self._keeps_queries:
-            self.queries.append(query[-PROFILED_QUERIES:].to(torch.float32, copy=True))
+        if self._profiled is not None:
+            self.queries.append(self._profiled.pick(query, self._first_token))
         # What is stored is what is attended to.
         key, value = key.bfloat16(), value.bfloat16()
         self._kv_return.send(layer, key, value)

@@ -24,7 +24,6 @@ import torch
 from fluxion_core.config.command_options import JsonOption, Numbers
 from fluxion_core.config.commands import Command, run_module, within
 from fluxion_core.decode.bodies import step_for
-from fluxion_core.decode.chunk import next_chunk_tokens
 from fluxion_core.decode.step import StepRow
 from fluxion_core.geometry import KvGeometry, WindowSpec, ceil_div
 from fluxion_core.kvstore.sequence import SequenceKv
@@ -157,8 +156,7 @@ class FollowUps:
         end = None
         while end is None:
             first = sequence.num_tokens
-            count = next_chunk_tokens(len(prompt) - first, most, wants_profile=False)
-            chunk = prompt[first : first + count]
+            chunk = prompt[first : first + most]
             end = self.step.compute_chunk(sequence, chunk, None, seconds=seconds)
             turn.calls += 1
             if end is None and self._rows:

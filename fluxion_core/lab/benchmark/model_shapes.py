@@ -50,6 +50,28 @@ QWEN_7B = replace(
 )
 """Qwen2.5-7B."""
 
+QWEN_1_5B = replace(
+    QWEN_7B,
+    vocab_size=151_936,
+    hidden_size=1536,
+    num_heads=12,
+    num_kv_heads=2,
+    intermediate_size=8960,
+)
+"""Qwen2.5-1.5B."""
+
+SMOLLM2 = replace(
+    LLAMA_8B,
+    vocab_size=49_152,
+    hidden_size=576,
+    num_layers=30,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=64,
+    intermediate_size=1536,
+)
+"""SmolLM2-135M."""
+
 TINY = replace(
     LLAMA_8B,
     vocab_size=512,
@@ -62,7 +84,13 @@ TINY = replace(
 )
 """No model's: a bench's own test on a CPU."""
 
-SHAPES = {"llama-3.1-8b": LLAMA_8B, "qwen2.5-7b": QWEN_7B, "tiny": TINY}
+SHAPES = {
+    "llama-3.1-8b": LLAMA_8B,
+    "qwen2.5-7b": QWEN_7B,
+    "qwen2.5-1.5b": QWEN_1_5B,
+    "smollm2-135m": SMOLLM2,
+    "tiny": TINY,
+}
 
 _CHUNK_SLABS = 4
 

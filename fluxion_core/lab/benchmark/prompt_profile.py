@@ -5,13 +5,16 @@ python -m fluxion_core.lab.benchmark.prompt_profile --shape llama-3.1-8b --layer
 A stream with `exact` decodes on the CPU, as long as the prompt that is profiled between its steps,
 as the decode engine does it. Weights, KV and queries are random. Beside it, what the estimator of
 prefill nodes takes for a layer, with a copy of the KV in float32, on one thread of torch. CPU
-seconds are the process's, all threads.
+seconds are the process's, all threads. With `--prefill` also what prefill takes for a layer without
+its profile, so that the profile's share can be told.
 """
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Annotated
@@ -35,9 +38,10 @@ from fluxion_core.lab.benchmark.model_shapes import (
 from fluxion_core.lab.machine import describe_machine
 from fluxion_core.models.config import ModelConfig
 from fluxion_core.planning.policy import ExactPolicy
+from fluxion_core.planning.profiled_queries import KeptQueries
 from fluxion_core.planning.prompt_estimate import PromptEstimator, padded_tokens
-from fluxion_core.planning.prompt_profile import PROFILED_QUERIES
 from fluxion_core.pool.cpu_pool import CpuPool
+from fluxion_core.prompt.compute import compute_prompt
 
 VOCABULARY = 2048
 """In place of the model's: logits would be half of a step that has few layers."""
@@ -69,10 +73,17 @@ class ProfileFigures:
     """Of a layer."""
     estimator_layer_cpu_seconds: float
     """Of a layer, by the estimator."""
+    prefill_layer_cpu_seconds: float | None = None
+    """Of a layer of the prompt's prefill without a profile, one thread of torch; None: not run."""
 
 
 def run_profile(
-    config: ModelConfig, shape: str, *, tokens: int, steps: int, threads: int | None = None
+    config: ModelConfig,
+    shape: str,
+    *,
+    tokens: int,
+    steps: int,
+    threads: int | None = None,
 ) -> ProfileFigures:
     """Measure one shape at one length.
 
@@ -99,9 +110,8 @@ def run_profile(
         return time.perf_counter() - started
 
     before = [run_step() for _ in range(_WARM_UPS + steps)][_WARM_UPS:]
-    shape_of_queries = (config.num_layers, PROFILED_QUERIES, config.num_heads, config.head_dim)
-    queries = torch.randn(shape_of_queries, generator=torch.Generator().manual_seed(1))
-    profiling = PromptProfiling(prompt, window, list(queries), pool)
+    queries, query = _random_queries(config, tokens)
+    profiling = PromptProfiling(prompt, window, queries, pool)
     slices: list[float] = []
     gaps: list[float] = []
     cpu = 0.0
@@ -124,23 +134,51 @@ def run_profile(
         gap_beside_ms=median(gaps) * 1e3,
         cpu_seconds=cpu,
         layer_cpu_seconds=cpu / config.num_layers,
-        estimator_layer_cpu_seconds=_estimator_seconds(prompt, queries[0], window),
+        estimator_layer_cpu_seconds=_estimator_seconds(prompt, query, window),
     )
 
 
+def _random_queries(config: ModelConfig, tokens: int) -> tuple[KeptQueries, torch.Tensor]:
+    """Profiled queries, the same for each layer, and those of one: [rows, heads, head_dim]."""
+    kept = KeptQueries(tokens, config.num_layers)
+    shape = (len(kept.positions), config.num_heads, config.head_dim)
+    query = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    for layer in range(config.num_layers):
+        kept.add(layer, query)
+    return kept, query
+
+
 def _estimator_seconds(prompt: SequenceKv, query: torch.Tensor, window: WindowSpec) -> float:
-    """CPU seconds of one layer's profile with everything at hand in float32."""
+    """CPU seconds of one layer's profile, not the first, with a copy of the KV in float32."""
     tokens = prompt.num_prompt_tokens
     room = padded_tokens(tokens) - tokens
     heads = range(prompt.store.geometry.num_kv_heads)
+    with _one_thread():
+        stored = torch.stack([torch.stack(gather_kv(prompt, 0, head)) for head in heads], 1)
+        held = torch.nn.functional.pad(stored, (0, 0, 0, room))
+        estimator = PromptEstimator(tokens, window)
+        estimator.estimate(query, *held.float())
+        started = time.process_time()
+        estimator.estimate(query, *held.float())
+        return time.process_time() - started
+
+
+def prefill_seconds(config: ModelConfig, tokens: int) -> float:
+    """CPU seconds of one layer's prefill."""
+    decoder = random_decoder(config, torch.device("cpu"))
+    geometry = KvGeometry(config.num_layers, config.num_kv_heads, config.head_dim)
+    with _one_thread():
+        started = time.process_time()
+        compute_prompt(decoder, geometry, [1] * tokens)
+        return (time.process_time() - started) / config.num_layers
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        started = time.process_time()
-        stored = [torch.stack(gather_kv(prompt, 0, head)).float() for head in heads]
-        kv = torch.nn.functional.pad(torch.stack(stored, 1), (0, 0, 0, room))
-        PromptEstimator(tokens, window).estimate(query, *kv)
-        return time.process_time() - started
+        yield
     finally:
         torch.set_num_threads(threads)
 
@@ -159,6 +197,8 @@ class PromptProfileBench(JsonOption, Command):
     """Of the stream, before there is a profile."""
     threads: Annotated[int | None, within(1)] = None
     """Of the pool; as many as a node has if not given."""
+    prefill: bool = False
+    """Compute the prompt too, which takes long."""
 
     def __call__(self) -> None:
         """Print a line for each length; keep the figures."""
@@ -169,21 +209,29 @@ class PromptProfileBench(JsonOption, Command):
         figures = []
         for tokens in self.tokens:
             one = run_profile(
-                config, self.shape, tokens=tokens, steps=self.steps, threads=self.threads
+                config,
+                self.shape,
+                tokens=tokens,
+                steps=self.steps,
+                threads=self.threads,
             )
+            if self.prefill:
+                one = replace(one, prefill_layer_cpu_seconds=prefill_seconds(config, tokens))
             figures.append(asdict(one))
             console.print(_line(one), highlight=False)
         self.write({"machine": machine, "figures": figures})
 
 
 def _line(one: ProfileFigures) -> str:
+    seconds = one.prefill_layer_cpu_seconds
+    prefill = "" if seconds is None else f", prefill {seconds:.3f}"
     return (
         f"{one.shape}, {one.num_layers} layers, {one.tokens} tokens, {one.threads} threads: "
         f"a layer of a step {one.step_layer_ms:.2f} ms; {one.slices} slices of "
         f"{one.slice_ms:.2f} ms (longest {one.longest_slice_ms:.2f}); a stream's tokens "
         f"{one.gap_beside_ms:.1f} ms apart, {one.gap_before_ms:.1f} without a profile; "
         f"{one.layer_cpu_seconds:.3f} CPU s a layer, by the estimator "
-        f"{one.estimator_layer_cpu_seconds:.3f}"
+        f"{one.estimator_layer_cpu_seconds:.3f}{prefill}"
     )
 
 

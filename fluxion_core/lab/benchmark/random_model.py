@@ -77,7 +77,7 @@ class RandomModel(Command):
     """Write a model directory of a shape with random weights, for nodes that are to be timed."""
 
     shape: str = "llama-3.1-8b"
-    """Model shape: llama-3.1-8b, qwen2.5-7b or tiny."""
+    """Model shape: llama-3.1-8b, qwen2.5-7b, qwen2.5-1.5b, smollm2-135m or tiny."""
     directory: Path
     """Made, and written to; `fluxion up --model` takes it."""
     layers: Annotated[int | None, within(1)] = None

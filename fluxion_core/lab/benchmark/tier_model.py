@@ -31,7 +31,6 @@ from torch import Tensor
 
 from fluxion_core.config.command_options import JsonOption, Texts
 from fluxion_core.config.commands import Command, run_module, within
-from fluxion_core.decode.chunk import next_chunk_tokens
 from fluxion_core.decode.device.step import DeviceStep, Lanes
 from fluxion_core.decode.step import StepReads, StepRow
 from fluxion_core.errors import ConfigError
@@ -414,8 +413,7 @@ class TierModelBench:
         end = None
         while end is None:
             first = sequence.num_tokens
-            count = next_chunk_tokens(len(prompt) - first, CHUNK_TOKENS, wants_profile=False)
-            end = step.compute_chunk(sequence, prompt[first : first + count], None)
+            end = step.compute_chunk(sequence, prompt[first : first + CHUNK_TOKENS], None)
         token = int(end.logits.argmax())
         seconds = time.perf_counter() - started
         state = self.planner.new_state(held.profiles)

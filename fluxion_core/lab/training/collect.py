@@ -30,7 +30,8 @@ from fluxion_core.planning.features import (
     features,
 )
 from fluxion_core.planning.layer_step import LayerStep, profile_prompts
-from fluxion_core.planning.prompt_profile import PROFILED_QUERIES, PromptProfile
+from fluxion_core.planning.profiled_queries import PROFILED_QUERIES
+from fluxion_core.planning.prompt_profile import PromptProfile
 
 RUN_OFFSETS = (0, 120, 400)
 """Distances from the prompt's end at which runs begin."""

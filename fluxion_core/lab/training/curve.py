@@ -28,7 +28,8 @@ from fluxion_core.planning.features import (
 from fluxion_core.planning.head_profile import log_squared_errors
 from fluxion_core.planning.layer_step import LayerStep, no_memory, profile_prompts
 from fluxion_core.planning.network import HeadProfileMlp
-from fluxion_core.planning.prompt_profile import PROFILED_QUERIES, PromptProfile
+from fluxion_core.planning.profiled_queries import PROFILED_QUERIES
+from fluxion_core.planning.prompt_profile import PromptProfile
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ from fluxion_core.models.decoder import Decoder
 from fluxion_core.planning.constants import BUDGETS, ERROR_FLOOR, TINY_MASS
 from fluxion_core.planning.features import features
 from fluxion_core.planning.layer_step import LayerStep, profile_prompts
-from fluxion_core.planning.prompt_profile import PROFILED_QUERIES, PromptProfile
+from fluxion_core.planning.profiled_queries import PROFILED_QUERIES
+from fluxion_core.planning.prompt_profile import PromptProfile
 
 SPREAD_QUERIES = 128
 SPREAD_TOKENS = 1024

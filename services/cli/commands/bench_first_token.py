@@ -21,7 +21,7 @@ class BenchFirstToken(JsonOption, Command):
     """
 
     shape: str = "llama-3.1-8b"
-    """Model shape: llama-3.1-8b, qwen2.5-7b or tiny."""
+    """Model shape: llama-3.1-8b, qwen2.5-7b, qwen2.5-1.5b, smollm2-135m or tiny."""
     layers: Annotated[int | None, within(1)] = None
     """Of the model; the shape's own if not given."""
     ways: Texts = ("shared_memory", "sockets", "grpc")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from dataclasses import fields
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from fluxion_core.decode.chunk import PromptComputer, next_chunk_tokens
+from fluxion_core.decode.chunk import PromptComputer
 from fluxion_core.decode.host.attention import HostAttention
 from fluxion_core.decode.host.decoder import HostDecoder
 from fluxion_core.decode.step import PromptEnd
@@ -21,6 +22,7 @@ from fluxion_core.kvstore.digest_index import gather_digests, gather_kv
 from fluxion_core.kvstore.sequence import SequenceKv
 from fluxion_core.models.decoder import Decoder
 from fluxion_core.planning.policy import ExactPolicy
+from fluxion_core.planning.profiled_queries import ProfiledPositions
 from fluxion_core.planning.prompt_estimate import PromptEstimator, padded_tokens
 from fluxion_core.planning.prompt_profile import PromptProfile
 from fluxion_core.pool.cpu_pool import CpuPool
@@ -79,10 +81,7 @@ def in_chunks(
     end = None
     while end is None:
         first = sequence.num_tokens
-        count = next_chunk_tokens(
-            len(prompt) - first, most, wants_profile=profile_window is not None
-        )
-        end = prompts.compute_chunk(sequence, prompt[first : first + count], profile_window)
+        end = prompts.compute_chunk(sequence, prompt[first : first + most], profile_window)
     return end
 
 
@@ -192,7 +191,7 @@ def test_a_turn_goes_on_from_the_turn_before(decoder: Decoder, host_decoder: Hos
     assert int(end.logits.argmax()) == int(at_once(decoder, PROMPT)[0].argmax())
 
 
-@pytest.mark.parametrize("new_tokens", [40, 16, 5])
+@pytest.mark.parametrize("new_tokens", [350, 40, 16, 5])
 def test_a_profile_from_the_store_is_prefills(
     decoder: Decoder, host_decoder: HostDecoder, new_tokens: int
 ):
@@ -213,12 +212,26 @@ def test_a_profile_from_the_store_is_prefills(
     room = padded_tokens(len(PROMPT)) - len(PROMPT)
     for found, (query, *kv) in zip(profiles, port.layers, strict=True):
         key, value = (torch.nn.functional.pad(x.transpose(0, 1), (0, 0, 0, room)) for x in kv)
-        last = query[-min(16, new_tokens) :]
-        expected = PromptEstimator(len(PROMPT), WINDOW).estimate(last, key, value)
+        first = len(PROMPT) - new_tokens
+        profiled = query[list(ProfiledPositions.of(len(PROMPT), first))]
+        estimator = PromptEstimator(len(PROMPT), WINDOW, first_token=first)
+        expected = estimator.estimate(profiled, key, value)
         for field in fields(PromptProfile):
             torch.testing.assert_close(
                 getattr(found, field.name), getattr(expected, field.name), atol=0.3, rtol=0.05
             )
+
+
+def test_a_prompt_that_is_given_up_leaves_no_queries(host_decoder: HostDecoder):
+    prompts = PromptComputer(host_decoder, CpuPool(1))
+    sequence = store_for(16).reserve(PROMPT, 0)
+    sequence.begin_prompt()
+    assert prompts.compute_chunk(sequence, PROMPT[:300], WINDOW) is None
+    assert len(prompts._kept) == 1
+    sequence.release()
+    del sequence
+    gc.collect()
+    assert not prompts._kept
 
 
 def test_no_chunk_goes_beyond_the_room():
@@ -227,18 +240,3 @@ def test_no_chunk_goes_beyond_the_room():
     sequence.begin_prompt()
     with pytest.raises(FluxionError, match="reservation"):
         attention_of_chunk(sequence, 600)
-
-
-@pytest.mark.parametrize("most", [1, 8, 64])
-@pytest.mark.parametrize(("wants_profile", "in_last"), [(False, 1), (True, 16)])
-def test_chunks_cover_a_prompt_and_the_last_has_a_profiles_queries(
-    most: int, wants_profile: bool, in_last: int
-):
-    for tokens in range(1, 200):
-        left, sizes = tokens, []
-        while left:
-            sizes.append(next_chunk_tokens(left, most, wants_profile=wants_profile))
-            left -= sizes[-1]
-        assert sum(sizes) == tokens
-        assert 0 < min(sizes) <= max(sizes) <= max(most, in_last)
-        assert sizes[-1] >= min(in_last, tokens)

@@ -16,11 +16,8 @@ from fluxion_core.kernels.isa import available_isas, current_isa, set_isa
 from fluxion_core.kvstore.sequence import SequenceKv
 from fluxion_core.kvstore.step_append import StepAppend
 from fluxion_core.kvstore.store import HostKvStore
-from fluxion_core.planning.prompt_estimate import (
-    PromptEstimator,
-    padded_tokens,
-    profiled_positions,
-)
+from fluxion_core.planning.profiled_queries import KeptQueries, ProfiledPositions
+from fluxion_core.planning.prompt_estimate import PromptEstimator, padded_tokens
 from fluxion_core.planning.prompt_profile import PromptProfile
 from fluxion_core.pool.cpu_pool import CpuPool
 
@@ -38,7 +35,7 @@ def one_thread_of_torch() -> Iterator[None]:
 
 
 class Prompt:
-    """A prompt's KV of random numbers, in the store and beside it, and queries of its end."""
+    """A prompt's KV of random numbers, in the store and beside it, and its profiled queries."""
 
     def __init__(
         self,
@@ -49,13 +46,14 @@ class Prompt:
         head_dim: int = 32,
         digest_bits: int = 16,
         loudness: float = 2.0,
-        rows: int = 16,
+        first_token: int = 0,
     ) -> None:
         generator = torch.Generator().manual_seed(num_tokens)
         geometry = KvGeometry(LAYERS, kv_heads, head_dim, 512, digest_bits)
         self.num_tokens = num_tokens
-        rows = min(rows, len(profiled_positions(num_tokens)))
-        shape = (LAYERS, rows, kv_heads * group, head_dim)
+        self.first_token = first_token
+        self.positions = ProfiledPositions.of(num_tokens, first_token)
+        shape = (LAYERS, len(self.positions), kv_heads * group, head_dim)
         self.queries = list(torch.randn(shape, generator=generator) * loudness)
         shape = (LAYERS, 2, padded_tokens(num_tokens), kv_heads, head_dim)
         # Keys of a few kinds, so that some blocks are worth more than others.
@@ -81,10 +79,13 @@ class Prompt:
         return sequence
 
     def profiling(self, threads: int = 1) -> PromptProfiling:
-        return PromptProfiling(self.sequence, WINDOW, self.queries, CpuPool(threads))
+        kept = KeptQueries(self.num_tokens, LAYERS, self.first_token)
+        for layer, queries in enumerate(self.queries):
+            kept.add(layer, queries)
+        return PromptProfiling(self.sequence, WINDOW, kept, CpuPool(threads))
 
     def expected(self) -> list[PromptProfile]:
-        estimator = PromptEstimator(self.num_tokens, WINDOW)
+        estimator = PromptEstimator(self.num_tokens, WINDOW, first_token=self.first_token)
         return [
             estimator.estimate(query, *(part.transpose(0, 1).contiguous() for part in kv))
             for query, kv in zip(self.queries, self.kv, strict=True)
@@ -140,9 +141,9 @@ def test_it_is_so_with_every_instruction_set(isa: str):
         set_isa(before)
 
 
-@pytest.mark.parametrize("rows", [1, 5])
-def test_fewer_queries_are_those_of_the_last_tokens(rows: int):
-    prompt = Prompt(700, rows=rows)
+@pytest.mark.parametrize("computed", [1, 5, 16, 100])
+def test_of_a_prompt_whose_beginning_was_stored_there_are_fewer_queries(computed: int):
+    prompt = Prompt(700, first_token=700 - computed)
     assert_close(profiles_of(prompt.profiling()), prompt.expected())
 
 
@@ -190,7 +191,7 @@ def test_values_that_are_not_finite_are_refused(part: int):
 
 def test_a_slice_does_no_more_than_it_is_given_and_a_piece_of_each_tile():
     # By hand: two KV heads of 48 rows are six tiles, whose pieces are of up to 8 blocks.
-    prompt = Prompt(2100)
+    prompt = Prompt(2100, first_token=2084)
     profiling = prompt.profiling()
     assert profiling.num_tiles == 6
     slices = []
@@ -202,9 +203,18 @@ def test_a_slice_does_no_more_than_it_is_given_and_a_piece_of_each_tile():
     assert len(slices) > 132 * 2 * 6 / (60 + 6 * 8)
 
 
+def test_no_more_tiles_than_64_go_on_beside_each_other():
+    # By hand: 4 KV heads of 48 * 7 rows are 84 tiles.
+    prompt = Prompt(2100, kv_heads=4, group=7)
+    profiling = prompt.profiling()
+    assert profiling.num_tiles == 64
+    assert 64 <= profiling.advance(1) <= 64 * 2
+    assert_close(profiles_of(profiling), prompt.expected())
+
+
 def test_no_round_of_the_pool_is_long():
     # By hand: six tiles that may do all at once do 128 at a time, and end a piece of up to 8.
-    profiling = Prompt(2100).profiling()
+    profiling = Prompt(2100, first_token=2084).profiling()
     rounds: list[int] = []
     native = profiling._native
 

@@ -177,9 +177,15 @@ def test_weights_of_the_dense_part_live_as_long_as_it():
 
 
 def test_a_prompts_needs_refuse_what_does_not_fit():
-    def needs(slabs: int = 1, regions: np.ndarray | None = None) -> _native.PromptNeeds:
+    def needs(
+        slabs: int = 1, regions: np.ndarray | None = None, *, last_rows: int = 2, position: int = 0
+    ) -> _native.PromptNeeds:
         edges = int64s(3, 2) if regions is None else regions
-        return _native.PromptNeeds(LAYOUT, int64s(slabs), 64, HEADS, edges, int32s(3, 4, 7), RADII)
+        tokens = int64s(len(edges)) + position
+        counts = int32s(3, 4, 7)
+        return _native.PromptNeeds(
+            LAYOUT, int64s(slabs), 64, last_rows, HEADS, tokens, edges, counts, RADII
+        )
 
     with pytest.raises(ShapeError, match="64 tokens in 0 slabs"):
         needs(slabs=0)
@@ -189,7 +195,18 @@ def test_a_prompts_needs_refuse_what_does_not_fit():
         needs(regions=int64s(2, 2))
     with pytest.raises(ShapeError, match="query"):
         needs().begin_layer(0, floats(3, HEADS, 8))
-    results = [floats(HEADS, 4, 8), *(floats(HEADS, 2) for _ in range(3)), floats(HEADS, 5)]
+    for last_rows in (0, 4):
+        with pytest.raises(ValueError, match="last tokens"):
+            needs(last_rows=last_rows)
+    for position in (-1, 64):
+        with pytest.raises(ValueError, match="a query of the prompt"):
+            needs(position=position)
+    results = [
+        floats(HEADS, 4, 8),
+        *(floats(HEADS, 2) for _ in range(3)),
+        floats(HEADS, 5),
+        floats(HEADS, 8),
+    ]
     with pytest.raises(ShapeError, match="kv has shape"):
         needs().finish_layer(*results)
 
@@ -297,7 +314,7 @@ def test_predicted_plans_have_a_network_and_one_row_of_one_step():
         return make_planner(layers, heads, 2, 16, network=network).native
 
     def state_of(planner: _native.Planner, layers: int = 2, heads: int = HEADS):
-        return _native.PlannerState(planner, floats(layers * (heads * 38 + 10)))
+        return _native.PlannerState(planner, floats(layers * (heads * 46 + 10)))
 
     planner, bare, deep = (
         planner_of(2, HEADS, 0),

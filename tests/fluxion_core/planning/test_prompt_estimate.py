@@ -12,22 +12,20 @@ from fluxion_core.errors import FrameFormatError, ShapeError
 from fluxion_core.geometry import WindowSpec
 from fluxion_core.planning import prompt_profile
 from fluxion_core.planning.constants import CLIP, ERROR_FLOOR
-from fluxion_core.planning.layer_step import LayerStep, profile_prompts
-from fluxion_core.planning.prompt_estimate import (
-    PromptEstimator,
-    padded_tokens,
-    profiled_positions,
-)
-from fluxion_core.planning.prompt_profile import PromptProfile
+from fluxion_core.planning.features import kv_distribution
+from fluxion_core.planning.layer_step import LayerStep, query_needs
+from fluxion_core.planning.profiled_queries import ProfiledPositions
+from fluxion_core.planning.prompt_estimate import PromptEstimator, padded_tokens
+from fluxion_core.planning.prompt_profile import PromptProfile, QueryNeeds
 
 KV_HEADS, GROUP, HEAD_DIM = 2, 3, 16
 WINDOW = WindowSpec(sink_tokens=32, recent_tokens=128)
 
 
 def random_layer(num_tokens: int, loudness: float = 2.0) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries of the prompt's end, and its keys and values, padded with zeros."""
+    """Profiled queries of a prompt, and its keys and values, padded with zeros."""
     generator = torch.Generator().manual_seed(num_tokens)
-    rows = len(profiled_positions(num_tokens))
+    rows = len(ProfiledPositions.of(num_tokens))
     query = torch.randn(rows, KV_HEADS * GROUP, HEAD_DIM, generator=generator) * loudness
     shape = (2, KV_HEADS, padded_tokens(num_tokens), HEAD_DIM)
     key, value = torch.randn(shape, generator=generator).bfloat16().float()
@@ -36,10 +34,15 @@ def random_layer(num_tokens: int, loudness: float = 2.0) -> tuple[Tensor, Tensor
 
 
 def by_plain_steps(query: Tensor, key: Tensor, value: Tensor, num_tokens: int) -> PromptProfile:
-    positions = torch.tensor(list(profiled_positions(num_tokens)))
+    profiled = ProfiledPositions.of(num_tokens)
+    positions = torch.tensor(list(profiled))
     own_key, own_value = key[:, positions].transpose(0, 1), value[:, positions].transpose(0, 1)
     step = LayerStep(key, value, query, own_key, own_value, positions, WINDOW)
-    profile = profile_prompts(step, 1, key, value, [num_tokens])
+    kv = kv_distribution(key[:, :num_tokens], value[:, :num_tokens])
+    needs = query_needs(step)
+    spread = len(profiled.spread)
+    last = QueryNeeds(*(getattr(needs, f.name)[spread:] for f in fields(QueryNeeds)))
+    profile = last.summarize(1, kv[None], needs.log_squares[None, :spread, :, 0])
     return PromptProfile(*(getattr(profile, f.name)[0] for f in fields(PromptProfile)))
 
 
@@ -51,8 +54,9 @@ def assert_close(found: PromptProfile, expected: PromptProfile) -> None:
 
 
 # 1,000 ends within a block and 1,008 with one; 175 and 176 have a region of none and of one block
-# for some of the queries; the others have no region, or fewer tokens than queries.
-@pytest.mark.parametrize("num_tokens", [1, 5, 16, 100, 175, 176, 177, 190, 1000, 1008, 1024])
+# for some of the queries, 300 for the spread ones; the others have no region, or fewer tokens than
+# queries.
+@pytest.mark.parametrize("num_tokens", [1, 5, 16, 100, 175, 176, 177, 190, 300, 1000, 1008, 2200])
 def test_it_is_what_plain_steps_say(num_tokens: int):
     layer = random_layer(num_tokens)
     found = PromptEstimator(num_tokens, WINDOW).estimate(*layer)
@@ -105,23 +109,35 @@ def test_the_region_ends_where_the_receivers_window_begins():
 def test_fewer_queries_are_those_of_the_last_tokens():
     # The last 5 queries alone: means over them, and the largest of all 16 is no smaller.
     query, key, value = random_layer(600)
+
+    def of_last(count: int) -> PromptProfile:
+        estimator = PromptEstimator(600, WINDOW, first_token=600 - count)
+        return estimator.estimate(query[-count:], key, value)
+
     whole = PromptEstimator(600, WINDOW).estimate(query, key, value)
-    last = PromptEstimator(600, WINDOW).estimate(query[-5:], key, value)
-    singles = [
-        PromptEstimator(600, WINDOW).estimate(query[-5 + n :], key, value) for n in range(1, 5)
-    ]
+    last = of_last(5)
     assert (last.worst_log_squares <= whole.worst_log_squares + 1e-5).all()
-    for single in singles:
+    for single in (of_last(count) for count in range(1, 5)):
         assert (single.worst_log_squares <= last.worst_log_squares + 1e-5).all()
+    torch.testing.assert_close(last.spread_over_levels(), last.log_squares)
 
 
-def test_more_queries_than_the_last_are_refused():
+def test_only_the_spread_estimate_knows_of_the_spread_queries():
+    query, key, value = random_layer(2200)
+    whole = PromptEstimator(2200, WINDOW).estimate(query, key, value)
+    alone = PromptEstimator(2200, WINDOW, first_token=2184).estimate(query[-16:], key, value)
+    for field in fields(PromptProfile):
+        is_same = torch.equal(getattr(whole, field.name), getattr(alone, field.name))
+        assert is_same == (field.name != "spread_log_squares"), field.name
+
+
+def test_another_number_of_queries_is_refused():
     query, key, value = random_layer(600)
     estimator = PromptEstimator(600, WINDOW)
-    for rows in (torch.cat([query, query[:1]]), query[:0]):
-        with pytest.raises(ShapeError, match="need up to 16 queries and 640 keys"):
+    for rows in (torch.cat([query, query[:1]]), query[-16:]):
+        with pytest.raises(ShapeError, match="need 24 queries and 640 keys"):
             estimator.estimate(rows, key, value)
-    with pytest.raises(ShapeError, match="need up to 16 queries and 640 keys"):
+    with pytest.raises(ShapeError, match="need 24 queries and 640 keys"):
         estimator.estimate(query, key[:, :600], value)
 
 

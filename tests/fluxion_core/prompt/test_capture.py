@@ -11,6 +11,7 @@ from fluxion_core.errors import RequestCancelledError
 from fluxion_core.geometry import BLOCK_TOKENS, KvGeometry, WindowSpec
 from fluxion_core.kernels.dense_attention import reference
 from fluxion_core.kvstream.handoff import FRAME_PAYLOAD_BYTES, Frame
+from fluxion_core.planning.profiled_queries import ProfiledPositions
 from fluxion_core.planning.prompt_estimate import PromptEstimator, padded_tokens
 from fluxion_core.planning.prompt_profile import PromptProfile, pack
 from fluxion_core.prompt.capture import KvCapture
@@ -167,8 +168,9 @@ def profile_of(num_tokens: int, chunk_tokens: int) -> list[PromptProfile]:
     return capture.profiles
 
 
-# 519 in chunks of 512 leaves 7 queries of the profile's 16 for the last chunk; chunks of 16, none.
-@pytest.mark.parametrize("num_tokens", [9, 512, 519])
+# 519 in chunks of 512 leaves 7 queries of the profile's last 16 for the last chunk; chunks of 16,
+# none. 2,200 has spread queries of three chunks of 512.
+@pytest.mark.parametrize("num_tokens", [9, 512, 519, 2200])
 def test_the_profile_does_not_depend_on_chunks(num_tokens: int):
     query, key, value = random_qkv(num_tokens)
     padding = (0, 0, 0, padded_tokens(num_tokens) - num_tokens)
@@ -178,9 +180,10 @@ def test_the_profile_does_not_depend_on_chunks(num_tokens: int):
         return padded.contiguous()
 
     estimator = PromptEstimator(num_tokens, WindowSpec())
+    profiled = query[list(ProfiledPositions.of(num_tokens))]
     expected = pack(
         [
-            estimator.estimate(query[-16:], as_sent(key * (layer + 1)), as_sent(value))
+            estimator.estimate(profiled, as_sent(key * (layer + 1)), as_sent(value))
             for layer in range(GEOMETRY.num_layers)
         ]
     )

@@ -169,7 +169,7 @@ def test_a_prompts_last_chunk_gives_the_planner_its_profile():
         profile_request=ProfileRequest(planner, window),
     )
     assert run(step, prompts, [sequence], ends) == [None]
-    assert prompts.ran == [(CHUNK_ALONE.tokens + 5 - 16, 0, window), (16, 0, window)]
+    assert prompts.ran == [(CHUNK_ALONE.tokens, 0, window), (5, 0, window)]
     assert sequence.planner_state == ("state", "profile")
     assert step.ran[0][0].state == ("state", "profile")
 

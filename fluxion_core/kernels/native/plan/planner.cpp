@@ -107,7 +107,8 @@ PlannerState::PlannerState(const Planner& planner, const float* profile)
       std::copy_n(bounds + head * 2, 2, of_head.bounds);
       std::copy_n(kv + head / planner.group * kKvStatistics, kKvStatistics, of_head.kv);
     }
-    profile = kv + planner.kv_heads * kKvStatistics;
+    // Behind it the spread estimates, which are for plans without a network: made by Python.
+    profile = kv + planner.kv_heads * kKvStatistics + heads * kBudgets;
   }
 }
 

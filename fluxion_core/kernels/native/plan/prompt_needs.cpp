@@ -62,21 +62,28 @@ float clip(float value) { return value > kClip ? kClip : value < -kClip ? -kClip
 }  // namespace
 
 PromptNeeds::PromptNeeds(const SlabLayout& layout, const int64_t* slabs, int64_t num_tokens,
-                         int64_t rows, int64_t heads, const int64_t* regions, const int32_t* counts,
+                         int64_t rows, int64_t last_rows, int64_t heads, const int64_t* positions,
+                         const int64_t* regions, const int32_t* counts,
                          const std::array<float, kLevels>& radii)
     : layout_(layout),
       slabs_(slabs),
       num_tokens_(num_tokens),
       num_blocks_(ceil_div(num_tokens, kBlockTokens)),
       rows_(rows),
+      last_rows_(last_rows),
       heads_(heads),
       group_(heads / layout.kv_heads),
       sums_stride_(ceil_div(layout.head_dim, 32) * 32),
+      positions_(positions, positions + rows),
       regions_(regions, regions + 2 * rows),
       counts_(counts, counts + rows * kLevels * kNeedsBudgets),
       radii_(radii) {
-  if (rows < 1 || rows > num_tokens || heads % layout.kv_heads) {
-    throw std::invalid_argument("queries of the prompt's last tokens, in groups of heads");
+  if (last_rows < 1 || last_rows > rows || heads % layout.kv_heads) {
+    throw std::invalid_argument("queries, some of the prompt's last tokens, in groups of heads");
+  }
+  for (const int64_t position : positions_) {
+    if (position < 0 || position >= num_tokens)
+      throw std::invalid_argument("a query of the prompt");
   }
   for (int64_t row = 0; row < rows; ++row) {
     const int64_t start = regions_[size_t(2 * row)], end = regions_[size_t(2 * row + 1)];
@@ -111,10 +118,11 @@ PromptNeeds::Records PromptNeeds::records(int level) const {
 
 void PromptNeeds::begin_layer(int64_t layer, const float* query) {
   layer_ = layer;
-  for (Tile& tile : tiles_) begin_tile(tile, query);
+  query_.assign(query, query + rows_ * heads_ * layout_.head_dim);
+  for (Tile& tile : tiles_) tile.stage = Stage::kWait;
 }
 
-void PromptNeeds::begin_tile(Tile& tile, const float* query) const {
+void PromptNeeds::begin_tile(Tile& tile) const {
   const int64_t dim = layout_.head_dim;
   const size_t rows = size_t(tile.rows);
   tile.query.resize(rows * size_t(dim));
@@ -122,8 +130,8 @@ void PromptNeeds::begin_tile(Tile& tile, const float* query) const {
   for (int32_t row = 0; row < tile.rows; ++row) {
     const int64_t q = query_of(tile, row),
                   head = tile.kv_head * group_ + (tile.first_row + row) % group_;
-    std::copy_n(query + (q * heads_ + head) * dim, dim, tile.query.data() + row * dim);
-    tile.seen[size_t(row)] = int32_t(num_tokens_ - rows_ + q + 1);
+    std::copy_n(query_.data() + (q * heads_ + head) * dim, dim, tile.query.data() + row * dim);
+    tile.seen[size_t(row)] = int32_t(positions_[size_t(q)] + 1);
   }
   for (int level = 0; level < kLevels; ++level) {
     const int64_t blocks = ceil_div(num_tokens_, level_tokens(level));
@@ -140,12 +148,11 @@ void PromptNeeds::begin_tile(Tile& tile, const float* query) const {
   tile.row = 0;
   tile.record = region_end_ ? records(0).first : 0;
   tile.block = 0;
-  tile.done = 0;
 }
 
 int64_t PromptNeeds::advance(TaskPool& pool, int64_t work, int64_t wake_bytes) {
   going_on_.clear();
-  for (size_t i = 0; i < tiles_.size(); ++i) {
+  for (size_t i = 0; i < tiles_.size() && int64_t(going_on_.size()) < kTilesAtOnce; ++i) {
     tiles_[i].done = 0;
     if (tiles_[i].stage != Stage::kDone) going_on_.push_back(int32_t(i));
   }
@@ -169,6 +176,9 @@ void PromptNeeds::run(int32_t task, int32_t, int32_t) {
 
 int64_t PromptNeeds::go_on(Tile& tile) {
   switch (tile.stage) {
+    case Stage::kWait:
+      begin_tile(tile);
+      return 1;
     case Stage::kScore:
       return score(tile);
     case Stage::kSelect:
@@ -330,8 +340,15 @@ int64_t PromptNeeds::compare(Tile& tile) {
   bound_lse_[at] =
       clip(tile.bound_lse[size_t(row)] - window_lse + std::log(float(level_tokens(kLevels - 1))));
   bound_1st_[at] = clip(tile.bound_1st[size_t(row)] - window_lse);
-  if (++tile.row == tile.rows) tile.stage = Stage::kDone;
+  if (++tile.row == tile.rows) end_tile(tile);
   return kComparedWork;
+}
+
+// What others need memory for; the moments stay for the layer's end.
+void PromptNeeds::end_tile(Tile& tile) const {
+  tile.stage = Stage::kDone;
+  for (std::vector<uint8_t>& bins : tile.bins) bins = {};
+  for (std::vector<float>* part : {&tile.query, &tile.sums, &tile.scores, &tile.order}) *part = {};
 }
 
 void PromptNeeds::finish_layer(const Results& results) const {
@@ -348,10 +365,11 @@ void PromptNeeds::finish_layer(const Results& results) const {
   }
 }
 
-// Means and largest values over the rows. largest: [rows] norm of any head.
+// Means over all rows, and means and largest values over the last ones. largest: [rows] norm of any
+// head.
 void PromptNeeds::write_head(int64_t head, const std::vector<float>& largest,
                              const Results& results) const {
-  float squares[kErrors] = {}, worst[2] = {};
+  float squares[kErrors] = {}, spread[1 + kNeedsBudgets] = {}, worst[2] = {};
   float mass = 0.0f, bound = 0.0f, most_mass = -kClip, most_bound = -kClip;
   for (int64_t row = 0; row < rows_; ++row) {
     const size_t at = size_t(row * heads_ + head);
@@ -361,8 +379,11 @@ void PromptNeeds::write_head(int64_t head, const std::vector<float>& largest,
       // Not std::max, which would hide what is not a number.
       const float error = share < kErrorFloor ? kErrorFloor : share;
       square_of[i] = error * error;
-      squares[i] += square_of[i];
     }
+    // Those of blocks of 16 tokens come first.
+    for (size_t i = 0; i <= kNeedsBudgets; ++i) spread[i] += square_of[i];
+    if (row < rows_ - last_rows_) continue;
+    for (size_t i = 0; i < kErrors; ++i) squares[i] += square_of[i];
     worst[0] = std::max(worst[0], square_of[0]);
     worst[1] = std::max(worst[1], square_of[kSmallBudget]);
     mass += masses_[at];
@@ -370,9 +391,13 @@ void PromptNeeds::write_head(int64_t head, const std::vector<float>& largest,
     most_mass = std::max(most_mass, masses_[at]);
     most_bound = std::max(most_bound, bound_1st_[at]);
   }
-  const float rows = float(rows_);
+  const float rows = float(last_rows_);
   for (size_t i = 0; i < kErrors; ++i) {
     results.log_squares[size_t(head) * kErrors + i] = std::log(squares[i] / rows);
+  }
+  for (size_t i = 0; i <= kNeedsBudgets; ++i) {
+    results.spread_log_squares[size_t(head) * (1 + kNeedsBudgets) + i] =
+        std::log(spread[i] / float(rows_));
   }
   for (int i = 0; i < 2; ++i) results.worst_log_squares[2 * head + i] = std::log(worst[i]);
   results.region_mass[2 * head] = mass / rows;

@@ -196,15 +196,20 @@ def test_chunks_follow_each_other(
     assert_same_kv(mine, theirs)
 
 
-def test_a_profile_has_the_last_tokens_queries(
+def test_a_profile_has_the_queries_of_all_chunks(
     host: PromptComputer, seen_store: HostKvStore, body_of: Callable[..., Body]
 ):
     prompts, _ = body_of()
     theirs, mine = begun(store_for(16), 700), begun(seen_store, 700)
-    by_host(host, theirs, 650)
-    by_host(host, mine, 650)
+    by_host(host, theirs, 500)
+    by_host(host, mine, 500)
     expected = by_host(host, theirs, 700, WINDOW)
-    found = prompts.compute_chunk(mine, PROMPT[650:], WINDOW)
+    assert prompts.compute_chunk(mine, PROMPT[500:690], WINDOW) is None
+    # One that is begun, and forgotten for another prompt's.
+    assert prompts.compute_chunk(mine, PROMPT[690:], WINDOW, seconds=0.0) is None
+    other = begun(seen_store, 50)
+    assert prompts.compute_chunk(other, PROMPT[:50], None) is not None
+    found = prompts.compute_chunk(mine, PROMPT[690:], WINDOW)
     assert found is not None
     assert expected is not None
     profiles = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fluxion_core.lab.benchmark.model_shapes import shape_named
-from fluxion_core.lab.benchmark.prompt_profile import run_profile
+from fluxion_core.lab.benchmark.prompt_profile import prefill_seconds, run_profile
 
 
 def test_a_profile_is_made_between_a_streams_steps():
@@ -26,3 +26,4 @@ def test_a_profile_is_made_between_a_streams_steps():
     assert figures.gap_beside_ms > figures.slice_ms
     assert figures.layer_cpu_seconds * 2 == figures.cpu_seconds > 0
     assert figures.estimator_layer_cpu_seconds > 0
+    assert prefill_seconds(tiny, 64) > 0
