@@ -81,19 +81,30 @@ def _answer(
     sources: Sequence[CaseSource],
     ways: Sequence[Method],
 ) -> None:
-    """Answer cases; a conversation's turns come one after the other."""
-    session.answer([s for s in sources if s.task not in (LOOKUPS, SUMMARY)], ways)
+    """Answer cases, a batch after the other: a run that is stopped has some of each task."""
+    batch = session.options.batch
+    for first in range(0, len(sources), batch):
+        _answer_some(suite, session, sources[first : first + batch], ways)
+
+
+def _answer_some(
+    suite: CollectSuite,
+    session: Session,
+    sources: Sequence[CaseSource],
+    ways: Sequence[Method],
+) -> None:
     forced = [replace(way, is_forced=True) for way in ways if way.name != EXACT]
-    session.answer([s for s in sources if s.task == SUMMARY], [*ways, *forced])
+    session.answer_each(
+        [
+            (source, [*ways, *forced] if source.task == SUMMARY else ways)
+            for source in sources
+            if source.task != LOOKUPS
+        ]
+    )
     conversations = [source for source in sources if source.task == LOOKUPS]
     for turn in range(TURNS):
-        session.answer_each(
-            [
-                asked
-                for source in conversations
-                for asked in _turn(suite, session, source, turn, ways)
-            ]
-        )
+        turns = [_turn(suite, session, source, turn, ways) for source in conversations]
+        session.answer_each([asked for courses in turns for asked in courses])
 
 
 def _turn(

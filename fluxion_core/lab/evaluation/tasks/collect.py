@@ -71,9 +71,7 @@ class CollectSuite:
             "values": GeneratedTask(
                 partial(values_question, prose), 72, 8, Metric.NUMBERS, is_one_line=True
             ),
-            "count": GeneratedTask(
-                partial(count_question, prose), 72, 8, Metric.TOTAL, is_one_line=True
-            ),
+            "count": GeneratedTask(partial(count_question, prose), 72, 8, Metric.TOTAL),
             "completion": GeneratedTask(
                 completion_question, 56, 20, largest=lines, is_one_line=True
             ),

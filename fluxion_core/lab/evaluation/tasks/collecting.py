@@ -115,8 +115,8 @@ def count_question(prose: Prose, size: int, generator: random.Random) -> Questio
     text = (
         "The text below holds entries of a log, among other things.\n\n"
         f"{_scattered(prose, size, hidden, generator)}\n\n"
-        f"In which entries did a {ships[0]} call at {towns[0]}, and how many are they? List their "
-        "numbers, separated by commas, then a semicolon and their total."
+        f"In which entries did a {ships[0]} call at {towns[0]}? List their numbers, separated by "
+        'commas, and end with "Total:" and how many they are.'
     )
     return Question(text, (str(count),), f"A {ships[0]} called at {towns[0]} in the entries")
 

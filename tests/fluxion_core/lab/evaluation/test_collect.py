@@ -73,7 +73,7 @@ def test_the_total_is_the_number_of_entries(
 ):
     case = suite.case("count", LENGTH, number)
     text = text_of(case, encoder)
-    ship, town = re.findall(r"did a (\w+) call at (\w+),", text)[-1]
+    ship, town = re.findall(r"did a (\w+) call at (\w+)\?", text)[-1]
     entries = re.findall(rf"Entry \d+: a {ship} called at {town}\.", text)
     assert case.answers == (str(len(entries)),)
     assert len(re.findall(r"Entry \d+: a \w+ called at \w+\.", text)) == 8 + len(entries)

@@ -79,6 +79,15 @@ def test_all_turns_are_answered_and_summaries_are_apart(model: EvaluationModel):
     assert "summary at 2000: agreement with exact; left out of averages" in report.notes
 
 
+def test_a_run_answers_a_batch_of_cases_whole_before_the_next(model: EvaluationModel):
+    made: list[str] = []
+    options = replace(OPTIONS, batch=2, policies=("exact",))
+    run_collect(model, options, lambda done, total, answer: made.append(answer.case_name))
+    # Two cases a batch: one of each task, and then the others.
+    assert {name.rsplit("/", 1)[1] for name in made[:5]} == {"0"}
+    assert {name.rsplit("/", 1)[1] for name in made[5:]} == {"1"}
+
+
 def test_each_way_goes_on_from_its_own_answers(model: EvaluationModel):
     made: list[tuple[str, str]] = []
     options = replace(OPTIONS, tasks=("lookups",), cases=1)
