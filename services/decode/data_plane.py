@@ -34,6 +34,10 @@ from services.decode.kv_connections import dial
 
 _log = logging.getLogger(__name__)
 
+NICENESS = 10
+"""Of threads that take KV in, over the node's own: where they share a CPU with a thread at a step
+they have a tenth of it, and all of it while that sleeps."""
+
 
 @dataclass(frozen=True)
 class LandingState:
@@ -192,7 +196,7 @@ class DataPlane:
             if why_not := self._why_not(way):
                 _log.warning(event("KV cannot come this way", way=way.value, reason=why_not))
         if any(way is not Carrier.GRPC for way in self.ways):
-            self._threads = _native.IoThreads(settings.num_threads, list(cpus))
+            self._threads = _native.IoThreads(settings.num_threads, list(cpus), NICENESS)
 
     def add_ways(self, request: handoff_pb2.HandoffRequest) -> None:
         """Say in a request which ways this node takes KV."""

@@ -28,7 +28,7 @@ from fluxion_core.wire.channel import open_channel
 from fluxion_core.wire.plane import HELLO_BYTES, READY, is_proven, machine_id, parse_hello
 from fluxion_proto.v1 import generate_pb2, generate_pb2_grpc, handoff_pb2
 from services.decode import handoff_stream, kv_connections
-from services.decode.data_plane import DataPlane
+from services.decode.data_plane import NICENESS, DataPlane
 from services.decode.kv_connections import dial
 from services.prefill.service import HandoffService
 
@@ -479,6 +479,24 @@ def test_threads_keep_to_the_cpus_that_they_are_given():
         assert os.sched_getaffinity(int(thread)) == {last}
     finally:
         plane.close()
+
+
+def test_threads_that_take_kv_in_give_way_to_those_of_a_step():
+    before = {thread: niceness_of(thread) for thread in os.listdir("/proc/self/task")}
+    settings = HandoffSettings(ways=(Carrier.SOCKETS,), threads=2)
+    plane = DataPlane(settings, ClientSettings(), GEOMETRY)
+    try:
+        after = {thread: niceness_of(thread) for thread in os.listdir("/proc/self/task")}
+        own = niceness_of(str(os.getpid()))
+        added = [after.pop(thread) for thread in set(after) - set(before)]
+        assert added == [min(own + NICENESS, 19)] * 2
+        assert after.items() <= before.items()
+    finally:
+        plane.close()
+
+
+def niceness_of(thread: str) -> int:
+    return os.getpriority(os.PRIO_PROCESS, int(thread))
 
 
 def test_a_plane_without_ways_beside_the_call_has_no_threads(make_plane):

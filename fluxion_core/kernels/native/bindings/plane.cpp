@@ -116,8 +116,8 @@ nb::tuple departure_state(Departure& self) {
 void bind_plane(nb::module_& m) {
   m.def("tls_missing", [] { return openssl::missing(); });
   nb::class_<IoThreads>(m, "IoThreads")
-      .def(nb::init<int, std::vector<int>>(), nb::arg("threads"),
-           nb::arg("cpus") = std::vector<int>())
+      .def(nb::init<int, std::vector<int>, int>(), nb::arg("threads"),
+           nb::arg("cpus") = std::vector<int>(), nb::arg("niceness") = 0)
       .def("close", &IoThreads::close, nb::call_guard<nb::gil_scoped_release>())
       .def("cpu_seconds", &IoThreads::cpu_seconds);
   nb::class_<KvLanding>(m, "KvLanding")

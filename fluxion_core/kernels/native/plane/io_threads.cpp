@@ -6,12 +6,14 @@
 #include <signal.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
+#include <sys/resource.h>
 #include <time.h>
 #include <unistd.h>
 
 #include <cerrno>
 #include <cstdio>
 #include <deque>
+#include <future>
 #include <stdexcept>
 #include <system_error>
 #include <thread>
@@ -30,6 +32,12 @@ double seconds_of(clockid_t clock) {
   throw std::system_error(errno, std::generic_category(), what);
 }
 
+// Of the calling thread alone, as Linux has it: POSIX would have it of the process.
+void give_way(int niceness) {
+  // Not to be refused, for it is less than before; and nothing but speed depends on it.
+  ::setpriority(PRIO_PROCESS, 0, ::getpriority(PRIO_PROCESS, 0) + niceness);
+}
+
 struct Descriptor {
   const int fd;
   ~Descriptor() {
@@ -41,7 +49,7 @@ struct Descriptor {
 
 class IoThread {
  public:
-  IoThread(int number, const std::vector<int>& cpus);
+  IoThread(int number, const std::vector<int>& cpus, int niceness);
   ~IoThread();
 
   void add(const std::shared_ptr<Connection>& connection);
@@ -70,7 +78,7 @@ class IoThread {
   std::thread thread_;
 };
 
-IoThread::IoThread(int number, const std::vector<int>& cpus)
+IoThread::IoThread(int number, const std::vector<int>& cpus, int niceness)
     : epoll_{::epoll_create1(EPOLL_CLOEXEC)}, wake_up_{::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)} {
   epoll_event event{};
   event.events = EPOLLIN | EPOLLET;
@@ -79,7 +87,14 @@ IoThread::IoThread(int number, const std::vector<int>& cpus)
       ::epoll_ctl(epoll_.fd, EPOLL_CTL_ADD, wake_up_.fd, &event)) {
     throw_system("epoll");
   }
-  thread_ = std::thread([this] { run(); });
+  std::promise<void> promise;
+  const std::future<void> has_given_way = promise.get_future();
+  thread_ = std::thread([this, niceness, promise = std::move(promise)]() mutable {
+    give_way(niceness);
+    promise.set_value();
+    run();
+  });
+  has_given_way.wait();
   char name[16];
   std::snprintf(name, sizeof name, "fluxion-kv-%d", number);
   pthread_setname_np(thread_.native_handle(), name);
@@ -240,12 +255,15 @@ void Connection::wake() {
   if (IoThread* thread = thread_) thread->wake(*this);
 }
 
-IoThreads::IoThreads(int count, std::vector<int> cpus) {
+IoThreads::IoThreads(int count, std::vector<int> cpus, int niceness) {
   if (count < 1) throw std::invalid_argument("threads: 1 or more");
+  if (niceness < 0 || niceness > 19) throw std::invalid_argument("niceness: 0 to 19");
   for (const int cpu : cpus) {
     if (cpu < 0 || cpu >= CPU_SETSIZE) throw std::invalid_argument("cpus: 0 to 1023");
   }
-  for (int i = 0; i < count; ++i) threads_.push_back(std::make_unique<IoThread>(i, cpus));
+  for (int i = 0; i < count; ++i) {
+    threads_.push_back(std::make_unique<IoThread>(i, cpus, niceness));
+  }
 }
 
 IoThreads::~IoThreads() { close(); }

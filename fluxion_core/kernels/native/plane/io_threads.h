@@ -58,9 +58,10 @@ class Connection {
 
 class IoThreads {
  public:
-  // cpus: that each thread may run on; empty leaves it to the system. Throws std::invalid_argument
-  // without a thread, std::system_error where the system has none left.
-  IoThreads(int count, std::vector<int> cpus);
+  // cpus: that each thread may run on; empty leaves it to the system. niceness: how far threads give
+  // way to others of this process, 0 to 19. Throws std::invalid_argument, also without a thread, and
+  // std::system_error where the system has none left.
+  IoThreads(int count, std::vector<int> cpus, int niceness = 0);
   ~IoThreads();
 
   // End all threads; connections that are left are closed. Idempotent.

@@ -403,7 +403,7 @@ def test_a_landing_without_a_place_is_refused(changed: dict[str, object], says: 
         _native.KvLanding(threads, native_layout(GEOMETRY), **(given | changed))
 
 
-@pytest.mark.parametrize("arguments", [(0,), (1, [-1]), (1, [1 << 20])])
+@pytest.mark.parametrize("arguments", [(0,), (1, [-1]), (1, [1 << 20]), (1, [], -1), (1, [], 20)])
 def test_threads_that_cannot_be_are_refused(arguments: tuple[object, ...]):
-    with pytest.raises(ValueError, match=r"threads|cpus"):
+    with pytest.raises(ValueError, match=r"threads|cpus|niceness"):
         _native.IoThreads(*arguments)
