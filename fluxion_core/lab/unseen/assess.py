@@ -2,15 +2,15 @@
 
     python -m fluxion_core.lab.unseen.assess OUTPUT FOLDER...
 
-Each folder is of one model and has `train` and `test`, as collect.py writes them. Networks are
-trained on `train`, every figure is of `test`.
+Each folder is of one model, as collect.py writes it. Texts are in two halves, by name: networks for
+the one are trained on the other, so that no text and, where it says so, no model was seen.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from fluxion_core.config.commands import Command, run_module, within
 from fluxion_core.geometry import BLOCK_SIZES
 from fluxion_core.lab.provenance import Provenance
 from fluxion_core.lab.unseen import curves
-from fluxion_core.lab.unseen.outcomes import Outcome, gains, outcome
+from fluxion_core.lab.unseen.outcomes import Outcome, gain, outcome
 from fluxion_core.lab.unseen.second_look import second_look
 from fluxion_core.lab.unseen.traces import LAST, SPREAD, STEPS, Trace
 from fluxion_core.lab.unseen.universal import CorrectionMlp, fit_universal, samples_of, universal
@@ -101,8 +101,12 @@ class Assess(Command):
     """Folder of the model that the shipped network was trained for."""
     weights: Path = SHIPPED / "smollm2-135m.safetensors"
     """The shipped network."""
-    updates: Annotated[int, within(1)] = 400
+    updates: Annotated[int, within(1)] = 200
     """Of each universal network."""
+    hidden: Annotated[int, within(1)] = 64
+    """Width of the universal networks."""
+    batch: Annotated[int, within(1)] = 4096
+    """Rows of an update."""
     threads: Annotated[int, within(1)] = 1
     """Of torch."""
 
@@ -110,42 +114,51 @@ class Assess(Command):
         """Train, compare, write."""
         torch.set_num_threads(self.threads)
         weights = load_planner_weights(self.weights)
-        networks = self._networks()
+        models = {folder.name: _read(folder) for folder in self.folders}
+        texts = sorted({text for of in models.values() for text in of})
         figures = {}
-        for folder in self.folders:
+        for model, traces in models.items():
             rules = training_free_rules() | shipped_rules(weights)
-            if folder.name != self.own:
+            if model != self.own:
                 del rules["shipped network, its own priors"]
-            for name, (network, with_ridge) in networks.items():
-                rules[name] = universal_rule(network, with_ridge=with_ridge)
-            found = gains(_read(folder / "test"), rules)
-            figures[folder.name] = {name: asdict(gain) for name, gain in found.items()}
-        about = Provenance.here(
-            ", ".join(folder.name for folder in self.folders), weights=weights.fingerprint
-        )
-        report = {"about": about.as_json(), "trained_on": self._trained_on(), "figures": figures}
+            found = {
+                name: {text: rule(trace) for text, trace in traces.items()}
+                for name, rule in rules.items()
+            }
+            for fold in (set(texts[::2]), set(texts[1::2])):
+                for name, rule in self._universal(models, model, fold).items():
+                    outcomes = found.setdefault(name, {})
+                    outcomes |= {text: rule(traces[text]) for text in sorted(fold & set(traces))}
+            figures[model] = {name: asdict(gain(of)) for name, of in found.items()}
+        about = Provenance.here(", ".join(models), weights=weights.fingerprint)
+        report = {"about": about.as_json(), "figures": figures}
         self.output.write_text(json.dumps(report, indent=1) + "\n")
 
-    def _networks(self) -> dict[str, tuple[CorrectionMlp, bool]]:
-        """By name, with whether the network sees the ridge."""
-        found: dict[str, tuple[CorrectionMlp, bool]] = {}
+    def _universal(
+        self, models: Mapping[str, Mapping[str, Trace]], model: str, fold: Collection[str]
+    ) -> dict[str, Rule]:
+        """Networks for one model's texts of a fold, trained on texts outside of it."""
+        others = [name for name in models if name != model]
+        sets = {"of the model": [model], "of other models": others, "of all models": list(models)}
+        rules = {}
         for with_ridge in (False, True):
             samples = {
-                folder.name: samples_of(list(traces.values()), with_ridge=with_ridge)
-                for folder in self.folders
-                if (traces := _read(folder / "train"))
+                name: samples_of(rest, with_ridge=with_ridge)
+                for name, traces in models.items()
+                if (rest := [trace for text, trace in traces.items() if text not in fold])
             }
-            sets = [[name] for name in samples]
-            sets += [list(samples)] if len(samples) > 1 else []
-            for names in sets:
-                network = fit_universal([samples[name] for name in names], steps=self.updates)
-                title = f"network of {' and '.join(names)}{', ridge' if with_ridge else ''}"
-                found[title] = (network, with_ridge)
-        return found
-
-    def _trained_on(self) -> dict[str, list[str]]:
-        """Texts that networks were trained on, by model."""
-        return {folder.name: list(_read(folder / "train")) for folder in self.folders}
+            for title, members in sets.items():
+                if not members or not set(members) <= set(samples):
+                    continue
+                network = fit_universal(
+                    [samples[name] for name in members],
+                    steps=self.updates,
+                    batch=self.batch,
+                    hidden=self.hidden,
+                )
+                name = f"network {title}{', on the ridge' if with_ridge else ''}"
+                rules[name] = universal_rule(network, with_ridge=with_ridge)
+        return rules
 
 
 def _read(folder: Path) -> dict[str, Trace]:

@@ -25,7 +25,6 @@ COARSE_FEATURES = (
 RIDGE = 30.0
 """Added to the diagonal; inputs are in deviations, and there are 128 rows."""
 
-_CLIP_DEVIATIONS = 6.0
 _LEAST_DEVIATION = 0.02
 _HIGHEST = 2.0
 """Log squares are at most so: a head that is lost altogether, and more."""
@@ -60,16 +59,14 @@ def deviations(trace: Trace) -> tuple[Tensor, Tensor]:
     columns = torch.tensor([FEATURE_NAMES.index(name) for name in COARSE_FEATURES])
     of_prompt, of_steps = (trace.features[rows][..., columns] for rows in (SPREAD, STEPS))
     mean, deviation = of_prompt.mean(0), of_prompt.std(0).clamp(min=_LEAST_DEVIATION)
-    scaled = [((part - mean) / deviation) for part in (of_steps, of_prompt)]
-    steps, prompt = (part.clamp(-_CLIP_DEVIATIONS, _CLIP_DEVIATIONS) for part in scaled)
-    return steps, prompt
+    return (of_steps - mean) / deviation, (of_prompt - mean) / deviation
 
 
 def ridge(trace: Trace, *, every_query: int = 1, of_layer: bool = False) -> Tensor:
     """A ridge from coarse features to head profiles, fitted on the spread queries.
 
-    Its output has the form of the predictor's (planning/head_profile.py), 11 numbers, so that a
-    head has 14 x 11 weights.
+    Its output has the form of the predictor's (planning/head_profile.py), 11 numbers. Means and
+    deviations of its inputs can be folded into its weights, 14 x 11 a head: inputs are not clipped.
 
     Args:
         trace: of the steps.

@@ -20,10 +20,13 @@ from fluxion_core.planning.choice_reference import GroupPlans, by_price, by_thre
 from fluxion_core.planning.constants import BUDGETS
 from fluxion_core.planning.cost_model import COARSE_LEVEL, CostModel, digest_share
 
-PRICES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-THRESHOLDS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8)
+PRICES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.8)
 
 _GRID = (*BUDGETS, 1.0)
+
+_TINY = 1e-9
+"""For 0, on logarithmic axes."""
 
 
 @dataclass(frozen=True)
@@ -167,19 +170,9 @@ def gain(outcomes: Mapping[str, Outcome], *, resamples: int = 400, seed: int = 0
 
 def between(points: Sequence[Sequence[float]], place: float) -> float:
     """Second coordinate where the first is `place`, on logarithmic axes; NaN outside of them."""
-    ordered = sorted((math.log(max(x, 1e-9)), math.log(y)) for x, y in points)
+    ordered = sorted((math.log(max(x, _TINY)), math.log(max(y, _TINY))) for x, y in points)
     at = math.log(place)
     for (x_low, y_low), (x_high, y_high) in pairwise(ordered):
         if x_low <= at <= x_high and x_high > x_low:
             return math.exp(y_low + (y_high - y_low) * (at - x_low) / (x_high - x_low))
     return math.nan
-
-
-def gains(
-    texts: Mapping[str, Trace], rules: Mapping[str, Callable[[Trace], Outcome]]
-) -> dict[str, Gain]:
-    """Gains of rules over texts."""
-    return {
-        name: gain({text: rule(trace) for text, trace in texts.items()})
-        for name, rule in rules.items()
-    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,8 +12,8 @@ import torch
 from fluxion_core.geometry import WindowSpec
 from fluxion_core.lab.training.curve import FixedMethod, MethodSimulator, Runs
 from fluxion_core.lab.training.replay import prefill, replay
-from fluxion_core.lab.unseen import curves
-from fluxion_core.lab.unseen.assess import training_free_rules, universal_rule
+from fluxion_core.lab.unseen import curves, outcomes, second_look
+from fluxion_core.lab.unseen.assess import Assess, training_free_rules, universal_rule
 from fluxion_core.lab.unseen.outcomes import Outcome, Point, between, choose, gain, read
 from fluxion_core.lab.unseen.traces import LAST, PAIRS, SPREAD, STEPS, Trace, asking, trace_prompt
 from fluxion_core.lab.unseen.universal import (
@@ -212,3 +213,27 @@ def test_asking_writes_into_the_prompt_and_after_it():
     assert any(asked[96:1600])
     assert not any(asked[1800:2048])
     assert all(asked[2048:2080])
+
+
+def test_models_and_texts_that_were_left_out_are_told_apart(
+    trace: Trace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for module in (outcomes, second_look):
+        monkeypatch.setattr(module, "PRICES", (0.001, 3.0))
+    for model in ("a", "b"):
+        (tmp_path / model).mkdir()
+        for text in ("one", "two"):
+            trace.save(tmp_path / model / f"{text}.safetensors")
+    Assess(
+        tmp_path / "unseen.json",
+        (tmp_path / "a", tmp_path / "b"),
+        own="none",
+        updates=2,
+        hidden=4,
+        batch=32,
+    )()
+    report = json.loads((tmp_path / "unseen.json").read_text())
+    rules = report["figures"]["b"]
+    assert {"network of the model", "network of other models, on the ridge", "ridge"} <= set(rules)
+    assert all(set(gain["of_texts"]) == {"one", "two"} for gain in rules.values())
+    assert "shipped network, its own priors" not in rules
