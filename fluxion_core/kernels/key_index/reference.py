@@ -32,6 +32,9 @@ GROUP_UNITS = GROUP_TOKENS // BLOCK_TOKENS
 LEVELS = 4
 """Values of a code."""
 
+STEP_UNIT = 2.0**-16
+"""Steps are multiples of this, so that a 256th of one is still a float16."""
+
 LARGEST_KEY = 65504.0
 """Keys are cut to this, the largest float16: no model's come near it."""
 
@@ -44,7 +47,7 @@ class KeyIndex(NamedTuple):
     low: Tensor
     """[..., groups, head_dim] float16."""
     step: Tensor
-    """[..., groups, head_dim] bfloat16, 0 where all 64 keys are the same."""
+    """[..., groups, head_dim] float16, multiples of STEP_UNIT; 0 where all 64 keys are the same."""
 
 
 def quantize(keys: Tensor) -> KeyIndex:
@@ -67,8 +70,8 @@ def quantize(keys: Tensor) -> KeyIndex:
     grouped = torch.unflatten(cut, -2, (-1, GROUP_TOKENS))
     lowest, highest = grouped.aminmax(dim=-2)
     low = lowest.half()
-    # A product in place of a quotient, as the kernel has it.
-    step = ((highest - lowest) * (1 / (LEVELS - 1))).bfloat16()
+    # Products in place of quotients, as the kernel has them.
+    step = ((highest - lowest) * (1 / (LEVELS - 1)) * (1 / 256)).half() * 256
     inverse = torch.where(step > 0, 1 / step.float(), 0.0)
     codes = (grouped - low.float().unsqueeze(-2)) * inverse.unsqueeze(-2)
     return KeyIndex((codes + 0.5).floor().clamp(0, LEVELS - 1).to(torch.uint8), low, step)

@@ -98,7 +98,7 @@ class KeyCode:
         return self._rounded(low, step)
 
     def _rounded(self, low: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
-        return low.to(self.low_dtype).float(), step.bfloat16().float()
+        return low.to(self.low_dtype).float(), step.half().float()
 
     @staticmethod
     def _codes(grouped: Tensor, low: Tensor, step: Tensor, levels: int) -> Tensor:

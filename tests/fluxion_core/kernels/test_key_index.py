@@ -38,9 +38,9 @@ def test_a_key_is_off_by_half_a_step_and_what_low_lost(head_dim: int):
     assert index.codes.shape == (2, 3, 64, head_dim)
     assert int(index.codes.max()) == 3
     lost = (reference.dequantize(index) - keys.float()).abs().unflatten(1, (3, 64))
-    # float16 keeps low to 2^-11 of itself, bfloat16 three steps to 2^-9 of them.
+    # float16 keeps low, and three steps, to 2^-11 of themselves; steps are multiples of 2^-16.
     step, low = index.step.float(), index.low.float()
-    bound = step * (0.5 + 3 * 2**-8) + low.abs() * 2**-11 + 1e-6
+    bound = step * (0.5 + 3 * 2**-10) + low.abs() * 2**-11 + 3 * reference.STEP_UNIT
     assert (lost <= bound[:, :, None]).all()
 
 
