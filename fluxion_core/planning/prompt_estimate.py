@@ -1,8 +1,8 @@
 """One layer's profile of a prompt, from some of its queries and all of its KV; prefill calls it.
 
 What it measures is what `layer_step.LayerStep` does, which is its oracle. It is made to cost a few
-percent of a prompt's computing: a KV head at a time, all block sizes in one product, and for long
-prompts a few queries at a time, so that it needs little memory beside the KV.
+percent of a prompt's computing: all block sizes in one product, on a CPU a KV head at a time, and
+for long prompts a few queries at a time, so that it needs little memory beside the KV.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ class PromptEstimator:
         window: the default window of the node that decodes.
         first_token: there are queries from this one on.
         part_bytes: bound on weighted values held at a time; one query is always looked at.
+        heads_at_once: KV heads that are looked at together; None for one on a CPU, whose caches
+            hold no more, and all elsewhere, where launches count.
     """
 
     def __init__(
@@ -58,11 +60,13 @@ class PromptEstimator:
         *,
         first_token: int = 0,
         part_bytes: int = PART_BYTES,
+        heads_at_once: int | None = None,
     ) -> None:
         self._num_tokens = num_tokens
         self._window = window
         self._positions = ProfiledPositions.of(num_tokens, first_token)
         self._part_bytes = part_bytes
+        self._heads_at_once = heads_at_once
         self._buffers = _Buffers()
         self._parts: tuple[list[_Part], list[_Part]] | None = None
 
@@ -91,20 +95,22 @@ class PromptEstimator:
                 f"{padded_tokens(self._num_tokens)} keys"
             )
         digests = key_digests(key)
-        spread_parts, last_parts = self._parts_of(heads // kv_heads, key)
+        at_once = self._heads_at_once or (1 if key.device.type == "cpu" else kv_heads)
+        spread_parts, last_parts = self._parts_of(heads // kv_heads * at_once, key)
+        some_heads = [slice(first, first + at_once) for first in range(0, kv_heads, at_once)]
 
         def look_at(part: _Part) -> _Look:
             grouped = torch.unflatten(query[part.rows], 1, (kv_heads, -1))
             looks = [
                 _look(
-                    grouped[:, head],
-                    key[head],
-                    value[head],
-                    [(low[head], high[head]) for low, high in digests],
+                    grouped[:, some],
+                    key[some],
+                    value[some],
+                    [(low[some], high[some]) for low, high in digests],
                     part.regions,
                     self._buffers,
                 )
-                for head in range(kv_heads)
+                for some in some_heads
             ]
             return _Look.join(looks)
 
@@ -114,12 +120,12 @@ class PromptEstimator:
         profile = needs.summarize(1, kv[None], torch.cat(spread)[None] if spread else None)
         return PromptProfile(*(getattr(profile, field.name)[0] for field in fields(PromptProfile)))
 
-    def _parts_of(self, group: int, key: Tensor) -> tuple[list[_Part], list[_Part]]:
-        """Spread and last queries, as many in a part as are looked at together; the same for each
-        layer."""
+    def _parts_of(self, heads: int, key: Tensor) -> tuple[list[_Part], list[_Part]]:
+        """Spread and last queries, as many in a part as are looked at together for so many heads;
+        the same for each layer."""
         if self._parts is None:
             tokens, head_dim = key.shape[1:]
-            row_bytes = group * (tokens // BLOCK_TOKENS) * head_dim * key.element_size()
+            row_bytes = heads * (tokens // BLOCK_TOKENS) * head_dim * key.element_size()
             at_once = max(1, self._part_bytes // row_bytes)
 
             def parts_of(positions: range, first_row: int, num_levels: int) -> list[_Part]:
@@ -268,121 +274,136 @@ def _look(
     regions: _Regions,
     buffers: _Buffers,
 ) -> _Look:
-    """What one KV head's group would have lost and seen.
+    """What the groups of some KV heads would have lost and seen.
 
     Args:
-        query: [rows, group, head_dim].
-        key, value: [tokens, head_dim].
-        digests: lowest and highest key, [blocks, head_dim] each, per block size.
+        query: [rows, kv_heads, group, head_dim].
+        key, value: [kv_heads, tokens, head_dim].
+        digests: lowest and highest key, [kv_heads, blocks, head_dim] each, per block size.
         regions: of the rows.
         buffers: for what is large.
     """
-    rows, group, head_dim = query.shape
-    tokens = key.shape[0]
-    blocks, both = tokens // BLOCK_TOKENS, rows * group
-    flat = query.reshape(both, head_dim) / math.sqrt(head_dim)
+    rows, kv_heads, group, head_dim = query.shape
+    shape = (kv_heads, rows, group)
+    flat = query.transpose(0, 1).reshape(kv_heads, rows * group, head_dim) / math.sqrt(head_dim)
     weights, highest = _weigh(flat, key, regions, buffers)
-    weights = weights.view(both, blocks, BLOCK_TOKENS)
-    # Laid out as the product wants them: three times faster than from a view.
-    by_block = buffers.take("by_block", key, blocks, both, BLOCK_TOKENS)
-    by_block.copy_(weights.transpose(0, 1))
-    weighted = torch.bmm(
-        by_block,
-        value.view(blocks, BLOCK_TOKENS, head_dim),
-        out=buffers.take("weighted", key, blocks, both, head_dim),
-    )
     num_levels = regions.counts.shape[1]
-    bounds = _bounds(flat, digests[:num_levels]).view(rows, group, -1)
+    bounds = _bounds(flat, digests[:num_levels]).view(*shape, -1)
     bounds.masked_fill_(~regions.touching[:, None], -math.inf)
     read = _read(bounds, regions, buffers)
-    sums = torch.bmm(read, weighted.transpose(0, 1)).view(rows, group, -1, head_dim)
+    sums = torch.bmm(read, _weighted(weights, value, buffers)).view(*shape, -1, head_dim)
     # Four times faster than as a product with one column.
-    of_blocks = weights.sum(-1)[:, None]
-    masses = torch.mul(read, of_blocks, out=read).sum(-1).view(rows, group, -1, 1)
+    of_blocks = weights.sum(-1).flatten(0, 1)[:, None]
+    masses = torch.mul(read, of_blocks, out=read).sum(-1).view(*shape, -1, 1)
 
-    window_mass, region_mass = masses[:, :, 0, 0], masses[:, :, 1, 0]
-    full = (sums[:, :, 0] + sums[:, :, 1]) / (window_mass + region_mass)[..., None]
+    window_mass, region_mass = masses[..., 0, 0], masses[..., 1, 0]
+    full = (sums[..., 0, :] + sums[..., 1, :]) / (window_mass + region_mass)[..., None]
     # Budget 0 is the window alone; it is the same at every level.
-    sums[:, :, 2:] += sums[:, :, :1]
-    masses[:, :, 2:] += masses[:, :, :1]
+    sums[..., 2:, :] += sums[..., :1, :]
+    masses[..., 2:, :] += masses[..., :1, :]
     outputs = sums / masses.clamp(min=TINY_MASS)
-    errors = torch.linalg.vector_norm(outputs - full[:, :, None], dim=-1)
-    nothing = errors[:, :, None, :1].expand(-1, -1, num_levels, 1)
-    some = torch.unflatten(errors[:, :, 2:], 2, (num_levels, -1))
+    errors = torch.linalg.vector_norm(outputs - full[..., None, :], dim=-1)
+    nothing = errors[..., None, :1].expand(*shape, num_levels, 1)
+    some = torch.unflatten(errors[..., 2:], -1, (num_levels, -1))
     window_log = window_mass.clamp(min=TINY_MASS).log()
     largest = BLOCK_SIZES[num_levels - 1]
-    coarse = bounds[..., -(tokens // largest) :] - window_log[..., None] - highest
-    return _Look(
-        errors=torch.cat((nothing, some), -1),
-        norms=torch.linalg.vector_norm(full, dim=-1),
-        region_mass=(region_mass.log() - window_log).clamp(-CLIP, CLIP),
-        bound_lse=(torch.logsumexp(coarse, -1) + math.log(largest)).clamp(-CLIP, CLIP),
-        bound_1st=coarse.amax(-1).clamp(-CLIP, CLIP),
+    coarse = bounds[..., -(key.shape[1] // largest) :] - window_log[..., None] - highest
+    found = (
+        torch.cat((nothing, some), -1),
+        torch.linalg.vector_norm(full, dim=-1),
+        (region_mass.log() - window_log).clamp(-CLIP, CLIP),
+        (torch.logsumexp(coarse, -1) + math.log(largest)).clamp(-CLIP, CLIP),
+        coarse.amax(-1).clamp(-CLIP, CLIP),
     )
+    return _Look(*(part.transpose(0, 1).flatten(1, 2) for part in found))
 
 
 def _weigh(
     query: Tensor, key: Tensor, regions: _Regions, buffers: _Buffers
 ) -> tuple[Tensor, Tensor]:
-    """Weights [rows, group, tokens] of tokens, and the scores [rows, group, 1] that weigh 1.
+    """Weights of tokens, and the scores that weigh 1.
 
     Args:
-        query: [rows * group, head_dim], scaled.
-        key: [tokens, head_dim].
+        query: [kv_heads, rows * group, head_dim], scaled.
+        key: [kv_heads, tokens, head_dim].
         regions: of the rows.
         buffers: for the weights.
+
+    Returns:
+        [kv_heads, rows * group, blocks, tokens of a block], [kv_heads, rows, group, 1].
     """
-    rows, tokens = len(regions.inside), key.shape[0]
-    logits = torch.mm(query, key.T, out=buffers.take("logits", key, query.shape[0], tokens))
-    logits = logits.view(rows, -1, tokens)
+    (kv_heads, both, _), tokens = query.shape, key.shape[1]
+    rows = len(regions.inside)
+    out = buffers.take("logits", key, kv_heads, both, tokens)
+    logits = torch.bmm(query, key.mT, out=out).view(kv_heads, rows, -1, tokens)
     hidden = regions.hidden[:, None]
     logits[..., -hidden.shape[-1] :].masked_fill_(hidden, -math.inf)
     highest = logits.amax(-1, keepdim=True)
-    return logits.sub_(highest).exp_(), highest
+    weights = logits.sub_(highest).exp_()
+    return weights.view(kv_heads, both, -1, BLOCK_TOKENS), highest
+
+
+def _weighted(weights: Tensor, value: Tensor, buffers: _Buffers) -> Tensor:
+    """Weighted values of 16-token blocks: [kv_heads * rows * group, blocks, head_dim].
+
+    Args:
+        weights: [kv_heads, rows * group, blocks, tokens of a block].
+        value: [kv_heads, tokens, head_dim].
+        buffers: for the result.
+    """
+    kv_heads, both, blocks, _ = weights.shape
+    head_dim = value.shape[-1]
+    # Laid out as the product wants them: three times faster than from a view.
+    by_block = buffers.take("by_block", value, blocks, kv_heads, both, BLOCK_TOKENS)
+    by_block.copy_(weights.permute(2, 0, 1, 3))
+    values = torch.unflatten(value, 1, (blocks, BLOCK_TOKENS)).transpose(0, 1)
+    out = buffers.take("weighted", value, blocks * kv_heads, both, head_dim)
+    torch.bmm(by_block.flatten(0, 1), values.flatten(0, 1), out=out)
+    return out.view(blocks, kv_heads * both, head_dim).transpose(0, 1)
 
 
 def _bounds(query: Tensor, digests: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """[rows, blocks of all levels, side by side] from [rows, head_dim] and digests of keys."""
+    """[kv_heads, rows, blocks of all levels, side by side] from [kv_heads, rows, head_dim] and
+    digests of keys."""
     scores = []
     for (low, high), radius in zip(digests, RADII[: len(digests)], strict=True):
         for_low, for_high = score_weights(query, radius)
-        scores.append(torch.addmm(for_low @ low.T, for_high, high.T))
+        scores.append(torch.baddbmm(for_low @ low.mT, for_high, high.mT))
     return torch.cat(scores, -1)
 
 
 def _read(bounds: Tensor, regions: _Regions, buffers: _Buffers) -> Tensor:
-    """16-token blocks that are read, as ones: [rows * group, 2 + levels * budgets, blocks].
+    """16-token blocks that are read, as ones: [heads and rows, 2 + levels * budgets, blocks].
 
     First those of the window, then all of the region, then by level what each budget above 0 reads.
 
     Args:
-        bounds: [rows, group, blocks of all levels].
+        bounds: [kv_heads, rows, group, blocks of all levels].
         regions: of the rows.
         buffers: for the result.
     """
-    rows, group, _ = bounds.shape
+    shape = bounds.shape[:-1]
     blocks, (num_levels, budgets) = regions.inside.shape[1], regions.counts.shape[1:]
-    shape = (rows, group, 2 + num_levels * budgets, blocks)
-    read = buffers.take("read", bounds, *shape)
+    read = buffers.take("read", bounds, *shape, 2 + num_levels * budgets, blocks)
     inside = regions.inside[:, None]
-    read[:, :, 0] = ~inside
-    read[:, :, 1] = inside
+    read[..., 0, :] = ~inside
+    read[..., 1, :] = inside
     lowest = []
     sizes = [blocks >> level for level in range(num_levels)]
     for level, bound in enumerate(torch.split(bounds, sizes, -1)):
-        counts = regions.counts[:, level, None].expand(-1, group, -1)
+        counts = regions.counts[:, level, None].expand(*shape, -1)
         # The lowest bound that is still read; without a region all are -inf, and so is this.
         place = (sizes[level] - counts).clamp(max=sizes[level] - 1)
         lowest.append(_ascending(bound).gather(-1, place))
     # By 16-token block, the bound of the block of each size that it lies in.
-    spread = bounds.index_select(-1, regions.spread).view(rows, group, num_levels, 1, blocks)
-    taken = read[:, :, 2:].view(rows, group, num_levels, budgets, blocks)
-    torch.ge(spread, torch.stack(lowest, 2)[..., None], out=taken)
+    spread = bounds.index_select(-1, regions.spread).view(*shape, num_levels, 1, blocks)
+    taken = read[..., 2:, :].view(*shape, num_levels, budgets, blocks)
+    torch.ge(spread, torch.stack(lowest, -2)[..., None], out=taken)
     # Blocks of 32 tokens and more may reach beyond the region.
     begin, end = regions.surely_inside
     for edge in (slice(0, begin), slice(end, blocks)):
-        read[:, :, 2:, edge] *= inside[:, :, None, edge]
-    return read.flatten(0, 1)
+        read[..., 2:, edge] *= inside[:, :, None, edge]
+    return read.flatten(0, 2)
 
 
 def _ascending(values: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import fields
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fluxion_core.errors import FrameFormatError, ShapeError
 from fluxion_core.geometry import WindowSpec
@@ -67,6 +68,37 @@ def test_a_few_queries_at_a_time_say_the_same():
     layer = random_layer(600)
     found = PromptEstimator(600, WINDOW, part_bytes=1).estimate(*layer)
     assert_close(found, PromptEstimator(600, WINDOW).estimate(*layer))
+
+
+@pytest.mark.parametrize("part_bytes", [1, 1 << 20])
+def test_heads_that_are_looked_at_together_say_the_same(part_bytes: int):
+    layer = random_layer(600)
+    estimator = PromptEstimator(600, WINDOW, heads_at_once=KV_HEADS, part_bytes=part_bytes)
+    assert_close(estimator.estimate(*layer), PromptEstimator(600, WINDOW).estimate(*layer))
+
+
+class CountedCalls(TorchDispatchMode):
+    """Operations of torch; on a GPU all but views are launches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_more_heads_together_are_no_more_calls():
+    counts = []
+    for kv_heads in (2, 8):
+        query = torch.randn(len(ProfiledPositions.of(600)), 2 * kv_heads, HEAD_DIM)
+        key, value = torch.randn(2, kv_heads, padded_tokens(600), HEAD_DIM)
+        estimator = PromptEstimator(600, WINDOW, heads_at_once=kv_heads)
+        with CountedCalls() as calls:
+            estimator.estimate(query, key, value)
+        counts.append(calls.count)
+    assert counts[0] == counts[1]
 
 
 def test_a_second_layer_does_not_see_the_first_ones_numbers():
