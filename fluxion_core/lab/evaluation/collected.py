@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Sequence
 
-_DECODER = json.JSONDecoder()
+_DECODER = json.JSONDecoder(strict=False)
 
 _FIELD = re.compile(r'"(\w+)"\s*:\s*("(?:[^"\\]|\\.)*"|-?\d+(?:\.\d+)?(?=\s*[,}]))')
 
@@ -100,4 +100,12 @@ def _skip(text: str, place: int, characters: str) -> int:
 def _fields_of(text: str) -> dict[str, object]:
     """Whole fields of an object's text, up to the next object."""
     own = text[: text.find("{", 1)] if "{" in text[1:] else text
-    return {name: json.loads(value) for name, value in _FIELD.findall(own)}
+    return {name: _value(text) for name, text in _FIELD.findall(own)}
+
+
+def _value(text: str) -> object:
+    try:
+        return json.loads(text, strict=False)
+    except ValueError:
+        # An escape that JSON does not have.
+        return text.strip('"')

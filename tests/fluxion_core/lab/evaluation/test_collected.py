@@ -53,6 +53,8 @@ def test_right_records_count_in_any_order_case_and_surroundings(answer: str):
         (f"[{REFERENCES[0].replace('12', '13')}, {REFERENCES[1]}]", 5 / 7),
         # A record that nobody asked for: six in common, eight of either.
         (f'[{REFERENCES[0]}, {{"name": "Cal", "crates": 4}}, {REFERENCES[1]}]', 6 / 8),
+        # An escape that JSON does not have spoils its own field: two of seven.
+        (r'[{"name": "Anna", "town": "Is\qford", "crates": 12, ', 2 / 7),
         # A wrong name takes its fields with it: three in common, nine of either.
         (f"[{REFERENCES[0]}, {REFERENCES[1].replace('Ben', 'Bob')}]", 3 / 9),
     ],
