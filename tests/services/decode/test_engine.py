@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fluxion_core.decode.chunk import PromptEnd
-from fluxion_core.decode.step import DecodeStep, StepReads, StepRow
+from fluxion_core.decode.step import DecodeStep, HeadErrorSample, StepReads, StepRow
 from fluxion_core.errors import CapacityError, DeviceError, FluxionError, NonFiniteLogitsError
 from fluxion_core.generation.sampling import SamplingParams, sample
 from fluxion_core.observe.device_usage import DeviceUsage
@@ -143,6 +143,29 @@ def test_each_sequence_brings_its_policy_and_state_and_gets_what_it_read():
     statistics = engine.statistics()
     assert (statistics.steps, statistics.tokens) == (3, 5)
     assert statistics.reads == planned.reads
+
+
+class MeasuringStep(FakeStep):
+    """Measures what the rows of its second step lost."""
+
+    SAMPLE = HeadErrorSample(0.25, 0.04, 100)
+
+    def run(self, rows):
+        logits, reads = super().run(rows)
+        samples = (self.SAMPLE,) if len(self.ran) == 2 else ()
+        return logits, [replace(read, head_errors=samples) for read in reads]
+
+
+def test_errors_that_a_step_has_measured_are_told_with_the_rows_policy():
+    step, ends, told = MeasuringStep(), queue.Queue(), []
+    engine = DecodeEngine(step, on_head_errors=lambda *what: told.append(what))
+    engine.submit(sequence_of(ThresholdPolicy(0.1), object(), 3, ends))
+    engine.submit(sequence_of(ThresholdPolicy(0.2), object(), 3, ends))
+    engine.start()
+    assert [ends.get(timeout=60) for _ in range(2)] == [None, None]
+    engine.stop()
+    samples = (MeasuringStep.SAMPLE,)
+    assert told == [(ThresholdPolicy(0.1), samples), (ThresholdPolicy(0.2), samples)]
 
 
 def test_statistics_are_a_copy():
