@@ -37,6 +37,9 @@ DEVIATIONS = 3.0
 LEAST_SAMPLES = 200
 """Nothing is said of a level before."""
 
+JUDGED_SAMPLES = 50
+"""New samples of a level, after which it is judged for the log."""
+
 WARN_SECONDS = 600.0
 """Between two warnings about one level."""
 
@@ -61,6 +64,8 @@ class _Window:
     recent: deque[HeadErrorSample] = field(default_factory=lambda: deque(maxlen=WINDOW_SAMPLES))
     samples: int = 0
     read_bytes: int = 0
+    judged_at: int = 0
+    """Samples then."""
     warned_at: float = -math.inf
 
 
@@ -79,36 +84,42 @@ class HeadErrors:
         self._names = {policy: name for name, policy in reversed([*levels.items()])}
         self._clock = clock
         self._windows: dict[str, _Window] = {}
-        self._figures: dict[str, LevelErrors] = {}
 
     def add(self, policy: Policy, samples: Sequence[HeadErrorSample]) -> None:
-        """Count samples of one step; says in the log if the level misses its aim.
-
-        Cost: a pass over the window; at 1 byte in 1,000, once in a hundred steps of a sequence.
-        """
+        """Count samples of one step; now and then says in the log if the level misses its aim."""
         level = self._names.get(policy, policy.kind)
-        window = self._windows.setdefault(level, _Window())
+        window = self._windows.get(level) or _Window()
         window.recent.extend(samples)
         window.samples += len(samples)
         window.read_bytes += sum(sample.read_bytes for sample in samples)
-        figures = self._figures[level] = _figures(window)
-        now = self._clock()
-        if figures.misses_aim and now - window.warned_at >= WARN_SECONDS:
-            window.warned_at = now
-            _log.warning(
-                event(
-                    "a quality level misses its aim",
-                    level=level,
-                    head_error=figures.true,
-                    predicted=figures.predicted,
-                    samples=len(window.recent),
-                    remedy="ask for a higher level, or train weights for the model",
-                )
-            )
+        # Only now: a level that can be found has samples.
+        self._windows[level] = window
+        if window.samples - window.judged_at >= JUDGED_SAMPLES:
+            window.judged_at = window.samples
+            self._judge(level, window)
 
     def figures(self) -> dict[str, LevelErrors]:
-        """Figures by level, of levels that have samples. From any thread."""
-        return dict(self._figures)
+        """Figures by level, of levels that have samples. From any thread; takes no lock."""
+        return {level: _figures(window) for level, window in list(self._windows.items())}
+
+    def _judge(self, level: str, window: _Window) -> None:
+        now = self._clock()
+        if now - window.warned_at < WARN_SECONDS:
+            return
+        figures = _figures(window)
+        if not figures.misses_aim:
+            return
+        window.warned_at = now
+        _log.warning(
+            event(
+                "a quality level misses its aim",
+                level=level,
+                head_error=figures.true,
+                predicted=figures.predicted,
+                samples=len(window.recent),
+                remedy="ask for a higher level, or train weights for the model",
+            )
+        )
 
 
 def misses_aim(true: Sequence[float], predicted: Sequence[float]) -> bool:
@@ -125,9 +136,11 @@ def misses_aim(true: Sequence[float], predicted: Sequence[float]) -> bool:
 
 
 def _figures(window: _Window) -> LevelErrors:
-    true = [sample.squared_error for sample in window.recent]
+    # A copy, which nobody adds to.
+    recent = list(window.recent)
+    true = [sample.squared_error for sample in recent]
     # One kind of policy, and one way of making plans: all of a level predict, or none.
-    predicted = [one.predicted for one in window.recent if one.predicted is not None]
+    predicted = [one.predicted for one in recent if one.predicted is not None]
     return LevelErrors(
         math.sqrt(fmean(true)),
         math.sqrt(fmean(predicted)) if predicted else None,

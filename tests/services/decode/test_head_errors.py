@@ -18,6 +18,7 @@ from fluxion_core.planning.policy import (
 )
 from services.decode.head_errors import (
     FACTOR,
+    JUDGED_SAMPLES,
     LEAST_SAMPLES,
     WARN_SECONDS,
     WINDOW_SAMPLES,
@@ -99,7 +100,7 @@ def test_the_log_says_it_once_in_a_while(caplog: pytest.LogCaptureFixture):
         assert "level=FAST" in caplog.messages[0]
         assert "predicted=0.100" in caplog.messages[0]
         clock.now = WARN_SECONDS
-        errors.add(LEVELS["FAST"], [HeadErrorSample(1.0, 0.01, 1)])
+        errors.add(LEVELS["FAST"], [HeadErrorSample(1.0, 0.01, 1)] * JUDGED_SAMPLES)
         assert len(caplog.messages) == 2
 
 
