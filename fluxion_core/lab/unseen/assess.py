@@ -126,9 +126,11 @@ class Assess(Command):
                 for name, rule in rules.items()
             }
             for fold in (set(texts[::2]), set(texts[1::2])):
+                unseen = sorted(fold & set(traces))
+                if not unseen:
+                    continue
                 for name, rule in self._universal(models, model, fold).items():
-                    outcomes = found.setdefault(name, {})
-                    outcomes |= {text: rule(traces[text]) for text in sorted(fold & set(traces))}
+                    found.setdefault(name, {}).update({text: rule(traces[text]) for text in unseen})
             figures[model] = {name: asdict(gain(of)) for name, of in found.items()}
         about = Provenance.here(", ".join(models), weights=weights.fingerprint)
         report = {"about": about.as_json(), "figures": figures}

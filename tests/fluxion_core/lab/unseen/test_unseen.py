@@ -220,9 +220,9 @@ def test_models_and_texts_that_were_left_out_are_told_apart(
 ):
     for module in (outcomes, second_look):
         monkeypatch.setattr(module, "PRICES", (0.001, 3.0))
-    for model in ("a", "b"):
+    for model, texts in {"a": ("one", "two"), "b": ("one",)}.items():
         (tmp_path / model).mkdir()
-        for text in ("one", "two"):
+        for text in texts:
             trace.save(tmp_path / model / f"{text}.safetensors")
     Assess(
         tmp_path / "unseen.json",
@@ -233,7 +233,11 @@ def test_models_and_texts_that_were_left_out_are_told_apart(
         batch=32,
     )()
     report = json.loads((tmp_path / "unseen.json").read_text())
-    rules = report["figures"]["b"]
-    assert {"network of the model", "network of other models, on the ridge", "ridge"} <= set(rules)
-    assert all(set(gain["of_texts"]) == {"one", "two"} for gain in rules.values())
-    assert "shipped network, its own priors" not in rules
+    rules = report["figures"]["a"]
+    assert {"network of the model", "network of all models, on the ridge", "ridge"} <= set(rules)
+    assert all(set(rules[name]["of_texts"]) == {"one", "two"} for name in ("ridge", "oracle"))
+    # Its only text was left out, so that nothing of the model is left to train on.
+    other = report["figures"]["b"]
+    assert "network of the model" not in other
+    assert set(other["network of other models"]["of_texts"]) == {"one"}
+    assert "shipped network, its own priors" not in other
