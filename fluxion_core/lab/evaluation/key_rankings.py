@@ -298,6 +298,15 @@ class KeyRankings(ModelOptions, JsonOption, Command):
         tokenizer = Tokenizer.load(path)
         study = RankingStudy(model.decoder, self.positions, self.percents)
         figures: list[RankingFigure] = []
+        report: dict[str, object] = {
+            "about": Provenance.here(model.name, model.revision_hash).as_json(),
+            "options": {
+                "tokens": self.tokens,
+                "positions": self.positions,
+                "dtype": str(dtype).removeprefix("torch."),
+            },
+            "bytes_a_token_and_channel": {str(c): c.bytes_a_channel for c in CODES},
+        }
         for name in self.texts:
             token_ids = tokenizer.encode(Path(name).read_text())[: self.tokens]
             if len(token_ids) < self.tokens:
@@ -306,18 +315,11 @@ class KeyRankings(ModelOptions, JsonOption, Command):
             figures += study.run(Path(name).stem, token_ids)
             console.print(f"{name}: {time.perf_counter() - started:.0f} s", highlight=False)
             _print_figures(console, figures[-len(CODES) - 3 :])
-        self.write(
-            {
-                "about": Provenance.here(model.name, model.revision_hash).as_json(),
-                "options": {
-                    "tokens": self.tokens,
-                    "positions": self.positions,
-                    "dtype": str(dtype).removeprefix("torch."),
-                },
-                "bytes_a_token_and_channel": {str(c): c.bytes_a_channel for c in CODES},
-                "figures": [asdict(figure) for figure in figures],
-            }
-        )
+            report["figures"] = [asdict(figure) for figure in figures]
+            if not self.is_on_standard_output:
+                # A text takes minutes to an hour: what is there is kept.
+                self.write(report)
+        self.write(report)
 
 
 def _print_figures(console: Console, figures: Sequence[RankingFigure]) -> None:

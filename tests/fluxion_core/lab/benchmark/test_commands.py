@@ -12,6 +12,7 @@ COMMANDS = {
     "follow_up": "FollowUpBench",
     "gpu_step": "GpuStepCommand",
     "gpu_step_report": "GpuStepReport",
+    "key_index_scan": "KeyIndexScanCommand",
     "head_errors": "HeadErrorsBench",
     "nvml_agreement": "NvmlAgreementBench",
     "offloaded_cache": "OffloadedCacheBench",
