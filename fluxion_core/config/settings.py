@@ -203,12 +203,16 @@ class HandoffSettings(Section):
     """Connections of one hand-off, by sockets or shared memory: the fewer of both nodes'."""
     threads: Count | None = Field(default=None, ge=1, le=64)
     """Threads that move KV over sockets and shared memory; if not given, one for every four usable
-    CPUs, at least 1 and at most 4."""
+    CPUs, at least 2 (1 on a single CPU) and at most 4."""
 
     @property
     def num_threads(self) -> int:
         """Threads that move KV: those given, else those that suit the machine."""
-        return self.threads or max(1, min(4, num_usable_cpus() // 4))
+        if self.threads is not None:
+            return self.threads
+        cpus = num_usable_cpus()
+        # One alone is often put on the CPU of a sender that wakes it, and then they take turns.
+        return max(min(2, cpus), min(4, cpus // 4))
 
 
 class LogSettings(Section):

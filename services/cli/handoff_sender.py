@@ -34,6 +34,7 @@ from fluxion_core.kvstream.handoff import (
 from fluxion_core.lab.benchmark.handoff import BESIDE_THE_CALL, RAW, Shape
 from fluxion_core.wire import codec
 from fluxion_core.wire.frame_limits import PREFIX_BYTES
+from services.prefill.departures import RING_SLOTS
 
 STREAM = "/bench/stream"
 TRANSPORTS = {"sockets": "plain", "tls": "tls", "shared_memory": "ring"}
@@ -42,7 +43,6 @@ KEY, IDENTITY = bytes(range(32)), bytes(range(16))
 """Secret and id of a call that was never made."""
 ACCEPT_SECONDS = 30.0
 
-_RING_SLOTS = 16
 _FINISH_SECONDS = 10.0
 
 Address = int | bytes
@@ -140,7 +140,7 @@ class KvSender:
         departure = _native.KvDeparture(
             self._io_threads,
             event_fd=event_fd,
-            slots=_RING_SLOTS,
+            slots=RING_SLOTS,
             slot_bytes=max_frame_payload_bytes(self._shape.geometry),
         )
         try:

@@ -24,8 +24,8 @@ from fluxion_core.kernels import _native
 from fluxion_core.kvstream.handoff import Endpoint, Frame, Trailer
 from fluxion_core.wire import codec
 
-RING_SLOTS = 16
-"""Of each connection's ring, a payload each."""
+RING_SLOTS = 4
+"""Of each connection's ring, a payload each: few enough to stay in a cache until they are read."""
 
 LINGER_SECONDS = 2.0
 """The receiver of a whole hand-off has so long to close its connections, as it does at once."""

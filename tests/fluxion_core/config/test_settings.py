@@ -8,9 +8,10 @@ from typing import get_args, get_origin
 
 import pytest
 
+from fluxion_core.config import settings
 from fluxion_core.config.carriers import Carrier
 from fluxion_core.config.setting_sources import _plain_type, settings_of
-from fluxion_core.config.settings import load_settings
+from fluxion_core.config.settings import HandoffSettings, load_settings
 from fluxion_core.errors import ConfigError
 from services.decode.config import DecodeSettings
 from services.prefill.config import PrefillNodeSettings
@@ -251,3 +252,14 @@ def test_help_names_every_flag_with_its_default(capsys):
         assert "--" + name.replace("_", "-") in printed
     assert "(default: 16777216)" in printed
     assert "BUDGET %)" in printed
+
+
+@pytest.mark.parametrize(
+    ("cpus", "threads"), [(1, 1), (2, 2), (4, 2), (11, 2), (12, 3), (16, 4), (64, 4)]
+)
+def test_threads_that_move_kv_are_a_quarter_of_the_cpus_within_bounds(
+    cpus: int, threads: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(settings, "num_usable_cpus", lambda: cpus)
+    assert HandoffSettings().num_threads == threads
+    assert HandoffSettings(threads=7).num_threads == 7
