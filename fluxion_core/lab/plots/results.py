@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from fluxion_core.config.commands import Command, run_module
 from fluxion_core.lab.benchmark.serve import LoadFigures
 from fluxion_core.lab.evaluation.agreement import AgreementRow
 from fluxion_core.lab.evaluation.divergence import DivergenceRow
+from fluxion_core.lab.evaluation.key_rankings import RankingFigure
 from fluxion_core.lab.evaluation.report import Report
 from fluxion_core.lab.plots.bars import draw_groups
 from fluxion_core.lab.plots.evaluation import draw_agreement, draw_divergence, draw_scores
@@ -53,18 +54,8 @@ def draw_all(results: Path = RESULTS) -> list[Path]:
             case "serve":
                 loads = TypeAdapter(list[LoadFigures]).validate_python(_read(path)["figures"])
                 draw_loads(picture, loads)
-            case "prefill":
-                draw_prefill(_read(path), picture)
-            case "first-token":
-                draw_first_tokens(_read(path), picture)
-            case "shared-cpus":
-                draw_shared_cpus(_read(path), picture)
-            case "tier-128k":
-                draw_shares(_read(path), picture)
-            case "who-leaves":
-                draw_who_leaves(_read(path), picture)
-            case "unseen":
-                draw_unseen(_read(path), picture)
+            case name if draw := _BY_NAME.get(name):
+                draw(_read(path), picture)
             case _:
                 continue
         drawn.append(picture)
@@ -83,6 +74,26 @@ def draw_prefill(report: Mapping[str, object], picture: Path) -> None:
     for row in rows:
         groups.setdefault(f"{row['tokens']:,} tokens", {})[str(row["way"])] = float(row["seconds"])
     draw_groups(groups, picture, unit="s", title=f"Prefill while KV leaves, {report['shape']}")
+
+
+def draw_key_rankings(report: Mapping[str, object], picture: Path) -> None:
+    """Mean KL of all texts by ranking, a group of bars for each share of the region.
+
+    Args:
+        report: as `fluxion_core.lab.evaluation.key_rankings` writes it.
+        picture: PNG or SVG, by its suffix.
+    """
+    figures = TypeAdapter(list[RankingFigure]).validate_python(report["figures"])
+    lost: dict[str, dict[str, list[float]]] = {}
+    for figure in figures:
+        for share, kl in figure.divergences.items():
+            by_ranking = lost.setdefault(f"{share} of the region", {})
+            by_ranking.setdefault(figure.ranking, []).extend(kl)
+    groups = {
+        share: {ranking: sum(kl) / len(kl) for ranking, kl in of.items()}
+        for share, of in lost.items()
+    }
+    draw_groups(groups, picture, unit="nats", title="KL when every head reads the same share")
 
 
 def draw_first_tokens(report: Mapping[str, object], picture: Path) -> None:
@@ -116,6 +127,18 @@ def draw_shared_cpus(report: Mapping[str, object], picture: Path) -> None:
         assert isinstance(milliseconds, float), "a median is a number"
         group[str(row["variant"])] = milliseconds
     draw_groups(groups, picture, unit="ms", title="Decode steps on CPUs that others use too")
+
+
+_BY_NAME: Mapping[str, Callable[[Mapping[str, object], Path], None]] = {
+    "prefill": draw_prefill,
+    "first-token": draw_first_tokens,
+    "key-rankings": draw_key_rankings,
+    "shared-cpus": draw_shared_cpus,
+    "tier-128k": draw_shares,
+    "unseen": draw_unseen,
+    "who-leaves": draw_who_leaves,
+}
+"""Of a file's name, where one function draws its whole report."""
 
 
 def _read(path: Path) -> Mapping[str, object]:
