@@ -37,8 +37,9 @@ from fluxion_core.models.config import ModelConfig
 
 _WARM_UPS = 3
 _COPIED_BYTES = 2 << 30
-_LARGEST_DIFFERENCE = 0.02
-"""Of a score from the definition: products of query and step are rounded to float16."""
+_LARGEST_DIFFERENCE = 0.1
+"""Of a score from the definition: products of query and step are rounded to float16, and tensor
+cores cut sums of subnormal numbers off sooner. What is wrong is off by more than 1."""
 
 
 class ScanCase:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,6 +15,7 @@ from fluxion_core.errors import ShapeError
 from fluxion_core.geometry import BLOCK_TOKENS, KvGeometry
 from fluxion_core.kernels.head_plan.constants import READ_ALL, READ_NOTHING
 from fluxion_core.kernels.key_index import layout, reference
+from fluxion_core.kernels.key_index import triton as kernels
 from fluxion_core.kernels.key_index.launch import KeyIndexKernels, group_list
 from fluxion_core.kernels.tier.constants import REGION_BEGIN, REGION_END, ROW_WORDS
 
@@ -100,6 +102,25 @@ def test_what_is_packed_is_unpacked(head_dim: int):
     for one, other in zip(layout.unpack(packed, head_dim), index, strict=True):
         assert one.dtype == other.dtype
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("share", [1, 2, 4])
+@pytest.mark.parametrize("place", range(8))
+def test_the_gpus_own_unpacking_leaves_a_code_below_its_factor(place: int, share: int):
+    # The interpreter has a body of its own for this: here the instructions are done by hand.
+    source = kernels._unpacking.fn(place, share)
+    shift = re.search(r"shr\.u32 w, \$1, (\d+);", source)
+    mask = re.search(r"and\.b32 \$0, (?:w|\$1), (0x[0-9a-f]+);", source)
+    assert mask
+    factor = 4 ** (place % (8 // share) % 5)
+    for first, second in ((0, 3), (1, 2), (3, 3), (2, 0)):
+        # Both halves of a register are full of ones, but for the codes looked for.
+        words = [0xFFFF & ~(3 << 2 * place) | code << 2 * place for code in (first, second)]
+        register = words[0] | words[1] << 16
+        left = (register >> int(shift[1]) if shift else register) & int(mask[1], 16)
+        assert (left & 0xFFFF, left >> 16) == (first * factor, second * factor)
+        # Fractions of float16 have 10 bits; beyond them a number is not subnormal any more.
+        assert max(left & 0xFFFF, left >> 16) < 1024
 
 
 @pytest.mark.parametrize("head_dim", layout.HEAD_DIMS)
