@@ -21,7 +21,7 @@ def test_every_plot_of_a_result_is_drawn_from_its_figures(tmp_path: Path):
     drawn = draw_all(tmp_path)
     names = {picture.name for picture in drawn}
     assert names >= {"prefill.png", "shared-cpus.png", "serve.png"}
-    assert names >= {"tier-128k.png", "who-leaves.png", "first-token.png"}
+    assert names >= {"tier-128k.png", "who-leaves.png", "first-token.png", "unseen.png"}
     assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in drawn)
 
 
