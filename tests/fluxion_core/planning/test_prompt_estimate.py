@@ -163,6 +163,18 @@ def test_only_the_spread_estimate_knows_of_the_spread_queries():
         assert is_same == (field.name != "spread_log_squares"), field.name
 
 
+def test_spread_errors_grow_with_the_block_size_as_the_last_queries_do():
+    # By hand: the last ones' error at budget 1/128 is e^-4 in blocks of 16 and e^-3 in those of 32,
+    # and the spread ones' e^-2: e^-1 in blocks of 32.
+    query, key, value = random_layer(600)
+    profile = PromptEstimator(600, WINDOW).estimate(query, key, value)
+    profile.log_squares[0, :2, 1] = torch.tensor([-4.0, -3.0])
+    profile.spread_log_squares[0, 1] = -2.0
+    found = profile.spread_over_levels()
+    assert found[0, :2, 1].tolist() == [-2.0, -1.0]
+    assert torch.equal(found[:, 0], profile.spread_log_squares)
+
+
 def test_another_number_of_queries_is_refused():
     query, key, value = random_layer(600)
     estimator = PromptEstimator(600, WINDOW)
