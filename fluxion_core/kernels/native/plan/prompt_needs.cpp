@@ -102,6 +102,7 @@ PromptNeeds::PromptNeeds(const SlabLayout& layout, const int64_t* slabs, int64_t
       tile.kv_head = head;
       tile.first_row = first;
       tile.rows = int32_t(std::min<int64_t>(kTileRows, per_head - first));
+      tile.num_levels = first + tile.rows <= (rows - last_rows) * group_ ? 1 : kLevels;
       tile.has_moments = first == 0;
       tile.stage = Stage::kDone;
       tiles_.push_back(std::move(tile));
@@ -259,8 +260,8 @@ int64_t PromptNeeds::select(Tile& tile) const {
     tile.row = 0;
     ++tile.level;
   }
-  tile.stage = tile.level < kLevels ? Stage::kScore : Stage::kRead;
-  if (tile.level < kLevels) tile.record = records(tile.level).first;
+  tile.stage = tile.level < tile.num_levels ? Stage::kScore : Stage::kRead;
+  if (tile.level < tile.num_levels) tile.record = records(tile.level).first;
   return work;
 }
 

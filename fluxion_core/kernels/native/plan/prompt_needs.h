@@ -72,6 +72,7 @@ class PromptNeeds final : public Work {
   struct Tile {
     int64_t kv_head, first_row;  // of the rows [queries][group] of this KV head
     int32_t rows;
+    int num_levels;    // that blocks are ranked in: of spread queries alone, the smallest
     bool has_moments;  // the first of its KV head
     std::vector<float> query;
     std::vector<int32_t> seen;
