@@ -137,7 +137,7 @@ class PlannerState:
         self.native = _native.PlannerState(planner.native, packed)
         """What the kernels keep: estimates, and the memory of the last step."""
         self._log_squares = (
-            torch.stack([p.spread_over_levels().float().cpu() for p in profiles]).contiguous()
+            torch.stack([p.spread_log_squares.float().cpu() for p in profiles]).contiguous()
             if planner.weights.network is None
             else None
         )

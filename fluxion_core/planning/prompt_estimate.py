@@ -114,7 +114,7 @@ class PromptEstimator:
             ]
             return _Look.join(looks)
 
-        spread = [look_at(part).log_squares()[:, :, 0] for part in spread_parts]
+        spread = [look_at(part).log_squares() for part in spread_parts]
         needs = join_needs([look_at(part).needs() for part in last_parts])
         kv = kv_distribution(key[:, : self._num_tokens], value[:, : self._num_tokens])
         profile = needs.summarize(1, kv[None], torch.cat(spread)[None] if spread else None)
@@ -128,20 +128,17 @@ class PromptEstimator:
             row_bytes = heads * (tokens // BLOCK_TOKENS) * head_dim * key.element_size()
             at_once = max(1, self._part_bytes // row_bytes)
 
-            def parts_of(positions: range, first_row: int, num_levels: int) -> list[_Part]:
+            def parts_of(positions: range, first_row: int) -> list[_Part]:
                 parts = []
                 for first in range(0, len(positions), at_once):
                     some = positions[first : first + at_once]
                     begin = first_row + first
-                    regions = _Regions.of(some, tokens, self._window, num_levels, key.device)
+                    regions = _Regions.of(some, tokens, self._window, key.device)
                     parts.append(_Part(slice(begin, begin + len(some)), regions))
                 return parts
 
             spread, last = self._positions.spread, self._positions.last
-            self._parts = (
-                parts_of(spread, 0, 1),
-                parts_of(last, len(spread), len(BLOCK_SIZES)),
-            )
+            self._parts = (parts_of(spread, 0), parts_of(last, len(spread)))
         return self._parts
 
 
@@ -184,9 +181,7 @@ class _Look:
     """|o_full|."""
     region_mass: Tensor
     bound_lse: Tensor
-    """Of the largest blocks that were ranked."""
     bound_1st: Tensor
-    """Likewise."""
 
     @staticmethod
     def join(looks: Sequence[_Look]) -> _Look:
@@ -201,7 +196,7 @@ class _Look:
         return 2 * torch.log((self.errors / largest).clamp(min=ERROR_FLOOR))
 
     def needs(self) -> QueryNeeds:
-        """Needs of queries whose blocks of all sizes were ranked."""
+        """Needs of the rows."""
         logs = self.log_squares()
         return QueryNeeds(
             log_squares=logs,
@@ -214,7 +209,7 @@ class _Look:
 
 @dataclass(frozen=True)
 class _Regions:
-    """Retrieval regions of some queries, in blocks of the smallest size or of several."""
+    """Retrieval regions of some queries, in blocks."""
 
     hidden: Tensor
     """[rows, last tokens] bool: those that a query does not see; it sees all before them."""
@@ -231,9 +226,7 @@ class _Regions:
     """First 16-token block that is in every row's region, and the one after the last."""
 
     @staticmethod
-    def of(
-        positions: range, tokens: int, window: WindowSpec, num_levels: int, device: torch.device
-    ) -> _Regions:
+    def of(positions: range, tokens: int, window: WindowSpec, device: torch.device) -> _Regions:
         regions = [window.retrieval_region(position + 1) for position in positions]
         blocks = torch.arange(tokens // BLOCK_TOKENS, device=device) * BLOCK_TOKENS
         begin, end = (
@@ -242,7 +235,8 @@ class _Regions:
         )
         inside = (blocks >= begin) & (blocks < end)
         levels = [
-            torch.unflatten(inside, 1, (-1, 1 << level)).any(-1) for level in range(num_levels)
+            torch.unflatten(inside, 1, (-1, 1 << level)).any(-1)
+            for level in range(len(BLOCK_SIZES))
         ]
         begins = [sum(level.shape[1] for level in levels[:number]) for number in range(len(levels))]
         totals = torch.stack([level.sum(-1) for level in levels], 1)
@@ -287,8 +281,7 @@ def _look(
     shape = (kv_heads, rows, group)
     flat = query.transpose(0, 1).reshape(kv_heads, rows * group, head_dim) / math.sqrt(head_dim)
     weights, highest = _weigh(flat, key, regions, buffers)
-    num_levels = regions.counts.shape[1]
-    bounds = _bounds(flat, digests[:num_levels]).view(*shape, -1)
+    bounds = _bounds(flat, digests).view(*shape, -1)
     bounds.masked_fill_(~regions.touching[:, None], -math.inf)
     read = _read(bounds, regions, buffers)
     sums = torch.bmm(read, _weighted(weights, value, buffers)).view(*shape, -1, head_dim)
@@ -303,10 +296,10 @@ def _look(
     masses[..., 2:, :] += masses[..., :1, :]
     outputs = sums / masses.clamp(min=TINY_MASS)
     errors = torch.linalg.vector_norm(outputs - full[..., None, :], dim=-1)
-    nothing = errors[..., None, :1].expand(*shape, num_levels, 1)
-    some = torch.unflatten(errors[..., 2:], -1, (num_levels, -1))
+    nothing = errors[..., None, :1].expand(*shape, len(BLOCK_SIZES), 1)
+    some = torch.unflatten(errors[..., 2:], -1, (len(BLOCK_SIZES), -1))
     window_log = window_mass.clamp(min=TINY_MASS).log()
-    largest = BLOCK_SIZES[num_levels - 1]
+    largest = BLOCK_SIZES[-1]
     coarse = bounds[..., -(key.shape[1] // largest) :] - window_log[..., None] - highest
     found = (
         torch.cat((nothing, some), -1),
@@ -366,7 +359,7 @@ def _bounds(query: Tensor, digests: list[tuple[Tensor, Tensor]]) -> Tensor:
     """[kv_heads, rows, blocks of all levels, side by side] from [kv_heads, rows, head_dim] and
     digests of keys."""
     scores = []
-    for (low, high), radius in zip(digests, RADII[: len(digests)], strict=True):
+    for (low, high), radius in zip(digests, RADII, strict=True):
         for_low, for_high = score_weights(query, radius)
         scores.append(torch.baddbmm(for_low @ low.mT, for_high, high.mT))
     return torch.cat(scores, -1)

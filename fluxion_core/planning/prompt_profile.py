@@ -38,15 +38,7 @@ class PromptProfile:
     kv: Tensor
     """[kv_heads, 5]: the features of the group kv_distribution."""
     spread_log_squares: Tensor
-    """[heads, len(BUDGETS)]: like log_squares, at block size 16."""
-
-    def spread_over_levels(self) -> Tensor:
-        """[heads, levels, len(BUDGETS)]: spread_log_squares at all block sizes.
-
-        An error grows with the block size as the last queries' does.
-        """
-        growth = self.log_squares - self.log_squares[..., :1, :]
-        return self.spread_log_squares[..., None, :] + growth
+    """[heads, levels, len(BUDGETS)]: like log_squares."""
 
 
 @dataclass(frozen=True)
@@ -72,14 +64,14 @@ class QueryNeeds:
         Args:
             prompts: rows are those of the first one, then of the second, as many of each.
             kv: [prompts, kv_heads, 5]: see PromptProfile.
-            spread_log_squares: [prompts, spread queries, heads, len(BUDGETS)]: log of the squared
-                head output error of further queries, at block size 16; None if there are none.
+            spread_log_squares: [prompts, spread queries, heads, levels, len(BUDGETS)]: log of the
+                squared head output error of further queries; None if there are none.
         """
 
         def of_prompt(rows: Tensor) -> Tensor:
             return torch.unflatten(rows, 0, (prompts, -1))
 
-        everywhere = of_prompt(self.log_squares)[..., 0, :]
+        everywhere = of_prompt(self.log_squares)
         if spread_log_squares is not None:
             everywhere = torch.cat((spread_log_squares, everywhere), 1)
         mass = of_prompt(self.region_mass)
@@ -109,12 +101,12 @@ def profile_shapes(num_heads: int, num_kv_heads: int) -> dict[str, tuple[int, ..
         "region_mass": (num_heads, 2),
         "bounds": (num_heads, 2),
         "kv": (num_kv_heads, NUM_KV_STATISTICS),
-        "spread_log_squares": (num_heads, len(BUDGETS)),
+        "spread_log_squares": (num_heads, len(BLOCK_SIZES), len(BUDGETS)),
     }
 
 
 def packed_bytes(num_layers: int, num_heads: int, num_kv_heads: int) -> int:
-    """Bytes of a whole model's profile: 52 kB for SmolLM2-135M, 194 kB for Llama-3.1-8B."""
+    """Bytes of a whole model's profile: 77 kB for SmolLM2-135M, 292 kB for Llama-3.1-8B."""
     shapes = profile_shapes(num_heads, num_kv_heads).values()
     return num_layers * sum(int(np.prod(shape)) for shape in shapes) * 4
 

@@ -36,6 +36,6 @@ def blank_state(planner: Planner) -> PlannerState:
         torch.zeros(heads, 2),
         torch.zeros(heads, 2),
         torch.zeros(planner.num_kv_heads, 5),
-        torch.zeros(heads, len(BUDGETS)),
+        torch.zeros(heads, len(BLOCK_SIZES), len(BUDGETS)),
     )
     return planner.new_state([profile] * planner.num_layers)

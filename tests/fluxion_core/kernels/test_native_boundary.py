@@ -205,7 +205,7 @@ def test_a_prompts_needs_refuse_what_does_not_fit():
         floats(HEADS, 4, 8),
         *(floats(HEADS, 2) for _ in range(3)),
         floats(HEADS, 5),
-        floats(HEADS, 8),
+        floats(HEADS, 4, 8),
     ]
     with pytest.raises(ShapeError, match="kv has shape"):
         needs().finish_layer(*results)
@@ -314,7 +314,7 @@ def test_predicted_plans_have_a_network_and_one_row_of_one_step():
         return make_planner(layers, heads, 2, 16, network=network).native
 
     def state_of(planner: _native.Planner, layers: int = 2, heads: int = HEADS):
-        return _native.PlannerState(planner, floats(layers * (heads * 46 + 10)))
+        return _native.PlannerState(planner, floats(layers * (heads * 70 + 10)))
 
     planner, bare, deep = (
         planner_of(2, HEADS, 0),

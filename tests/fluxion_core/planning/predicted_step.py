@@ -118,7 +118,7 @@ def oracle_plan(
 ) -> GroupPlans:
     weights = planner.weights
     if weights.network is None:
-        logs = sequence.profiles[layer].spread_over_levels()[None]
+        logs = sequence.profiles[layer].spread_log_squares[None]
     else:
         logs = log_squared_errors(oracle_profile(planner, sequence, step, layer))
     logs = torch.unflatten(logs, 1, (KV_HEADS, GROUP))

@@ -37,7 +37,7 @@ def random_profile(heads: int, kv_heads: int, generator: torch.Generator) -> Pro
     falls = -2.0 - 0.8 * torch.arange(8) + 0.3 * torch.arange(4)[:, None]
     curves, spread = (falls + 2 * draw(heads, 1, 1) + 0.5 * draw(heads, 4, 8) for _ in range(2))
     pairs = [draw(heads, 2) for _ in range(3)]
-    return PromptProfile(curves, *pairs, draw(kv_heads, 5), spread[:, 0])
+    return PromptProfile(curves, *pairs, draw(kv_heads, 5), spread)
 
 
 def make_planner(

@@ -133,7 +133,7 @@ def test_training_free_plans_are_the_references_for_any_region(policy: Predicted
     for region in (range(64, 80), range(64, 1008), range(64, 7232), range(128, 16256)):
         levels, counts, expected = state.fixed_plans(policy, region)
         for layer in range(layers):
-            logs = torch.unflatten(profiles[layer].spread_over_levels(), 0, (KV_HEADS, -1))[None]
+            logs = torch.unflatten(profiles[layer].spread_log_squares, 0, (KV_HEADS, -1))[None]
             if isinstance(policy, ThresholdPolicy):
                 plans = by_threshold(logs, torch.tensor([policy.error]), planner.weights.cost)
             else:

@@ -43,7 +43,7 @@ def by_plain_steps(query: Tensor, key: Tensor, value: Tensor, num_tokens: int) -
     needs = query_needs(step)
     spread = len(profiled.spread)
     last = QueryNeeds(*(getattr(needs, f.name)[spread:] for f in fields(QueryNeeds)))
-    profile = last.summarize(1, kv[None], needs.log_squares[None, :spread, :, 0])
+    profile = last.summarize(1, kv[None], needs.log_squares[None, :spread])
     return PromptProfile(*(getattr(profile, f.name)[0] for f in fields(PromptProfile)))
 
 
@@ -151,7 +151,7 @@ def test_fewer_queries_are_those_of_the_last_tokens():
     assert (last.worst_log_squares <= whole.worst_log_squares + 1e-5).all()
     for single in (of_last(count) for count in range(1, 5)):
         assert (single.worst_log_squares <= last.worst_log_squares + 1e-5).all()
-    torch.testing.assert_close(last.spread_over_levels(), last.log_squares)
+    torch.testing.assert_close(last.spread_log_squares, last.log_squares)
 
 
 def test_only_the_spread_estimate_knows_of_the_spread_queries():
@@ -161,18 +161,6 @@ def test_only_the_spread_estimate_knows_of_the_spread_queries():
     for field in fields(PromptProfile):
         is_same = torch.equal(getattr(whole, field.name), getattr(alone, field.name))
         assert is_same == (field.name != "spread_log_squares"), field.name
-
-
-def test_spread_errors_grow_with_the_block_size_as_the_last_queries_do():
-    # By hand: the last ones' error at budget 1/128 is e^-4 in blocks of 16 and e^-3 in those of 32,
-    # and the spread ones' e^-2: e^-1 in blocks of 32.
-    query, key, value = random_layer(600)
-    profile = PromptEstimator(600, WINDOW).estimate(query, key, value)
-    profile.log_squares[0, :2, 1] = torch.tensor([-4.0, -3.0])
-    profile.spread_log_squares[0, 1] = -2.0
-    found = profile.spread_over_levels()
-    assert found[0, :2, 1].tolist() == [-2.0, -1.0]
-    assert torch.equal(found[:, 0], profile.spread_log_squares)
 
 
 def test_another_number_of_queries_is_refused():

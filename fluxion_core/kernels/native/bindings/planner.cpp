@@ -148,7 +148,7 @@ void set_network(Planner& self, const std::array<Array, 3>& standards,
 
 // profile: as planning/prompt_profile.py packs it, float32.
 void make_state(PlannerState* self, const Planner& planner, const Array& profile) {
-  const int64_t of_heads = planner.heads * (kHeadCurves + 6 + kBudgets);
+  const int64_t of_heads = planner.heads * (2 * kHeadCurves + 6);
   const int64_t of_layer = of_heads + planner.kv_heads * kKvStatistics;
   new (self) PlannerState(planner, values<float>(profile, "profile", {planner.layers * of_layer}));
 }

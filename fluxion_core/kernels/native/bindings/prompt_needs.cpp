@@ -55,7 +55,7 @@ void bind_needs(nb::module_& m) {
             results<float>(region_mass, "region_mass", {heads, 2}),
             results<float>(bounds, "bounds", {heads, 2}),
             results<float>(kv, "kv", {self.kv_heads(), kKvStatistics}),
-            results<float>(spread_log_squares, "spread_log_squares", {heads, kBudgets})};
+            results<float>(spread_log_squares, "spread_log_squares", {heads, kLevels, kBudgets})};
         nb::gil_scoped_release unlocked;
         self.finish_layer(to);
       });

@@ -108,7 +108,7 @@ PlannerState::PlannerState(const Planner& planner, const float* profile)
       std::copy_n(kv + head / planner.group * kKvStatistics, kKvStatistics, of_head.kv);
     }
     // Behind it the spread estimates, which are for plans without a network: made by Python.
-    profile = kv + planner.kv_heads * kKvStatistics + heads * kBudgets;
+    profile = kv + planner.kv_heads * kKvStatistics + heads * kHeadCurves;
   }
 }
 

@@ -102,7 +102,6 @@ PromptNeeds::PromptNeeds(const SlabLayout& layout, const int64_t* slabs, int64_t
       tile.kv_head = head;
       tile.first_row = first;
       tile.rows = int32_t(std::min<int64_t>(kTileRows, per_head - first));
-      tile.num_levels = first + tile.rows <= (rows - last_rows) * group_ ? 1 : kLevels;
       tile.has_moments = first == 0;
       tile.stage = Stage::kDone;
       tiles_.push_back(std::move(tile));
@@ -260,8 +259,8 @@ int64_t PromptNeeds::select(Tile& tile) const {
     tile.row = 0;
     ++tile.level;
   }
-  tile.stage = tile.level < tile.num_levels ? Stage::kScore : Stage::kRead;
-  if (tile.level < tile.num_levels) tile.record = records(tile.level).first;
+  tile.stage = tile.level < kLevels ? Stage::kScore : Stage::kRead;
+  if (tile.level < kLevels) tile.record = records(tile.level).first;
   return work;
 }
 
@@ -370,7 +369,7 @@ void PromptNeeds::finish_layer(const Results& results) const {
 // head.
 void PromptNeeds::write_head(int64_t head, const std::vector<float>& largest,
                              const Results& results) const {
-  float squares[kErrors] = {}, spread[1 + kNeedsBudgets] = {}, worst[2] = {};
+  float squares[kErrors] = {}, spread[kErrors] = {}, worst[2] = {};
   float mass = 0.0f, bound = 0.0f, most_mass = -kClip, most_bound = -kClip;
   for (int64_t row = 0; row < rows_; ++row) {
     const size_t at = size_t(row * heads_ + head);
@@ -380,9 +379,8 @@ void PromptNeeds::write_head(int64_t head, const std::vector<float>& largest,
       // Not std::max, which would hide what is not a number.
       const float error = share < kErrorFloor ? kErrorFloor : share;
       square_of[i] = error * error;
+      spread[i] += square_of[i];
     }
-    // Those of blocks of 16 tokens come first.
-    for (size_t i = 0; i <= kNeedsBudgets; ++i) spread[i] += square_of[i];
     if (row < rows_ - last_rows_) continue;
     for (size_t i = 0; i < kErrors; ++i) squares[i] += square_of[i];
     worst[0] = std::max(worst[0], square_of[0]);
@@ -394,11 +392,9 @@ void PromptNeeds::write_head(int64_t head, const std::vector<float>& largest,
   }
   const float rows = float(last_rows_);
   for (size_t i = 0; i < kErrors; ++i) {
-    results.log_squares[size_t(head) * kErrors + i] = std::log(squares[i] / rows);
-  }
-  for (size_t i = 0; i <= kNeedsBudgets; ++i) {
-    results.spread_log_squares[size_t(head) * (1 + kNeedsBudgets) + i] =
-        std::log(spread[i] / float(rows_));
+    const size_t to = size_t(head) * kErrors + i;
+    results.log_squares[to] = std::log(squares[i] / rows);
+    results.spread_log_squares[to] = std::log(spread[i] / float(rows_));
   }
   for (int i = 0; i < 2; ++i) results.worst_log_squares[2 * head + i] = std::log(worst[i]);
   results.region_mass[2 * head] = mass / rows;

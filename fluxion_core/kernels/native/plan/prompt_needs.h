@@ -31,7 +31,7 @@ class PromptNeeds final : public Work {
     float* region_mass;         // [heads][2]
     float* bounds;              // [heads][2]
     float* kv;                  // [kv_heads][5]
-    float* spread_log_squares;  // [heads][1 + kNeedsBudgets]
+    float* spread_log_squares;  // [heads][kLevels][1 + kNeedsBudgets]
   };
 
   //   slabs    addresses of the prompt's slabs in token order; they live as long as this
@@ -72,7 +72,6 @@ class PromptNeeds final : public Work {
   struct Tile {
     int64_t kv_head, first_row;  // of the rows [queries][group] of this KV head
     int32_t rows;
-    int num_levels;    // that blocks are ranked in: of spread queries alone, the smallest
     bool has_moments;  // the first of its KV head
     std::vector<float> query;
     std::vector<int32_t> seen;
