@@ -156,7 +156,7 @@ def expected_squares(
     step = oracle_step(sequence, rows, layer, digest_bits)
     plans = oracle_plan(planner, sequence, step, layer, policy)
     if planner.weights.network is None:
-        logs = sequence.profiles[layer].spread_over_levels()
+        logs = sequence.profiles[layer].spread_log_squares
     else:
         logs = log_squared_errors(oracle_profile(planner, sequence, step, layer))[0]
     squares = []
