@@ -180,7 +180,7 @@ def take(page: str, port: int, minutes: int, scratch: str) -> None:
 
 def main(load_seconds: int) -> None:
     """Start, load, look, end."""
-    command = (sys.executable, "-c", "from services.cli.main import run; run()")
+    command = (sys.executable, "-m", "services.cli")
     with ExitStack() as stack:
         scratch = stack.enter_context(tempfile.TemporaryDirectory())
         ports = free_ports("prefill", "decode", "up", "prometheus")

@@ -325,7 +325,7 @@ class DeviceTier:
         If anything waits for the next batch, that is closed and begun at once.
 
         Raises:
-            FluxionError: CUDA refuses a launch; the next call goes on from there.
+            DeviceError: CUDA refuses a launch.
             RuntimeError: a kernel has failed, the device with it.
         """
         # First: a range of a slab that was taken anew is of what it holds now, and must not be
@@ -348,7 +348,7 @@ class DeviceTier:
             has_requests: False only if the step has missed nothing; there may be no batch then.
 
         Raises:
-            FluxionError: CUDA refuses a launch; the next call goes on from there.
+            DeviceError: CUDA refuses a launch.
         """
         self._has_requests |= has_requests
         if self.state is TierState.IDLE:
@@ -360,7 +360,7 @@ class DeviceTier:
         """Enter a batch that has been filled, and begin the next one, where no step does.
 
         Raises:
-            FluxionError: CUDA refuses a launch; the next call goes on from there.
+            DeviceError: CUDA refuses a launch.
             RuntimeError: a kernel has failed, the device with it.
         """
         self.before_step()

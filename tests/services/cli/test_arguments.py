@@ -14,7 +14,7 @@ from services.cli.generate import write_now
 from tests.services.cli.command_line import invoke
 
 ROOT = Path(__file__).parents[3]
-RUN = [sys.executable, "-c", "from services.cli.main import run; run()"]
+RUN = [sys.executable, "-m", "services.cli"]
 
 
 @pytest.mark.parametrize(

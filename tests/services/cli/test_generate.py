@@ -151,7 +151,7 @@ def test_a_token_file_that_is_not_there_is_one_sentence(
 def start_command(*arguments: str) -> subprocess.Popen[str]:
     """The command as a process of its own, as the installed script runs it."""
     return subprocess.Popen(
-        [sys.executable, "-c", "from services.cli.main import run; run()", *arguments],
+        [sys.executable, "-m", "services.cli", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
