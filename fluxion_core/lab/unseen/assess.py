@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -131,10 +131,10 @@ class Assess(Command):
                     continue
                 for name, rule in self._universal(models, model, fold).items():
                     found.setdefault(name, {}).update({text: rule(traces[text]) for text in unseen})
-            figures[model] = {name: asdict(gain(of)) for name, of in found.items()}
+            figures[model] = {name: gain(of).as_json() for name, of in found.items()}
         about = Provenance.here(", ".join(models), weights=weights.fingerprint)
         report = {"about": about.as_json(), "figures": figures}
-        self.output.write_text(json.dumps(report, indent=1) + "\n")
+        self.output.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
 
     def _universal(
         self, models: Mapping[str, Mapping[str, Trace]], model: str, fold: Collection[str]

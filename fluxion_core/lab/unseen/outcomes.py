@@ -134,6 +134,19 @@ class Gain:
     of_texts: dict[str, tuple[float, float]]
     """The first two of each text alone."""
 
+    def as_json(self) -> dict[str, object]:
+        """All fields; null where a figure lies beyond the prices that were tried."""
+
+        def known(numbers: Sequence[float]) -> list[float | None]:
+            return [None if math.isnan(number) else number for number in numbers]
+
+        return {
+            "bytes_at_fixed_error": known(self.bytes_at_fixed_error),
+            "error_at_half_bytes": known(self.error_at_half_bytes),
+            "line": self.line,
+            "of_texts": {text: known(figures) for text, figures in self.of_texts.items()},
+        }
+
 
 def gain(outcomes: Mapping[str, Outcome], *, resamples: int = 400, seed: int = 0) -> Gain:
     """Gain of a rule.

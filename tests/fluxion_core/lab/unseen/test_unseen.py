@@ -206,6 +206,14 @@ def test_gains_are_read_between_points():
     assert between([(1, 1), (4, 16)], 5) != between([(1, 1), (4, 16)], 5)
 
 
+def test_what_lies_beyond_the_prices_is_null_in_a_report():
+    cheap = tuple(Point(1 / share, share) for share in (0.125, 0.25))
+    told = gain({"a": Outcome(Point(0.5, 1.0), cheap)}).as_json()
+    assert told["bytes_at_fixed_error"] == [None, None, None]
+    assert told["of_texts"] == {"a": [None, None]}
+    assert json.loads(json.dumps(told, allow_nan=False))["line"][0] == [0.125, 16.0]
+
+
 def test_asking_writes_into_the_prompt_and_after_it():
     ids = [0] * 2400
     asked = asking(ids, 2048, lambda text: [ord(letter) for letter in text], 3)
